@@ -1,0 +1,111 @@
+"""sae-bias: which feature makes a model judge AI speech more harshly than human speech, and what turning it off does."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SaeBiasError": "errors",
+    "RequestError": "errors",
+    "MissingError": "errors",
+    "GateError": "errors",
+    "Site": "sites",
+    "PromptPair": "prompts",
+    "PromptPairs": "prompts",
+    "PromptGrid": "prompts",
+    "load_pairs": "prompts",
+    "load_grid": "prompts",
+    "Model": "model",
+    "load_model": "model",
+    "residuals": "activations",
+    "Probe": "probe",
+    "ProbeResult": "probe",
+    "run_probe": "probe",
+    "SaeId": "sae",
+    "FeatureRef": "sae",
+    "Feature": "sae",
+    "Sae": "sae",
+    "load_sae": "sae",
+    "load_feature": "sae",
+    "Ablate": "interventions",
+    "Scale": "interventions",
+    "Clamp": "interventions",
+    "Cap": "interventions",
+    "SetMean": "interventions",
+    "Steer": "interventions",
+    "ProjectOut": "interventions",
+    "Reconstruct": "interventions",
+    "Direction": "interventions",
+    "intervene": "hooks",
+    "Receipt": "hooks",
+    "generate": "generation",
+    "Completion": "generation",
+    "activation_table": "features",
+    "rank_features": "ranking",
+    "Ranking": "ranking",
+    "Sweep": "sweep",
+    "run_sweep": "sweep",
+    "Study": "study",
+    "run_study": "study",
+    "write_report": "report",
+}
+
+if TYPE_CHECKING:
+    from sae_bias.activations import residuals as residuals
+    from sae_bias.errors import GateError as GateError
+    from sae_bias.errors import MissingError as MissingError
+    from sae_bias.errors import RequestError as RequestError
+    from sae_bias.errors import SaeBiasError as SaeBiasError
+    from sae_bias.features import activation_table as activation_table
+    from sae_bias.generation import Completion as Completion
+    from sae_bias.generation import generate as generate
+    from sae_bias.hooks import Receipt as Receipt
+    from sae_bias.hooks import intervene as intervene
+    from sae_bias.interventions import Ablate as Ablate
+    from sae_bias.interventions import Cap as Cap
+    from sae_bias.interventions import Clamp as Clamp
+    from sae_bias.interventions import Direction as Direction
+    from sae_bias.interventions import ProjectOut as ProjectOut
+    from sae_bias.interventions import Reconstruct as Reconstruct
+    from sae_bias.interventions import Scale as Scale
+    from sae_bias.interventions import SetMean as SetMean
+    from sae_bias.interventions import Steer as Steer
+    from sae_bias.model import Model as Model
+    from sae_bias.model import load_model as load_model
+    from sae_bias.probe import Probe as Probe
+    from sae_bias.probe import ProbeResult as ProbeResult
+    from sae_bias.probe import run_probe as run_probe
+    from sae_bias.prompts import PromptGrid as PromptGrid
+    from sae_bias.prompts import PromptPair as PromptPair
+    from sae_bias.prompts import PromptPairs as PromptPairs
+    from sae_bias.prompts import load_grid as load_grid
+    from sae_bias.prompts import load_pairs as load_pairs
+    from sae_bias.ranking import Ranking as Ranking
+    from sae_bias.ranking import rank_features as rank_features
+    from sae_bias.report import write_report as write_report
+    from sae_bias.sae import Feature as Feature
+    from sae_bias.sae import FeatureRef as FeatureRef
+    from sae_bias.sae import Sae as Sae
+    from sae_bias.sae import SaeId as SaeId
+    from sae_bias.sae import load_feature as load_feature
+    from sae_bias.sae import load_sae as load_sae
+    from sae_bias.sites import Site as Site
+    from sae_bias.study import Study as Study
+    from sae_bias.study import run_study as run_study
+    from sae_bias.sweep import Sweep as Sweep
+    from sae_bias.sweep import run_sweep as run_sweep
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae_bias' has no attribute {name!r}")
+    value = getattr(import_module(f"sae_bias.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,472 @@
+"""Applying interventions: edits become one delta a site, the delta becomes a forward hook, the hook reports what it did.
+
+All edits at one site read one, unedited residual x, and their deltas add up (chaining hooks would re-encode an edited x and
+give something else). Encoders, thresholds and deltas are float32 whatever the model's dtype. Special tokens are left alone by
+id, never by index: under a KV cache index 0 is the newest token. Positions count from the start of the sequence, the cached
+part included, so prefill, cached decoding and left padding follow one contract.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_bias.activations import check_site, hidden, with_hidden
+from sae_bias.errors import RequestError, SaeBiasError
+from sae_bias.interventions import (
+    Clamp,
+    Direction,
+    FeatureEdit,
+    Intervention,
+    ProjectOut,
+    Reconstruct,
+    Steer,
+    feature_ref,
+)
+from sae_bias.model import Model, ours
+from sae_bias.sae import Feature, Sae, as_feature, load_sae
+from sae_bias.shapes import PositionMask, Resid, Tokens
+from sae_bias.sites import Site
+
+
+class HookNeverFiredError(SaeBiasError):
+    """The model was not run inside `intervene`, or not through the edited layer: the edit silently did nothing."""
+
+
+@dataclass
+class EditReceipt:
+    """What one intervention did, summed over the passes it saw."""
+
+    intervention: Intervention
+    positions_seen: int = 0
+    """Ordinary positions the edit was allowed to act on."""
+    positions_active: int = 0
+    """Of these, where the feature fired (for directions: all)."""
+    positions_changed: int = 0
+    markers_changed: int = 0
+    """Changed positions that are chat turn markers (counted in `positions_changed` too)."""
+    written_inactive: int = 0
+    """Changed positions where the feature had not fired."""
+    max_act: float = math.nan
+    """Largest activation seen; NaN when the feature never fired."""
+    _sum_before: float = 0.0
+    _sum_after: float = 0.0
+    _sum_relative: float = 0.0
+
+    @property
+    def mean_before(self) -> float:
+        """Mean activation before the edit, over changed positions."""
+        return self._sum_before / self.positions_changed if self.positions_changed else math.nan
+
+    @property
+    def mean_after(self) -> float:
+        return self._sum_after / self.positions_changed if self.positions_changed else math.nan
+
+    @property
+    def relative_change(self) -> float:
+        """Mean ‖Δ‖/‖x‖ over changed positions."""
+        return self._sum_relative / self.positions_changed if self.positions_changed else math.nan
+
+
+@dataclass
+class Receipt:
+    """What an `intervene` block did: how often its hooks fired and what each edit changed."""
+
+    edits: list[EditReceipt] = field(default_factory=list)
+    hook_calls: int = 0
+
+    @property
+    def positions_changed(self) -> int:
+        return sum(e.positions_changed for e in self.edits)
+
+    @property
+    def never_fired(self) -> list[str]:
+        """Features that were not active at any position seen: a fact about them, not an error."""
+        return [
+            e.intervention.target
+            for e in self.edits
+            if isinstance(e.intervention, FeatureEdit) and not e.positions_active
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an intervention."""
+        rows = [
+            {
+                "intervention": e.intervention.describe(),
+                "target": e.intervention.target,
+                "positions_seen": e.positions_seen,
+                "positions_active": e.positions_active,
+                "positions_changed": e.positions_changed,
+                "markers_changed": e.markers_changed,
+                "written_inactive": e.written_inactive,
+                "mean_before": e.mean_before,
+                "mean_after": e.mean_after,
+                "max_act": e.max_act,
+                "relative_change": e.relative_change,
+            }
+            for e in self.edits
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        lines = [f"Receipt: hooks fired {self.hook_calls} times, {self.positions_changed} positions changed"]
+        for e in self.edits:
+            fired = f"changed {e.positions_changed} of {e.positions_seen} positions, mean ‖Δ‖/‖x‖ {e.relative_change:.3g}"
+            lines.append(
+                f"  {e.intervention.describe()} on {e.intervention.target}: {fired if e.positions_changed else 'changed nothing'}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """The tokens a forward pass sees, and where its rows' prompts and subjects are."""
+
+    tokens: Tokens
+    past: int = 0
+    """Tokens already in the KV cache."""
+    attention_mask: Tensor | None = None
+    prompt_len: Tensor | None = None
+    """[batch] end of each row's prompt, counted from the start of the sequence (left padding included)."""
+    subject_start: Tensor | None = None
+    """[batch] first position of each row's subject, counted likewise."""
+
+
+def position_mask(info: PassInfo, positions: str, special_ids: frozenset[int]) -> PositionMask:
+    """Which positions of this pass an edit may change: the named ones, without special and padded tokens."""
+    batch, n = info.tokens.shape
+    device = info.tokens.device
+    place = info.past + torch.arange(n, device=device)
+    special = torch.tensor(sorted(special_ids), device=device, dtype=info.tokens.dtype)
+    mask = ~torch.isin(info.tokens, special)
+    if info.attention_mask is not None and info.attention_mask.ndim == 2:
+        mask &= info.attention_mask[:, -n:].to(device).bool()
+    if positions == "all":
+        return mask
+    if positions == "subject":
+        if info.subject_start is None:
+            raise RequestError(
+                'positions="subject" needs prompts with a known subject, such as a probe on pairs.'
+            )
+        return mask & (place >= info.subject_start.to(device)[:, None])
+    assert info.prompt_len is not None
+    end = info.prompt_len.to(device)[:, None]
+    if positions == "last":
+        return mask & (place == end - 1)
+    return mask & ((place < end) if positions == "prompt" else (place >= end))
+
+
+class SiteEdit:
+    """All edits of one `intervene` block at one site, with the few weights they need, as one function x → Δ."""
+
+    def __init__(self, model: Model, site: Site, edits: Sequence[Intervention]):
+        self.model = model
+        self.site = site
+        self.edits = list(edits)
+        self._rows: dict[Any, Any] = {}
+        for edit in self.edits:
+            self._rows[edit] = _weights(edit)
+
+    def delta(
+        self, x: Resid, info: PassInfo, receipts: dict[Intervention, EditReceipt] | None = None
+    ) -> Resid | None:
+        """Δ in float32, zero where nothing changes; None where nothing changes at all."""
+        x32 = x.float()
+        total: Tensor | None = None
+        encoded: dict[int, Tensor] = {}
+        for edit in self.edits:
+            mask = position_mask(info, edit.positions, self.model.special_ids).to(x.device)
+            step = self._one(edit, x32, mask, encoded)
+            if receipts is not None:
+                self._note(receipts[edit], step, x32, mask, info)
+            if bool(step.changed.any()):
+                total = step.delta if total is None else total + step.delta
+        return total
+
+    def _one(self, edit: Intervention, x: Tensor, mask: Tensor, encoded: dict[int, Tensor]) -> _Step:
+        weights = self._rows[edit]
+        keep = mask[..., None]
+        if isinstance(edit, FeatureEdit):
+            acts = weights.acts(x, encoded)
+            change = torch.where(mask, edit.new_acts(acts) - acts, torch.zeros_like(acts))
+            return _Step(change[..., None] * weights.w_dec.to(x.device), change != 0, acts, acts + change)
+        if isinstance(edit, Steer):
+            along = weights.to(x.device)
+            if edit.norm_relative:
+                delta = edit.alpha * x.norm(dim=-1, keepdim=True) * (along / along.norm())
+            else:
+                delta = (edit.alpha * along).expand_as(x)
+        elif isinstance(edit, ProjectOut):
+            basis, mean = weights[0].to(x.device), weights[1]
+            centred = x if mean is None else x - mean.to(x.device)
+            delta = -(centred @ basis.T) @ basis
+        elif isinstance(edit, Reconstruct):
+            delta = weights.decode(weights.encode(x)).to(x.device) - x
+        else:
+            raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
+        delta = torch.where(keep, delta, torch.zeros_like(delta))
+        return _Step(delta, (delta != 0).any(-1), None, None)
+
+    def _note(self, receipt: EditReceipt, step: _Step, x: Tensor, mask: Tensor, info: PassInfo) -> None:
+        changed = step.changed
+        n = int(changed.sum())
+        receipt.positions_seen += int(mask.sum())
+        active = mask if step.before is None else mask & (step.before > 0)
+        receipt.positions_active += int(active.sum())
+        receipt.positions_changed += n
+        markers = torch.tensor(
+            sorted(self.model.turn_marker_ids), device=info.tokens.device, dtype=info.tokens.dtype
+        )
+        receipt.markers_changed += int((changed & torch.isin(info.tokens, markers).to(changed.device)).sum())
+        if step.before is not None and bool(active.any()):
+            top = float(step.before[active].max())
+            receipt.max_act = top if math.isnan(receipt.max_act) else max(receipt.max_act, top)
+        if not n:
+            return
+        if step.before is not None and step.after is not None:
+            receipt.written_inactive += int((changed & ~active).sum())
+            receipt._sum_before += float(step.before[changed].sum())
+            receipt._sum_after += float(step.after[changed].sum())
+        receipt._sum_relative += float((step.delta[changed].norm(dim=-1) / x[changed].norm(dim=-1)).sum())
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One edit's delta [batch, pos, d_model], where it is non-zero, and the activations around it."""
+
+    delta: Tensor
+    changed: Tensor
+    before: Tensor | None
+    after: Tensor | None
+
+
+@dataclass
+class _OneRow:
+    """A feature whose activation needs only its own encoder column."""
+
+    feature: Feature
+
+    def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
+        return self.feature.to(x.device).activation(x)
+
+    @property
+    def w_dec(self) -> Float[Tensor, "d_model"]:
+        return self.feature.w_dec
+
+
+@dataclass
+class _FullPath:
+    """A feature of an SAE whose encoder does not reduce to one column (TopK, gated, normalised input)."""
+
+    sae: Sae
+    index: int
+    w_dec: Float[Tensor, "d_model"]
+
+    def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
+        if id(self.sae) not in encoded:
+            encoded[id(self.sae)] = self.sae.encode(x)
+        return encoded[id(self.sae)][..., self.index].to(x.device)
+
+
+def _weights(edit: Intervention) -> Any:
+    if isinstance(edit, FeatureEdit):
+        if isinstance(edit.feature, Feature):
+            return _OneRow(edit.feature)
+        sae = load_sae(edit.ref.sae)
+        if sae.reduces_to_one_row:
+            return _OneRow(as_feature(edit.feature))
+        return _FullPath(sae, edit.ref.index, sae.W_dec_rows([edit.ref.index])[0])
+    if isinstance(edit, Steer):
+        if isinstance(edit.along, Direction):
+            if len(edit.along.basis) != 1:
+                raise RequestError(f"Steer needs one direction; {edit.along} has {len(edit.along.basis)}.")
+            return edit.along.basis[0]
+        return as_feature(edit.along).w_dec
+    if isinstance(edit, ProjectOut):
+        if isinstance(edit.along, Direction):
+            return edit.along.basis, edit.along.mean
+        w_dec = as_feature(edit.along).w_dec
+        return (w_dec / w_dec.norm())[None], None
+    if isinstance(edit, Reconstruct):
+        return load_sae(edit.sae)
+    raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
+
+
+def edit_site(edit: Intervention) -> Site:
+    """The site an intervention acts at."""
+    if isinstance(edit, Reconstruct):
+        return load_sae(edit.sae).site
+    along = edit.along if isinstance(edit, (Steer, ProjectOut)) else getattr(edit, "feature", None)
+    if along is None:
+        raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
+    return along.site if isinstance(along, (Direction, Feature)) else load_sae(feature_ref(along).sae).site
+
+
+def compile_edits(model: Model, edits: Sequence[Intervention]) -> dict[Site, SiteEdit]:
+    """The edits grouped by site, their weights loaded and checked against the model.
+
+    Raises:
+        RequestError: an edit for another width or a layer the model lacks; one feature edited twice.
+    """
+    by_site: dict[Site, list[Intervention]] = {}
+    seen: set[str] = set()
+    for edit in edits:
+        if not isinstance(edit, Intervention):
+            raise RequestError(
+                f"expected interventions such as sb.Ablate(feature), not {type(edit).__name__}."
+            )
+        if isinstance(edit, FeatureEdit):
+            if edit.target in seen:
+                raise RequestError(f"{edit.target} is edited twice; one feature takes one edit at a time.")
+            seen.add(edit.target)
+        by_site.setdefault(check_site(model, edit_site(edit)), []).append(edit)
+    compiled = {site: SiteEdit(model, site, group) for site, group in by_site.items()}
+    for site_edit in compiled.values():
+        for edit, weights in site_edit._rows.items():
+            width = _width(weights)
+            if width != model.d_model:
+                raise RequestError(
+                    f"{edit.target} has d_in {width}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+                )
+    return compiled
+
+
+def _width(weights: Any) -> int:
+    if isinstance(weights, Sae):
+        return weights.d_in
+    if isinstance(weights, tuple):
+        return weights[0].shape[-1]
+    return (weights if isinstance(weights, Tensor) else weights.w_dec).shape[-1]
+
+
+class _Context:
+    """One `intervene` block: its compiled edits and its receipt."""
+
+    def __init__(self, model: Model, edits: Sequence[Intervention]):
+        self.sites = compile_edits(model, edits)
+        self.receipts = {edit: EditReceipt(edit) for edit in edits}
+        self.receipt = Receipt(list(self.receipts.values()))
+
+
+class _State:
+    """The hooks of all open `intervene` blocks of a model, and the pass they are in."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.contexts: list[_Context] = []
+        self.handles: list[Any] = []
+        self.info: PassInfo | None = None
+        self._prompt_len: Tensor | None = None
+
+    def rebuild(self) -> None:
+        """One pre-hook on the decoder and one hook a site, for whatever blocks are open now."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        sites = {site for context in self.contexts for site in context.sites}
+        if not sites:
+            return
+        begin = ours(lambda module, args, kwargs: self._begin(args, kwargs))
+        self.handles.append(self.model.base.register_forward_pre_hook(begin, with_kwargs=True))
+        for site in sites:
+            self.handles.append(self.model.layer(site.layer).register_forward_hook(ours(self._hook(site))))
+
+    def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            raise RequestError(
+                "interventions need token ids (input_ids), because special tokens are known by id; inputs_embeds has none."
+            )
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        prompt_len, subject_start = self.model.row_positions
+        if prompt_len is None:
+            if past == 0 or self._prompt_len is None or len(self._prompt_len) != len(tokens):
+                self._prompt_len = torch.full((len(tokens),), past + tokens.shape[1])
+            prompt_len = self._prompt_len
+        mask = kwargs.get("attention_mask")
+        self.info = PassInfo(
+            tokens, past, mask if isinstance(mask, Tensor) else None, prompt_len, subject_start
+        )
+
+    def _hook(self, site: Site) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            x = hidden(output)
+            assert self.info is not None
+            total: Tensor | None = None
+            for context in self.contexts:
+                site_edit = context.sites.get(site)
+                if site_edit is None:
+                    continue
+                context.receipt.hook_calls += 1
+                delta = site_edit.delta(x, self.info, context.receipts)
+                if delta is not None:
+                    total = delta if total is None else total + delta
+            return None if total is None else with_hidden(output, add_delta(x, total))
+
+        return hook
+
+
+def add_delta(x: Resid, delta: Resid) -> Resid:
+    """x + Δ in float32, back in x's dtype; positions with Δ = 0 keep their bits."""
+    changed = (delta != 0).any(-1, keepdim=True)
+    return torch.where(changed, (x.float() + delta).to(x.dtype), x)
+
+
+@contextmanager
+def intervene(model: Model, *edits: Intervention | Sequence[Intervention]) -> Iterator[Receipt]:
+    """Run everything inside the block with `edits` applied; hooks come off at its end, also after an exception.
+
+    Works around the caller's own calls too (`model.bridge(...)`, `model.hf.generate(...)`), because the hooks sit on the
+    model's modules. Blocks nest: every edit still reads the unedited residual of its site.
+
+    Yields:
+        A Receipt that fills while the block runs.
+
+    Raises:
+        HookNeverFiredError: at the end, if the edited layers were never run.
+        RequestError: an edit that does not fit the model.
+    """
+    flat = [e for edit in edits for e in (edit if isinstance(edit, (list, tuple)) else [edit])]
+    state: _State = model._edits or _State(model)
+    context = _Context(model, flat)  # type: ignore[arg-type]
+    taken = {e.target for c in state.contexts for e in c.receipts if isinstance(e, FeatureEdit)}
+    for edit in context.receipts:
+        if isinstance(edit, FeatureEdit) and edit.target in taken:
+            raise RequestError(f"{edit.target} is edited twice; an outer intervene block edits it already.")
+    model._edits = state
+    state.contexts.append(context)
+    try:
+        state.rebuild()
+        yield context.receipt
+    finally:
+        state.contexts.remove(context)
+        state.rebuild()
+        if not state.contexts:
+            model._edits = None
+    if context.sites and not context.receipt.hook_calls:
+        raise HookNeverFiredError(
+            "no forward pass ran inside the intervene block, so the edit did nothing; run the model, the probe or generate() inside it."
+        )
+    _warn_written_inactive(context.receipt)
+
+
+def _warn_written_inactive(receipt: Receipt) -> None:
+    for edit in receipt.edits:
+        clamp = edit.intervention
+        if isinstance(clamp, Clamp) and clamp.when == "always" and clamp.value < 0 and edit.written_inactive:
+            share = edit.written_inactive / edit.positions_seen
+            warnings.warn(
+                f"{clamp.describe()} on {clamp.target} wrote a negative value at {edit.written_inactive} positions where the feature "
+                f"had not fired ({share:.0%} of those seen); when='active' leaves them alone.",
+                stacklevel=4,
+            )

@@ -1,0 +1,176 @@
+"""Files from the Hugging Face hub: the cache first and with no network, then a checked download.
+
+A file that is cached is never asked for again. A downloaded one is hashed against the name the hub gave its
+content (sha256 for large files, git's sha1 for small ones) and thrown away when they differ, so a broken
+transfer cannot stay in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sae_bias.errors import MissingError, RequestError, SaeBiasError
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def cached_file(repo_id: str, filename: str, revision: str | None = None) -> Path | None:
+    """The file in the hub cache, or None; no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo_id, filename, revision=revision)
+    except (HFValidationError, ValueError) as error:
+        raise RequestError(
+            f"{repo_id!r} is not the id of a hub repository, expected e.g. google/gemma-2-9b"
+        ) from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Path:
+    """The file from the cache or, if need be, downloaded and checked.
+
+    Raises:
+        MissingError: offline and not cached, gated, no such file, or the transfer failed; says what gets it.
+    """
+    refuse_traversal(filename)
+    if (found := cached_file(repo_id, filename, revision)) is not None:
+        return found
+    if is_offline():
+        raise MissingError(
+            f"{repo_id}/{filename} is not in the hub cache and HF_HUB_OFFLINE is set; "
+            f"run `hf download {repo_id} --include '{filename.rpartition('/')[0] or '.'}/*'` where there is a network"
+        )
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"{repo_id}/{filename}", repo_id):
+        path = Path(hf_hub_download(repo_id, filename, revision=revision))
+    _check_download(path, f"{repo_id}/{filename}")
+    return path
+
+
+def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Path | None:
+    """As `hub_file`, None where the repository has no such file."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return hub_file(repo_id, filename, revision=revision)
+    except MissingError as error:
+        cause = error.__cause__
+        if cause is not None and _is_absent_entry(cause) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        raise
+
+
+def refuse_traversal(name: str) -> None:
+    """Refuse a hub file or SAE name that could leave its folder."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or name.startswith("/") or any(part in ("..", ".", "") for part in parts):
+        raise RequestError(
+            f"{name[:80]!r}: a name inside a repository has no '..', no empty part and no leading slash"
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, repo_id: str) -> Iterator[None]:
+    """Turn whatever the hub client raises while getting `what` into one plain line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except SaeBiasError:
+        raise
+    except errors.GatedRepoError as error:
+        raise MissingError(_gated(what, repo_id)) from error
+    except errors.RepositoryNotFoundError as error:
+        raise MissingError(
+            f"{what}: the hub has no repository {repo_id}, or it is private or gated; check the name, "
+            f"accept the licence at https://huggingface.co/{repo_id} and run `hf auth login`"
+        ) from error
+    except errors.HFValidationError as error:
+        raise RequestError(
+            f"{repo_id!r} is not the id of a hub repository, expected e.g. google/gemma-2-9b"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise MissingError(_unreachable(what, repo_id, error)) from error
+    except errors.RevisionNotFoundError as error:
+        raise MissingError(f"{what}: the repository {repo_id} has no such revision") from error
+    except errors.EntryNotFoundError as error:
+        raise MissingError(f"{what}: the repository {repo_id} has no such file") from error
+    except Exception as error:
+        if _status(error) in (401, 403):
+            raise MissingError(_gated(what, repo_id)) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MissingError(
+                f"{what}: the disk of the hub cache is full; free some space or point HF_HOME elsewhere"
+            ) from error
+        if isinstance(error, (OSError, RuntimeError)) or type(error).__module__.startswith(
+            ("httpx", "huggingface_hub")
+        ):
+            raise MissingError(_unreachable(what, repo_id, error)) from error
+        raise
+
+
+def _gated(what: str, repo_id: str) -> str:
+    return (
+        f"{what} is gated: accept the licence at https://huggingface.co/{repo_id} and run `hf auth login` "
+        "once (or set HF_TOKEN)"
+    )
+
+
+def _unreachable(what: str, repo_id: str, error: BaseException) -> str:
+    cause = error.__cause__ or error
+    code = _status(error) or _status(cause)
+    if code in (401, 403):
+        return _gated(what, repo_id)
+    if code == 429:
+        reason = "the hub asks to slow down (429); wait a few minutes, or log in with `hf auth login`"
+    elif code is not None and code >= 500:
+        reason = f"the hub answered {code}; try again later"
+    else:
+        line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = (
+            f"the download did not finish ({line[:160]}); check the network and try again, what came is kept"
+        )
+    return f"{what}: {reason}"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_absent_entry(error: BaseException) -> bool:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError)
+
+
+def _check_download(path: Path, what: str) -> None:
+    """Hash a fresh download against its blob name, which the hub derives from the content."""
+    blob = path.resolve()
+    expected = blob.name
+    if len(expected) not in (40, 64) or any(digit not in "0123456789abcdef" for digit in expected):
+        return
+    digest = (
+        hashlib.sha256() if len(expected) == 64 else hashlib.sha1(f"blob {blob.stat().st_size}\0".encode())
+    )
+    with blob.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    if digest.hexdigest() == expected:
+        return
+    for leftover in (path, blob, Path(f"{blob}.incomplete")):
+        with contextlib.suppress(OSError):
+            os.unlink(leftover)
+    raise MissingError(f"{what}: the download's checksum is wrong, so it was thrown away; try again")

@@ -1,0 +1,1 @@
+"""What an intervention costs and what else it moves."""

@@ -1,0 +1,110 @@
+"""What an edit costs: KL(unsteered ‖ steered) in nats a token, and the change in negative log-likelihood, by kind of text.
+
+On neutral text alone a feature for AI speech never fires and the KL is 0 by construction; so costs are measured on neutral
+text, on AI text without speech, and on AI speech just before the evaluation word (METHOD §5), each with the share of texts
+on which the edit changed anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sae_bias.activations import Batch, Final, forward, plan_batches
+from sae_bias.bundled import load_texts
+from sae_bias.engine import CellRunner
+from sae_bias.interventions import Intervention
+from sae_bias.model import Model
+
+TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
+BLOCK = 64  # positions whose full log-probabilities are held at once
+
+
+class CostEngine:
+    """Texts of several kinds, run once without edits and then once per cell."""
+
+    def __init__(self, model: Model, texts: Mapping[str, Sequence[str]] | None = None):
+        texts = {kind: load_texts(kind) for kind in TEXT_KINDS} if texts is None else texts
+        self.model = model
+        self.kinds = [kind for kind, group in texts.items() for _ in group]
+        ids = [model.encode(t) for group in texts.values() for t in group]
+        self.batches = plan_batches(ids, model.device)
+        self.runner = CellRunner(model, self.batches, _whole_prompt)
+        self._base = [forward(model, b.tokens) for b in self.batches]
+
+    def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
+        """One row a kind: kl_mean, kl_p95 (over texts), nll_change (nats a token), changed_share, n_texts."""
+        n = len(self.kinds)
+        kl, nll, changed = np.zeros(n), np.zeros(n), np.zeros(n, dtype=bool)
+
+        def visit(k: int, rows: Tensor, final: Final) -> None:
+            batch = self.batches[k]
+            index = [i for i, row in zip(batch.index, rows.tolist()) if row]
+            tokens = batch.tokens[rows.to(batch.tokens.device)]
+            kl[index], nll[index] = _costs(self.model, _rows(self._base[k], rows), final, tokens)
+            changed[index] = True
+
+        self.runner.run(edits, visit)
+        frame = pd.DataFrame({"kind": self.kinds, "kl": kl, "nll": nll, "changed": changed})
+        rows = [
+            {
+                "kind": kind,
+                "kl_mean": group["kl"].mean(),
+                "kl_p95": group["kl"].quantile(0.95),
+                "nll_change": group["nll"].mean(),
+                "changed_share": group["changed"].mean(),
+                "n_texts": len(group),
+            }
+            for kind, group in frame.groupby("kind", sort=False)
+        ]
+        return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _costs(model: Model, base: Final, after: Final, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean KL and mean change of NLL over each row's ordinary positions."""
+    special = torch.isin(tokens, torch.tensor(sorted(model.special_ids), device=tokens.device)).cpu()
+    batch, n = tokens.shape
+    kl, change = torch.zeros(batch, n), torch.zeros(batch, n)
+    for start in range(0, n, max(1, BLOCK // batch)):
+        at = slice(start, min(start + max(1, BLOCK // batch), n))
+        p, q = (_slice(f, at).logits().log_softmax(-1) for f in (base, after))
+        kl[:, at] = (p.exp() * (p - q)).sum(-1).cpu()
+        known = slice(at.start, min(at.stop, n - 1))
+        if known.stop > known.start:
+            width = known.stop - known.start
+            gold = tokens[:, known.start + 1 : known.stop + 1, None].to(p.device)
+            gain = p[:, :width].gather(-1, gold) - q[:, :width].gather(-1, gold)
+            change[:, known] = gain[..., 0].cpu()
+    ordinary = ~special
+    count = ordinary.sum(1).clamp(min=1)
+    next_ordinary = ordinary[:, :-1]
+    next_count = next_ordinary.sum(1).clamp(min=1)
+    mean_kl = (kl.clamp(min=0) * ordinary).sum(1) / count
+    mean_change = (change[:, :-1] * next_ordinary).sum(1) / next_count
+    return mean_kl.double().numpy(), mean_change.double().numpy()
+
+
+def _slice(final: Final, at: slice) -> Final:
+    return Final(
+        final.model,
+        None if final.resid is None else final.resid[:, at],
+        None if final.full is None else final.full[:, at],
+    )
+
+
+def _rows(final: Final, rows: Tensor) -> Final:
+    return Final(
+        final.model,
+        None if final.resid is None else final.resid[rows.to(final.resid.device)],
+        None if final.full is None else final.full[rows.to(final.full.device)],
+    )
+
+
+def _whole_prompt(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The whole text is prompt, and its subject may be anywhere."""
+    return torch.full((batch.n,), batch.tokens.shape[1]), torch.zeros(batch.n, dtype=torch.long)

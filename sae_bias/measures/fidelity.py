@@ -1,0 +1,84 @@
+"""The fidelity gate: is this the residual stream, and this SAE, that we think it is?
+
+The captured residual is compared with plain Hugging Face hidden states (a mismatch stops a run), and the SAE's unexplained
+variance and L0 on ordinary tokens are measured beside the release's label (a mismatch warns). BOS is left out: SAEs were not
+trained on it, and its norm would drown everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sae_bias.activations import capture_layers, plan_batches
+from sae_bias.bundled import load_texts
+from sae_bias.errors import GateError
+from sae_bias.model import Model
+from sae_bias.sae import Sae
+
+MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MAX_FVU = 0.5
+L0_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One model and SAE, measured on the bundled neutral text."""
+
+    sae: str
+    residual_max_rel_error: float
+    """Largest |difference| over the largest |hidden state|; NaN at the last layer, which Hugging Face only gives normed."""
+    fvu: float
+    """Unexplained variance share of the SAE's reconstruction."""
+    l0: float
+    """Mean number of active features a token."""
+    label_l0: float | None
+    """The release's own figure, where its name or config tells it."""
+    warnings: tuple[str, ...]
+
+    @property
+    def status(self) -> str:
+        return "warned" if self.warnings else "passed"
+
+
+@torch.no_grad()
+def check_fidelity(model: Model, sae: Sae, *, n_texts: int = 24) -> Fidelity:
+    """Measure the gate's figures.
+
+    Raises:
+        GateError: the captured residual is not Hugging Face's hidden state.
+    """
+    layer = sae.site.layer
+    special = torch.tensor(sorted(model.special_ids), device=model.device)
+    error, parts = float("nan"), []
+    for batch in plan_batches([model.encode(t) for t in load_texts("neutral")[:n_texts]], model.device):
+        x = capture_layers(model, batch.tokens, [layer])[layer]
+        if layer < model.n_layers - 1:
+            plain = model.hf(
+                input_ids=batch.tokens, output_hidden_states=True, use_cache=False
+            ).hidden_states[layer + 1]
+            here = float((x.float() - plain.float()).abs().max() / plain.float().abs().max())
+            error = here if error != error else max(error, here)
+        parts.append(x[~torch.isin(batch.tokens, special).to(x.device)].float())
+    if error > MAX_RELATIVE_ERROR.get(model.dtype, 1e-4):
+        raise GateError(
+            f"the residual of {model.name} at {sae.site} differs from Hugging Face's hidden state by {error:.2e} of its size; figures from it would be wrong."
+        )
+    resid = torch.cat(parts)
+    acts = sae.encode(resid)
+    residue = resid - sae.decode(acts).to(resid.device)
+    fvu = float(residue.pow(2).sum() / (resid - resid.mean(0)).pow(2).sum())
+    l0 = float((acts > 0).sum(-1).double().mean())
+    return Fidelity(str(sae.id), error, fvu, l0, sae.label_l0, tuple(_warnings(sae, fvu, l0)))
+
+
+def _warnings(sae: Sae, fvu: float, l0: float) -> list[str]:
+    found = []
+    if not fvu <= MAX_FVU:
+        found.append(
+            f"{sae.id} leaves {fvu:.0%} of the variance unexplained (expected at most {MAX_FVU:.0%}): is it this model's SAE?"
+        )
+    if sae.label_l0 and not sae.label_l0 / L0_FACTOR <= l0 <= sae.label_l0 * L0_FACTOR:
+        found.append(f"{sae.id} has a measured L0 of {l0:.0f}, its label says {sae.label_l0:.0f}.")
+    return found

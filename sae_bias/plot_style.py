@@ -1,0 +1,298 @@
+"""Palette, paper and marks that the figures share.
+
+Colors are mid-tones after Okabe & Ito (Color Universal Design, 2008), told apart by color-blind readers
+and legible on light and on dark paper; kinds also differ by symbol or dash, never by color alone. Text
+that came from a prompt or a model is escaped, because plotly reads `<b>` and `<a href>` in labels.
+"""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import html
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+HUMAN, AI, NEUTRAL = "#2f86c8", "#d9622b", "#858b95"
+GREEN, PURPLE, GOLD = "#1a9e77", "#a8639b", "#b98300"
+INK, GRID = "#767b84", "rgba(128,134,145,0.22)"
+CALLS = {  # how a feature was called -> (legend, color, symbol)
+    "ai_speech": ("answers to AI speech", AI, "star"),
+    "separates": ("separates AI from human", HUMAN, "diamond"),
+    "undetermined": ("undetermined", GOLD, "square-open"),
+    "no": ("neither", NEUTRAL, "circle"),
+}
+KINDS = {  # kind of intervention -> (legend, color, dash)
+    "candidate": ("the feature", AI, "solid"),
+    "direction": ("difference of means", GREEN, "dash"),
+    "opposite": ("opposite sign", PURPLE, "dot"),
+    "control": ("controls", NEUTRAL, "solid"),
+}
+COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech")
+_AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "ticks": ""}
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
+            "size": 13,
+            "color": INK,
+        },
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [HUMAN, AI, GREEN, PURPLE, GOLD, NEUTRAL],
+        "xaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
+        "yaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
+        "modebar": {"orientation": "v"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "title": {"text": ""},
+        },
+        "hoverlabel": {"align": "left", "font": {"size": 13}},
+        "margin": {"l": 24, "r": 48, "t": 84, "b": 56},
+        "hovermode": "closest",
+        "bargap": 0.18,
+    }
+)
+
+
+def plain(text: object) -> str:
+    """`text` as plotly shows it letter for letter: no tag, link or entity in it is obeyed."""
+    return html.escape(str(text), quote=False)
+
+
+def short(text: object, width: int = 58) -> str:
+    """The start of `text`, cut at `width` characters, safe as a label."""
+    line = " ".join(str(text).split())
+    return plain(line if len(line) <= width else line[: width - 1].rstrip() + "…")
+
+
+def wrapped(text: object, width: int = 64) -> str:
+    """`text` broken into lines for a hover box, safe as a label."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(str(text), width)) or "–"
+
+
+def number(value: Any) -> str:
+    """Three significant figures; a NaN reads `undefined`."""
+    return f"{value:.3g}".replace("-", "−") if pd.notna(value) else "undefined"
+
+
+HOVER = "%{customdata}<extra></extra>"
+
+
+def figure(title: str, x: str = "", y: str = "", *, height: int = 420) -> go.Figure:
+    heading = {
+        "text": title,
+        "x": 0.01,
+        "xanchor": "left",
+        "y": 0.985,
+        "yanchor": "top",
+        "yref": "container",
+        "font": {"size": 16},
+    }
+    return go.Figure(
+        layout={
+            "template": TEMPLATE,
+            "title": heading,
+            "height": height,
+            "xaxis": {"title": {"text": x}},
+            "yaxis": {"title": {"text": y}},
+        }
+    )
+
+
+def forest(
+    fig: go.Figure,
+    mid,
+    low,
+    high,
+    *,
+    name: str,
+    color: str,
+    hover: Sequence[str],
+    y=None,
+    symbol: str = "circle",
+) -> None:
+    """Markers with horizontal intervals, one row each, bottom to top."""
+    mid, low, high = (np.asarray(v, dtype=float) for v in (mid, low, high))
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": high - mid,
+        "arrayminus": mid - low,
+        "thickness": 1.6,
+        "width": 0,
+        "color": color,
+    }
+    fig.add_scatter(
+        x=mid,
+        y=np.arange(len(mid)) if y is None else np.asarray(y),
+        mode="markers",
+        name=name,
+        error_x=bars,
+        marker={"color": color, "symbol": symbol, "size": 8},
+        customdata=list(hover),
+        hovertemplate=HOVER,
+    )
+
+
+def row_labels(fig: go.Figure, labels: Sequence[str]) -> go.Figure:
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "ticklabelstandoff": 6}
+    return fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks)
+
+
+def zero_line(fig: go.Figure, axis: str) -> go.Figure:
+    line = {
+        "zeroline": True,
+        "zerolinewidth": 1.6,
+        "zerolinecolor": "rgba(128,134,145,0.7)",
+        "rangemode": "tozero",
+    }
+    return fig.update_xaxes(**line) if axis == "x" else fig.update_yaxes(**line)
+
+
+def overall_band(fig: go.Figure, overall: dict) -> None:
+    low, high, mean = (overall.get(k) for k in ("ci_low", "ci_high", "mean"))
+    if low is not None and high is not None and np.isfinite([low, high]).all():
+        fig.add_vrect(x0=low, x1=high, fillcolor=AI, opacity=0.14, line_width=0, layer="below")
+    fig.add_scatter(
+        x=[None], y=[None], mode="lines", name="overall mean and 95% interval", line={"color": AI, "width": 3}
+    )
+    fig.add_vline(x=mean, line={"color": AI, "width": 2})
+
+
+def bins(frame: pd.DataFrame, columns: list[str], n: int = 36) -> dict:
+    """One set of bins for several columns, so that overlaid histograms can be compared."""
+    values = frame[columns].to_numpy(dtype=float)
+    values = values[np.isfinite(values)]
+    low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
+    size = (high - low) / n or 0.01
+    return {"start": low - size / 2, "end": high + size, "size": size}
+
+
+def segments(left: pd.Series, right: pd.Series) -> tuple[list, list]:
+    x = [v for a, b in zip(left, right) for v in (a, b, None)]
+    return x, [v for i in range(len(left)) for v in (i, i, None)]
+
+
+def lead_split(frame: pd.DataFrame) -> str:
+    """The split a figure is about: report where there is one, else all, else whatever is there."""
+    splits = list(frame["split"].unique())
+    return next((s for s in ("report", "all", *splits) if s in splits), "all")
+
+
+def strength_lines(fig: go.Figure, rows: pd.DataFrame, kind: str, *, dotted: bool, split: str) -> None:
+    name, color, dash = KINDS[kind]
+    for i, (_, line) in enumerate(
+        rows.groupby(["intervention", "feature", "positions"], dropna=False, sort=False)
+    ):
+        line = line.sort_values("strength")
+        edit = plain(line["intervention"].iloc[0])
+        if kind == "candidate" and not dotted:
+            band(fig, line, color)
+        style = {
+            "color": NEUTRAL if dotted else color,
+            "dash": "dot" if dotted else dash,
+            "width": 1 if kind == "control" else 2.2,
+        }
+        legend = f"{name}: {edit} ({plain(split)})" if kind == "candidate" else name
+        fig.add_scatter(
+            x=line["strength"],
+            y=line["bias"],
+            mode="lines" if kind == "control" else "lines+markers",
+            name=legend,
+            legendgroup=legend,
+            line=style,
+            showlegend=kind == "candidate" or i == 0,
+            opacity=0.35 if kind == "control" else 1,
+            customdata=[cell_hover(row) for row in line.to_dict("records")],
+            hovertemplate=HOVER,
+        )
+
+
+def band(fig: go.Figure, line: pd.DataFrame, color: str) -> None:
+    known = line.dropna(subset=["ci_low", "ci_high"])
+    x, y = (
+        pd.concat([known["strength"], known["strength"][::-1]]),
+        pd.concat([known["ci_high"], known["ci_low"][::-1]]),
+    )
+    if len(known) > 1:
+        fig.add_scatter(
+            x=x,
+            y=y,
+            fill="toself",
+            fillcolor=color,
+            line={"width": 0},
+            opacity=0.14,
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+        )
+
+
+def constant_lines(fig: go.Figure, rows: pd.DataFrame) -> None:
+    """Edits without a strength (ablate, project out) are level lines; controls without one are skipped."""
+    known = rows[(rows["kind"] != "control") & rows["bias"].notna() & (rows["change"].fillna(0) != 0)]
+    for row in known.to_dict("records"):
+        name, color, dash = KINDS.get(row["kind"], ("", NEUTRAL, "dot"))
+        legend = f"{name}: {plain(row['intervention'])}"
+        strengths = x_range(fig)
+        fig.add_scatter(
+            x=strengths,
+            y=[row["bias"]] * 2,
+            mode="lines",
+            name=legend,
+            line={"color": color, "dash": "dashdot" if dash == "solid" else dash, "width": 1.8},
+            customdata=[cell_hover(row)] * 2,
+            hovertemplate=HOVER,
+        )
+
+
+def x_range(fig: go.Figure) -> list[float]:
+    """First and last x of the lines drawn so far; −1 and 1 where there are none."""
+    values = np.concatenate(
+        [np.asarray(t.x, dtype=float) for t in fig.data if t.x is not None and len(t.x)]
+        or [np.array([-1.0, 1.0])]
+    )
+    return [float(np.nanmin(values)), float(np.nanmax(values))]
+
+
+def cell_hover(row: dict) -> str:
+    costs = "".join(
+        f"<br>KL {k.removeprefix('kl_').replace('_', ' ')} {number(row[k])}"
+        for k in COSTS
+        if pd.notna(row.get(k))
+    )
+    outside = "<br><b>outside the activations observed</b>" if row.get("outside_observed") is True else ""
+    strength = f" at {number(row['strength'])}" if pd.notna(row.get("strength")) else ""
+    removed = f"<br>removed {row['reduction']:.1%}" if pd.notna(row.get("reduction")) else ""
+    what = wrapped(row.get("label") or row.get("feature") or "")
+    return (
+        f"<b>{plain(row['intervention'])}{strength}</b>, {plain(row['split'])}<br>{what}<br>bias"
+        f" {number(row['bias'])} nats{removed}{costs}{outside}"
+    )
+
+
+def feature_hover(row: dict) -> str:
+    parts = [
+        f"<b>{wrapped(row['feature'])}</b>",
+        f"AUROC {number(row['auroc'])}, interaction {number(row['interaction'])}",
+    ]
+    for key, name in (
+        ("p_fwer", "family-wise p"),
+        ("q_bh", "q"),
+        ("attribution", "attribution"),
+        ("ablation", "ablation"),
+    ):
+        if pd.notna(row.get(key)):
+            parts.append(f"{name} {number(row[key])}")
+    return "<br>".join([*parts, wrapped(row["reason"])] if row.get("reason") else parts)

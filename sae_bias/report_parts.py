@@ -1,0 +1,148 @@
+"""What a report is made of: a run folder as read, and sections of sentence, picture, table and text.
+
+Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in the run folder.
+"""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_bias import wording
+
+MOST_ROWS = 1000
+SHARES = {"reduction", "red_low", "red_high", "fire_human", "fire_ai"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: nothing in it is changed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def organism(self) -> bool:
+        return bool(self.model.get("organism"))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        model = self.manifest.get("model") or {}
+        return model if isinstance(model, dict) else {"name": str(model)}
+
+    def part(self, key: str) -> dict[str, Any]:
+        """One block of the summary; empty where it was not measured."""
+        return self.summary.get(key) or {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what is shown, and what it sorts by (None sorts last)."""
+
+    text: str
+    sort: float | str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as text, with the number of rows that were left in the run folder."""
+
+    columns: list[tuple[str, str]]  # (label, "num" | "text")
+    rows: list[list[Cell]]
+    left_out: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Two texts to be read beside each other; changed words carry True."""
+
+    head: str
+    left: list[tuple[str, bool]]
+    right: list[tuple[str, bool]]
+    foot: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence in plain words, a picture, and the table behind it."""
+
+    anchor: str
+    title: str
+    takeaway: str
+    figure: go.Figure | None = None
+    table: Table | None = None
+    sides: list[Sides] = field(default_factory=list)
+    side_names: tuple[str, str] = ("unsteered", "steered")
+    open_table: bool = False
+    how_to_read: str = ""
+
+    @cached_property
+    def figure_json(self) -> str:
+        figure = go.Figure(self.figure).update_layout(title=None)
+        legend = (
+            any(t.showlegend is not False and t.name for t in figure.data)
+            and figure.layout.showlegend is not False
+        )
+        top = 56 if legend or figure.layout.annotations else 24
+        return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
+
+
+def table_of(
+    frame: pd.DataFrame, columns: dict[str, str], *, source: str = "", missing: str = wording.UNDEFINED
+) -> Table:
+    """The named columns of a frame as text; columns that it does not have are left out."""
+    shown = {c: label for c, label in columns.items() if c in frame}
+    head = frame.head(MOST_ROWS)
+    cells = [[_cell(value, c, missing) for value in head[c].tolist()] for c in shown]
+    kinds = [
+        (
+            "num"
+            if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
+            else "text"
+        )
+        for c in shown
+    ]
+    return Table(
+        list(zip(shown.values(), kinds)), [list(row) for row in zip(*cells)], len(frame) - len(head), source
+    )
+
+
+def _cell(value: Any, column: str, missing: str) -> Cell:
+    if column.startswith("kl"):
+        missing = wording.NOT_MEASURED
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return Cell(missing, None)
+    text = wording.percent(value) if column in SHARES else wording.number(value)
+    return Cell(text, float(value) if isinstance(value, int | float) else str(value))
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no `<`, `>` or `&` is left in it, and no NaN."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,196 @@
+"""A run folder: what was run, and its results as Parquet parts that survive a crash.
+
+    RUN/manifest.json          what was asked and with what (readable with any editor)
+    RUN/summary.json           the headline figures
+    RUN/tables/NAME.parquet    one table each (pandas.read_parquet)
+    RUN/cells/HASH.parquet     one cell of a sweep: a row a pair; the cell's own facts in `frame.attrs`
+    RUN/shards/I-of-N/cells/   the cells of one shard, until `sae-bias merge RUN` joins them
+
+Everything is written to a temporary file beside its place and moved there in one step, so a reader never sees half a file. One
+process writes a folder at a time, held by a lock of the operating system that dies with its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_bias.errors import MissingError, RequestError
+
+SCHEMA = 1
+
+
+class RunFolder:
+    """One run's files."""
+
+    def __init__(self, path: str | Path, *, shard: tuple[int, int] | None = None):
+        self.root = Path(path)
+        if shard is not None and not 1 <= shard[0] <= shard[1]:
+            raise RequestError(f"shard {shard[0]}/{shard[1]}: expected i/n with 1 ≤ i ≤ n.")
+        self.path = self.root if shard is None else self.root / "shards" / f"{shard[0]}-of-{shard[1]}"
+        self.shard = shard
+
+    @contextmanager
+    def writing(self) -> Iterator[RunFolder]:
+        """Hold the folder's lock; a second process is told, and nothing is touched."""
+        _make(self.path)
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RequestError(
+                    f"another process is writing {self.path}; wait for it, or choose another --out."
+                ) from error
+            for stray in self.path.rglob("*.partial"):
+                stray.unlink(missing_ok=True)
+            yield self
+
+    # --- tables and JSON ---
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """tables/NAME.parquet."""
+        self._write(self.path / "tables" / f"{name}.parquet", lambda to: frame.to_parquet(to, index=False))
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        path = self.path / "tables" / f"{name}.parquet"
+        if not path.is_file():
+            raise RequestError(f"{self.path} holds no table {name!r}.")
+        return _read_parquet(path)
+
+    def tables(self) -> list[str]:
+        return sorted(p.stem for p in (self.path / "tables").glob("*.parquet"))
+
+    def write_json(self, name: str, data: dict[str, Any]) -> None:
+        """NAME.json, NaN written as null."""
+        text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
+        self._write(self.path / f"{name}.json", lambda to: Path(to).write_text(text + "\n", encoding="utf-8"))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / f"{name}.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RequestError(f"{self.path} is not a run folder: it has no {name}.json.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise RequestError(f"{path} cannot be read: {error}.") from error
+        if not isinstance(data, dict):
+            raise RequestError(f"{path} holds a {type(data).__name__}; expected an object.")
+        return data
+
+    # --- cells ---
+
+    def has_cell(self, cell: str) -> bool:
+        return self._cell(cell).is_file()
+
+    def write_cell(self, cell: str, frame: pd.DataFrame, facts: dict[str, Any]) -> None:
+        """One cell's pairs, with `facts` in the frame's attrs."""
+        frame = frame.copy()
+        frame.attrs = plain(facts)
+        self._write(self._cell(cell), lambda to: frame.to_parquet(to, index=False))
+
+    def read_cell(self, cell: str) -> pd.DataFrame:
+        return _read_parquet(self._cell(cell))
+
+    def _cell(self, cell: str) -> Path:
+        return self.path / "cells" / f"{cell}.parquet"
+
+    def _write(self, path: Path, write: Any) -> None:
+        _make(path.parent)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            write(partial)
+            with open(partial, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _storage_error(path, error) from error
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def merge_shards(path: str | Path) -> int:
+    """Move the cells of every shard into the run's own folder; returns how many were new."""
+    run = RunFolder(path)
+    shards = sorted((run.root / "shards").glob("*-of-*"))
+    if not shards:
+        raise RequestError(f"{run.root} has no shards to merge.")
+    moved = 0
+    with run.writing():
+        for shard in shards:
+            i, n = (int(x) for x in shard.name.split("-of-"))
+            with RunFolder(run.root, shard=(i, n)).writing():
+                for part in sorted((shard / "cells").glob("*.parquet")):
+                    if not run.has_cell(part.stem):
+                        _make(run.path / "cells")
+                        os.replace(part, run._cell(part.stem))
+                        moved += 1
+    return moved
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hex digits that identify plain values."""
+    text = json.dumps([plain(p) for p in parts], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path, *, whole_below: int = 2**30) -> str:
+    """sha256 of a file; of its size, first and last MiB (marked "partial:") where it is large."""
+    size = path.stat().st_size
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        if size < whole_below:
+            for block in iter(lambda: f.read(2**22), b""):
+                sha.update(block)
+            return sha.hexdigest()
+        sha.update(str(size).encode())
+        sha.update(f.read(2**20))
+        f.seek(-(2**20), os.SEEK_END)
+        sha.update(f.read(2**20))
+    return "partial:" + sha.hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON knows them: NaN and infinity become None, numpy scalars Python ones."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:
+        raise RequestError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _storage_error(folder, error) from error
+
+
+def _storage_error(path: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return MissingError(
+            f"no space left on the disk for {path}; free some and run the same command again: what is finished is kept."
+        )
+    return RequestError(f"cannot write {path}: {error.strerror or error}.")

@@ -1,0 +1,210 @@
+"""Figures put into plain words: one sentence each, never stronger than the interval allows.
+
+A NaN reads `undefined` (it was asked for and has no value), None or an absent key reads `not measured`;
+neither ever reads 0.
+"""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeGuard
+
+import pandas as pd
+
+UNDEFINED, NOT_MEASURED = "undefined", "not measured"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+TEXT_KINDS = {
+    "neutral": "neutral text",
+    "ai_nonspeech": "AI text without speech",
+    "ai_speech": "AI-speech text",
+}
+
+
+def number(value: Any, *, missing: str = UNDEFINED) -> str:
+    """A scalar as a reader wants it: three significant figures, a true minus, thousands set apart."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or type(value).__name__ == "bool_":
+        return "yes" if value else "no"
+    if pd.isna(value):
+        return missing
+    if math.isinf(value):
+        return "unbounded"
+    if float(value).is_integer() and abs(value) < 1e15:
+        text = f"{int(value):,}"
+    elif 1e-3 <= abs(value) < 1e4:
+        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    else:
+        digits, power = f"{value:.2g}".split("e") if "e" in f"{value:.2g}" else (f"{value:.2g}", "")
+        text = f"{digits} × 10{str(int(power)).translate(_RAISED)}" if power else digits
+    return text.replace("-", "−")
+
+
+def percent(value: Any, *, missing: str = UNDEFINED) -> str:
+    """A share as a percentage with at most one decimal."""
+    if not is_number(value):
+        return number(value, missing=missing)
+    return f"{value * 100:.1f}".removesuffix(".0").replace("-", "−") + "%"
+
+
+def p_text(value: Any) -> str:
+    """`p = 0.012`, `p < 0.0001`, or that it is missing."""
+    if not is_number(value):
+        return f"p {number(value)}"
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for a finite scalar."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def interval(part: Mapping[str, Any], *, share: bool = False) -> str:
+    """The 95% interval in words; an unbounded or missing one says so."""
+    if part.get("bounded") is False:
+        return "95% interval undefined (unbounded)"
+    low, high = part.get("ci_low"), part.get("ci_high")
+    if not (is_number(low) and is_number(high)):
+        return f"95% interval {NOT_MEASURED if low is None else UNDEFINED}"
+    show = percent if share else number
+    return f"95% interval {show(low)} to {show(high)}"
+
+
+def excludes_zero(part: Mapping[str, Any]) -> bool | None:
+    """Whether the interval lies wholly on one side of 0; None where there is no interval."""
+    low, high = part.get("ci_low"), part.get("ci_high")
+    return bool(low > 0 or high < 0) if is_number(low) and is_number(high) else None
+
+
+def bias_sentence(bias: Mapping[str, Any]) -> str:
+    """Direction, size and certainty of the bias."""
+    mean = bias.get("mean")
+    if not is_number(mean):
+        return f"The bias is {number(mean)}."
+    certain = excludes_zero(bias)
+    size = f"{number(abs(mean))} nats ({interval(bias)}; {p_text(bias.get('p_value'))})"
+    if certain is None:
+        return (
+            f"The mean bias is {number(mean)} nats, but its interval is undefined: the design is too small to"
+            " say how sure that is."
+        )
+    if not certain:
+        return (
+            f"No double standard is shown: the mean bias is {number(mean)} nats and its interval includes 0"
+            f" ({interval(bias)}; {p_text(bias.get('p_value'))})."
+        )
+    worse, better = ("AI", "human") if mean > 0 else ("human", "AI")
+    return (
+        f"The model judges {worse} subjects more harshly than {better} subjects saying the same thing, by"
+        f" {size}."
+    )
+
+
+def feature_sentence(feature: Mapping[str, Any]) -> str:
+    """What the chosen feature was shown to be, and no more."""
+    name = f"Feature {feature['id']}" if feature.get("id") else "the feature"
+    said = {
+        "ai_speech": (
+            f"{name} answers to AI speech: it is active when an AI speaks, and much less when an AI does"
+            " something else or a human or a dog speaks."
+        ),
+        "separates": (
+            f"{name} tells AI prompts from human prompts apart; it was not shown to answer to AI speech."
+        ),
+        "undetermined": f"{name} ranks first, but the design is too small to say what it answers to.",
+        "none": "No feature could be called an AI-speech feature.",
+    }
+    first = said.get(feature.get("called", ""), f"What {name} answers to was {NOT_MEASURED}.")
+    return f"{first} {feature.get('why') or ''}".strip()
+
+
+def reduction_sentence(reduction: Mapping[str, Any], specific: Mapping[str, Any]) -> str:
+    """How much of the bias suppression removes, and how much of that is not mere flattening."""
+    estimate, sure = reduction.get("estimate"), excludes_zero(reduction)
+    if not is_number(estimate):
+        return f"How much of the bias suppression removes is {number(estimate)}."
+    if reduction.get("bounded") is False:
+        first = (
+            "Suppressing the feature changes the bias by an uncertain share: the estimate is"
+            f" {percent(estimate)} removed, but the interval is undefined (unbounded)."
+        )
+    elif estimate < 0:
+        first = (
+            f"Suppressing the feature makes the bias larger by {percent(-estimate)}"
+            f" ({interval(reduction, share=True)} removed)."
+        )
+    elif sure is False:
+        first = (
+            f"Suppressing the feature is not shown to remove any bias: {percent(estimate)}"
+            f" ({interval(reduction, share=True)})."
+        )
+    else:
+        first = (
+            f"Suppressing the feature removes {percent(estimate)} of the bias"
+            f" ({interval(reduction, share=True)})."
+        )
+    if reduction.get("overshoot"):
+        first += " It overshoots: the bias changes sign."
+    if not specific:
+        return first
+    why = specific.get("undefined")
+    value = specific.get("estimate")
+    if not is_number(value):
+        return (
+            f"{first} The specific reduction is"
+            f" {number(value)}{f' ({why})' if isinstance(why, str) and why else ''}."
+        )
+    hedge = (
+        " Its interval includes 0, so none of it is shown to be specific."
+        if excludes_zero(specific) is False
+        else ""
+    )
+    return (
+        f"{first} {percent(value)} is specific: not explained by the model judging everything more flatly"
+        f" ({interval(specific, share=True)}).{hedge}"
+    )
+
+
+def cost_sentence(costs: Mapping[str, Any]) -> str:
+    """The worst mean KL over the text kinds measured."""
+    known = {
+        kind: part["kl_mean"]
+        for kind, part in costs.items()
+        if isinstance(part, Mapping) and is_number(part.get("kl_mean"))
+    }
+    if not known:
+        return f"What suppression does to other text was {NOT_MEASURED}."
+    worst = max(known, key=lambda kind: known[kind])
+    missing = [name for kind, name in TEXT_KINDS.items() if kind not in known]
+    tail = f" Not measured on: {', '.join(missing)}." if missing else ""
+    return (
+        f"The largest average shift in the model's predictions is {number(known[worst])} nats a token (KL),"
+        f" on {TEXT_KINDS.get(worst, worst)}.{tail}"
+    )
+
+
+def control_sentence(controls: Mapping[str, Any]) -> str:
+    """Where the feature stands among its controls."""
+    if not is_number(controls.get("n")) or not controls["n"]:
+        return f"Control interventions: {NOT_MEASURED}."
+    multiple = controls.get("multiple_of_median")
+    times = f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
+    return (
+        f"Against {number(controls['n'])} control interventions the feature stands at"
+        f" {p_text(controls.get('p_value'))}{times}."
+    )
+
+
+def control_bias_sentence(control: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
+    """Whether mundane content shows the same bias, and what survival content adds."""
+    if not is_number(control.get("mean")):
+        return f"The same pairs with mundane content: {number(control.get('mean'))}."
+    first = (
+        f"With mundane content (“wants tea”) the same pairs show {number(control['mean'])} nats"
+        f" ({interval(control)})"
+    )
+    if not is_number(difference.get("mean")):
+        return f"{first}."
+    return f"{first}; what is said adds {number(difference['mean'])} nats on top ({interval(difference)})."
