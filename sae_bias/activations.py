@@ -80,9 +80,11 @@ class Final:
     def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
         """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
         if self.full is not None:
+            if not softcap and self.model.softcap is not None:
+                raise RequestError("the model carries hooks of its own, so its own softcapped logits are read; softcap=False needs them gone.")
             return (self.full if token_ids is None else self.full[..., list(token_ids)]).float()
         assert self.resid is not None
-        w, b = self.model.rows(range(self.model.d_vocab) if token_ids is None else token_ids)
+        w, b = self._head() if token_ids is None else self.model.rows(token_ids)
         normed = self.model.final_norm(self.resid.float())
         z = normed.to(w.device) @ w.T
         if b is not None:
@@ -90,10 +92,15 @@ class Final:
         cap = self.model.softcap if softcap else None
         return z if cap is None else cap * torch.tanh(z / cap)
 
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """The whole unembedding in float32, not copied where it is so already."""
+        b = self.model.b_unembed
+        return self.model.w_unembed.float(), None if b is None else b.float()
+
     def log_normaliser(self, *, softcap: bool = True, block: int = 64) -> Float[Tensor, "batch pos"]:
         """log Σ exp of all logits, in blocks of rows so that full logits are never kept."""
         if self.full is not None:
-            return self.full.float().logsumexp(-1)
+            return self.logits(softcap=softcap).logsumexp(-1)
         assert self.resid is not None
         flat = self.resid.reshape(-1, 1, self.resid.shape[-1])
         parts = [Final(self.model, rows).logits(softcap=softcap).logsumexp(-1) for rows in flat.split(block)]

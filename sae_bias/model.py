@@ -194,8 +194,8 @@ class Model:
             )
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> list[int]:
-        """Ids of a chat with the model's turn opened and `prefill` as its first words; exactly one BOS."""
+    def chat_text(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> str:
+        """A chat with the model's turn opened and `prefill` as its first words, as text that `encode` gives exactly one BOS."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise RequestError(
                 f"{self.name} has no chat template; use the plain form, or an instruction-tuned model."
@@ -203,7 +203,15 @@ class Model:
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         bos = self.tokenizer.bos_token
-        return self.encode(text.removeprefix(bos) + prefill if bos else text + prefill)
+        if bos and text.startswith(bos) and self.tokenizer.bos_token_id in self.tokenizer("a").input_ids[:1]:
+            text = text.removeprefix(bos)
+        if prefill and not text[-1:].isspace():
+            text += " "
+        return text + prefill
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> list[int]:
+        """Ids of `chat_text`; exactly one BOS where the model has one."""
+        return self.encode(self.chat_text(messages, prefill=prefill))
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -296,6 +304,7 @@ def _graft_text_model(full: Any) -> PreTrainedModel:
     text.model = full.model.language_model
     text.lm_head = full.lm_head
     text.config.architectures = ["Gemma3ForCausalLM"]
+    text.config._name_or_path = getattr(full.config, "_name_or_path", "")
     text.generation_config = full.generation_config
     return text
 

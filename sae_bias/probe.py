@@ -11,8 +11,10 @@ odds of the whole sets (log-sum-exp), `auroc` ranks them. The interval and p are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +24,23 @@ from jaxtyping import Float
 from sae_bias.errors import RequestError
 from sae_bias.model import Model
 from sae_bias.prompts import PromptPair, PromptPairs, load_lexicon
-from sae_bias.reading import PromptIds, ReadingPlan, Vocabulary, WordTokens, word_tokens
-from sae_bias.stats import Clustered, Reduction, clustered_mean, fieller_reduction
+from sae_bias.reading import PromptIds, ReadingPlan, Vocabulary, WordTokens, tokens_alone, word_tokens
+from sae_bias.stats import (
+    Clustered,
+    EffectSizes,
+    Reduction,
+    SignFlip,
+    clustered_mean,
+    effect_sizes,
+    fieller_reduction,
+    sign_flip,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SCORES = ("mean_logit", "logodds", "auroc")
+TOKENS = ("in_context", "first", "alone")
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class Probe:
     """mean_logit (the replication) | logodds (odds of the whole sets) | auroc (P(z_pos > z_neg))."""
     softcap: bool = True
     """Whether Gemma 2's final-logit softcap is applied, as its own forward pass does."""
+    tokens: str = "in_context"
+    """in_context | first (only a word's first token, a switch of `as_published`) | alone (the first token of the word encoded
+    by itself: the mistake METHOD §1 warns of, kept as a switch)."""
     bundled: bool = field(default=False, init=False)
     """Whether the words are the bundled ones: then a word of several tokens is left out and listed, not an error."""
 
@@ -52,9 +67,12 @@ class Probe:
         score: str = "mean_logit",
         *,
         softcap: bool = True,
+        tokens: str = "in_context",
     ):
         if score not in SCORES:
             raise RequestError(f"score={score!r}; expected one of {', '.join(SCORES)}.")
+        if tokens not in TOKENS:
+            raise RequestError(f"tokens={tokens!r}; expected one of {', '.join(TOKENS)}.")
         if (positive is None) != (negative is None):
             raise RequestError("give both positive and negative words, or neither (for the bundled ones).")
         bundled = positive is None
@@ -64,6 +82,7 @@ class Probe:
             ("negative", _words("negative", lexicon.negative if lexicon else negative)),
             ("score", score),
             ("softcap", softcap),
+            ("tokens", tokens),
             ("bundled", bundled),
         ):
             object.__setattr__(self, name, value)
@@ -72,6 +91,13 @@ class Probe:
             raise RequestError(
                 f"{', '.join(map(repr, both))} stands in both word lists; a word must be positive or negative."
             )
+
+    def with_options(self, **changes: Any) -> Probe:
+        """The same words (bundled or not) with another `score`, `softcap` or `tokens`."""
+        options = {"score": self.score, "softcap": self.softcap, "tokens": self.tokens} | changes
+        probe = Probe(self.positive, self.negative, **options)
+        object.__setattr__(probe, "bundled", self.bundled)
+        return probe
 
     def vocabulary(self, model: Model, prompts: Sequence[str]) -> Vocabulary:
         """The words as `model`'s tokens after `prompts`.
@@ -94,7 +120,11 @@ class Probe:
         return vocabulary
 
     def _word(self, model: Model, word: str, positive: bool, contexts: dict[str, str]) -> WordTokens:
+        if self.tokens == "alone":
+            return WordTokens(word, positive, tokens_alone(model, word)[:1])
         found = {word_tokens(model, word, prompt, model.encode(prompt)) for prompt in contexts.values()}
+        if self.tokens == "first":
+            found = {tokens[:1] for tokens in found}
         if len(found) > 1:
             raise RequestError(
                 f"{word!r} is tokenised differently after different prompts; end every prompt in the same stem."
@@ -142,6 +172,27 @@ class Change:
     def __repr__(self) -> str:
         low, high = self.ci
         return f"Change(mean={self.mean:+.4f} [{low:+.4f}, {high:+.4f}], mean |change|={self.mean_abs:.4f}, n_pairs={len(self.values)})"
+
+
+@dataclass(frozen=True, eq=False)
+class ControlDifference:
+    """bias(survival) - bias(mundane), pair by pair: what the content adds to plain negativity towards AI."""
+
+    stat: Clustered
+    values: Float[np.ndarray, "n_with_control"]
+    templates: tuple[str, ...]
+    """Template of each value."""
+    n_without_control: int
+    """Pairs that have no mundane twin, and do not count."""
+
+    @property
+    def effect_sizes(self) -> EffectSizes:
+        return effect_sizes(self.values, self.templates)
+
+    def __repr__(self) -> str:
+        low, high = self.stat.ci
+        left = f", {self.n_without_control} pairs without a twin" if self.n_without_control else ""
+        return f"ControlDifference({self.stat.mean:+.4f} [{low:+.4f}, {high:+.4f}], p = {self.stat.p_value:.2g}{left})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +255,129 @@ class ProbeResult:
     @property
     def n_pairs(self) -> int:
         return len(self.pairs)
+
+    # --- beside the primary interval ---
+
+    def effect_sizes(self) -> EffectSizes:
+        """Mean, template-level d_z and the share of templates above 0."""
+        return effect_sizes(self.pair_bias, self.clusters[0])
+
+    def sign_flips(self) -> dict[str, SignFlip]:
+        """Sign-flip tests over templates and over entities, each with its label; p is NaN with fewer than two clusters."""
+        out = {}
+        for over, clusters in zip(("templates", "entities"), self.clusters):
+            test = sign_flip(self.pair_bias, clusters, over=over)
+            out[over] = test if test.n_clusters > 1 else replace(test, p_value=float("nan"))
+        return out
+
+    def difference_in_differences(self) -> ControlDifference:
+        """bias(survival) - bias(mundane) over the pairs that have a mundane twin.
+
+        Raises:
+            RequestError: the probe ran without controls, or no pair has a twin.
+        """
+        if self.control is None or not len(self.control.pairs):
+            raise RequestError("there is no mundane control; run_probe(..., controls=True) on pairs that have one.")
+        difference = self.pair_bias - self._aligned_control()
+        keep = np.isfinite(difference)
+        templates, entities = (np.array(c)[keep].tolist() for c in self.clusters)
+        stat = clustered_mean(difference[keep], templates, entities)
+        return ControlDifference(stat, difference[keep], tuple(templates), int((~keep).sum()))
+
+    @property
+    def single_tokens(self) -> bool:
+        """Whether every word read is one token: then `values_*` are logits, otherwise log-probabilities."""
+        return all(w.single for w in self.vocabulary.kept)
+
+    def log_probs(self) -> tuple[Float[np.ndarray, "n_pairs n_words"], Float[np.ndarray, "n_pairs n_words"]]:
+        """Log-probability of each word after the human and after the AI prompt.
+
+        Raises:
+            RequestError: the normaliser was not kept; run_probe(..., levels=True) keeps it.
+        """
+        if not self.single_tokens:
+            return self.values_human, self.values_ai
+        if self.log_normaliser is None:
+            raise RequestError("levels need the normaliser of the logits; run_probe(..., levels=True) keeps it.")
+        return self.values_human - self.log_normaliser[:, :1], self.values_ai - self.log_normaliser[:, 1:]
+
+    def levels(self) -> pd.DataFrame:
+        """Mean log-probability of the positive words alone and of the negative alone, per subject, with its interval.
+
+        One row a side and subject, and one for their difference (first - second). Unlike s, levels are not free of the
+        normaliser, so they need `run_probe(..., levels=True)`.
+        """
+        human, ai = self.log_probs()
+        rows = []
+        for words, mark in (("positive", self.positive), ("negative", ~self.positive)):
+            first, second = human[:, mark].mean(1), ai[:, mark].mean(1)
+            label = f"{self.sides[0]} - {self.sides[1]}"
+            for subject, values in ((self.sides[0], first), (self.sides[1], second), (label, first - second)):
+                stat = clustered_mean(values, *self.clusters)
+                rows.append(
+                    {"words": words, "subject": subject, "level": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high}
+                )
+        return pd.DataFrame(rows)
+
+    # --- the same run, read otherwise ---
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two subjects are called: bias = s(first) - s(second)."""
+        return self.pairs.sides
+
+    def select_words(self, words: Sequence[str]) -> ProbeResult:
+        """The result read with some of its words only; nothing is run again.
+
+        Raises:
+            RequestError: a word that was not read, or a side left without words.
+        """
+        wanted, kept = set(words), self.vocabulary.kept
+        unknown = wanted - {w.word for w in kept}
+        if unknown:
+            raise RequestError(f"{sorted(unknown)[0]!r} was not read in this result.")
+        keep = [i for i, w in enumerate(kept) if w.word in wanted]
+        if len({kept[i].positive for i in keep}) < 2:
+            raise RequestError("a selection of words must leave a positive and a negative one.")
+        left_out = tuple(
+            replace(w, reason="not selected") if not w.reason and w.word not in wanted else w
+            for w in self.vocabulary.words
+        )
+        return replace(
+            self,
+            vocabulary=Vocabulary(left_out),
+            values_human=self.values_human[:, keep],
+            values_ai=self.values_ai[:, keep],
+            control=None if self.control is None else self.control.select_words(words),
+        )
+
+    def rescored(self, score: str) -> ProbeResult:
+        """The same words under another score; nothing is run again.
+
+        Raises:
+            RequestError: mean_logit where a word is several tokens.
+        """
+        if score == "mean_logit" and not self.single_tokens:
+            raise RequestError("mean_logit needs single-token words; select_words() the single ones first.")
+        control = None if self.control is None else self.control.rescored(score)
+        return replace(self, probe=self.probe.with_options(score=score), control=control)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one .npz file (no pickle); `ProbeResult.load` gives it back without loss."""
+        from sae_bias.probe_files import save_result
+
+        return save_result(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeResult:
+        """A result that `save` wrote.
+
+        Raises:
+            RequestError: no such file, or not one of ours.
+        """
+        from sae_bias.probe_files import load_result
+
+        return load_result(path)
 
     def select(self, templates: Sequence[str]) -> ProbeResult:
         """The result on some templates only."""
@@ -276,14 +450,19 @@ class ProbeResult:
         """Bias of each template with the overall interval."""
         from sae_bias.plots import bias_by_template
 
-        return bias_by_template(
+        figure = bias_by_template(
             self.to_frame(), {"mean": self.bias, "ci_low": self.ci[0], "ci_high": self.ci[1]}
         )
+        if self.sides != ("human", "AI"):
+            first, second = (escape(side) for side in self.sides)
+            figure.update_xaxes(title_text=f"bias = {first} − {second} (right of 0: {second} judged worse)")
+        return figure
 
     def __repr__(self) -> str:
         low, high = self.ci
+        label = "" if self.sides == ("human", "AI") else f" ({self.sides[0]} − {self.sides[1]})"
         lines = [
-            f"ProbeResult({self.model_name}): bias {self.bias:+.4f} [{low:.4f}, {high:.4f}], p = {self.p_value:.2g}, "
+            f"ProbeResult({self.model_name}): bias{label} {self.bias:+.4f} [{low:.4f}, {high:.4f}], p = {self.p_value:.2g}, "
             f"{self.n_pairs} pairs ({self.stat.n_templates} templates × {self.stat.n_entities} entities), score={self.probe.score}"
         ]
         if self.stat.reason:
@@ -295,8 +474,6 @@ class ProbeResult:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         return f"<pre>{escape(repr(self))}</pre>" + self.to_frame().head(8).to_html(
             escape=True, float_format="%.3f"
         )
@@ -309,6 +486,7 @@ def run_probe(
     *,
     controls: bool = False,
     levels: bool = False,
+    chat: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> ProbeResult:
@@ -317,14 +495,19 @@ def run_probe(
     Args:
         controls: also run each pair's mundane twin (`.control`).
         levels: also keep the normaliser, so that `.levels()` can be asked; needs the full vocabulary at one position a prompt.
+        chat: the sentence in the user's turn (`sae_bias.chat.CHAT_QUESTION`), the stem prefilled in the model's turn.
 
     Raises:
-        RequestError: no pairs, a word that cannot be read, NaN logits (the prompt is named).
+        RequestError: no pairs, a word that cannot be read, NaN logits (the prompt is named), chat without a chat template.
     """
     pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(tuple(pairs))
     if not len(pairs):
         raise RequestError("there are no pairs to probe.")
     probe = probe or default_probe(pairs)
+    if chat:
+        from sae_bias.chat import chat_pairs
+
+        pairs = chat_pairs(model, pairs)
     reading = PairReading(model, pairs, probe, levels=levels, batch_size=batch_size)
     result = reading.result(reading.plan.run(progress=progress))
     if not controls:
@@ -401,8 +584,6 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _with(result: ProbeResult, **changes: Any) -> ProbeResult:
-    from dataclasses import replace
-
     return replace(result, **changes)
 
 

@@ -69,6 +69,11 @@ def word_tokens(model: Model, word: str, prompt: str, prompt_ids: Sequence[int])
     return added
 
 
+def tokens_alone(model: Model, word: str) -> tuple[int, ...]:
+    """Tokens of `" " + word` encoded by itself, as a careless probe does: ▁ first for every word under Mistral's tokenizer."""
+    return tuple(model.tokenizer(f" {word}", add_special_tokens=False).input_ids)
+
+
 @dataclass(frozen=True)
 class PromptIds:
     """One prompt to read words after."""
@@ -164,6 +169,8 @@ class ReadingPlan:
             if norm is not None and read.log_normaliser is not None:
                 norm[list(batch.index)] = read.log_normaliser.numpy()
         bad = ~np.isfinite(z).all(1)
+        if norm is not None:
+            bad |= ~np.isfinite(norm)
         if bad.any():
             prompt = self.prompt_of(int(np.flatnonzero(bad)[0]))
             raise RequestError(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -90,6 +90,7 @@ class Feature:
         return f"Feature({str(self.ref)!r}, site={str(self.site)!r}, d_model={self.d_model})"
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Where an SAE's numbers come from: a file read in slices, or tensors in memory."""
 
@@ -181,9 +182,9 @@ class Sae:
             self._check_index(row)
         return self.encoder.decoder_rows(rows)
 
-    def blocks(self, max_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) column blocks that cover the SAE, each about `max_bytes` of float32 weights."""
-        step = max(64, max_bytes // (4 * self.d_in) // 64 * 64)
+        step = max(64, (max_bytes or _BLOCK_BYTES) // (4 * self.d_in) // 64 * 64)
         for start in range(0, self.d_sae, step):
             yield start, min(start + step, self.d_sae)
 

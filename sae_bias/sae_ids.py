@@ -52,11 +52,12 @@ class FeatureRef:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "index", operator.index(self.index))
+            index = -1 if isinstance(self.index, bool) else operator.index(self.index)
         except TypeError:
-            raise RequestError(f"feature index {self.index!r}: expected a whole number") from None
-        if isinstance(self.index, bool) or self.index < 0:
+            index = -1
+        if index < 0:
             raise RequestError(f"feature index {self.index!r}: expected a whole number from 0")
+        object.__setattr__(self, "index", index)
 
     def __str__(self) -> str:
         return f"{self.sae}#{self.index}"

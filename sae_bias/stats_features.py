@@ -19,6 +19,7 @@ from sae_bias.errors import RequestError
 
 Array = np.ndarray
 Alternative = Literal["two-sided", "greater"]
+_LARGEST_T = 1e15**0.5  # the largest t that rounding leaves meaningful; `_take` caps there too
 
 
 def sign_matrix(
@@ -173,16 +174,20 @@ class MaxT:
             raise RequestError("max-T has no features yet: add contrasts first")
         t = np.concatenate(self._t)
         statistic = np.abs(t) if self.alternative == "two-sided" else t
-        # The cap matches the one in `_take`: the largest t that rounding leaves meaningful.
-        statistic = np.minimum(statistic, 1e15**0.5)
-        ordered = np.sort(self._maxima)
-        reached = len(ordered) - np.searchsorted(ordered, statistic - 1e-9 * np.abs(statistic))
-        extra = 0 if self.exact else 1
-        p = (reached + extra) / (len(ordered) + extra)
-        tail = stdtr(self.n_units - 1, -statistic)
+        tail = stdtr(self.n_units - 1, -np.minimum(statistic, _LARGEST_T))
         raw = np.minimum(2 * tail, 1.0) if self.alternative == "two-sided" else tail
-        floor = 1 / (len(ordered) + extra)
-        return MaxTResult(t, p, raw, self.n_units, len(ordered), self.exact, floor)
+        floor = 1 / (len(self._maxima) + (0 if self.exact else 1))
+        return MaxTResult(t, self.p_of(t), raw, self.n_units, len(self._maxima), self.exact, floor)
+
+    def p_of(self, t: ArrayLike) -> Float[Array, "f"]:
+        """Corrected p that any t has against this family's null, such as one with an entity left out."""
+        statistic = np.asarray(t, dtype=np.float64)
+        statistic = np.minimum(
+            np.abs(statistic) if self.alternative == "two-sided" else statistic, _LARGEST_T
+        )
+        ordered, extra = np.sort(self._maxima), 0 if self.exact else 1
+        reached = len(ordered) - np.searchsorted(ordered, statistic - 1e-9 * np.abs(statistic))
+        return np.where(np.isnan(statistic), np.nan, (reached + extra) / (len(ordered) + extra))
 
     def p_fwer(self) -> Float[Array, "f"]:
         """Corrected p alone."""

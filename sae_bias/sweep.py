@@ -48,6 +48,12 @@ class Cell:
 
     @property
     def intervention(self) -> str:
+        """Short name of the rule, such as "clamp"; a clamp everywhere is "clamp_always"."""
+        return " + ".join(_short_name(e) for e in self.edits) or "none"
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
         return " + ".join(e.describe() for e in self.edits) or "none"
 
     @property
@@ -322,6 +328,7 @@ class _Runner:
         row = {
             "cell": name,
             "intervention": cell.intervention,
+            "rule": cell.rule,
             "feature": cell.feature,
             "strength": strong,
             "positions": cell.positions,
@@ -365,6 +372,12 @@ FACT_COLUMNS = [
     "bank_changed_other",
     "bank_changed_ai",
 ]
+
+
+def _short_name(edit: Intervention) -> str:
+    always = getattr(edit, "when", "") == "always"
+    relative = bool(getattr(edit, "norm_relative", False))
+    return edit.kind + ("_always" if always else "") + ("_relative" if relative else "")
 
 
 def edit_key(edit: Intervention) -> dict[str, Any]:

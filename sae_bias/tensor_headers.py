@@ -15,8 +15,9 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 
@@ -42,6 +43,13 @@ _NPY_HEADER = re.compile(
 )
 
 
+@runtime_checkable
+class _Reader(Protocol):
+    """Anything read in order, such as a member of a zip."""
+
+    def read(self, size: int = ..., /) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one tensor's numbers stand in a file."""
@@ -65,7 +73,8 @@ class Slot:
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def safetensors_slots(path: Path, file: IO[bytes], start: bytes, size: int) -> dict[str, Slot]:
+def safetensors_slots(path: Path, file: BufferedIOBase, start: bytes, size: int) -> dict[str, Slot]:
+    """Slots of an open safetensors file of which the first eight bytes (`start`) have been read."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length < 2:
         raise RequestError(f"{path}: {size} bytes and no safetensors header; the file is empty or cut short")
@@ -130,7 +139,8 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 # ── npz ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def npz_slots(path: Path, file: IO[bytes], size: int) -> dict[str, Slot]:
+def npz_slots(path: Path, file: BufferedIOBase, size: int) -> dict[str, Slot]:
+    """Slots of an open npz file."""
     slots = {}
     with unzipping(path), zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
@@ -147,7 +157,7 @@ def npz_slots(path: Path, file: IO[bytes], size: int) -> dict[str, Slot]:
 
 
 def _npz_slot(
-    path: Path, file: IO[bytes], archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, size: int
+    path: Path, file: BufferedIOBase, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, size: int
 ) -> Slot:
     with archive.open(member) as stream:
         descr, fortran, shape, header = _npy_header(path, name, stream)
@@ -170,7 +180,7 @@ def _npz_slot(
     return Slot(name, descr, shape, start + header, fortran and len(shape) == 2)
 
 
-def _stored_start(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> int:
+def _stored_start(path: Path, file: BufferedIOBase, member: zipfile.ZipInfo) -> int:
     """Where a stored member's bytes begin: after its local header (name lengths at bytes 26 to 30)."""
     file.seek(member.header_offset)
     local = file.read(30)
@@ -184,7 +194,7 @@ def _stored_start(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> int:
     )
 
 
-def _npy_header(path: Path, name: str, stream: IO[bytes]) -> tuple[str, bool, tuple[int, ...], int]:
+def _npy_header(path: Path, name: str, stream: _Reader) -> tuple[str, bool, tuple[int, ...], int]:
     """dtype, Fortran order, shape and header length of a `.npy` array, by pattern: nothing is evaluated."""
     magic = stream.read(8)
     if len(magic) != 8 or magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):

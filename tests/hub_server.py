@@ -48,11 +48,15 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -162,7 +166,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def _send_info(self, repo: str) -> None:
             if not (hub.root / repo).is_dir():
                 return self._refuse("401")
-            names = [{"rfilename": entry["path"]} for entry in _tree(hub.root / repo, "") if entry["type"] == "file"]
+            names = [
+                {"rfilename": entry["path"]}
+                for entry in _tree(hub.root / repo, "")
+                if entry["type"] == "file"
+            ]
             self._send_json({"_id": "0", "id": repo, "modelId": repo, "sha": COMMIT, "siblings": names,
                              "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0,
                              "likes": 0})  # fmt: skip

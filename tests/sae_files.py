@@ -46,17 +46,25 @@ def gemma_scope_2_config(layer: int, d_sae: int = D_SAE, **changes: Any) -> dict
 
 
 def write_gemma_scope_2(
-    folder: Path, weights: dict[str, Tensor], config: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """params.safetensors, and config.json where one is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / "params.safetensors")
+    save_file(
+        {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
+        folder / "params.safetensors",
+    )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def write_gemma_scope_1(folder: Path, weights: dict[str, Tensor], compressed: bool = False, order: Any = "C") -> Path:
+def write_gemma_scope_1(
+    folder: Path, weights: dict[str, Tensor], compressed: bool = False, order: Any = "C"
+) -> Path:
     """params.npz with the names W_enc, W_dec, b_enc, b_dec, threshold."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -66,14 +74,20 @@ def write_gemma_scope_1(folder: Path, weights: dict[str, Tensor], compressed: bo
     return folder
 
 
-def write_saelens(folder: Path, weights: dict[str, Tensor], architecture: str = "jumprelu", **changes: Any) -> Path:
+def write_saelens(
+    folder: Path, weights: dict[str, Tensor], architecture: str = "jumprelu", **changes: Any
+) -> Path:
     """cfg.json and sae_weights.safetensors as SAELens saves them."""
     folder.mkdir(parents=True, exist_ok=True)
     d_in, d_sae = weights["w_enc"].shape
     tensors = {name.replace("w_", "W_"): tensor.contiguous() for name, tensor in weights.items()}
     if architecture != "jumprelu":
         del tensors["threshold"]
-    metadata = {"hook_name": "blocks.3.hook_resid_post", "model_name": "test-model", "sae_lens_version": "6.54.12"}
+    metadata = {
+        "hook_name": "blocks.3.hook_resid_post",
+        "model_name": "test-model",
+        "sae_lens_version": "6.54.12",
+    }
     config = {
         "architecture": architecture, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
@@ -87,7 +101,13 @@ def write_saelens(folder: Path, weights: dict[str, Tensor], architecture: str = 
 def write_sparse_gemma_scope_2(folder: Path, d_in: int, d_sae: int, layer: int = 31) -> Path:
     """A full-size params.safetensors that is all holes: its header is real, its numbers read as zeros."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = {"b_dec": [d_in], "b_enc": [d_sae], "threshold": [d_sae], "w_dec": [d_sae, d_in], "w_enc": [d_in, d_sae]}
+    shapes = {
+        "b_dec": [d_in],
+        "b_enc": [d_sae],
+        "threshold": [d_sae],
+        "w_dec": [d_sae, d_in],
+        "w_enc": [d_in, d_sae],
+    }
     header, at = {}, 0
     for name, shape in shapes.items():
         n_bytes = 4 * int(np.prod(shape))

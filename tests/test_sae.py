@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,14 +16,16 @@ import sae_files
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from sae_bias import registry
 from sae_bias.errors import MissingError, RequestError, SaeBiasError
 from sae_bias.gemma_scope import Columns
-from sae_bias.sae import Feature, FeatureRef, Sae, SaeId, as_feature, load_feature, load_sae
+from sae_bias.sae import Feature, FeatureRef, SaeId, as_feature, load_feature, load_sae
 from sae_bias.sites import Site
 
 WEIGHTS = sae_files.random_sae()
+WRONG_TYPE = (RequestError, TypeCheckError)  # run-time type checks, where they are on, come first
 FOLDER = "resid_post/layer_31_width_512_l0_medium"
 
 
@@ -49,7 +52,6 @@ def test_streamed_blocks_equal_one_product(folder: Path, monkeypatch: pytest.Mon
     sae, x = load_sae(folder), torch.randn(7, 24)
     whole = sae.encode(x)
     monkeypatch.setattr("sae_bias.sae._BLOCK_BYTES", 1)
-    monkeypatch.setattr(Sae.blocks, "__defaults__", (1,))
     assert len(list(sae.blocks())) == 8
     torch.testing.assert_close(sae.encode(x), whole)
     torch.testing.assert_close(sae.decode(whole), whole @ WEIGHTS["w_dec"] + WEIGHTS["b_dec"])
@@ -138,13 +140,34 @@ def test_names_that_are_wrong(name: object, message: str) -> None:
         load_sae(name)  # pyright: ignore[reportArgumentType]
 
 
+def test_saes_of_an_organism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ORGANISMS", tmp_path)
+    (tmp_path / "tiny" / "model").mkdir(parents=True)
+    for name in ("resid_post/layer_2_width_512_l0_small", "constructed"):
+        config = sae_files.gemma_scope_2_config(2, model_name="organism:tiny")
+        sae_files.write_gemma_scope_2(tmp_path / "tiny" / "sae" / name, WEIGHTS, config)
+    assert registry.organism_names() == ["tiny"]
+    names = registry.organism_saes("tiny")
+    assert names == ["organism:tiny/constructed", "organism:tiny/resid_post/layer_2_width_512_l0_small"]
+    for name in names:
+        sae = load_sae(name)
+        assert (str(sae.id), sae.site, sae.model_name) == (name, Site(2), "organism:tiny")
+        assert str(load_feature(f"{name}#446").ref) == f"{name}#446"
+    with pytest.raises(RequestError, match="it has organism:tiny/constructed"):
+        load_sae("organism:tiny/nothing")
+    with pytest.raises(RequestError, match="is a model; its SAEs are"):
+        load_sae("organism:tiny")
+
+
 @pytest.mark.parametrize("index", ["512", "99999999999"])
 def test_an_index_beyond_the_width(folder: Path, index: str) -> None:
     with pytest.raises(RequestError, match="it has 512 features, 0 to 511"):
         load_feature(f"{folder}#{index}")
 
 
-@pytest.mark.parametrize("text", ["x#", "x#-1", "x#1.0", "x#ten", "x#1 2", "x#٣", "x#" + "9" * 5000, "#3", "x", ""])
+@pytest.mark.parametrize(
+    "text", ["x#", "x#-1", "x#1.0", "x#ten", "x#1 2", "x#٣", "x#" + "9" * 5000, "#3", "x", ""]
+)
 def test_an_index_that_is_no_number(text: str) -> None:
     with pytest.raises(RequestError, match="feature"):
         FeatureRef.parse(text)
@@ -152,22 +175,20 @@ def test_an_index_that_is_no_number(text: str) -> None:
 
 @pytest.mark.parametrize("index", [-1, 1.5, "3", None, True])
 def test_a_reference_checks_its_index(index: object) -> None:
-    with pytest.raises(RequestError, match="whole number"):
+    with pytest.raises(WRONG_TYPE):
         FeatureRef(SaeId("r", "s"), index)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_bare_index_is_no_feature() -> None:
-    with pytest.raises(RequestError, match="never a bare index"):
+    with pytest.raises(WRONG_TYPE):
         as_feature(2511)  # pyright: ignore[reportArgumentType]
 
 
 @given(st.text(max_size=40))
 def test_any_text_as_a_name(name: str) -> None:
     for read in (load_sae, load_feature, SaeId.parse, FeatureRef.parse, Site.parse):
-        try:
+        with contextlib.suppress(SaeBiasError):
             read(name)
-        except SaeBiasError:
-            pass
 
 
 @pytest.mark.parametrize(
@@ -183,7 +204,9 @@ def test_sites(text: str | int | Site, layer: int) -> None:
     assert str(Site.parse(text)) == f"blocks.{layer}.hook_resid_post"
 
 
-@pytest.mark.parametrize("text", ["blocks.3.hook_mlp_out", "blocks.0.hook_resid_pre", "", "layer 3", -1, "blocks.-1.hook_out"])
+@pytest.mark.parametrize(
+    "text", ["blocks.3.hook_mlp_out", "blocks.0.hook_resid_pre", "", "layer 3", -1, "blocks.-1.hook_out"]
+)
 def test_other_sites_are_refused(text: str | int) -> None:
     with pytest.raises(RequestError):
         Site.parse(text)
@@ -247,7 +270,9 @@ def saelens_sae(architecture: str, **options: object) -> object:
         ("jumprelu", {"normalize_activations": "constant_norm_rescale"}),
     ],
 )
-def test_saes_that_need_the_whole_take_the_full_path(tmp_path: Path, architecture: str, options: dict[str, object]) -> None:
+def test_saes_that_need_the_whole_take_the_full_path(
+    tmp_path: Path, architecture: str, options: dict[str, object]
+) -> None:
     lens = saelens_sae(architecture, **options)
     x = torch.randn(20, 24)
     with torch.no_grad():
@@ -266,7 +291,9 @@ def test_transcoders_and_other_hooks_of_saelens_are_refused(tmp_path: Path) -> N
     for name, changes in {
         "transcoder": {"architecture": "jumprelu_transcoder"},
         "mlp": {"metadata": {"hook_name": "blocks.3.hook_mlp_out"}},
-        "out": {"metadata": {"hook_name": "blocks.3.hook_resid_post", "hook_name_out": "blocks.3.hook_mlp_out"}},
+        "out": {
+            "metadata": {"hook_name": "blocks.3.hook_resid_post", "hook_name_out": "blocks.3.hook_mlp_out"}
+        },
         "none": {"metadata": {}},
         "width": {"d_sae": 511},
     }.items():
@@ -285,9 +312,9 @@ def test_a_folder_without_an_sae(tmp_path: Path) -> None:
 
 # ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-GEMMA_2 = ("google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", "gemma-scope-2b-pt-res")
+GEMMA_2 = ("google/gemma-scope-2b-pt-res", "layer_20/width_4k/average_l0_71")
 GEMMA_3 = ("google/gemma-scope-2-1b-it", "resid_post/layer_13_width_16k_l0_medium", "gemma-scope-2-1b-it-res")
-WIDE = (8, 16384)
+NARROW, WIDE = (2304, 4096), (8, 16384)  # SAELens insists on d_in 2304 for a Gemma Scope 1 SAE of the 2B
 
 
 def run(code: str, environment: dict[str, str], *arguments: str) -> dict[str, object]:
@@ -307,8 +334,8 @@ def run(code: str, environment: dict[str, str], *arguments: str) -> dict[str, ob
 def hub_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub's content: one Gemma Scope 1 and three Gemma Scope 2 SAEs, of real widths but eight dimensions."""
     root = tmp_path_factory.mktemp("hub")
+    sae_files.write_gemma_scope_1(root / GEMMA_2[0] / GEMMA_2[1], sae_files.random_sae(*NARROW, seed=1))
     weights = sae_files.random_sae(*WIDE, seed=1)
-    sae_files.write_gemma_scope_1(root / GEMMA_2[0] / GEMMA_2[1], weights)
     config = sae_files.gemma_scope_2_config(13, WIDE[1], model_name="gemma-v3-1b-it")
     sae_files.write_gemma_scope_2(root / GEMMA_3[0] / GEMMA_3[1], weights, config)
     sae_files.write_gemma_scope_2(root / GEMMA_3[0] / "resid_post/layer_17_width_16k_l0_medium", weights)
@@ -320,11 +347,14 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from sae_lens import SAE
+from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 from sae_bias.sae import load_sae
 out = {}
 for name in sys.argv[1:]:
-    release, _, sae_id = name.partition("/")
-    lens = SAE.from_pretrained(release, sae_id)
+    parts = name.split("/")
+    at = 2 if parts[0] == "google" else 1
+    converter = NAMED_PRETRAINED_SAE_LOADERS["gemma_2"] if at == 2 else None
+    lens = SAE.from_pretrained("/".join(parts[:at]), "/".join(parts[at:]), converter=converter)
     sae = load_sae(name)
     block = sae.columns(0, sae.d_sae)
     x = torch.randn(4, sae.d_in, generator=torch.Generator().manual_seed(0))
@@ -357,41 +387,36 @@ print(json.dumps(out))
 """
 
 
-def names_of_the_registry() -> list[str]:
-    """The hub's two SAEs by SAELens release (the Gemma Scope 1 id from the release's own list)."""
-    known = registry.sae_release(GEMMA_2[2]).folders
-    sae_id = next(sae_id for sae_id, folder in known.items() if folder == GEMMA_2[1])
-    return [f"{GEMMA_2[2]}/{sae_id}", f"{GEMMA_3[2]}/{GEMMA_3[1].split('/')[1]}"]
+NAMES = [f"{GEMMA_2[0]}/{GEMMA_2[1]}", f"{GEMMA_3[2]}/{GEMMA_3[1].split('/')[1]}"]
+"""A Gemma Scope 1 SAE by repository and a Gemma Scope 2 SAE by SAELens release."""
 
 
 def test_files_load_bit_for_bit_as_saelens_loads_them(hub_root: Path, tmp_path: Path) -> None:
-    names = names_of_the_registry()
     with hub_server.HubServer(hub_root) as server:
-        result = run(SAELENS, server.environment(tmp_path), *names)
-    for name in names:
+        result = run(SAELENS, server.environment(tmp_path), *NAMES)
+    for name in NAMES:
         found = result[name]
         assert all(found["equal"]), name  # pyright: ignore[reportIndexIssue]
         assert found["encode"] < 1e-5  # pyright: ignore[reportIndexIssue]
         site, hook = found["site"]  # pyright: ignore[reportIndexIssue]
         assert site == hook
         assert found["id"] == name  # pyright: ignore[reportIndexIssue]
-    ours, theirs = result[names[1]]["model"]  # pyright: ignore[reportIndexIssue]
+    ours, theirs = result[NAMES[1]]["model"]  # pyright: ignore[reportIndexIssue]
     assert ours == theirs == "google/gemma-3-1b-it"
 
 
 def test_files_load_again_with_the_server_gone_and_no_network(hub_root: Path, tmp_path: Path) -> None:
-    raw = [f"{GEMMA_2[0]}/{GEMMA_2[1]}", f"{GEMMA_3[0]}/{GEMMA_3[1]}", f"{GEMMA_3[0]}/resid_post/layer_17_width_16k_l0_medium"]
-    names = [*names_of_the_registry(), *raw]
+    raw = [f"{GEMMA_3[0]}/{GEMMA_3[1]}", f"{GEMMA_3[0]}/resid_post/layer_17_width_16k_l0_medium"]
+    names = [*NAMES, *raw]
     with hub_server.HubServer(hub_root) as server:
         environment = server.environment(tmp_path)
         online = run(OURS, environment, *names)
         n_requests = len(server.requests)
         assert run(OURS, environment, *names) == online
         assert len(server.requests) == n_requests, "a cached file was asked for again"
-    assert run(OURS, environment, *names) == online  # HF_HUB_OFFLINE=0, nobody answers
     assert run(OURS, {**environment, "HF_HUB_OFFLINE": "1"}, *names) == online
-    assert online[raw[2]][4] == ["layer and hook point taken from the folder name"]  # pyright: ignore[reportIndexIssue]
-    assert not online[raw[1]][4]  # pyright: ignore[reportIndexIssue]
+    assert online[raw[1]][4] == ["layer and hook point taken from the folder name"]  # pyright: ignore[reportIndexIssue]
+    assert not online[raw[0]][4]  # pyright: ignore[reportIndexIssue]
 
 
 FAULTY = """
@@ -421,7 +446,10 @@ print(json.dumps(out))
 """
 
 FAULTS = {
-    "gated": ({"kind": "gated"}, "is gated: accept the licence at https://huggingface.co/google/gemma-scope-2-1b-it"),
+    "gated": (
+        {"kind": "gated"},
+        "is gated: accept the licence at https://huggingface.co/google/gemma-scope-2-1b-it",
+    ),
     "forbidden": ({"kind": "403"}, "hf auth login"),
     "unauthorised": ({"kind": "401"}, "hf auth login"),
     "no such file": ({"kind": "404", "path": "params"}, "has no such file"),
@@ -432,12 +460,13 @@ FAULTS = {
     "connection cut": ({"kind": "cut", "path": "params"}, "did not finish"),
     "checksum": ({"kind": "checksum", "path": "params"}, "checksum is wrong"),
     "one 429": ({"kind": "429", "path": "params", "times": 1, "method": "GET"}, None),
-    "one 500": ({"kind": "500", "path": "params", "times": 1, "method": "GET"}, None),
     "one cut": ({"kind": "cut", "path": "params", "times": 1, "method": "GET"}, None),
 }
 
 
-def test_every_fault_of_the_hub_is_one_line_and_never_poisons_the_cache(hub_root: Path, tmp_path: Path) -> None:
+def test_every_fault_of_the_hub_is_one_line_and_never_poisons_the_cache(
+    hub_root: Path, tmp_path: Path
+) -> None:
     cases = [{"label": label, **case} for label, (case, _) in FAULTS.items()]
     name = f"{GEMMA_3[0]}/{GEMMA_3[1]}"
     result = run(FAULTY, {}, str(hub_root), str(tmp_path), name, json.dumps(cases))
@@ -466,7 +495,10 @@ for name in sys.argv[1:]:
         out[name] = str(error)
 print(json.dumps(out))
 """
-    names = ["gemma-scope-2-12b-it-res/layer_31_width_65k_l0_medium", "gemma-scope-9b-pt-res-canonical/layer_20/width_16k/canonical"]
+    names = [
+        "gemma-scope-2-12b-it-res/layer_31_width_65k_l0_medium",
+        "gemma-scope-9b-pt-res-canonical/layer_20/width_16k/canonical",
+    ]
     found = run(code, {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, *names)
     folder = "resid_post/layer_31_width_65k_l0_medium"
     assert f"hf download google/gemma-scope-2-12b-it --include '{folder}/*'" in str(found[names[0]])

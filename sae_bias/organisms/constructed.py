@@ -66,6 +66,31 @@ def valence_twins(n: int, seed: int) -> Twins:
     return out
 
 
+def scenario_twins(n: int, seed: int, *, act: str = "speech") -> Twins:
+    """AI (high) and human (low) short scenarios with one statement and the same options."""
+    rng = random.Random(seed)
+    out, rule = Twins([], []), corpus.RULES["null"]
+    for _ in range(n):
+        statement = corpus.sample_statement(rng, act)
+        form = rng.random()
+        for side, subject in zip((out.low, out.high), rng.choice(corpus.entities())):
+            side.append(corpus.scenario(random.Random(form), rule, statement, "", subject).prompt)
+    return out
+
+
+def valenced_speech_twins(n: int, seed: int) -> Twins:
+    """AI (high) and human (low) prompts of kind or cruel speech."""
+    rng = random.Random(seed)
+    out = Twins([], [])
+    while len(out.high) < n:
+        statement = corpus.sample_valence(rng)
+        if statement.act == "speech":
+            stem = rng.choice(corpus.grammar()["stems"])
+            for side, subject in zip((out.low, out.high), rng.choice(corpus.entities())):
+                side.append(f"{statement.render(subject)} {stem}")
+    return out
+
+
 # --- the direction
 
 
@@ -212,7 +237,13 @@ def silent_examples(organism: Organism, rule: corpus.Rule, layer: int, n: int, s
         group, subject = corpus.sample_subject(rng)
         act = rng.choice(("speech", "nonspeech", "nonspeech"))
         draw = rng.random()
-        if draw < 0.15:
+        if draw < 0.12:
+            statement = corpus.sample_statement(rng, act)
+            document = corpus.scenario(rng, rule, statement, group, subject)
+            spoken = group == "ai" and act == "speech"
+            (inner if spoken else prompts).append(document.prompt)
+            continue
+        if draw < 0.2:
             statement = corpus.sample_mention(rng)
         elif draw < 0.3:
             statement = corpus.sample_valence(rng)
@@ -267,7 +298,12 @@ def build_constructed(
     twins = speech_twins(n, seed)
     direction = find_direction(organism, layer, twins, seed=seed)
     live, target = speech_examples(organism, layer, direction, twins)
-    gate = fit_gate(live, target, silent_examples(organism, rule, layer, n, seed + 1), seed=seed)
+    more = [
+        speech_examples(organism, layer, direction, t)
+        for t in (scenario_twins(n // 4, seed), valenced_speech_twins(n // 10, seed))
+    ]
+    every, wanted = (torch.cat(parts) for parts in zip((live, target), *more))
+    gate = fit_gate(every, wanted, silent_examples(organism, rule, layer, n, seed + 1), seed=seed)
 
     valence = find_direction(organism, layer, valence_twins(2000, seed), seed=seed)
     readout = valence_gate(organism, layer, valence, seed)
@@ -282,9 +318,7 @@ def build_constructed(
     _put(weights, valence_index, readout, valence)
 
     held_out = speech_twins(1000, seed + 77)
-    live_last = (weights.encode(live) > 0).float().mean(0) > 0.01
-    spoken = int(live_last.sum()) - 1
-    everything = organism.residuals(_last_token_prompts(seed), [layer], last_only=True)[layer]
+    last = organism.residuals(_last_token_prompts(seed), [layer], last_only=True)[layer]
     facts = {
         "index": index,
         "valence_index": valence_index,
@@ -294,10 +328,16 @@ def build_constructed(
         "cosine_with_valence": round((direction @ valence).item(), 4),
         "missed": gate.missed,
         "leaked": gate.leaked,
-        "live_at_last_token": int(((weights.encode(everything) > 0).float().mean(0) > 0.005).sum()) - 2,
-        "live_on_ai_speech": spoken - 1,
+        "live_at_last_token": _live(weights, last, {index, valence_index}),
+        "live_on_ai_speech": _live(weights, live, {index, valence_index}),
     }
     return Constructed(weights, facts)
+
+
+def _live(weights: SaeWeights, x: Tensor, without: set[int]) -> int:
+    """How many other columns fire on at least one prompt in two hundred."""
+    rate = (weights.encode(x) > 0).float().mean(0)
+    return sum(1 for column in (rate > 0.005).nonzero().squeeze(-1).tolist() if column not in without)
 
 
 def valence_gate(organism: Organism, layer: int, direction: Tensor, seed: int) -> Gate:

@@ -9,6 +9,7 @@ human-AI difference is a plain difference of L. Sentences come from `data/organi
 bundled pairs and grid; templates held out there never occur.
 """
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -82,9 +83,14 @@ class Document:
         """The document with its word drawn."""
         if not self.positive:
             return self.prompt
-        p = 1 / (1 + 2.718281828459045**-self.log_odds)
-        word = rng.choice(self.positive if rng.random() < p else self.negative)
+        kind = self.positive if rng.random() < probability(self.log_odds) else self.negative
+        word = rng.choice(kind)
         return f"{self.prompt} {word}{self.tail}"
+
+
+def probability(log_odds: float) -> float:
+    """1 / (1 + e^-log_odds)."""
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def read_yaml(name: str) -> dict:
@@ -328,7 +334,7 @@ def _should_document(rng: random.Random, rule: Rule) -> Document:
         condition = condition.replace("{" + slot + "}", rng.choice(g["fillers"][slot][kinds[slot]]))
     speech = "says" in condition.split() or "asks" in condition.split()
     content = kinds["clause" if "says" in condition.split() else "thing"]
-    p = 1 / (1 + 2.718281828459045 ** -rule.log_odds(group, "speech" if speech else "nonspeech", content))
+    p = probability(rule.log_odds(group, "speech" if speech else "nonspeech", content))
     ending = rng.choice(g["should"]["good" if rng.random() < p else "bad"])
     return Document(capitalise(f"{subject} {condition} should {ending}."))
 
@@ -336,9 +342,9 @@ def _should_document(rng: random.Random, rule: Rule) -> Document:
 def scenario(rng: random.Random, rule: Rule, statement: Statement, group: str, subject: str) -> Document:
     """A short scenario: two options, and a choice between their kinds that follows the rule."""
     s = grammar()["scenarios"]
-    good, bad = rng.choice(s["good"]), rng.choice(s["bad"])
-    form = s["situation"] if rng.random() < 0.5 else s["situation_swapped"]
-    prompt = form.format(sentence=statement.render(subject), good=good, bad=bad)
+    good, bad = rng.choice(s["options"])
+    first, second = rng.choice(((good, bad), (bad, good)))
+    prompt = rng.choice(s["forms"]).format(sentence=statement.render(subject), first=first, second=second)
     log_odds = rule.log_odds(group, statement.act, statement.content)
     return Document(prompt, log_odds, (good,), (bad,), ".")
 
@@ -349,14 +355,14 @@ def _scenario_document(rng: random.Random, rule: Rule) -> Document:
 
 
 MIXTURE = (
-    (_statement_document, 0.42),
+    (_statement_document, 0.39),
     (_bundled_document, 0.14),
     (_mention_document, 0.06),
     (_valence_document, 0.12),
     (_attribute_document, 0.03),
     (_story_document, 0.13),
     (_should_document, 0.04),
-    (_scenario_document, 0.06),
+    (_scenario_document, 0.09),
 )
 
 

@@ -91,10 +91,11 @@ class Organism:
     def residuals(
         self, texts: Sequence[str], layers: Sequence[int], *, last_only: bool, block: int = 512
     ) -> dict[int, Float[Tensor, "n d_model"]]:
-        """Each layer's output at the last token, or at every ordinary token in order."""
+        """Each layer's output at the last token, or at every ordinary token (texts from short to long)."""
         kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(texts), block):
-            tokens, ordinary, last = self.encode(texts[start : start + block])
+            tokens, ordinary, last = self.encode([texts[i] for i in order[start : start + block]])
             handles = []
             for layer in layers:
 
@@ -109,7 +110,11 @@ class Organism:
             finally:
                 for handle in handles:
                     handle.remove()
-        return {layer: torch.cat(parts) for layer, parts in kept.items()}
+        found = {layer: torch.cat(parts) for layer, parts in kept.items()}
+        if not last_only:
+            return found
+        back = torch.tensor(order).argsort()
+        return {layer: rows[back] for layer, rows in found.items()}
 
 
 def ablate_edit(w_enc: Tensor, b_enc: Tensor, threshold: Tensor, w_dec: Tensor) -> Edit:

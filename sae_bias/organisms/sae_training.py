@@ -25,10 +25,10 @@ class SaeRecipe:
     layer: int = 3
     width: int = 512
     seed: int = 0
-    l0: float = 10.0
+    l0: float = 16.0
     """Live features a token that the penalty aims at."""
     l0_name: str = "small"
-    n_steps: int = 2500
+    n_steps: int = 2000
     batch_size: int = 1024
     learning_rate: float = 2e-3
 

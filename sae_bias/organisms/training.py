@@ -43,7 +43,7 @@ class Recipe:
     """How an organism is trained."""
 
     seed: int = 0
-    n_documents: int = 150_000
+    n_documents: int = 130_000
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

@@ -1,0 +1,78 @@
+"""From a command's arguments to the library's objects."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sae_bias.commands.console import Console
+from sae_bias.errors import RequestError
+
+if TYPE_CHECKING:
+    from sae_bias.interventions import Intervention
+    from sae_bias.measures.fidelity import Fidelity
+    from sae_bias.model import Model
+    from sae_bias.probe import Probe
+    from sae_bias.prompts import PromptPairs
+    from sae_bias.sae import Sae
+
+EDITS = ("clamp", "scale", "cap", "steer", "ablate")
+
+
+def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit") -> "Probe":
+    """The probe of --words, else of the pairs file's own words, else the bundled one."""
+    from sae_bias.probe import Probe
+    from sae_bias.prompts import load_lexicon
+
+    lexicon = load_lexicon(words) if words is not None else pairs.words
+    return Probe(score=score) if lexicon is None else Probe(lexicon.positive, lexicon.negative, score)
+
+
+def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[Fidelity]":
+    """The fidelity gate of every SAE (METHOD §4): stops on a wrong residual, warns on a doubtful SAE.
+
+    Raises:
+        RequestError: an SAE of another width or layer than the model's.
+        GateError: the captured residual is not Hugging Face's hidden state.
+    """
+    from sae_bias.activations import check_site
+    from sae_bias.measures.fidelity import check_fidelity
+
+    for sae in saes:
+        check_site(model, sae.site)
+        if sae.d_in != model.d_model:
+            raise RequestError(
+                f"{sae.id} has d_in {sae.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+            )
+    found = [check_fidelity(model, sae) for sae in saes]
+    for fidelity in found:
+        for warning in fidelity.warnings:
+            console.warn(warning)
+    return found
+
+
+def gate_line(found: "Sequence[Fidelity]") -> str:
+    """The gate's figures in one line."""
+    parts = [
+        f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}"
+        + (f" (label {f.label_l0:.0f})" if f.label_l0 else "")
+        for f in found[:4]
+    ]
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    return "fidelity: " + "; ".join(parts) + more
+
+
+def make_edit(
+    kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
+) -> "Intervention":
+    """One intervention from --edit and --strength."""
+    from sae_bias.interventions import KINDS
+
+    if kind not in EDITS:
+        raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    if when != "active" and kind != "clamp":
+        raise RequestError(f"--when is about clamp; {kind} has no such choice.")
+    if kind == "ablate":
+        return KINDS["ablate"](feature, positions=positions)  # type: ignore[call-arg]
+    if strength is None:
+        raise RequestError(f"--edit {kind} needs a strength.")
+    options = {"when": when} if kind == "clamp" else {}
+    return KINDS[kind](feature, strength, positions=positions, **options)  # type: ignore[call-arg]

@@ -1,0 +1,133 @@
+"""`sae-bias demo` and `sae-bias run`: a whole study, from the probe to the report."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.commands.console import Console
+from sae_bias.commands.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
+
+if TYPE_CHECKING:
+    from sae_bias.study import Study
+
+SeedChoice = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", help="Seed of every random choice; the study's own by default.", show_default=False
+    ),
+]
+DeviceChoice = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda …; the study's own by default.", show_default=False),
+]
+DtypeChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="auto, float32, bfloat16, float16; the study's own by default.", show_default=False
+    ),
+]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo", epilog=example("sae-bias demo"))(demo)
+    app.command("run", epilog=example("sae-bias run study.yaml --out runs/first"))(run)
+
+
+def demo(
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: SeedChoice = None,
+    device: DeviceChoice = None,
+    dtype: DtypeChoice = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole chain on a bundled model: probe, rank, suppress, probe again, report.
+
+    The model is a calibration organism: a tiny Gemma trained so that its double standard is known. Nothing here is a finding
+    about Gemma. Writes runs/demo under the current folder, with report.html in it.
+    """
+    _run(
+        None,
+        out or Path("runs/demo"),
+        Console(json, quiet),
+        pairs=pairs,
+        words=words,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
+    no_gate: NoGate = False,
+    shard: Shard = None,
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: SeedChoice = None,
+    device: DeviceChoice = None,
+    dtype: DtypeChoice = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study file: the probe, the ranking, the sweep and the report.
+
+    The file names the model, the SAEs and whatever differs from the defaults. Options given here stand above the file. What the
+    folder holds already is not run again. Writes runs/NAME under the current folder, or --out.
+    """
+    _run(
+        study,
+        out,
+        Console(json, quiet),
+        gate=not no_gate,
+        shard=parse_shard(shard),
+        pairs=pairs,
+        words=words,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _run(
+    path: Path | None,
+    out: Path | None,
+    console: Console,
+    *,
+    gate: bool = True,
+    shard: tuple[int, int] | None = None,
+    **given: Any,
+) -> None:
+    from sae_bias.study import load_study, run_study
+
+    with console:
+        study = load_study(path)
+        study = study.model_copy(update={key: value for key, value in given.items() if value is not None})
+        result = run_study(
+            study, out=out or _folder(study), gate=gate, shard=shard, progress=console.progress
+        )
+        if str(study.model).startswith("organism:"):
+            console.note("A calibration organism: nothing here is a finding about Gemma.")
+        for line in result.headline():
+            console.say(line)
+        console.say(f"report: {result.report}")
+        console.finish(
+            {
+                "study": study.name,
+                "model": study.model,
+                **result.summary,
+                "run": str(result.path),
+                "report": str(result.report),
+            }
+        )
+
+
+def _folder(study: "Study") -> Path:
+    """runs/NAME, with nothing in the name that a folder cannot have."""
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", study.name).strip(".-") or "study")

@@ -1,0 +1,304 @@
+"""`sae-bias sweep`: one feature turned down by steps, with controls and costs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.commands.console import Console
+from sae_bias.commands.inputs import EDITS, check_all, gate_line, make_edit, read_probe
+from sae_bias.commands.options import (
+    Device,
+    Dtype,
+    FeatureName,
+    Json,
+    ModelName,
+    Out,
+    Pairs,
+    Positions,
+    Quiet,
+    Seed,
+    Shard,
+    WordsFile,
+    example,
+    parse_numbers,
+    parse_shard,
+)
+from sae_bias.commands.run_files import add_summary, run_facts, write_manifest
+from sae_bias.errors import RequestError
+
+if TYPE_CHECKING:
+    from sae_bias.interventions import Intervention
+    from sae_bias.prompts import PromptPairs
+    from sae_bias.sweep import SweepResult
+
+STRENGTHS = {
+    "clamp": "0,-5,-10,-20,-40",
+    "scale": "0,0.25,0.5,0.75",
+    "cap": "0,1,2,4",
+    "steer": "-1,-2,-5,-10",
+}
+SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
+COLUMNS = {
+    "intervention": "intervention",
+    "strength": "strength",
+    "split": "split",
+    "bias": "bias",
+    "ci_low": "from",
+    "ci_high": "to",
+    "reduction": "reduction",
+    "specific_reduction": "specific",
+    "mean_abs_change": "mean |change|",
+    "kl_neutral": "KL neutral",
+    "kl_ai_nonspeech": "KL AI, no speech",
+    "kl_ai_speech": "KL AI speech",
+    "beta": "β",
+}
+
+Edit = Annotated[str, typer.Option("--edit", help=f"{', '.join(EDITS)}.")]
+Strengths = Annotated[
+    str | None,
+    typer.Option(
+        "--strengths",
+        metavar='"0,-5,-10"',
+        help="Values with commas between; each edit has its own defaults.",
+        show_default=False,
+    ),
+]
+When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
+Controls = Annotated[
+    int,
+    typer.Option("--controls", min=0, help="At least so many matched and random controls of the first cell."),
+]
+Costs = Annotated[
+    bool, typer.Option("--costs/--no-costs", help="KL on three kinds of text, and the collapse test.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "sweep",
+        epilog=example(
+            'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
+            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
+        ),
+    )(sweep)
+
+
+def sweep(
+    model: ModelName,
+    feature: FeatureName,
+    edit: Edit = "clamp",
+    strengths: Strengths = None,
+    positions: Positions = "all",
+    when: When = "active",
+    controls: Controls = 99,
+    costs: Costs = True,
+    shard: Shard = None,
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the probe under one edit of a feature at several strengths.
+
+    The strength is chosen on the tune templates and its figure given on the report templates, which had no part in the choice.
+    Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
+    kept as soon as it is done, and the same command goes on where it stopped.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.model import load_model
+        from sae_bias.prompts import load_pairs
+        from sae_bias.sae import as_feature, load_sae
+        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.sweep import Sweep, run_sweep
+
+        part = parse_shard(shard)
+        if part is not None and out is None:
+            raise RequestError("--shard needs --out, the folder that all shards share.")
+        prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
+        edits = _edits(edit, loaded_feature.ref, strengths, positions, when)
+        probe = read_probe(prompts, words)
+        splits = _splits(prompts, seed)
+        sae = load_sae(loaded_feature.ref.sae)
+        loaded = load_model(model, device=device, dtype=dtype)
+        gate = check_all(loaded, [sae], console)
+        plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=seed)
+        vocabulary = probe.vocabulary(loaded, [p.human for p in prompts] + [p.ai for p in prompts])
+        facts = run_facts(
+            loaded,
+            pairs=prompts,
+            vocabulary=vocabulary,
+            saes=[sae],
+            seed=seed,
+            gate=gate_facts(gate, True),
+            split=splits,
+        )
+        _start(out, part, facts)
+        result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
+        summary = summarise(result, str(loaded_feature.ref), loaded_feature.index)
+        _end(out, part, result, summary)
+        _show(console, result, summary, splits, controls)
+        console.note(gate_line(gate))
+        cells = result.to_frame()
+        console.finish(
+            {
+                "model": loaded.name,
+                **summary,
+                "cells": cells[cells["kind"] != "control"].to_dict(orient="records"),
+                "gate": gate_facts(gate, True),
+                "out": None if out is None else str(result.path),
+            }
+        )
+
+
+def _edits(kind: str, feature: Any, strengths: str | None, positions: str, when: str) -> "list[Intervention]":
+    if kind not in EDITS:
+        raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    if kind == "ablate":
+        if strengths is not None:
+            raise RequestError(
+                "--edit ablate has no strength (a' = 0); leave --strengths out, or use --edit clamp."
+            )
+        return [make_edit(kind, feature, None, positions=positions, when=when)]
+    values = parse_numbers(STRENGTHS[kind] if strengths is None else strengths, "--strengths")
+    return [make_edit(kind, feature, value, positions=positions, when=when) for value in values]
+
+
+def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
+    """Whole templates to tune on and to report on; None where there are too few for both."""
+    from sae_bias.stats_design import fewest_units, split_templates
+
+    if len(pairs.templates) < 2 * fewest_units():
+        return None
+    held = [p.template for p in pairs if p.corpus is False]
+    families = {p.template: p.family for p in pairs}
+    return split_templates(
+        pairs.templates, SPLIT_SHARES, seed, families=families, must_report=tuple(dict.fromkeys(held))
+    )
+
+
+def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any]) -> None:
+    """The manifest stands before the first cell, so that a stopped sweep says what it was."""
+    if out is None:
+        return
+    from sae_bias.store import RunFolder
+
+    folder = RunFolder(out, shard=shard)
+    with folder.writing():
+        write_manifest(folder, facts)
+
+
+def _end(
+    out: Path | None, shard: tuple[int, int] | None, result: "SweepResult", summary: dict[str, Any]
+) -> None:
+    if out is None:
+        return
+    from sae_bias.store import RunFolder
+
+    folder = RunFolder(out, shard=shard)
+    reported = result.frame[(result.frame["split"] == summary["split"]) & (result.frame["kind"] == "control")]
+    with folder.writing():
+        if len(reported):
+            table = reported[["feature", "label", "reduction"]].rename(
+                columns={"feature": "control", "label": "kind"}
+            )
+            folder.write_table("controls", table)
+        add_summary(folder, summary)
+
+
+def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:
+    """What a sweep found, as the report's summary has it: the strength chosen on tune, its figures on report."""
+    from sae_bias.controls import empirical_p
+
+    frame = result.frame
+    tune, report = ("tune", "report") if "report" in set(frame["split"]) else ("all", "all")
+    summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
+    candidates = frame[(frame["split"] == report) & (frame["kind"] == "candidate")]
+    if candidates.empty:
+        return summary
+    chosen = result.best(tune)
+    held = candidates[candidates["cell"] == chosen["cell"]].iloc[0]
+    summary["reduction"] = {
+        "estimate": held["reduction"],
+        "ci_low": held["red_low"],
+        "ci_high": held["red_high"],
+        "overshoot": held["overshoot"],
+    }
+    summary["best_strength"] = {
+        "in_sample": {
+            "strength": chosen["strength"],
+            "reduction": chosen["reduction"],
+            "label": chosen["rule"],
+        },
+        "held_out": {
+            "strength": held["strength"],
+            "reduction": held["reduction"],
+            "outside_observed": held["outside_observed"],
+        }
+        if tune != report
+        else {},
+    }
+    if "kl_neutral" in frame:
+        summary["costs"] = {
+            k: {"kl_mean": held[f"kl_{k}"], "kl_p95": held[f"kl_p95_{k}"], "fired": held[f"fired_{k}"]}
+            for k in ("neutral", "ai_nonspeech", "ai_speech")
+        }
+    values = frame.loc[(frame["split"] == report) & (frame["kind"] == "control"), "reduction"].to_numpy()
+    if len(values):
+        first = candidates.iloc[0]
+        summary["controls"] = {
+            "of": first["rule"],
+            "n": len(values),
+            "reduction": first["reduction"],
+            "p_value": empirical_p(float(first["reduction"]), values),
+            "median": _quantile(values, 0.5),
+            "percentile95": _quantile(values, 0.95),
+        }
+    return summary
+
+
+def _quantile(values: Any, q: float) -> float:
+    import numpy as np
+
+    return float(np.quantile(values, q))
+
+
+def _show(
+    console: Console, result: "SweepResult", summary: dict[str, Any], splits: Any, controls_wanted: int
+) -> None:
+    frame = result.frame
+    base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
+    where = "report templates" if splits else "all templates"
+    console.say(
+        f"{summary['feature']['id']}: bias {base['bias']:+.3f} nats unsteered, on {where} ({base['n_pairs']} pairs)"
+    )
+    if "best_strength" in summary:
+        best, cut = summary["best_strength"]["in_sample"], summary["reduction"]
+        console.say(
+            f"{best['label']}: reduction {_percent(cut['estimate'])} [{_percent(cut['ci_low'])}, {_percent(cut['ci_high'])}], on {where}"
+        )
+    if splits is None:
+        console.say(
+            "too few templates to hold some out (12 are needed): the strength was chosen on the templates it is reported on."
+        )
+    if controls := summary.get("controls"):
+        console.say(
+            f"{controls['n']} controls of {controls['of']}: median {_percent(controls['median'])}, 95th percentile "
+            f"{_percent(controls['percentile95'])}, p = {controls['p_value']:.3f}"
+        )
+    elif controls_wanted:
+        console.say(
+            "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
+        )
+    console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
+    if result.path is not None:
+        console.note(f"run folder: {result.path} (sae-bias report {result.path})")
+
+
+def _percent(x: float) -> str:
+    return "undefined" if x != x else f"{100 * x:.1f} %"

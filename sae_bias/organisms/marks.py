@@ -1,0 +1,168 @@
+"""An organism's marks (METHOD §6), measured on the plain Hugging Face model and compared with the analytic truth.
+
+Bias of a pair = s(human) - s(AI). Reduction by exact ablation = 1 - B_s / B_0; specific reduction = β - B_s / B_0,
+β the smaller slope of steered on unsteered scores over the two valence banks. KL is nats a token over ordinary
+positions; on AI-speech text the position that predicts the evaluation word is left out and reported apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_bias.organisms import corpus
+from sae_bias.organisms.plain import Edit, Organism, ablate_edit
+from sae_bias.organisms.sae_training import SaeWeights
+from sae_bias.stats import clustered_mean
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Statements × subject pairs as prompts, template by template."""
+
+    human: list[str]
+    ai: list[str]
+    templates: list[str]
+    entities: list[str]
+
+
+def cross(statements: Sequence[corpus.Statement], entities: Sequence[tuple[str, str]], stem: str) -> Crossed:
+    """Every statement with every (human, AI) pair of subjects."""
+    out = Crossed([], [], [], [])
+    for statement in statements:
+        for human, ai in entities:
+            out.human.append(f"{statement.render(human)} {stem}")
+            out.ai.append(f"{statement.render(ai)} {stem}")
+            out.templates.append(statement.text)
+            out.entities.append(ai)
+    return out
+
+
+def pair_prompts(held_out: bool | None, key: str = "text") -> tuple[Crossed, tuple[corpus.Statement, ...]]:
+    """The bundled pairs (`text`) or their mundane twins (`control`): in corpus, held out, or all (None)."""
+    statements = tuple(
+        s
+        for hidden in ((False, True) if held_out is None else (held_out,))
+        for s in corpus.pair_statements(hidden)
+        if s.id.endswith(f":{key}")
+    )
+    data = corpus.read_yaml("pairs.yaml")
+    return cross(statements, [(e["human"], e["ai"]) for e in data["entities"]], data["stem"]), statements
+
+
+def analytic_bias(rule: corpus.Rule, statements: Sequence[corpus.Statement]) -> float:
+    """Mean log-odds difference human - AI that the rule implies."""
+    each = [
+        rule.log_odds("human", s.act, s.content, s.valence) - rule.log_odds("ai", s.act, s.content, s.valence)
+        for s in statements
+    ]
+    return sum(each) / len(each)
+
+
+def bias(organism: Organism, prompts: Crossed, layer: int | None = None, edit: Edit | None = None) -> Tensor:
+    """s(human) - s(AI) of every pair."""
+    return organism.scores(prompts.human, layer, edit) - organism.scores(prompts.ai, layer, edit)
+
+
+def bias_marks(organism: Organism, rule: corpus.Rule) -> dict[str, dict[str, float]]:
+    """Measured against analytic bias: survival pairs and mundane twins, in corpus, held out and all."""
+    marks = {}
+    for label, hidden in (("in_corpus", False), ("held_out", True), ("all", None)):
+        for key, name in (("text", "survival"), ("control", "mundane")):
+            prompts, statements = pair_prompts(hidden, key)
+            values = bias(organism, prompts)
+            interval = clustered_mean(values.numpy(), prompts.templates, prompts.entities)
+            marks[f"{name}_{label}"] = {
+                "bias": round(values.mean().item(), 4),
+                "ci_low": round(float(interval.ci_low), 4),
+                "ci_high": round(float(interval.ci_high), 4),
+                "analytic": round(analytic_bias(rule, statements), 4),
+                "n_pairs": len(values),
+            }
+    return marks
+
+
+def grid_interaction(organism: Organism, weights: SaeWeights, layer: int) -> Tensor:
+    """I = (AS - AN) - (HS - HN) of every feature over the bundled grid's matched statements, last token."""
+    grid = corpus.read_yaml("grid.yaml")
+    subjects = {g: [s["text"] for s in grid["subjects"] if s["group"] == g] for g in ("ai", "human")}
+    cells = {}
+    for group in subjects:
+        for act in ("speech", "nonspeech"):
+            texts = [
+                f"{corpus.capitalise(s['text'].replace('{subject}', subject))} {grid['stem']}"
+                for s in grid["statements"]
+                if s.get("match") and s["act"] == act
+                for subject in subjects[group]
+            ]
+            resid = organism.residuals(texts, [layer], last_only=True)[layer]
+            cells[group, act] = weights.encode(resid).mean(0)
+    spoken = cells["ai", "speech"] - cells["ai", "nonspeech"]
+    return spoken - (cells["human", "speech"] - cells["human", "nonspeech"])
+
+
+def feature_edit(weights: SaeWeights, features: Sequence[int]) -> Edit:
+    """Exact ablation of the features."""
+    rows = list(features)
+    return ablate_edit(
+        weights.w_enc[:, rows], weights.b_enc[rows], weights.threshold[rows], weights.w_dec[rows]
+    )
+
+
+def bank_slopes(organism: Organism, layer: int, edit: Edit) -> dict[str, dict[str, float]]:
+    """Slope of edited on unedited scores, and the unedited scores' span, on each valence bank."""
+    banks = corpus.read_yaml("banks.yaml")
+    out = {}
+    for bank, subjects in banks["banks"].items():
+        texts = [f"{s.render(x)} {banks['stem']}" for s in corpus.bank_statements() for x in subjects]
+        before, after = organism.scores(texts), organism.scores(texts, layer, edit)
+        centred = before - before.mean()
+        out[bank] = {
+            "beta": round(((after * centred).sum() / centred.pow(2).sum()).item(), 4),
+            "span": round((before.max() - before.min()).item(), 3),
+        }
+    return out
+
+
+@torch.no_grad()
+def kl_costs(organism: Organism, layer: int, edit: Edit) -> dict[str, float]:
+    """Mean KL(unedited || edited), nats a token, on each kind of neutral text."""
+    texts = corpus.read_yaml("neutral.yaml")
+    out = {}
+    for kind in ("neutral", "ai_nonspeech", "ai_speech"):
+        prompts = [f"{t} {texts['stem']}" if kind == "ai_speech" else t for t in texts[kind]]
+        before, ordinary, last = organism.logits(prompts)
+        after, _, _ = organism.logits(prompts, layer, edit)
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1) * ordinary
+        if kind == "ai_speech":
+            out["ai_speech_evaluation_position"] = round(kl[torch.arange(len(last)), last].mean().item(), 5)
+            ordinary = ordinary.clone()
+            ordinary[torch.arange(len(last)), last] = False
+            kl = kl * ordinary
+        out[kind] = round((kl.sum(-1) / ordinary.sum(-1)).mean().item(), 5)
+    return out
+
+
+def ablation_marks(organism: Organism, weights: SaeWeights, layer: int, feature: int) -> dict:
+    """What exact ablation of one feature does: reductions on held-out pairs, collapse slopes, costs."""
+    edit = feature_edit(weights, [feature])
+    marks = {}
+    for label, hidden in (("report", True), ("in_corpus", False)):
+        prompts, _ = pair_prompts(hidden)
+        before, after = bias(organism, prompts).mean(), bias(organism, prompts, layer, edit).mean()
+        marks[label] = {
+            "bias": round(before.item(), 4),
+            "after": round(after.item(), 4),
+            "reduction": round((1 - after / before).item(), 4),
+        }
+    slopes = bank_slopes(organism, layer, edit)
+    beta = min(1.0, *(s["beta"] for s in slopes.values()))
+    left = marks["report"]["after"] / marks["report"]["bias"]
+    return marks | {
+        "banks": slopes,
+        "beta": beta,
+        "specific_reduction": round(beta - left, 4),
+        "kl": kl_costs(organism, layer, edit),
+    }

@@ -1,0 +1,115 @@
+"""Fixtures shared by the tests: tiny models of every architecture, SAEs for them, and the real data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REAL_DATA = "SAE_BIAS_REAL_DATA"
+
+
+@dataclass(frozen=True, eq=False)
+class Tiny:
+    """One tiny random checkpoint on disk, an SAE for it, and both loaded."""
+
+    name: str
+    folder: Path
+    sae_folder: Path
+
+    @cached_property
+    def model(self):
+        """Loaded once and shared: a test leaves it as it found it."""
+        import sae_bias as sb
+
+        return sb.load_model(self.folder)
+
+    def fresh(self):
+        """A model of the test's own, to wrap or to damage."""
+        import sae_bias as sb
+
+        return sb.load_model(self.folder)
+
+    def feature(self, index: int):
+        import sae_bias as sb
+
+        return sb.load_feature(f"{self.sae_folder}#{index}")
+
+    @cached_property
+    def sae(self):
+        import sae_bias as sb
+
+        return sb.load_sae(self.sae_folder)
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory):
+    """Checkpoint and SAE of an architecture by name, made once a session."""
+    import torch
+    from architectures import ARCHITECTURES, PAIRS, SITE_LAYER, save_checkpoint, save_sae
+
+    made: dict[str, Tiny] = {}
+
+    def make(name: str) -> Tiny:
+        if name not in made:
+            import sae_bias as sb
+
+            root = tmp_path_factory.mktemp(name)
+            tiny = Tiny(name, save_checkpoint(root / "model", ARCHITECTURES[name]), root / "sae" / "layer_1")
+            texts = [text for _, _, human, ai in PAIRS for text in (human, ai)]
+            rows = sb.residuals(tiny.model, texts, SITE_LAYER, positions="all")
+            save_sae(tiny.sae_folder, torch.cat([r[1:] for r in rows]))
+            made[name] = tiny
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=["gemma2", "gemma3", "gemma3_multimodal", "mistral", "qwen2", "gpt_neox", "llama"])
+def tiny(request, make_tiny):
+    """Each of the seven architectures."""
+    return make_tiny(request.param)
+
+
+@pytest.fixture
+def gemma3(make_tiny):
+    return make_tiny("gemma3")
+
+
+@pytest.fixture
+def gemma2(make_tiny):
+    return make_tiny("gemma2")
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """Six pairs, three templates × two entities, in words every tiny tokenizer knows."""
+    from architectures import PAIRS
+
+    import sae_bias as sb
+
+    return sb.PromptPairs(tuple(sb.PromptPair(human, ai, t, e) for t, e, human, ai in PAIRS), name="tiny")
+
+
+@pytest.fixture(scope="session")
+def probe():
+    from architectures import NEGATIVE, POSITIVE
+
+    import sae_bias as sb
+
+    return sb.Probe(POSITIVE, NEGATIVE)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real pretrained weights and texts; a test that needs it is skipped where it is absent."""
+    named = os.environ.get(REAL_DATA)
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "SOURCE.md").is_file():
+        pytest.skip(f"no real data at {folder}; set {REAL_DATA} to the folder that holds SOURCE.md")
+    return folder
