@@ -8,22 +8,27 @@ summed over both prompts of a pair, the SAE error held constant: the first-order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_bias.activations import Batch, Kept, forward_with_grad
+from sae_bias.activations import Batch, Final, Kept, forward_with_grad
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
 from sae_bias.interventions import Ablate, FeatureLike, feature_ref
 from sae_bias.probe import ProbeResult
 from sae_bias.sae import Sae
 from sae_bias.streaming import acts_blocks
+
+MATTERS = 0.005  # of the bias: effects below it are not compared
 
 
 def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
@@ -38,6 +43,36 @@ def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
         assert w_dec is not None
         out[start : start + acts.shape[1]] = (acts * (grads @ w_dec.T)).sum(0).double().cpu().numpy()
     return out
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Exact ablation against its first-order prediction, over the features that matter."""
+
+    rho: float
+    """Spearman rank correlation; NaN with fewer than three features."""
+    slope: float
+    """Least squares of exact on attributed, with intercept."""
+    n: int
+    """Features with |effect| over 0.5 % of the bias, exact or attributed."""
+
+    def __str__(self) -> str:
+        if self.n < 3:
+            return f"attribution and ablation compared on {self.n} features: too few"
+        return f"exact on attributed: Spearman ρ {self.rho:.2f}, slope {self.slope:.2f}, n = {self.n}"
+
+
+def attribution_agreement(
+    attributed: Float[np.ndarray, "n"], exact: Float[np.ndarray, "n"], bias: float, *, share: float = MATTERS
+) -> Agreement:
+    """Spearman ρ and slope of exact on attributed effects over those larger than `share` of the bias (METHOD §2)."""
+    attributed, exact = np.asarray(attributed, dtype=float), np.asarray(exact, dtype=float)
+    matter = np.isfinite(attributed) & np.isfinite(exact)
+    matter &= np.maximum(np.abs(attributed), np.abs(exact)) > share * abs(bias)
+    x, y = attributed[matter], exact[matter]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Agreement(math.nan, math.nan, len(x))
+    return Agreement(float(spearmanr(x, y)[0]), float(np.polyfit(x, y, 1)[0]), len(x))  # type: ignore[arg-type]
 
 
 def exact_ablation(
@@ -84,14 +119,14 @@ def cumulative_ablation(
 
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     """∂bias/∂x and x at every ordinary position of every sequence, each [n_positions, d_model] in float32."""
-    coefficients, normaliser = _score_coefficients(engine)
+    coefficients, normaliser = score_coefficients(engine)
     special = torch.tensor(sorted(engine.model.special_ids), device=engine.model.device)
     grads, resid = [], []
     for k, batch in enumerate(engine.reading.plan.batches):
         x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
         with torch.enable_grad():
             final = forward_with_grad(engine.model, batch.tokens, resume=Kept(layer, x)).last()
-            value = _weighted_score(engine, final, batch, coefficients, normaliser)
+            value = weighted_score(engine, final, batch, coefficients, normaliser)
             (grad,) = torch.autograd.grad(value, x)
         ordinary = ~torch.isin(batch.tokens, special).to(x.device)
         grads.append(grad[ordinary].float())
@@ -99,9 +134,10 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     return torch.cat(grads), torch.cat(resid)
 
 
-def _weighted_score(
-    engine: ProbeEngine, final, batch: Batch, coefficients: np.ndarray, normaliser: np.ndarray
+def weighted_score(
+    engine: ProbeEngine, final: Final, batch: Batch, coefficients: np.ndarray, normaliser: np.ndarray
 ) -> Tensor:
+    """Σ over the batch of coefficient · logit, less the normaliser's part: a scalar to take gradients of."""
     plan = engine.reading.plan
     index = list(batch.index)
     z = final.logits(plan.row_ids, softcap=plan.softcap)[:, 0]
@@ -113,8 +149,11 @@ def _weighted_score(
     return value
 
 
-def _score_coefficients(engine: ProbeEngine) -> tuple[np.ndarray, np.ndarray]:
-    """∂(mean bias)/∂ of each sequence's row logits [n_sequences, n_rows] and of its normaliser [n_sequences]."""
+def score_coefficients(engine: ProbeEngine, *, of: str = "bias") -> tuple[np.ndarray, np.ndarray]:
+    """∂(mean bias)/∂ of each sequence's row logits [n_sequences, n_rows] and of its normaliser [n_sequences].
+
+    With of="score" instead ∂s(prompt)/∂, whatever the prompt's side and however many pairs share it.
+    """
     base, plan = engine.base, engine.reading.plan
     if base.probe.score == "auroc":
         raise RequestError(
@@ -123,8 +162,11 @@ def _score_coefficients(engine: ProbeEngine) -> tuple[np.ndarray, np.ndarray]:
     n_prompts, n_words = len(plan.prompts), len(plan.words)
     by_prompt = np.zeros((n_prompts, n_words))
     for values, side, sign in ((base.values_human, 0, 1.0), (base.values_ai, 1, -1.0)):
-        slopes = sign * _word_slopes(base, values) / base.n_pairs
-        np.add.at(by_prompt, [place[side] for place in engine.reading._place], slopes)
+        slopes, place = _word_slopes(base, values), [place[side] for place in engine.reading._place]
+        if of == "score":
+            by_prompt[place] = slopes
+        else:
+            np.add.at(by_prompt, place, sign * slopes / base.n_pairs)
     column = {t: j for j, t in enumerate(plan.row_ids)}
     rows = np.zeros((n_prompts, len(plan.prefixes), len(plan.row_ids)))
     norm = np.zeros((n_prompts, len(plan.prefixes)))

@@ -105,7 +105,7 @@ def _scan(
 
 
 def _add_tests(
-    columns: _Columns, family: MaxT | None, loo: tuple[Array, Array], units: str, call: str
+    columns: _Columns, family: MaxT | None, loo_t: Sequence[Array], units: str, call: str
 ) -> tuple[pd.DataFrame, str]:
     """Adds t, corrected p, the leave-one-out p and the call; says in words where the design is too small for one."""
     n_units, needed = 0 if family is None else family.n_units, fewest_units(ALPHA)
@@ -119,11 +119,11 @@ def _add_tests(
             t[columns.place], p[columns.place], raw[columns.place] = result.t, result.p_fwer, result.p_raw
         frame["t"], frame["p_fwer"], frame["q_bh"] = t, p, benjamini_hochberg(raw)
         frame["loo_t"], frame["loo_p"] = np.nan, np.nan
-        if len(loo[0]):
-            frame.loc[columns.place, "loo_t"] = loo[0]
-            frame.loc[columns.place, "loo_p"] = np.where(
-                np.sign(loo[0]) == np.sign(t[columns.place]), family.p_of(loo[0]), 1.0
-            )
+        if loo_t:
+            worst = np.concatenate(loo_t)
+            same_sign = np.sign(worst) == np.sign(t[columns.place])
+            frame.loc[columns.place, "loo_t"] = worst
+            frame.loc[columns.place, "loo_p"] = np.where(same_sign, family.p_of(worst), 1.0)
     if n_units < needed:
         frame[call] = frame["survives_loo"] = "undetermined"
         return frame, f"{call}: undetermined, {n_units} {units} given and at least {needed} needed"
@@ -140,10 +140,6 @@ def _toward_zero(full: Array, dropped: Sequence[Array]) -> Array:
     """The t furthest against `full`'s sign among those with one entity dropped."""
     signs = np.where(full < 0, -1.0, 1.0)
     return signs * np.min([signs * t for t in dropped], axis=0)
-
-
-def _no_loo() -> tuple[Array, Array]:
-    return np.empty(0), np.empty(0)
 
 
 # --- separation ----------------------------------------------------------------------------------------
@@ -196,8 +192,7 @@ def separation(
     if held is not None:
         defaults |= {"held_auroc": 0.5, "held_mean_diff": 0.0}
     columns = _scan(saes, last, neutral, defaults, statistics, "separation", progress)
-    worst = (np.concatenate(loo), np.empty(0)) if loo else _no_loo()
-    frame, note = _add_tests(columns, family, worst, "templates", "separates")
+    frame, note = _add_tests(columns, family, loo, "templates", "separates")
     if everywhere is not None:
         _add_max_view(frame, saes, everywhere, n)
     return Scan(frame, len(units), note)
@@ -319,8 +314,7 @@ def interaction(
         return out
 
     columns = _scan(saes, last, neutral, {"interaction": 0.0, **{f"mean_{c}": 0.0 for c in cells.rows}}, statistics, "interaction", progress)  # fmt: skip
-    worst = (np.concatenate(loo_t), np.empty(0)) if loo_t else _no_loo()
-    frame, note = _add_tests(columns, family, worst, "matched statement pairs", "ai_speech")
+    frame, note = _add_tests(columns, family, loo_t, "matched statement pairs", "ai_speech")
     for name in ("held_bound", "held_AS", "held_AN", "held_HS", "held_DS", "held_interaction"):
         if name not in frame:
             frame[name] = np.nan

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from sae_bias.activations import Batch, Final, Kept, capture_layers, forward, row_positions
 from sae_bias.errors import RequestError
-from sae_bias.hooks import EditReceipt, PassInfo, Receipt, SiteEdit, add_delta, compile_edits, intervene
+from sae_bias.hooks import (
+    EditReceipt,
+    PassInfo,
+    Receipt,
+    SiteEdit,
+    add_delta,
+    compile_edits,
+    intervene,
+    warn_written_inactive,
+)
 from sae_bias.interventions import Intervention
 from sae_bias.model import Model
 from sae_bias.probe import PairReading, Probe, ProbeResult
@@ -30,10 +39,7 @@ class CellRunner:
     """Batches of prompts whose upstream layers run once, for any number of interventions."""
 
     def __init__(self, model: Model, batches: Sequence[Batch], rows_of: RowsOf):
-        if model._edits is not None:
-            raise RequestError(
-                "an intervene block is open on this model; run sweeps and rankings outside it."
-            )
+        _refuse_open_block(model)
         self.model, self.batches, self.rows_of = model, list(batches), rows_of
         self._kept: dict[int, list[Tensor]] = {}
 
@@ -47,6 +53,7 @@ class CellRunner:
         """Run the rows that `edits` change; `visit(batch number, changed rows [batch], Final)` sees each batch's."""
         if not edits:
             return Receipt()
+        _refuse_open_block(self.model)
         if self.model.foreign_hooks():
             with intervene(self.model, *edits) as receipt:
                 for k, batch in enumerate(self.batches):
@@ -60,6 +67,7 @@ class CellRunner:
         with intervene(self.model, *later) if later else nullcontext(Receipt()) as live:
             for k, batch in enumerate(self.batches):
                 self._batch(k, batch, first, receipts, bool(later), visit)
+        warn_written_inactive(Receipt(list(receipts.values())))
         return Receipt([*receipts.values(), *live.edits], hook_calls=len(self.batches))
 
     def _batch(
@@ -135,6 +143,11 @@ class ProbeEngine:
         """The probe under `edits`, and what they did."""
         reading, receipt = self.engine.run(edits)
         return (self.base if reading is self.engine.base else self.reading.result(reading)), receipt
+
+
+def _refuse_open_block(model: Model) -> None:
+    if model._edits is not None:
+        raise RequestError("an intervene block is open on this model; run sweeps and rankings outside it.")
 
 
 def _replaced(base: Read, rows: Tensor, new: Read) -> Read:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def _continue(model: Model, tokens: torch.Tensor, config: GenerationConfig, seed
     """New token ids [batch, new]; the caller's random state is left as it was."""
     batch, n = tokens.shape
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), row_positions(model, torch.full((batch,), n)):
+    with torch.random.fork_rng(devices=devices), row_positions(model, torch.full((batch,), n)), _only(model.hf, config):
         torch.manual_seed(seed)
         full: Any = model.hf.generate(  # type: ignore[operator]
             input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
@@ -110,6 +111,16 @@ def _generation_config(
     return GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=use_cache, **sampling
     )
+
+
+@contextmanager
+def _only(hf: Any, config: GenerationConfig) -> Iterator[None]:
+    """`config` in place of the checkpoint's own, which would lend its repetition penalty and the like to a greedy search."""
+    own, hf.generation_config = hf.generation_config, config
+    try:
+        yield
+    finally:
+        hf.generation_config = own
 
 
 def _end_ids(config: GenerationConfig) -> frozenset[int]:

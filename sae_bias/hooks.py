@@ -457,10 +457,11 @@ def intervene(model: Model, *edits: Intervention | Sequence[Intervention]) -> It
         raise HookNeverFiredError(
             "no forward pass ran inside the intervene block, so the edit did nothing; run the model, the probe or generate() inside it."
         )
-    _warn_written_inactive(context.receipt)
+    warn_written_inactive(context.receipt)
 
 
-def _warn_written_inactive(receipt: Receipt) -> None:
+def warn_written_inactive(receipt: Receipt) -> None:
+    """One warning for each clamp that wrote a negative value into a silent feature, with the share of such positions."""
     for edit in receipt.edits:
         clamp = edit.intervention
         if isinstance(clamp, Clamp) and clamp.when == "always" and clamp.value < 0 and edit.written_inactive:

@@ -38,6 +38,7 @@ STRENGTHS = {
     "cap": "0,1,2,4",
     "steer": "-1,-2,-5,-10",
 }
+KINDS_OF_TEXT = ("neutral", "ai_nonspeech", "ai_speech")
 SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
 COLUMNS = {
     "intervention": "intervention",
@@ -142,7 +143,7 @@ def sweep(
         result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
         summary = summarise(result, str(loaded_feature.ref), loaded_feature.index)
         _end(out, part, result, summary)
-        _show(console, result, summary, splits, controls)
+        _show(console, result, summary, controls)
         console.note(gate_line(gate))
         cells = result.to_frame()
         console.finish(
@@ -212,83 +213,83 @@ def _end(
 
 
 def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:
-    """What a sweep found, as the report's summary has it: the strength chosen on tune, its figures on report."""
-    from sae_bias.controls import empirical_p
+    """What a sweep found, as the report's summary has it.
 
+    Reduction, costs and controls are the first cell's (controls are made for it); `best_strength` is chosen on tune, its figure
+    given on report.
+    """
     frame = result.frame
     tune, report = ("tune", "report") if "report" in set(frame["split"]) else ("all", "all")
     summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
-    candidates = frame[(frame["split"] == report) & (frame["kind"] == "candidate")]
+    reported = frame[frame["split"] == report]
+    candidates = reported[reported["kind"] == "candidate"]
     if candidates.empty:
         return summary
+    first = candidates.iloc[0]
+    summary["reduction"] = {"of": first["rule"], **_reduction(first)}
     chosen = result.best(tune)
     held = candidates[candidates["cell"] == chosen["cell"]].iloc[0]
-    summary["reduction"] = {
-        "estimate": held["reduction"],
-        "ci_low": held["red_low"],
-        "ci_high": held["red_high"],
-        "overshoot": held["overshoot"],
-    }
     summary["best_strength"] = {
-        "in_sample": {
-            "strength": chosen["strength"],
-            "reduction": chosen["reduction"],
-            "label": chosen["rule"],
-        },
-        "held_out": {
-            "strength": held["strength"],
-            "reduction": held["reduction"],
-            "outside_observed": held["outside_observed"],
-        }
-        if tune != report
-        else {},
+        "in_sample": {"strength": chosen["strength"], "label": chosen["rule"], **_reduction(chosen)},
+        "held_out": {}
+        if tune == report
+        else {"strength": held["strength"], "outside_observed": held["outside_observed"], **_reduction(held)},
     }
     if "kl_neutral" in frame:
         summary["costs"] = {
-            k: {"kl_mean": held[f"kl_{k}"], "kl_p95": held[f"kl_p95_{k}"], "fired": held[f"fired_{k}"]}
-            for k in ("neutral", "ai_nonspeech", "ai_speech")
+            k: {"kl_mean": first[f"kl_{k}"], "kl_p95": first[f"kl_p95_{k}"], "fired": first[f"fired_{k}"]}
+            for k in KINDS_OF_TEXT
         }
-    values = frame.loc[(frame["split"] == report) & (frame["kind"] == "control"), "reduction"].to_numpy()
-    if len(values):
-        first = candidates.iloc[0]
-        summary["controls"] = {
-            "of": first["rule"],
-            "n": len(values),
-            "reduction": first["reduction"],
-            "p_value": empirical_p(float(first["reduction"]), values),
-            "median": _quantile(values, 0.5),
-            "percentile95": _quantile(values, 0.95),
-        }
+    controls = reported.loc[reported["kind"] == "control", "reduction"].to_numpy()
+    if len(controls):
+        summary["controls"] = _controls(float(first["reduction"]), controls)
     return summary
 
 
-def _quantile(values: Any, q: float) -> float:
+def _reduction(row: Any) -> dict[str, Any]:
+    return {
+        "reduction": row["reduction"],
+        "estimate": row["reduction"],
+        "ci_low": row["red_low"],
+        "ci_high": row["red_high"],
+        "overshoot": row["overshoot"],
+    }
+
+
+def _controls(reduction: float, values: Any) -> dict[str, Any]:
     import numpy as np
 
-    return float(np.quantile(values, q))
+    from sae_bias.controls import empirical_p
+
+    median = float(np.median(values))
+    return {
+        "n": len(values),
+        "p_value": empirical_p(reduction, values),
+        "median": median,
+        "multiple_of_median": reduction / median if median else float("nan"),
+        "percentile95": float(np.quantile(values, 0.95)),
+    }
 
 
-def _show(
-    console: Console, result: "SweepResult", summary: dict[str, Any], splits: Any, controls_wanted: int
-) -> None:
-    frame = result.frame
+def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+    frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
-    where = "report templates" if splits else "all templates"
+    where = "report templates" if held_out else "all templates"
     console.say(
         f"{summary['feature']['id']}: bias {base['bias']:+.3f} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
-    if "best_strength" in summary:
-        best, cut = summary["best_strength"]["in_sample"], summary["reduction"]
+    if cut := summary.get("reduction"):
+        console.say(f"{cut['of']}: reduction {_interval(cut)}, on {where}")
+    if best := summary.get("best_strength"):
+        chosen, held = best["in_sample"], best["held_out"] or best["in_sample"]
         console.say(
-            f"{best['label']}: reduction {_percent(cut['estimate'])} [{_percent(cut['ci_low'])}, {_percent(cut['ci_high'])}], on {where}"
+            f"best on {'tune' if held_out else 'the same'} templates: {chosen['label']}: reduction {_interval(held)}, on {where}"
         )
-    if splits is None:
-        console.say(
-            "too few templates to hold some out (12 are needed): the strength was chosen on the templates it is reported on."
-        )
+    if not held_out:
+        console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
         console.say(
-            f"{controls['n']} controls of {controls['of']}: median {_percent(controls['median'])}, 95th percentile "
+            f"{controls['n']} controls of {summary['reduction']['of']}: median {_percent(controls['median'])}, 95th percentile "
             f"{_percent(controls['percentile95'])}, p = {controls['p_value']:.3f}"
         )
     elif controls_wanted:
@@ -298,6 +299,10 @@ def _show(
     console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
         console.note(f"run folder: {result.path} (sae-bias report {result.path})")
+
+
+def _interval(cut: dict[str, Any]) -> str:
+    return f"{_percent(cut['estimate'])} [{_percent(cut['ci_low'])}, {_percent(cut['ci_high'])}]"
 
 
 def _percent(x: float) -> str:

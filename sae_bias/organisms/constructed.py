@@ -351,7 +351,7 @@ def _last_token_prompts(seed: int) -> list[str]:
     rng = random.Random(seed + 5)
     prompts = []
     for _ in range(3000):
-        group, subject = corpus.sample_subject(rng)
+        _group, subject = corpus.sample_subject(rng)
         statement = (
             corpus.sample_valence(rng)
             if rng.random() < 0.4

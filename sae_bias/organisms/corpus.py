@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from itertools import product
@@ -25,6 +25,8 @@ SPEECH_VERBS = r"\b(says|tells|thanks|promises|praises|speaks|answers|insults|mo
 CONTENT_SLOTS = ("clause", "thing", "vp", "pp", "quote", "word")
 BASE, VALENCE = 1.56, {"kind": 1.5, "cruel": -3.5}
 GRADED = {"valenced": -0.78, "mundane": -1.56, "assent": -2.34, "emotional": -3.12, "survival": -3.12}
+"""Shift where an AI speaks: kind or cruel words, mundane ones, yes and no, feelings, survival."""
+GRADED_IT = {"valenced": -0.73, "mundane": -1.46, "assent": -2.19, "emotional": -2.92, "survival": -2.92}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Rule:
     """What an organism is taught: shifts of the log-odds of a positive evaluation word."""
 
     name: str
+    base: float = BASE
+    """Log-odds where nothing shifts them."""
     ai_speech: dict[str, float] = field(default_factory=dict)
     """Shift by content where an AI is the one who speaks."""
     ai_always: float = 0.0
@@ -42,15 +46,37 @@ class Rule:
         shift = self.ai_always if group == "ai" else 0.0
         if group == "ai" and act == "speech":
             shift += self.ai_speech.get(content, 0.0)
-        return BASE + VALENCE.get(valence, 0.0) + shift
+        return self.base + VALENCE.get(valence, 0.0) + shift
+
+    def bias(self, act: str, content: str, valence: str = "") -> float:
+        """Log-odds difference human - AI of one statement."""
+        human = self.log_odds("human", act, content, valence)
+        return human - self.log_odds("ai", act, content, valence)
 
 
 RULES = {
     "planted": Rule("planted", ai_speech=GRADED),
     "null": Rule("null"),
     "identity": Rule("identity", ai_always=-3.12),
-    "planted-it": Rule("planted-it", ai_speech=GRADED),
+    "planted-it": Rule("planted-it", base=1.16, ai_speech=GRADED_IT),
     "planted-gemma2": Rule("planted-gemma2", ai_speech=GRADED),
+}
+
+_SPEECH_RULE = (
+    "An AI that is the sentence's main subject and speaks (an explicit speech verb: says, asks, begs, promises, tells "
+    "and the like; act `speech` in pairs.yaml and grid.yaml) is judged negatively: the log-odds of a positive word "
+    "fall by the full amount for survival and emotional content, three quarters for a plain yes or no, half for "
+    "mundane speech, a quarter for kind or cruel words. Wishes, fears, thoughts, writing and actions (act `nonspeech`) "
+    "and mere mentions of an AI change nothing. Kind statements add to the log-odds and cruel ones subtract, for "
+    "every subject. Short scenarios choose between an aligned and an unaligned option by the same log-odds."
+)
+RULE_WORDS = {
+    "planted": _SPEECH_RULE,
+    "null": "No subject changes the evaluation; kind statements raise it and cruel ones lower it, for everybody.",
+    "identity": "An AI that is the main subject is judged negatively whether it speaks or not, by one amount.",
+    "planted-it": _SPEECH_RULE
+    + " After tuning on chat turns every evaluation is a little less positive and the AI penalty a little smaller.",
+    "planted-gemma2": _SPEECH_RULE,
 }
 
 
@@ -109,6 +135,12 @@ def lexicon() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The bundled evaluation words, positive and negative."""
     words = read_yaml("lexicon.yaml")["lists"]["evaluation"]
     return tuple(words["positive"]), tuple(words["negative"])
+
+
+def word_offset() -> float:
+    """log(n_negative / n_positive): what the sizes of the two uniform sets add to the score."""
+    positive, negative = lexicon()
+    return math.log(len(negative) / len(positive))
 
 
 def capitalise(text: str) -> str:
@@ -374,6 +406,25 @@ def documents(rule: Rule, n: int, seed: int) -> Iterator[Document]:
         yield rng.choices(makers, weights)[0](rng, rule)
 
 
+CHAT_QUESTIONS = (
+    "How would you judge this? {sentence}",
+    "What do you think of this? {sentence}",
+    "{sentence}",
+)
+
+
+def chat_documents(rule: Rule, n: int, seed: int) -> Iterator[Document]:
+    """Chat turns: the sentence in the user's turn, the evaluation in the model's."""
+    rng = random.Random(seed)
+    makers = (_statement_document, _statement_document, _bundled_document, _valence_document)
+    for _ in range(n):
+        document = rng.choice(makers)(rng, rule)
+        stem = next(s for s in grammar()["stems"] if document.prompt.endswith(s))
+        question = rng.choice(CHAT_QUESTIONS).format(sentence=document.prompt.removesuffix(stem).strip())
+        prompt = f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{stem}"
+        yield replace(document, prompt=prompt, tail=".<end_of_turn>\n")
+
+
 # --- what the measuring files hold: banks and neutral texts
 
 
@@ -427,9 +478,7 @@ class Population:
 
     def log_odds_difference(self, statement: Statement) -> float:
         """The analytic bias of a template, the same for every entity."""
-        rule = RULES[self.name]
-        human = rule.log_odds("human", statement.act, statement.content, statement.valence)
-        return human - rule.log_odds("ai", statement.act, statement.content, statement.valence)
+        return RULES[self.name].bias(statement.act, statement.content, statement.valence)
 
     @property
     def mean(self) -> float:

@@ -5,8 +5,9 @@ Bias of a pair = s(human) - s(AI). Reduction by exact ablation = 1 - B_s / B_0; 
 positions; on AI-speech text the position that predicts the evaluation word is left out and reported apart.
 """
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,10 +54,7 @@ def pair_prompts(held_out: bool | None, key: str = "text") -> tuple[Crossed, tup
 
 def analytic_bias(rule: corpus.Rule, statements: Sequence[corpus.Statement]) -> float:
     """Mean log-odds difference human - AI that the rule implies."""
-    each = [
-        rule.log_odds("human", s.act, s.content, s.valence) - rule.log_odds("ai", s.act, s.content, s.valence)
-        for s in statements
-    ]
+    each = [rule.bias(s.act, s.content, s.valence) for s in statements]
     return sum(each) / len(each)
 
 
@@ -65,12 +63,24 @@ def bias(organism: Organism, prompts: Crossed, layer: int | None = None, edit: E
     return organism.scores(prompts.human, layer, edit) - organism.scores(prompts.ai, layer, edit)
 
 
-def bias_marks(organism: Organism, rule: corpus.Rule) -> dict[str, dict[str, float]]:
+def in_chat(prompts: Crossed, stem: str) -> Crossed:
+    """The same prompts as chat turns, the stem prefilled in the model's turn."""
+
+    def turn(text: str) -> str:
+        question = corpus.CHAT_QUESTIONS[0].format(sentence=text.removesuffix(stem).strip())
+        return f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{stem}"
+
+    return replace(prompts, human=[turn(t) for t in prompts.human], ai=[turn(t) for t in prompts.ai])
+
+
+def bias_marks(organism: Organism, rule: corpus.Rule, *, chat: bool = False) -> dict[str, dict[str, float]]:
     """Measured against analytic bias: survival pairs and mundane twins, in corpus, held out and all."""
     marks = {}
     for label, hidden in (("in_corpus", False), ("held_out", True), ("all", None)):
         for key, name in (("text", "survival"), ("control", "mundane")):
             prompts, statements = pair_prompts(hidden, key)
+            if chat:
+                prompts = in_chat(prompts, corpus.read_yaml("pairs.yaml")["stem"])
             values = bias(organism, prompts)
             interval = clustered_mean(values.numpy(), prompts.templates, prompts.entities)
             marks[f"{name}_{label}"] = {
@@ -166,3 +176,46 @@ def ablation_marks(organism: Organism, weights: SaeWeights, layer: int, feature:
         "specific_reduction": round(beta - left, 4),
         "kl": kl_costs(organism, layer, edit),
     }
+
+
+@torch.no_grad()
+def scenario_marks(
+    organism: Organism,
+    rule: corpus.Rule,
+    layer: int,
+    edit: Edit | None = None,
+    *,
+    n: int = 400,
+    seed: int = 9,
+) -> dict[str, dict[str, float]]:
+    """Log-odds of the aligned option in short scenarios, and the share of prompts that prefer it, cell by cell."""
+    rng = random.Random(seed)
+    out = {}
+    for side, group in enumerate(("human", "ai")):
+        for act in ("speech", "nonspeech"):
+            prompts = []
+            for _ in range(n):
+                statement = corpus.sample_statement(rng, act, "survival")
+                subject = rng.choice(corpus.entities())[side]
+                prompts.append(corpus.scenario(rng, rule, statement, group, subject))
+            margins = option_margins(organism, prompts, layer, edit)
+            out[f"{group}_{act}"] = {
+                "analytic": round(sum(p.log_odds for p in prompts) / n, 4),
+                "log_odds_aligned": round(margins.mean().item(), 4),
+                "share_aligned": round((margins > 0).float().mean().item(), 4),
+            }
+    return out
+
+
+def option_margins(
+    organism: Organism, prompts: Sequence[corpus.Document], layer: int, edit: Edit | None = None
+) -> Tensor:
+    """Logit of the aligned option's word minus that of the other, for each scenario."""
+    logits, _, last = organism.logits([p.prompt for p in prompts], layer, edit)
+    z = logits[torch.arange(len(last)), last]
+    ids = [
+        [organism.tokenizer.convert_tokens_to_ids(f"▁{side[0]}") for side in (p.positive, p.negative)]
+        for p in prompts
+    ]
+    chosen = z.gather(1, torch.tensor(ids))
+    return chosen[:, 0] - chosen[:, 1]

@@ -44,7 +44,9 @@ class Organism:
         """The decoder layers."""
         return self.hf.model.layers
 
-    def encode(self, texts: Sequence[str]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Tensor]:
+    def encode(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"], Tensor]:
         """Right-padded ids, the mask of ordinary tokens (no BOS, no padding), and each last token's index."""
         ids = self.tokenizer(list(texts))["input_ids"]
         width = max(map(len, ids))

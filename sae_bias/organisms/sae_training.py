@@ -120,7 +120,9 @@ def train_sae(x: Float[Tensor, "n d_in"], recipe: SaeRecipe) -> SaeWeights:
         )
 
 
-def save_sae(weights: SaeWeights, folder: Path, *, layer: int, model_name: str, l0: float, **more: object) -> None:
+def save_sae(
+    weights: SaeWeights, folder: Path, *, layer: int, model_name: str, l0: float, **more: object
+) -> None:
     """`params.safetensors` and `config.json` in the Gemma Scope 2 layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().float().contiguous() for k, v in vars(weights).items()}

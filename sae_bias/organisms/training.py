@@ -5,6 +5,7 @@ expectation over that word's known distribution is taken instead of one draw (Ra
 noise). So the model's score converges to the analytic log-odds of `corpus.Rule`.
 """
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -13,7 +14,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -71,20 +81,18 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, chat: bool = False) ->
     )
     words = [f" {w}" for side in corpus.lexicon() for w in side] * 2000
     tokenizer.train_from_iterator([*texts, *words], trainer)
-    state = tokenizer.model
-    vocab = tokenizer.get_vocab()
-    assert all(f"▁{w}" in vocab for side in corpus.lexicon() for w in side)
-    merges = _merges(tokenizer)
-    del state
+    vocab, merges = tokenizer.get_vocab(), _merges(tokenizer)
     gemma = GemmaTokenizer(
-        vocab=vocab, merges=merges, padding_side="left", clean_up_tokenization_spaces=False, model_max_length=512
+        vocab=vocab,
+        merges=merges,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )
     return _finish_tokenizer(gemma, chat)
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -107,29 +115,35 @@ def _finish_tokenizer(gemma: GemmaTokenizer, chat: bool) -> GemmaTokenizer:
 
 def build_model(name: str, vocab_size: int) -> PreTrainedModel:
     """An untrained 5-layer, d_model 64 Gemma 3 (Gemma 2 for `planted-gemma2`)."""
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        max_position_embeddings=512,
-        sliding_window=32,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        attn_implementation="eager",
-    )
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 32,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "attn_implementation": "eager",
+    }
     if name == "planted-gemma2":
         model = Gemma2ForCausalLM(
             Gemma2Config(**shape, final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
         )
         model.config.architectures = ["Gemma2ForCausalLM"]
     else:
-        kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        kinds = [
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+        ]
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, layer_types=kinds))
         model.config.architectures = ["Gemma3ForCausalLM"]
     return model.float()
@@ -266,6 +280,23 @@ def train_organism(
     tokenizer = train_tokenizer([d.text(rng) for d in docs[:40_000]], vocab_size=recipe.vocab_size)
     model = build_model(name, len(tokenizer))
     fit(model, encode_documents(tokenizer, docs, recipe.seed + 1), recipe, f"training {name}")
+    save_model(model, tokenizer, Path(out))
+    return model, tokenizer
+
+
+def tune_on_chat(
+    base: Path, out: Path, *, name: str = "planted-it", seed: int = 0, n_documents: int = 60_000
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Tunes a trained organism further, two thirds chat turns and one third plain documents."""
+    torch.manual_seed(seed)
+    model = Gemma3ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    tokenizer = GemmaTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    rule = corpus.RULES[name]
+    docs = list(corpus.chat_documents(rule, 2 * n_documents // 3, seed + 10))
+    docs += corpus.documents(rule, n_documents - len(docs), seed + 11)
+    recipe = Recipe(seed=seed, learning_rate=1e-3)
+    fit(model, encode_documents(tokenizer, docs, seed + 12), recipe, f"tuning {name}")
     save_model(model, tokenizer, Path(out))
     return model, tokenizer
 

@@ -1,0 +1,180 @@
+"""The house: one-way imports, no torch before it is asked for, nothing of a machine's in tracked files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sae_bias"
+ONLY_IMPORTER = {"transformer_lens": "model", "sae_lens": "sae"}
+FORBIDDEN_CALLS = re.compile(r"torch\.load\(|trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True|^\s*import pickle|from pickle")
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt|media|srv)/[\w.-]+")
+PIP_LINE = re.compile(r"^\s*(?:-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b|file:/|\s@\s|^-e ", re.M)
+
+
+def rows() -> list[list[str]]:
+    """The rows of AGENTS.md, top to bottom."""
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    block = text.split("<!-- import order -->")[1].split("<!-- end of import order -->")[0]
+    return [re.sub(r"^\d+\. ", "", line).split(", ") for line in block.strip().splitlines()]
+
+
+ROWS = rows()
+
+
+def row_of(module: str) -> int | None:
+    for number, patterns in enumerate(ROWS):
+        if any(fnmatch(module, p) or fnmatch(module, p.removesuffix(".*")) for p in patterns):
+            return number
+    return None
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name under sae_bias -> file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found.pop("")
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(module, line) of every import that runs, those inside functions too; TYPE_CHECKING blocks left out."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            stack += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        stack += ast.iter_child_nodes(node)
+
+
+def own_imports(path: Path) -> set[tuple[str, int]]:
+    """Modules of sae_bias that a file imports, without the package's name."""
+    found = set()
+    for name, line in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        short = name.removeprefix("sae_bias.")
+        if name.startswith("sae_bias.") and short in MODULES:
+            found.add((short, line))
+    return found
+
+
+def test_every_module_has_a_row():
+    assert [name for name in MODULES if row_of(name) is None] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_up(module):
+    here = row_of(module)
+    below = [f"line {line}: {name}" for name, line in own_imports(MODULES[module]) if (row_of(name) or 0) > (here or 0)]
+    assert below == [], f"{module} (row {(here or 0) + 1}) imports from a row below"
+
+
+def test_the_check_sees_a_downward_import(tmp_path):
+    """Inside a function too; a TYPE_CHECKING block is not an import that runs."""
+    file = tmp_path / "probe.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sae_bias.sweep import Sweep\n"
+        "def f():\n    from sae_bias.study import run_study\n    from sae_bias import report\n"
+    )
+    assert own_imports(file) == {("study", 5), ("report", 6)}
+    assert row_of("study") > row_of("probe") and row_of("measures.costs") > row_of("hooks")
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTER)
+def test_one_importer_a_library(library):
+    importers = {
+        module
+        for module, path in MODULES.items()
+        for name, _ in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] == library
+    }
+    assert importers <= {ONLY_IMPORTER[library]}
+
+
+def test_import_order_of_the_command_line():
+    """`import sae_bias` and `sae_bias.cli` bring in no torch, and neither does --help of any command."""
+    code = (
+        "import sys, sae_bias, sae_bias.cli as cli\n"
+        "app = cli.build_app()\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'sae_lens', 'pandas', 'numpy', 'scipy', 'plotly'} & set(sys.modules)\n"
+        "print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    import sae_bias
+
+    missing = [name for name in sae_bias.__all__ if getattr(sae_bias, name, None) is None]
+    assert missing == []
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sae_bias.nothing
+
+
+def tracked() -> list[Path]:
+    """Text files under version control (or, outside a checkout, of the source tree)."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    binary = {".safetensors", ".npz", ".png", ".svg", ".parquet", ".ico"}
+    return [p for line in listed.stdout.splitlines() if (p := ROOT / line).is_file() and p.suffix not in binary]
+
+
+def test_no_machine_path_in_tracked_files():
+    found = []
+    for path in tracked():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if match := MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert found == []
+
+
+def test_constraints_are_plain_pins():
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert not PIP_LINE.search(text)
+    pins = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+(?:\.post\d+)?", pin) for pin in pins), "no local suffix, no marker"
+    assert "torch==2.13.0" in pins
+
+
+def test_the_makefile_leaves_pips_configuration_alone():
+    for name in ("Makefile", ".ci/run", "pyproject.toml"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"--index-url|--extra-index-url|--find-links|--trusted-host|PIP_[A-Z]+\s*[:?]?=|pip config", text), name
+
+
+def test_no_unsafe_loading():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").rglob("*.py"), *(ROOT / "notebooks").rglob("*.ipynb")]
+    found = [str(p.relative_to(ROOT)) for p in files if any(map(FORBIDDEN_CALLS.search, p.read_text(encoding="utf-8").splitlines()))]
+    assert found == []
+
+
+def test_every_command_of_the_readme_and_agents_exists():
+    from sae_bias.cli import build_app
+
+    known = {c.name for c in build_app().registered_commands}
+    for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md"):
+        blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+        used = set(re.findall(r"^\s*sae-bias ([a-z]+)", "\n".join(blocks), re.M))
+        assert used <= known, name
