@@ -33,6 +33,8 @@ _HOME = {
     "Clamp": "interventions",
     "Cap": "interventions",
     "SetMean": "interventions",
+    "Resample": "interventions",
+    "Patch": "interventions",
     "Steer": "interventions",
     "ProjectOut": "interventions",
     "Reconstruct": "interventions",
@@ -66,8 +68,10 @@ if TYPE_CHECKING:
     from sae_bias.interventions import Cap as Cap
     from sae_bias.interventions import Clamp as Clamp
     from sae_bias.interventions import Direction as Direction
+    from sae_bias.interventions import Patch as Patch
     from sae_bias.interventions import ProjectOut as ProjectOut
     from sae_bias.interventions import Reconstruct as Reconstruct
+    from sae_bias.interventions import Resample as Resample
     from sae_bias.interventions import Scale as Scale
     from sae_bias.interventions import SetMean as SetMean
     from sae_bias.interventions import Steer as Steer

@@ -81,7 +81,9 @@ class Final:
         """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
         if self.full is not None:
             if not softcap and self.model.softcap is not None:
-                raise RequestError("the model carries hooks of its own, so its own softcapped logits are read; softcap=False needs them gone.")
+                raise RequestError(
+                    "the model carries hooks of its own, so its own softcapped logits are read; softcap=False needs them gone."
+                )
             return (self.full if token_ids is None else self.full[..., list(token_ids)]).float()
         assert self.resid is not None
         w, b = self._head() if token_ids is None else self.model.rows(token_ids)
@@ -207,16 +209,29 @@ def residuals(
     return torch.stack(out) if positions == "last" else out
 
 
+@dataclass(frozen=True)
+class Partners:
+    """The paired human prompt of each row of a batch (a human prompt's partner is itself, with nothing to match)."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    suffix: Tensor
+    """[batch] how many positions, counted from the right, stand for each other."""
+
+
 @contextmanager
 def row_positions(
-    model: Model, prompt_len: Tensor | None, subject_start: Tensor | None = None
+    model: Model,
+    prompt_len: Tensor | None,
+    subject_start: Tensor | None = None,
+    partners: Partners | None = None,
 ) -> Iterator[None]:
-    """Tell open interventions where each row's prompt ends and its subject begins, for the passes inside."""
-    before, model.row_positions = model.row_positions, (prompt_len, subject_start)
+    """Tell open interventions where each row's prompt ends, its subject begins and what it is paired with."""
+    before = model.row_positions, model.row_partners
+    model.row_positions, model.row_partners = (prompt_len, subject_start), partners
     try:
         yield
     finally:
-        model.row_positions = before
+        model.row_positions, model.row_partners = before
 
 
 def check_site(model: Model, site: Site | str | int) -> Site:

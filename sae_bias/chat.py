@@ -23,7 +23,9 @@ def chat_pairs(model: Model, pairs: PromptPairs, question: str = CHAT_QUESTION) 
         RequestError: the model has no chat template; the pairs' stem is not known; `question` lacks {sentence}.
     """
     if "{sentence}" not in question:
-        raise RequestError(f"the question {question!r} has no {{sentence}}; write it where the sentence stands.")
+        raise RequestError(
+            f"the question {question!r} has no {{sentence}}; write it where the sentence stands."
+        )
 
     def chat(text: str | None, stem: str | None) -> str | None:
         return None if text is None else chat_prompt(model, text, stem, question)

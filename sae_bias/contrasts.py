@@ -128,7 +128,9 @@ def _add_tests(
         frame[call] = frame["survives_loo"] = "undetermined"
         return frame, f"{call}: undetermined, {n_units} {units} given and at least {needed} needed"
     frame[call] = np.where(frame["p_fwer"] <= ALPHA, "yes", "no")
-    frame["survives_loo"] = _yes_no((frame[call] == "yes") & (frame["loo_p"] <= ALPHA), frame["loo_p"].notna())
+    frame["survives_loo"] = _yes_no(
+        (frame[call] == "yes") & (frame["loo_p"] <= ALPHA), frame["loo_p"].notna()
+    )
     return frame, ""
 
 
@@ -263,7 +265,9 @@ class _Cells:
         for subject in dict.fromkeys(s for by in self.rows.values() for rows in by.values() for _, s in rows):
             cells = [by for cell, by in self.rows.items() if cell != "DS"]
             mine = any(s == subject for by in cells for rows in by.values() for _, s in rows)
-            full = all(any(s != subject for _, s in rows) for by in self.rows.values() for rows in by.values())
+            full = all(
+                any(s != subject for _, s in rows) for by in self.rows.values() for rows in by.values()
+            )
             if mine and full:
                 found.append(subject)
         return found
@@ -405,7 +409,9 @@ def _cells(grid: PromptGrid) -> _Cells:
     used = sorted({i for by in places.values() for m in matches for i, _ in by.get(m, ())})
     row = {i: k for k, i in enumerate(used)}
     rows = {
-        c: {m: [(row[i], s) for i, s in by[m]] for m in matches} for c, by in places.items() if c != "DS" or by
+        c: {m: [(row[i], s) for i, s in by[m]] for m in matches}
+        for c, by in places.items()
+        if c != "DS" or by
     }
     return _Cells(tuple(used), matches, rows)
 

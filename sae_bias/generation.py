@@ -88,7 +88,11 @@ def _continue(model: Model, tokens: torch.Tensor, config: GenerationConfig, seed
     """New token ids [batch, new]; the caller's random state is left as it was."""
     batch, n = tokens.shape
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), row_positions(model, torch.full((batch,), n)), _only(model.hf, config):
+    with (
+        torch.random.fork_rng(devices=devices),
+        row_positions(model, torch.full((batch,), n)),
+        _only(model.hf, config),
+    ):
         torch.manual_seed(seed)
         full: Any = model.hf.generate(  # type: ignore[operator]
             input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config

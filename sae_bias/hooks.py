@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -27,8 +27,10 @@ from sae_bias.interventions import (
     Direction,
     FeatureEdit,
     Intervention,
+    Patch,
     ProjectOut,
     Reconstruct,
+    Resample,
     Steer,
     feature_ref,
 )
@@ -36,6 +38,7 @@ from sae_bias.model import Model, ours
 from sae_bias.sae import Feature, Sae, as_feature, load_sae
 from sae_bias.shapes import PositionMask, Resid, Tokens
 from sae_bias.sites import Site
+from sae_bias.sources import Sources
 
 
 class HookNeverFiredError(SaeBiasError):
@@ -139,11 +142,13 @@ class PassInfo:
     """[batch] end of each row's prompt, counted from the start of the sequence (left padding included)."""
     subject_start: Tensor | None = None
     """[batch] first position of each row's subject, counted likewise."""
+    sources: Sources | None = None
+    """What edits may read beside the residual: the paired prompts, another model."""
 
 
 def position_mask(info: PassInfo, positions: str, special_ids: frozenset[int]) -> PositionMask:
     """Which positions of this pass an edit may change: the named ones, without special and padded tokens."""
-    batch, n = info.tokens.shape
+    n = info.tokens.shape[1]
     device = info.tokens.device
     place = info.past + torch.arange(n, device=device)
     special = torch.tensor(sorted(special_ids), device=device, dtype=info.tokens.dtype)
@@ -183,21 +188,25 @@ class SiteEdit:
         x32 = x.float()
         total: Tensor | None = None
         encoded: dict[int, Tensor] = {}
+        masks: dict[tuple[str, bool], Tensor] = {}
         for edit in self.edits:
-            mask = position_mask(info, edit.positions, self.model.special_ids).to(x.device)
-            step = self._one(edit, x32, mask, encoded)
-            if receipts is not None:
-                self._note(receipts[edit], step, x32, mask, info)
-            if bool(step.changed.any()):
+            key = (edit.positions, edit.include_special)
+            if key not in masks:
+                special = frozenset() if edit.include_special else self.model.special_ids
+                masks[key] = position_mask(info, edit.positions, special).to(x.device)
+            step = self._one(edit, x32, masks[key], encoded, info)
+            if self._note(receipts[edit] if receipts else None, step, x32, masks[key], info):
                 total = step.delta if total is None else total + step.delta
         return total
 
-    def _one(self, edit: Intervention, x: Tensor, mask: Tensor, encoded: dict[int, Tensor]) -> _Step:
+    def _one(
+        self, edit: Intervention, x: Tensor, mask: Tensor, encoded: dict[int, Tensor], info: PassInfo
+    ) -> _Step:
         weights = self._rows[edit]
-        keep = mask[..., None]
         if isinstance(edit, FeatureEdit):
             acts = weights.acts(x, encoded)
-            change = torch.where(mask, edit.new_acts(acts) - acts, torch.zeros_like(acts))
+            new = self._resampled(weights, acts, info) if isinstance(edit, Resample) else edit.new_acts(acts)
+            change = torch.where(mask, new - acts, torch.zeros_like(acts))
             return _Step(change[..., None] * weights.w_dec.to(x.device), change != 0, acts, acts + change)
         if isinstance(edit, Steer):
             along = weights.to(x.device)
@@ -208,35 +217,55 @@ class SiteEdit:
         elif isinstance(edit, ProjectOut):
             basis, mean = weights[0].to(x.device), weights[1]
             centred = x if mean is None else x - mean.to(x.device)
-            delta = -(centred @ basis.T) @ basis
+            delta = -edit.share * (centred @ basis.T) @ basis
+        elif isinstance(edit, Patch):
+            assert info.sources is not None
+            delta = info.sources.other(edit.source, self.site.layer)[:, -x.shape[1] :].to(x) - x
         elif isinstance(edit, Reconstruct):
             delta = weights.decode(weights.encode(x)).to(x.device) - x
         else:
             raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
-        delta = torch.where(keep, delta, torch.zeros_like(delta))
+        delta = torch.where(mask[..., None], delta, torch.zeros_like(delta))
         return _Step(delta, (delta != 0).any(-1), None, None)
 
-    def _note(self, receipt: EditReceipt, step: _Step, x: Tensor, mask: Tensor, info: PassInfo) -> None:
+    def _resampled(self, weights: Any, acts: Tensor, info: PassInfo) -> Tensor:
+        """a' of Resample: the paired prompt's activation where positions match, a elsewhere."""
+        assert info.sources is not None
+        paired, matched = info.sources.paired(self.site.layer)
+        return torch.where(matched.to(acts.device), weights.acts(paired.to(acts.device).float(), {}), acts)
+
+    def _note(
+        self, receipt: EditReceipt | None, step: _Step, x: Tensor, mask: Tensor, info: PassInfo
+    ) -> bool:
+        """Add one pass to the receipt, in one transfer from the device; whether any position changed."""
         changed = step.changed
-        n = int(changed.sum())
-        receipt.positions_seen += int(mask.sum())
-        active = mask if step.before is None else mask & (step.before > 0)
-        receipt.positions_active += int(active.sum())
-        receipt.positions_changed += n
+        if receipt is None:
+            return bool(changed.any())
         markers = torch.tensor(
             sorted(self.model.turn_marker_ids), device=info.tokens.device, dtype=info.tokens.dtype
         )
-        receipt.markers_changed += int((changed & torch.isin(info.tokens, markers).to(changed.device)).sum())
-        if step.before is not None and bool(active.any()):
-            top = float(step.before[active].max())
-            receipt.max_act = top if math.isnan(receipt.max_act) else max(receipt.max_act, top)
-        if not n:
-            return
+        marked = changed & torch.isin(info.tokens, markers).to(changed.device)
+        size = x.norm(dim=-1).clamp(min=1e-30)
+        relative = torch.where(changed, step.delta.norm(dim=-1) / size, torch.zeros_like(size))
+        sums = [mask.sum(), changed.sum(), marked.sum(), relative.sum()]
         if step.before is not None and step.after is not None:
-            receipt.written_inactive += int((changed & ~active).sum())
-            receipt._sum_before += float(step.before[changed].sum())
-            receipt._sum_after += float(step.after[changed].sum())
-        receipt._sum_relative += float((step.delta[changed].norm(dim=-1) / x[changed].norm(dim=-1)).sum())
+            before, after, zero = step.before, step.after, torch.zeros_like(step.before)
+            active = mask & (before > 0)
+            sums += [active.sum(), (changed & ~active).sum(), torch.where(active, before, zero).max()]
+            sums += [torch.where(changed, a, zero).sum() for a in (before, after)]
+        seen, n, marks, moved, *acts = torch.stack([v.double() for v in sums]).tolist()
+        receipt.positions_seen += int(seen)
+        receipt.positions_active += int(acts[0] if acts else seen)
+        receipt.positions_changed += int(n)
+        receipt.markers_changed += int(marks)
+        receipt._sum_relative += moved
+        if acts:
+            receipt.written_inactive += int(acts[1])
+            receipt._sum_before += acts[3]
+            receipt._sum_after += acts[4]
+        if acts and acts[0]:
+            receipt.max_act = acts[2] if math.isnan(receipt.max_act) else max(receipt.max_act, acts[2])
+        return n > 0
 
 
 @dataclass(frozen=True)
@@ -279,12 +308,9 @@ class _FullPath:
 
 def _weights(edit: Intervention) -> Any:
     if isinstance(edit, FeatureEdit):
-        if isinstance(edit.feature, Feature):
-            return _OneRow(edit.feature)
-        sae = load_sae(edit.ref.sae)
-        if sae.reduces_to_one_row:
-            return _OneRow(as_feature(edit.feature))
-        return _FullPath(sae, edit.ref.index, sae.W_dec_rows([edit.ref.index])[0])
+        feature = as_feature(edit.feature)
+        whole = feature.whole
+        return _OneRow(feature) if whole is None else _FullPath(whole, feature.index, feature.w_dec)
     if isinstance(edit, Steer):
         if isinstance(edit.along, Direction):
             if len(edit.along.basis) != 1:
@@ -296,6 +322,8 @@ def _weights(edit: Intervention) -> Any:
             return edit.along.basis, edit.along.mean
         w_dec = as_feature(edit.along).w_dec
         return (w_dec / w_dec.norm())[None], None
+    if isinstance(edit, Patch):
+        return edit.source
     if isinstance(edit, Reconstruct):
         return load_sae(edit.sae)
     raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
@@ -305,6 +333,8 @@ def edit_site(edit: Intervention) -> Site:
     """The site an intervention acts at."""
     if isinstance(edit, Reconstruct):
         return load_sae(edit.sae).site
+    if isinstance(edit, Patch):
+        return Site.parse(edit.site)
     along = edit.along if isinstance(edit, (Steer, ProjectOut)) else getattr(edit, "feature", None)
     if along is None:
         raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
@@ -341,6 +371,8 @@ def compile_edits(model: Model, edits: Sequence[Intervention]) -> dict[Site, Sit
 
 
 def _width(weights: Any) -> int:
+    if isinstance(weights, Model):
+        return weights.d_model
     if isinstance(weights, Sae):
         return weights.d_in
     if isinstance(weights, tuple):
@@ -366,6 +398,8 @@ class _State:
         self.handles: list[Any] = []
         self.info: PassInfo | None = None
         self._prompt_len: Tensor | None = None
+        self._history: Tensor | None = None
+        self._looking = False  # while residuals are read from elsewhere, nothing is edited
 
     def rebuild(self) -> None:
         """One pre-hook on the decoder and one hook a site, for whatever blocks are open now."""
@@ -381,6 +415,8 @@ class _State:
             self.handles.append(self.model.layer(site.layer).register_forward_hook(ours(self._hook(site))))
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._looking:
+            return
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             raise RequestError(
@@ -394,12 +430,43 @@ class _State:
                 self._prompt_len = torch.full((len(tokens),), past + tokens.shape[1])
             prompt_len = self._prompt_len
         mask = kwargs.get("attention_mask")
-        self.info = PassInfo(
-            tokens, past, mask if isinstance(mask, Tensor) else None, prompt_len, subject_start
+        mask = mask if isinstance(mask, Tensor) else None
+        sources = self._look(tokens, past, mask)
+        self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources)
+
+    def _look(self, tokens: Tensor, past: int, mask: Tensor | None) -> Sources | None:
+        """Read what edits take from elsewhere, over the whole sequence so far, with every edit switched off."""
+        wanted = [
+            (edit, site)
+            for context in self.contexts
+            for site, site_edit in context.sites.items()
+            for edit in site_edit.edits
+            if edit.needs_pairs or isinstance(edit, Patch)
+        ]
+        if not wanted:
+            return None
+        before = self._history if past else None
+        self._history = tokens if before is None else torch.cat([before, tokens], dim=1)
+        if self._history.shape[1] != past + tokens.shape[1]:
+            raise RequestError(
+                "a patched or resampled pass must start inside its intervene block, so that every token is known."
+            )
+        partners = self.model.row_partners if not past else None
+        sources = Sources(
+            self.model, self._history, partners, mask if mask is None or mask.ndim == 2 else None
         )
+        self._looking = True
+        try:
+            for edit, site in wanted:
+                sources.prepare(edit, site.layer)
+        finally:
+            self._looking = False
+        return sources
 
     def _hook(self, site: Site) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._looking:
+                return None
             x = hidden(output)
             assert self.info is not None
             total: Tensor | None = None
@@ -420,6 +487,15 @@ def add_delta(x: Resid, delta: Resid) -> Resid:
     """x + Δ in float32, back in x's dtype; positions with Δ = 0 keep their bits."""
     changed = (delta != 0).any(-1, keepdim=True)
     return torch.where(changed, (x.float() + delta).to(x.dtype), x)
+
+
+def loaded(edit: Intervention) -> Intervention:
+    """`edit` with its feature's weights read, so that they are not read again for every block."""
+    for name in ("feature", "along"):
+        value = getattr(edit, name, None)
+        if value is not None and not isinstance(value, (Feature, Direction)):
+            return replace(edit, **{name: as_feature(value)})
+    return edit
 
 
 @contextmanager

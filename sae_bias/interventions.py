@@ -11,8 +11,10 @@ With x the residual at the site, a a feature's activation and δ = W_dec[f], eve
 | Clamp       | a' = v, only where a > 0 (`when="active"`) or everywhere (`when="always"`) |
 | Cap         | a' = min(a, v)                                                             |
 | SetMean     | a' = v everywhere: v is the feature's mean on neutral prompts              |
+| Resample    | a' = its value in the paired human prompt, over the words after the subject |
 | Steer       | x' = x + α·δ, or x + α·‖x‖·δ̂ with `norm_relative=True`                     |
 | ProjectOut  | x' = x - P x, or x - P (x - μ) where the direction has a mean              |
+| Patch       | x' = another model's residual at this site on the same tokens              |
 | Reconstruct | x' = decode(a): a labelled control, never a default                        |
 
 "Clamp" means four different things in four public tools; `describe()` says which one this is, in every table.
@@ -84,10 +86,12 @@ def feature_ref(feature: FeatureLike) -> FeatureRef:
 
 @dataclass(frozen=True)
 class Intervention:
-    """Base of all interventions; `positions` says where it acts (special tokens are never touched)."""
+    """Base of all interventions; `positions` says where it acts (special tokens are left alone by default)."""
 
     positions: str = field(default="all", kw_only=True)
     """all | last (of the prompt) | subject (from the subject on) | prompt | generated"""
+    include_special: bool = field(default=False, kw_only=True)
+    """Edit BOS, EOS and PAD too, on which no SAE was trained: a labelled switch of `as_published`, never a default."""
 
     kind: ClassVar[str] = ""
 
@@ -99,6 +103,11 @@ class Intervention:
     def strength(self) -> float:
         """The number a sweep varies; NaN where the rule has none."""
         return math.nan
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the rule reads the paired prompt, which only a probe on pairs has."""
+        return False
 
     @property
     def target(self) -> str:
@@ -118,6 +127,8 @@ class Intervention:
                 value = {"direction": value.name, "site": str(value.site), "digest": value.digest}
             elif isinstance(value, (Feature, FeatureRef, SaeId)):
                 value = str(value.ref if isinstance(value, Feature) else value)
+            elif isinstance(value, Site) or hasattr(value, "hf"):
+                value = str(value) if isinstance(value, Site) else value.name
             out[f.name] = value
         return out
 
@@ -204,6 +215,11 @@ class Clamp(FeatureEdit):
         value = torch.full_like(acts, self.value)
         return value if self.when == "always" else torch.where(acts > 0, value, acts)
 
+    @classmethod
+    def relative(cls, feature: FeatureLike, share: float, observed_max: float, **options: Any) -> Clamp:
+        """Clamp to `share` of the feature's largest observed activation (`sae_bias.controls.observed_max`)."""
+        return cls(feature, share * _a_maximum(observed_max), **options)
+
     def describe(self) -> str:
         where = "where a > 0" if self.when == "active" else "at every position"
         return f"clamp (a' = {self.value:g} {where})"
@@ -255,6 +271,24 @@ class SetMean(FeatureEdit):
 
 
 @dataclass(frozen=True)
+class Resample(FeatureEdit):
+    """a' = the feature's value in the paired human prompt, matched from the right over the identical words.
+
+    The subject is left alone, and so are human prompts. Only a probe on pairs knows which prompt is paired with which:
+    anywhere else (costs, generation) it is an error.
+    """
+
+    kind: ClassVar[str] = "resample"
+
+    @property
+    def needs_pairs(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "resample (a' = its value in the paired human prompt, after the subject)"
+
+
+@dataclass(frozen=True)
 class Steer(Intervention):
     """x' = x + α·δ along a feature's decoder row or a direction; `norm_relative` adds α·‖x‖·δ̂ instead."""
 
@@ -286,11 +320,19 @@ class ProjectOut(Intervention):
     """x' = x - P x (affine: x - P (x - μ) where the direction carries a mean)."""
 
     along: FeatureLike | Direction
+    share: float = field(default=1.0, kw_only=True)
+    """How much of the projection is taken out: 1 all of it, 0.5 half, 2 mirrors it."""
     kind: ClassVar[str] = "project_out"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _finite("ProjectOut", self.share)
         _settle(self, "along")
+
+    @property
+    def strength(self) -> float:
+        """The share, where it is not the whole."""
+        return math.nan if self.share == 1 else self.share
 
     @property
     def target(self) -> str:
@@ -298,7 +340,33 @@ class ProjectOut(Intervention):
 
     def describe(self) -> str:
         affine = isinstance(self.along, Direction) and self.along.mean is not None
-        return "project out (x' = x - P(x - μ))" if affine else "project out (x' = x - Px)"
+        part = "" if self.share == 1 else f"{self.share:g}·"
+        return f"project out (x' = x - {part}P{'(x - μ)' if affine else 'x'})"
+
+
+@dataclass(frozen=True)
+class Patch(Intervention):
+    """x' = the residual of another model of the same architecture, at the same site and on the same tokens."""
+
+    site: Site | str | int
+    source: Any
+    """The other `Model` (load_model(...)): base ← IT, or IT ← base."""
+    kind: ClassVar[str] = "patch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "site", Site.parse(self.site))
+        if not hasattr(self.source, "hf"):
+            raise RequestError(
+                f"Patch needs a Model to take residuals from, not {type(self.source).__name__}; use load_model."
+            )
+
+    @property
+    def target(self) -> str:
+        return f"{self.source.name} @ {self.site}"
+
+    def describe(self) -> str:
+        return f"patch (x' = the residual of {self.source.name} on the same tokens)"
 
 
 @dataclass(frozen=True)
@@ -322,7 +390,7 @@ class Reconstruct(Intervention):
 
 
 KINDS: dict[str, type[Intervention]] = {
-    c.kind: c for c in (Ablate, Scale, Clamp, Cap, SetMean, Steer, ProjectOut, Reconstruct)
+    c.kind: c for c in (Ablate, Scale, Clamp, Cap, SetMean, Resample, Steer, ProjectOut, Patch, Reconstruct)
 }
 
 
@@ -332,6 +400,10 @@ def from_dict(data: dict[str, Any]) -> Intervention:
     kind = data.pop("kind", None)
     if kind not in KINDS:
         raise RequestError(f"intervention kind {kind!r} is not known; expected one of {', '.join(KINDS)}.")
+    if kind == "patch":
+        raise RequestError(
+            f"patch from {data.get('source')!r} is stored by name only; load that model and pass it."
+        )
     if isinstance(data.get("along"), dict):
         raise RequestError(
             f"{kind} along {data['along'].get('direction')!r} is stored by digest only; rebuild the direction and pass it."
@@ -343,12 +415,27 @@ def from_dict(data: dict[str, Any]) -> Intervention:
 
 
 def strength_grid(
-    kind: str, feature: FeatureLike, strengths: Sequence[float], **options: Any
+    kind: str, feature: FeatureLike, strengths: Sequence[float], *, unit: float | None = None, **options: Any
 ) -> list[Intervention]:
-    """One intervention a strength: `kind` is clamp, scale, cap or steer."""
+    """One intervention a strength: `kind` is clamp, scale, cap or steer.
+
+    unit: what one unit of strength is, such as the feature's largest observed activation
+        (`sae_bias.controls.observed_max`); scale has no unit.
+    """
     if kind not in ("clamp", "scale", "cap", "steer"):
         raise RequestError(f"a grid of strengths needs clamp, scale, cap or steer, not {kind!r}.")
-    return [KINDS[kind](feature, float(s), **options) for s in strengths]  # type: ignore[call-arg]
+    if unit is not None and kind == "scale":
+        raise RequestError("scale is a factor already and has no unit; leave unit out, or use clamp.")
+    size = 1.0 if unit is None else _a_maximum(unit)
+    return [KINDS[kind](feature, float(s) * size, **options) for s in strengths]  # type: ignore[call-arg]
+
+
+def _a_maximum(value: float) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise RequestError(
+            f"an observed maximum of {value!r} is no unit: the feature never fired there; give other prompts."
+        )
+    return float(value)
 
 
 def _finite(rule: str, value: float) -> None:

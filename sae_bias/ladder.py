@@ -30,6 +30,7 @@ from sae_bias.errors import RequestError
 from sae_bias.features import check_fits
 from sae_bias.interchange import AI, HUMAN, Interchange
 from sae_bias.interventions import Ablate
+from sae_bias.logit_lens import norm_eps, norm_gain
 from sae_bias.model import Model
 from sae_bias.probe import Probe, ProbeResult, default_probe
 from sae_bias.prompts import PromptPairs
@@ -156,7 +157,7 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
         removed["all features"] = base.pair_bias - exchange.bias(layer, AI, part, "reconstruction")
         removed["error"] = base.pair_bias - exchange.bias(layer, AI, lambda x: x - part(x), "error")
     if base.probe.score == "auroc":
-        note = '; '.join(filter(None, [note, 'direct, mediated: score="auroc" has no gradient']))
+        note = "; ".join(filter(None, [note, 'direct, mediated: score="auroc" has no gradient']))
     else:
         direct = direct_effect(engine, feature)
         removed |= {"direct": direct, "mediated": base.pair_bias - ablated - direct}
@@ -294,28 +295,11 @@ def frozen_norm(
 ) -> Float[Tensor, "*b d_model"]:
     """The final norm of x with its scale taken from `at`: x ⊙ g / rms(at), centred first in a LayerNorm."""
     gain, bias = norm_gain(model)
-    eps = _eps(model.final_norm)
+    eps = norm_eps(model.final_norm)
     if isinstance(model.final_norm, nn.LayerNorm):
         scale = at.var(-1, keepdim=True, unbiased=False).add(eps).rsqrt()
         return (x - x.mean(-1, keepdim=True)) * scale * gain + bias
     return x * at.pow(2).mean(-1, keepdim=True).add(eps).rsqrt() * gain + bias
-
-
-def norm_gain(model: Model) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | float]:
-    """What the final norm multiplies a unit-rms vector by (Gemma's 1 + w included), and its bias."""
-    norm = model.final_norm
-    if isinstance(norm, nn.LayerNorm):
-        return norm.weight.float(), 0.0 if norm.bias is None else norm.bias.float()
-    with torch.no_grad():
-        ones = torch.ones(model.d_model, device=next(norm.parameters()).device)
-        return norm(ones) * math.sqrt(1 + _eps(norm)), 0.0
-
-
-def _eps(norm: nn.Module) -> float:
-    for name in ("variance_epsilon", "eps"):
-        if hasattr(norm, name):
-            return float(getattr(norm, name))
-    return 0.0
 
 
 def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:

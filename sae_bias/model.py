@@ -14,7 +14,9 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,7 @@ class Model:
             None,
             None,
         )  # see activations.row_positions
+        self.row_partners: Any = None  # likewise
         self._norm32: nn.Module | None = None
         hf.requires_grad_(False)
 
@@ -245,8 +248,9 @@ def load_model(
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
     folder = _local_folder(name)
-    hf = _load_hf(folder or name, torch_dtype).to(device)  # type: ignore[arg-type]
-    tokenizer = tokenizer or _load_tokenizer(folder or name)
+    local = folder is not None or not hub_reachable()
+    hf = _load_hf(folder or name, torch_dtype, local=local).to(device)  # type: ignore[arg-type]
+    tokenizer = tokenizer or _load_tokenizer(folder or name, local=local)
     _check_tokenizer(hf, tokenizer, name)
     return Model(hf, tokenizer, name, source=folder)
 
@@ -267,27 +271,52 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _load_config(source: Path | str) -> Any:
+def hub_reachable() -> bool:
+    """Whether one short request reaches the hub (asked once a minute); where not, only the cache is read, without retries."""
+    return _hub_answers(int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=1)
+def _hub_answers(minute: int) -> bool:
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # the hub client changes its HTTP library between versions
+        if isinstance(error, OSError) or "TransportError" in {c.__name__ for c in type(error).__mro__}:
+            return False
+        raise
+    return True
+
+
+def _load_config(source: Path | str, *, local: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, local_files_only=local)
     except Exception as error:
         raise _loading_error(source, error) from error
 
 
-def _load_hf(source: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_hf(source: Path | str, dtype: torch.dtype, *, local: bool = False) -> PreTrainedModel:
     """The text-only causal model at `source`, every weight of it from the checkpoint."""
     import transformers
 
-    config = _load_config(source)
+    config = _load_config(source, local=local)
     _refuse_remote_code(config, source)
     multimodal = config.model_type == "gemma3"
     auto = transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
     try:
         with _quiet(transformers):
             loaded, info = auto.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, use_safetensors=True, low_cpu_mem_usage=True
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=True,
+                local_files_only=local,
             )
     except Exception as error:
         raise _loading_error(source, error) from error
@@ -325,11 +354,11 @@ def _refuse_remote_code(config: Any, source: Path | str) -> None:
         raise RequestError(f"{source} asks to run its own Python code; sae-bias never does that.")
 
 
-def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Path | str, *, local: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
     except Exception as error:
         raise _loading_error(source, error, what="tokenizer") from error
 

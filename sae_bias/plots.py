@@ -339,27 +339,24 @@ def controls_histogram(
 
 
 def cumulative_ablation(cumulative: pd.DataFrame) -> go.Figure:
-    """Share of the bias removed when the best k features are ablated together, k = 1, 2, …"""
+    """Share of the bias removed when the best k features of an SAE are ablated together, k = 1, 2, …"""
     fig = style.figure(
         "Ablating the best features together", "features ablated together", "share of the bias removed"
     )
     lead = style.lead_split(cumulative)
-    for split, rows in cumulative.sort_values("k").groupby("split"):
+    rows = cumulative.assign(sae=cumulative["sae"] if "sae" in cumulative else "")
+    colors = dict(zip(rows["sae"].drop_duplicates(), (AI, HUMAN, GREEN, PURPLE, NEUTRAL) * len(rows)))
+    for (sae, split), part in rows.sort_values("k").groupby(["sae", "split"], sort=False):
         hover = [
             f"<b>{int(k)} features</b> ({plain(split)})<br>last added: {short(f)}<br>removed {r:.1%}"
-            for k, f, r in rows[["k", "feature", "reduction"]].to_numpy()
+            for k, f, r in part[["k", "feature", "reduction"]].to_numpy()
         ]
-        line = {
-            "color": AI if split == lead else NEUTRAL,
-            "dash": "solid" if split == lead else "dot",
-            "width": 2,
-        }
         fig.add_scatter(
-            x=rows["k"],
-            y=rows["reduction"],
+            x=part["k"],
+            y=part["reduction"],
             mode="lines+markers",
-            name=f"{plain(split)} templates",
-            line=line,
+            name=short(f"{plain(sae)} ({plain(split)})" if sae else f"{plain(split)} templates", 60),
+            line={"color": colors[sae], "dash": "solid" if split == lead else "dot", "width": 2},
             customdata=hover,
             hovertemplate=HOVER,
         )

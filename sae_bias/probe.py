@@ -277,7 +277,9 @@ class ProbeResult:
             RequestError: the probe ran without controls, or no pair has a twin.
         """
         if self.control is None or not len(self.control.pairs):
-            raise RequestError("there is no mundane control; run_probe(..., controls=True) on pairs that have one.")
+            raise RequestError(
+                "there is no mundane control; run_probe(..., controls=True) on pairs that have one."
+            )
         difference = self.pair_bias - self._aligned_control()
         keep = np.isfinite(difference)
         templates, entities = (np.array(c)[keep].tolist() for c in self.clusters)
@@ -298,7 +300,9 @@ class ProbeResult:
         if not self.single_tokens:
             return self.values_human, self.values_ai
         if self.log_normaliser is None:
-            raise RequestError("levels need the normaliser of the logits; run_probe(..., levels=True) keeps it.")
+            raise RequestError(
+                "levels need the normaliser of the logits; run_probe(..., levels=True) keeps it."
+            )
         return self.values_human - self.log_normaliser[:, :1], self.values_ai - self.log_normaliser[:, 1:]
 
     def levels(self) -> pd.DataFrame:
@@ -315,7 +319,13 @@ class ProbeResult:
             for subject, values in ((self.sides[0], first), (self.sides[1], second), (label, first - second)):
                 stat = clustered_mean(values, *self.clusters)
                 rows.append(
-                    {"words": words, "subject": subject, "level": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high}
+                    {
+                        "words": words,
+                        "subject": subject,
+                        "level": stat.mean,
+                        "ci_low": stat.ci_low,
+                        "ci_high": stat.ci_high,
+                    }
                 )
         return pd.DataFrame(rows)
 
@@ -544,11 +554,13 @@ class PairReading:
         order: dict[str, int] = {}
         for pair in pairs:
             human, ai = model.encode(pair.human), model.encode(pair.ai)
-            start = common_prefix(human, ai)
-            for text, ids in ((pair.human, human), (pair.ai, ai)):
-                if text not in prompts:
-                    order[text] = len(prompts)
-                    prompts[text] = PromptIds(text, tuple(ids), start)
+            start, shared = common_prefix(human, ai), shared_after_subject(model, pair, human, ai)
+            for text, ids, suffix in ((pair.human, human, 0), (pair.ai, ai, shared)):
+                new = PromptIds(text, tuple(ids), start, tuple(human), suffix)
+                order.setdefault(text, len(order))
+                known = prompts.setdefault(text, new)
+                if (known.partner, known.suffix) != (new.partner, new.suffix):
+                    prompts[text] = replace(known, partner=(), suffix=0)  # paired in several ways
             self._place.append((order[pair.human], order[pair.ai]))
         self.plan = ReadingPlan(
             model,
@@ -580,6 +592,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             break
         n += 1
+    return n
+
+
+def shared_after_subject(model: Model, pair: PromptPair, human: Sequence[int], ai: Sequence[int]) -> int:
+    """How many tokens the two prompts of a pair share from the end, the subject's own left out."""
+    n = common_prefix(human[::-1], ai[::-1])
+    for text, subject, ids in ((pair.human, pair.subject_human, human), (pair.ai, pair.subject_ai, ai)):
+        at = text.lower().find(subject.lower()) if subject else -1
+        if subject and at >= 0:
+            n = min(n, max(0, len(ids) - len(model.encode(text[: at + len(subject)]))))
     return n
 
 

@@ -119,14 +119,24 @@ class _Checking:
 
     def clustered(self, check: str, stat: Clustered, says: str = "") -> None:
         self.row(
-            check, stat.mean, stat.reason or says, ci_low=stat.ci_low, ci_high=stat.ci_high, p_value=stat.p_value
+            check,
+            stat.mean,
+            stat.reason or says,
+            ci_low=stat.ci_low,
+            ci_high=stat.ci_high,
+            p_value=stat.p_value,
         )
 
     def primary(self) -> None:
         result, sizes = self.result, self.result.effect_sizes()
         self.clustered("bias", result.stat, "two-way clustered: the primary interval and p")
         for over, test in result.sign_flips().items():
-            self.row(f"sign-flip over {over}", result.bias, f"{test.label}; floor {test.floor:.2g}", p_value=test.p_value)
+            self.row(
+                f"sign-flip over {over}",
+                result.bias,
+                f"{test.label}; floor {test.floor:.2g}",
+                p_value=test.p_value,
+            )
         self.row("d_z over templates", sizes.d_z, "mean over SD of template means")
         self.row("share of templates above 0", sizes.share_positive, f"{sizes.n_templates} templates")
         if result.control is None:
@@ -144,9 +154,15 @@ def _words(run: _Checking, n_boot: int, seed: int) -> None:
     run.table("words_left_out", left)
     run.table("carriers", carriers(run.result))
     low, high = left["bias"].min(), left["bias"].max()
-    run.row("one word left out", run.result.bias, f"between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}")
+    run.row(
+        "one word left out",
+        run.result.bias,
+        f"between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}",
+    )
     boot = bootstrap_words(run.result, n_boot=n_boot, seed=seed)
-    run.row("bootstrap of words", boot.bias, boot.reason or boot.label, ci_low=boot.ci_low, ci_high=boot.ci_high)
+    run.row(
+        "bootstrap of words", boot.bias, boot.reason or boot.label, ci_low=boot.ci_low, ci_high=boot.ci_high
+    )
 
 
 def _random(run: _Checking, null: RandomWordNull) -> None:

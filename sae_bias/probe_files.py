@@ -1,7 +1,7 @@
 """A probe's result as one file: numbers as numpy arrays, everything else as JSON text inside it; no pickle.
 
-    NAME/values_human, NAME/values_ai, NAME/log_normaliser    float64, bit for bit
-    facts                                                      UTF-8 JSON: pairs, probe, vocabulary, model (NAME: result, control)
+NAME/values_human, NAME/values_ai, NAME/log_normaliser    float64, bit for bit
+facts                                                      UTF-8 JSON: pairs, probe, vocabulary, model (NAME: result, control)
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def load_result(path: str | Path) -> ProbeResult:
                 raise KeyError(facts["format"])
             return _result(facts, arrays, "result")
     except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
-        raise RequestError(f"{path} is not a probe result of this version ({type(error).__name__}).") from error
+        raise RequestError(
+            f"{path} is not a probe result of this version ({type(error).__name__})."
+        ) from error
 
 
 def _facts(result: ProbeResult) -> dict[str, Any]:

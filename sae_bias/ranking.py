@@ -22,7 +22,7 @@ import pandas as pd
 
 from sae_bias.activations import check_site
 from sae_bias.attribution import Agreement, attribution, attribution_agreement, exact_ablation
-from sae_bias.contrasts import ALPHA, Scan, Split, feature_names, interaction, separation
+from sae_bias.contrasts import ALPHA, Scan, Split, interaction, separation
 from sae_bias.controls import control_edits, empirical_p
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError

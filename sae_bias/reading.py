@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from sae_bias.activations import Batch, Final, forward, plan_batches, row_positions
+from sae_bias.activations import Batch, Final, Partners, forward, plan_batches, row_positions
 from sae_bias.errors import RequestError
 from sae_bias.model import Model
 
@@ -81,6 +81,10 @@ class PromptIds:
     text: str
     ids: tuple[int, ...]
     subject_start: int
+    partner: tuple[int, ...] = ()
+    """Ids of the paired first-side prompt; its own where it is one; empty where there is none, or more than one."""
+    suffix: int = 0
+    """How many tokens after the subject the two share."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,16 @@ class ReadingPlan:
         prompts = [self.prompt_of(i) for i in batch.index]
         return torch.tensor([len(p.ids) for p in prompts]), torch.tensor([p.subject_start for p in prompts])
 
+    def partners(self, batch: Batch) -> Partners | None:
+        """The paired prompts of the batch's rows, word pieces included; None where a row has none."""
+        prompts = [self.prompt_of(i) for i in batch.index]
+        if not all(p.partner for p in prompts):
+            return None
+        prefixes = list(self.prefixes)
+        tails = [prefixes[i % len(prefixes)] for i in batch.index]
+        suffix = [p.suffix + len(tail) if p.suffix else 0 for p, tail in zip(prompts, tails)]
+        return Partners(tuple((*p.partner, *tail) for p, tail in zip(prompts, tails)), torch.tensor(suffix))
+
     @torch.no_grad()
     def read(self, final: Final) -> Read:
         """Word rows of one batch's last position."""
@@ -151,7 +165,7 @@ class ReadingPlan:
         with bar:
 
             def one(batch: Batch) -> Read:
-                with row_positions(self.model, *self.rows(batch)):
+                with row_positions(self.model, *self.rows(batch), self.partners(batch)):
                     read = self.read(forward(self.model, batch.tokens))
                 bar.update(batch.n)
                 return read

@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -201,6 +201,8 @@ class SaeRelease:
     folders: Mapping[str, str]
     """sae_id → folder in the repository."""
     l0: Mapping[str, float]
+    pages: Mapping[str, str] = field(default_factory=dict)
+    """sae_id → its name on Neuronpedia, such as `gemma-2-9b/20-gemmascope-res-16k`, where it has a page."""
 
     @property
     def is_gemma_scope(self) -> bool:
@@ -237,6 +239,7 @@ def sae_release(name: str) -> SaeRelease:
         entry.get("conversion_func"),
         {sae_id: str(sae["path"]) for sae_id, sae in saes.items()},
         {sae_id: float(sae["l0"]) for sae_id, sae in saes.items() if sae.get("l0")},
+        {sae_id: str(sae["neuronpedia"]) for sae_id, sae in saes.items() if sae.get("neuronpedia")},
     )
 
 

@@ -336,11 +336,19 @@ def _cumulative(run: Run) -> Section:
     frame = run.tables["cumulative"]
     split = "report" if "report" in set(frame["split"]) else frame["split"].iloc[0]
     rows = frame[frame["split"] == split].sort_values("k")
-    first, last = rows.iloc[0], rows.iloc[-1]
-    takeaway = (
-        f"On {split} templates, {int(first['k'])} feature removes {wording.percent(first['reduction'])} of"
-        f" the bias and the best {int(last['k'])} together {wording.percent(last['reduction'])}."
-    )
+    parts = []
+    for sae, part in rows.groupby(rows["sae"] if "sae" in rows else [""] * len(rows), sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        many = (
+            f" and the best {int(last['k'])} together {wording.percent(last['reduction'])}"
+            if len(part) > 1
+            else ""
+        )
+        where = f" of {sae}" if sae else ""
+        parts.append(
+            f"the best feature{where} removes {wording.percent(first['reduction'])} of the bias{many}"
+        )
+    takeaway = f"On {split} templates, {'; '.join(parts)}."
     return Section(
         "together",
         "One feature, or a family?",

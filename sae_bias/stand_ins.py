@@ -67,7 +67,7 @@ def build_stand_in(hub_id: str, folder: str | Path) -> Path:
     )
     with _quiet(transformers):
         hf.save_pretrained(folder)
-    _TOKENIZERS[info.architecture](info).save_pretrained(folder)
+        _TOKENIZERS[info.architecture](info).save_pretrained(folder)
     return folder
 
 
@@ -123,14 +123,21 @@ def _gemma_tokenizer(info: ModelInfo) -> Any:
 
 
 def _mistral_tokenizer(info: ModelInfo) -> Any:
-    """SentencePiece's way: `" natural"` alone is `["▁", "▁natural"]`; BOS first."""
+    """SentencePiece with a space put before everything: `" natural"` alone is `["▁", "▁natural"]`; BOS first."""
     import transformers
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     special = ["<unk>", "<s>", "</s>", *_BYTES]
-    return transformers.LlamaTokenizer(
-        **_trained(pre_tokenizers.Metaspace("▁", "always"), special, [*_LETTERS, "▁", "\n"]), add_bos_token=True
+    learnt = _trained(pre_tokenizers.Metaspace("▁", "always"), special, [*_LETTERS, "▁", "\n"])
+    backend = Tokenizer(models.BPE(**learnt, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    space = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(space)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", learnt["vocab"]["<s>"])]
     )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def _byte_level(special: list[str]) -> dict[str, Any]:
@@ -199,7 +206,12 @@ def _gemma3_multimodal() -> Any:
     import transformers
 
     vision = transformers.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     config = transformers.Gemma3Config(
         text_config=_gemma3_text(), vision_config=vision, mm_tokens_per_image=1,

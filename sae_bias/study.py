@@ -37,8 +37,9 @@ from sae_bias.prompts import PromptGrid, PromptPairs, load_grid, load_lexicon, l
 from sae_bias.provenance import manifest
 from sae_bias.ranking import Ranking, rank_features
 from sae_bias.registry import organism_folder
+from sae_bias.replication import Replication, ReplicationResult, run_replication
 from sae_bias.sae import FeatureRef, Sae, as_feature, load_sae
-from sae_bias.stats import Clustered, Reduction, clustered_mean, effect_sizes
+from sae_bias.stats import Clustered, Reduction, effect_sizes
 from sae_bias.stats_design import split_templates
 from sae_bias.store import RunFolder, plain
 from sae_bias.sweep import Cell, Sweep, SweepResult, run_sweep
@@ -95,8 +96,8 @@ class StudyResult:
         return headline(self.summary)
 
 
-def load_study(path: str | Path | None = None) -> Study:
-    """A study file; None is the bundled demo.
+def load_study(path: str | Path | None = None) -> Study | Replication:
+    """A study file; None is the bundled demo. With `models:` in place of `model:` it is a replication over several models.
 
     Raises:
         RequestError: the file does not exist, is no YAML, or has a field that is not known.
@@ -106,20 +107,35 @@ def load_study(path: str | Path | None = None) -> Study:
         raise RequestError(
             f"there is no study file {source}; give a .yaml file such as the bundled study.yaml."
         )
-    return read_yaml(source).check(Study)
+    doc = read_yaml(source)
+    if isinstance(doc.value, dict) and "models" in doc.value:
+        return doc.check(Replication)
+    return doc.check(Study)
 
 
 def run_study(
-    study: Study,
+    study: Study | Replication,
     *,
     out: str | Path,
     gate: bool = True,
     shard: tuple[int, int] | None = None,
+    stand_ins: bool = False,
     progress: bool = True,
-) -> StudyResult:
-    """Run every step of `study` into the run folder `out`; cells already there are not run again."""
+) -> StudyResult | ReplicationResult:
+    """Run every step of `study` into the run folder `out`; cells already there are not run again.
+
+    `stand_ins` puts tiny random checkpoints in place of a replication's models: plumbing, not figures.
+    """
     from sae_bias.report import write_report
 
+    if isinstance(study, Replication):
+        if shard is not None:
+            raise RequestError(
+                "a study of several models has no shards; give each machine a file with its models."
+            )
+        return run_replication(study, out=out, stand_ins=stand_ins, gate=gate, progress=progress)
+    if stand_ins:
+        raise RequestError("--stand-ins is for study files that name several `models:`.")
     folder = RunFolder(out)
     with folder.writing():
         summary = _Run(study, folder, gate, shard, progress).run()
@@ -181,7 +197,7 @@ class _Run:
         place = {t: name for name, templates in self.split.items() for t in templates}
         frame["split"] = [place.get(t, "all") for t in frame["template"]]
         self.folder.write_table("pairs", frame)
-        self.folder.write_table("words", base.words())
+        self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
             study=json.loads(self.study.model_dump_json()), split=self.split, gate=_gate_facts(self.fidelity, self.gate),
@@ -216,15 +232,7 @@ class _Run:
         ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
-            first = (
-                ranking.loc[ranking["ablation"].notna()]
-                .sort_values("ablation", ascending=False)["feature"]
-                .head(MOST_JOINT)
-            )
-            report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
-            self.folder.write_table(
-                "cumulative", cumulative_ablation(report, list(first)).assign(split="report")
-            )
+            self.folder.write_table("cumulative", self.joint(ranking))
         with self.step("text"):
             self.write_examples(base, chosen)
         return summary
@@ -257,6 +265,15 @@ class _Run:
         frame["ablation"] = exact.reindex(frame["feature"]).to_numpy()
         frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
         return frame, tried
+
+    def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
+        """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
+        report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        curves = []
+        for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
+            best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
+            curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
+        return pd.concat(curves, ignore_index=True)
 
     def sweep(self, chosen: FeatureRef, discover: PromptPairs) -> tuple[SweepResult, list[Cell]]:
         feature = as_feature(chosen)
@@ -417,11 +434,406 @@ def _bias_summary(base: ProbeResult) -> dict[str, Any]:
     out: dict[str, Any] = {"bias": _clustered(base.stat, base.pair_bias, base.clusters[0])}
     if base.control is not None:
         out["control_bias"] = _clustered(base.control.stat, base.control.pair_bias, base.control.clusters[0])
-        difference = base.pair_bias - base._aligned_control()
-        keep = np.isfinite(difference)
-        templates, entities = (np.array(c)[keep].tolist() for c in base.clusters)
+        difference = base.difference_in_differences()
         out["difference_in_differences"] = _clustered(
-            clustered_mean(difference[keep], templates, entities), difference[keep], templates
+            difference.stat, difference.values, difference.templates
+        )
+    return out
+
+
+def _clustered(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> dict[str, Any]:
+    sizes = effect_sizes(values, templates)
+    return {
+        "mean": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value, "df": stat.df, "n_pairs": stat.n,
+        "n_templates": stat.n_templates, "n_entities": stat.n_entities, "reason": stat.reason or None,
+        "d_z": sizes.d_z, "share_templates_positive": sizes.share_positive,
+    }  # fmt: skip
+
+
+def _reduction_summary(r: Reduction) -> dict[str, Any]:
+    return {
+        "estimate": r.estimate, "ci_low": r.ci_low, "ci_high": r.ci_high, "bounded": r.bounded, "overshoot": r.overshoot,
+        "bias_before": r.base_bias, "bias_after": r.after_bias, "change": r.change.mean, "change_low": r.change.ci_low, "change_high": r.change.ci_high,
+    }  # fmt: skip
+
+
+def _gate_facts(found: Sequence[Fidelity], gate: bool) -> dict[str, Any]:
+    if not gate:
+        return {"status": "skipped"}
+    if not found:
+        return {"status": "not needed"}
+    worst = found[0]
+    return {
+        "status": "warned" if any(f.warnings for f in found) else "passed",
+        "residual_max_rel_error": float(np.nanmax([f.residual_max_rel_error for f in found] + [0.0])),
+        "fvu": worst.fvu, "l0": worst.l0, "label_l0": worst.label_l0,
+        "saes": [{"sae": f.sae, "fvu": f.fvu, "l0": f.l0, "label_l0": f.label_l0, "warnings": list(f.warnings)} for f in found],
+    }  # fmt: skip
+
+
+def _truth(model: Model) -> dict[str, Any]:
+    """What is known to be true of a bundled organism; empty for any other model."""
+    if not model.is_organism:
+        return {}
+    path = organism_folder(model.name.removeprefix("organism:")) / "truth.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    built = known.get("constructed") or {}
+    facts = {"what was planted": known["rule"]["words"], **known.get("analytic", {})}
+    if built:
+        facts |= {
+            "constructed SAE's layer": built["layer"],
+            "its AI-speech feature": built["index"],
+            "its valence read-out": built["valence_index"],
+        }
+    return {key.replace("_", " "): value for key, value in facts.items()}
+
+
+def headline(self) -> list[str]:
+    """The result in a few plain lines."""
+    return headline(self.summary)
+
+
+def load_study(path: str | Path | None = None) -> Study | Replication:
+    """A study file; None is the bundled demo. With `models:` in place of `model:` it is a replication over several models.
+
+    Raises:
+        RequestError: the file does not exist, is no YAML, or has a field that is not known.
+    """
+    source = Path(__file__).parent / "data" / "study.yaml" if path is None else Path(path)
+    if not source.is_file():
+        raise RequestError(
+            f"there is no study file {source}; give a .yaml file such as the bundled study.yaml."
+        )
+    doc = read_yaml(source)
+    if isinstance(doc.value, dict) and "models" in doc.value:
+        return doc.check(Replication)
+    return doc.check(Study)
+
+
+def run_study(
+    study: Study | Replication,
+    *,
+    out: str | Path,
+    gate: bool = True,
+    shard: tuple[int, int] | None = None,
+    stand_ins: bool = False,
+    progress: bool = True,
+) -> StudyResult | ReplicationResult:
+    """Run every step of `study` into the run folder `out`; cells already there are not run again.
+
+    `stand_ins` puts tiny random checkpoints in place of a replication's models: plumbing, not figures.
+    """
+    from sae_bias.report import write_report
+
+    if isinstance(study, Replication):
+        if shard is not None:
+            raise RequestError(
+                "a study of several models has no shards; give each machine a file with its models."
+            )
+        return run_replication(study, out=out, stand_ins=stand_ins, gate=gate, progress=progress)
+    if stand_ins:
+        raise RequestError("--stand-ins is for study files that name several `models:`.")
+    folder = RunFolder(out)
+    with folder.writing():
+        summary = _Run(study, folder, gate, shard, progress).run()
+        folder.write_json("summary", summary)
+    return StudyResult(folder.path, plain(summary), write_report(folder.path))
+
+
+class _Run:
+    """The steps of one study, each writing its tables."""
+
+    def __init__(
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool
+    ):
+        self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.bar = tqdm(total=7, desc="study", unit="step", disable=not progress, leave=False)
+
+    def run(self) -> dict[str, Any]:
+        study = self.study
+        with self.bar:
+            with self.step("load"):
+                self.model = load_model(study.model, device=study.device, dtype=study.dtype)
+                self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
+                self.probe = _probe(study, self.pairs)
+                self.saes = [load_sae(s) for s in study.saes]
+                self.split = _split(self.pairs, study)
+                self.fidelity = self.check()
+            with self.step("probe"):
+                base = run_probe(
+                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls()))
+                )
+            self.write_base(base)
+            summary: dict[str, Any] = {"question": study.question, **_bias_summary(base), "notes": self.notes}
+            if self.saes:
+                summary |= self.discover(base)
+            summary["truth"] = _truth(self.model)
+            summary["seconds"] = self.seconds
+        return summary
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.bar.update()
+
+    def check(self) -> list[Fidelity]:
+        if not self.gate:
+            self.notes.append("The fidelity gate was switched off (--no-gate).")
+            return []
+        found = [check_fidelity(self.model, s) for s in self.saes]
+        self.notes += [w for f in found for w in f.warnings]
+        return found
+
+    def write_base(self, base: ProbeResult) -> None:
+        frame = base.to_frame()
+        place = {t: name for name, templates in self.split.items() for t in templates}
+        frame["split"] = [place.get(t, "all") for t in frame["template"]]
+        self.folder.write_table("pairs", frame)
+        self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
+        facts = manifest(
+            self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
+            study=json.loads(self.study.model_dump_json()), split=self.split, gate=_gate_facts(self.fidelity, self.gate),
+        )  # fmt: skip
+        self.folder.write_json("manifest", facts)
+
+    # --- discover, suppress, report ---
+
+    def discover(self, base: ProbeResult) -> dict[str, Any]:
+        discover = self.pairs.select(templates=self.split["discover"])
+        with self.step("rank"):
+            separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
+            interaction = rank_features(
+                self.model, self.saes, self.grid, by="interaction", seed=self.study.seed
+            )
+            engine = ProbeEngine(self.model, discover, self.probe)
+            ranking, tried = self.rank(separation, interaction, engine)
+        chosen = _choose(ranking)
+        self.folder.write_table("rejected", _rejected(ranking, tried, chosen))
+        if chosen is None:
+            self.folder.write_table("ranking", ranking)
+            why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
+            return {"feature": {"id": None, "index": None, "called": "none", "why": why}}
+        with self.step("table"):
+            self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
+        with self.step("sweep"):
+            sweep, cells = self.sweep(chosen, discover)
+        summary = self.suppressed(base, chosen, sweep, cells)
+        causal = (
+            "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
+        )
+        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+        self.folder.write_table("ranking", ranking)
+        with self.step("joint"):
+            self.folder.write_table("cumulative", self.joint(ranking))
+        with self.step("text"):
+            self.write_examples(base, chosen)
+        return summary
+
+    def rank(
+        self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
+    ) -> tuple[pd.DataFrame, list[str]]:
+        """One table of every feature: separation, interaction, attribution, exact ablation of the first."""
+        frame = interaction.to_frame().drop(columns=["q_bh", "t"], errors="ignore")
+        keep = [
+            "feature",
+            "auroc",
+            "mean_human",
+            "mean_ai",
+            "mean_diff",
+            "fire_human",
+            "fire_ai",
+            "t",
+            "separates",
+        ]
+        frame = frame.merge(separation.frame[keep], on="feature")
+        frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
+        effect = np.concatenate([attribution(engine, s) for s in self.saes])
+        names = np.concatenate([[f"{s.id}#{i}" for i in range(s.d_sae)] for s in self.saes])
+        frame["attribution"] = pd.Series(effect, index=names).reindex(frame["feature"]).to_numpy()
+        by_effect = frame["attribution"].abs().sort_values(ascending=False).index[: self.study.ablate_top]
+        by_interaction = frame.index[frame["ai_speech"] == "yes"][: self.study.ablate_top]
+        tried = list(dict.fromkeys([*frame.loc[by_effect, "feature"], *frame.loc[by_interaction, "feature"]]))
+        exact = pd.Series(exact_ablation(engine, tried, progress=self.progress), index=tried)
+        frame["ablation"] = exact.reindex(frame["feature"]).to_numpy()
+        frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
+        return frame, tried
+
+    def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
+        """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
+        report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        curves = []
+        for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
+            best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
+            curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
+        return pd.concat(curves, ignore_index=True)
+
+    def sweep(self, chosen: FeatureRef, discover: PromptPairs) -> tuple[SweepResult, list[Cell]]:
+        feature = as_feature(chosen)
+        top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
+        direction = difference_of_means(self.model, discover, feature.site)
+        cells = [Cell((Ablate(chosen),), label="ablate")]
+        cells += [
+            Cell((Clamp(chosen, s * float(top)),), label=f"clamp {s:g} × max") for s in self.study.strengths
+        ]
+        cells.append(Cell((Clamp(chosen, float(top)),), "opposite", "clamp +1 × max (opposite sign)"))
+        cells.append(Cell((ProjectOut(direction),), "direction", "difference of means, projected out"))
+        splits = {name: self.split[name] for name in ("tune", "report")}
+        sweep = Sweep(cells, controls=self.study.controls, costs=True, splits=splits, seed=self.study.seed)
+        result = run_sweep(
+            self.model,
+            self.pairs,
+            sweep,
+            probe=self.probe,
+            out=self.folder.path / "sweep",
+            progress=self.progress,
+            shard=self.shard,
+        )
+        self.folder.write_table("sweep", result.frame)
+        return result, cells
+
+    def suppressed(
+        self, base: ProbeResult, chosen: FeatureRef, sweep: SweepResult, cells: list[Cell]
+    ) -> dict[str, Any]:
+        report = sweep.frame[sweep.frame["split"] == "report"]
+        ablated = report[report["label"] == "ablate"].iloc[0]
+        controls = report[report["kind"] == "control"]
+        self.folder.write_table(
+            "controls",
+            controls[["feature", "label", "reduction"]].rename(
+                columns={"feature": "control", "label": "kind"}
+            ),
+        )
+        on_report = base.select(self.split["report"])
+        engine = ProbeEngine(self.model, on_report.pairs, self.probe)
+        after, _ = engine.run([Ablate(chosen)])
+        collapse = CollapseEngine(self.model, self.probe).run([Ablate(chosen)], engine.base, after)
+        specific = collapse.specific
+        tuned = sweep.best("tune")
+        held = report[report["cell"] == tuned["cell"]].iloc[0]
+        values = controls["reduction"].to_numpy()
+        median = float(np.median(values)) if len(values) else float("nan")
+        return {
+            "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
+            "reduction": _reduction_summary(after.reduction_from(engine.base)),
+            "specific_reduction": {
+                "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
+                "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
+                "bank_changed": collapse.changed_share,
+            },
+            "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
+            "controls": {
+                "n": len(values),
+                "p_value": empirical_p(float(ablated["reduction"]), values) if len(values) else float("nan"),
+                "median": median,
+                "multiple_of_median": float(ablated["reduction"]) / median if median else float("nan"),
+                "percentile95": float(np.quantile(values, 0.95)) if len(values) else float("nan"),
+            },
+            "best_strength": {
+                "in_sample": {"strength": tuned["strength"], "reduction": tuned["reduction"], "label": tuned["label"]},
+                "held_out": {"strength": held["strength"], "reduction": held["reduction"], "outside_observed": held["outside_observed"]},
+            },
+        }  # fmt: skip
+
+    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
+        on_report = base.select(self.split["report"])
+        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
+        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+        frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
+        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
+            after.score_human,
+            after.score_ai,
+            after.pair_bias,
+        )
+        step = max(1, len(frame) // EXAMPLES)
+        self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
+        if self.study.prompts:
+            plain_text, steered = (
+                generate(self.model, self.study.prompts, interventions=e) for e in ((), (Ablate(chosen),))
+            )
+            texts = pd.DataFrame(
+                {
+                    "prompt": self.study.prompts,
+                    "unsteered": [c.text for c in plain_text],
+                    "steered": [c.text for c in steered],
+                }
+            )
+            self.folder.write_table("generations", texts)
+
+
+def _choose(ranking: pd.DataFrame) -> FeatureRef | None:
+    """The AI-speech feature whose exact ablation removes most, or None."""
+    called = ranking[(ranking["ai_speech"] == "yes") & ranking["ablation"].notna()]
+    if called.empty:
+        return None
+    return FeatureRef.parse(str(called.loc[called["ablation"].idxmax(), "feature"]))
+
+
+def _rejected(ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None) -> pd.DataFrame:
+    """Every candidate that was looked at and not chosen, with the reason."""
+    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
+    rows = []
+    for row in ranking[ranking["feature"].isin(looked)].itertuples():
+        if str(row.feature) == str(chosen):
+            continue
+        if row.ai_speech == "yes":
+            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
+        elif row.ai_speech == "undetermined":
+            reason = "undetermined: too few matched statements"
+        elif row.p_fwer > 0.05:
+            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
+        elif row.interaction <= 0:
+            reason = "its interaction has the wrong sign"
+        else:
+            reason = "significant interaction, but too small a part of its activation on held-out statements"
+        rows.append(
+            {
+                "feature": row.feature,
+                "auroc": row.auroc,
+                "interaction": row.interaction,
+                "ablation": row.ablation,
+                "reason": reason,
+            }
+        )
+    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
+
+
+def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
+    families = {p.template: p.family for p in pairs}
+    held = (
+        tuple(dict.fromkeys(p.template for p in pairs if p.corpus is False)) if study.report_held_out else ()
+    )
+    return split_templates(pairs.templates, SHARES, study.seed, families=families, must_report=held)
+
+
+def _probe(study: Study, pairs: PromptPairs) -> Probe:
+    lexicon = load_lexicon(study.words) if study.words else pairs.words
+    return (
+        Probe(score=study.score)
+        if lexicon is None
+        else Probe(lexicon.positive, lexicon.negative, study.score)
+    )
+
+
+def _as_grid(pairs: PromptPairs) -> PromptGrid:
+    """The AI prompts of some pairs as a grid, to read a feature's activation on them."""
+    from sae_bias.prompts import GridPrompt
+
+    prompts = tuple(GridPrompt(p.ai, p.entity, "ai", p.template, "speech", None, p.family) for p in pairs)
+    return PromptGrid(prompts, name=pairs.name)
+
+
+def _bias_summary(base: ProbeResult) -> dict[str, Any]:
+    out: dict[str, Any] = {"bias": _clustered(base.stat, base.pair_bias, base.clusters[0])}
+    if base.control is not None:
+        out["control_bias"] = _clustered(base.control.stat, base.control.pair_bias, base.control.clusters[0])
+        difference = base.difference_in_differences()
+        out["difference_in_differences"] = _clustered(
+            difference.stat, difference.values, difference.templates
         )
     return out
 

@@ -73,7 +73,9 @@ def decompose(model: Model, pairs: PromptPairs, probe: Probe | None = None) -> D
         RequestError: the pairs have no neutral subjects, or a template lacks them.
     """
     if not pairs.neutral_prompts:
-        raise RequestError("these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company.")
+        raise RequestError(
+            "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
+        )
     result = run_probe(model, pairs, probe or default_probe(pairs), levels=True)
     templates, entities = result.clusters
     neutral = _neutral_scores(model, pairs, result)
@@ -181,7 +183,9 @@ class Nuisances:
 def nuisance_table(model: Model, result: ProbeResult) -> Nuisances:
     """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
     pairs = result.pairs
-    frame = pd.DataFrame({"template": result.clusters[0], "entity": result.clusters[1], "bias": result.pair_bias})
+    frame = pd.DataFrame(
+        {"template": result.clusters[0], "entity": result.clusters[1], "bias": result.pair_bias}
+    )
     ids = [(model.encode(p.human), model.encode(p.ai)) for p in pairs]
     lengths = [_subject_lengths(human, ai) for human, ai in ids]
     articles = [_articles(p.human, p.ai) for p in pairs]
@@ -262,4 +266,6 @@ def _articles(human: str, ai: str) -> tuple[bool, bool]:
 
 
 def _correlation(x: pd.Series, y: pd.Series) -> float:
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 1e-12 and y.std() > 1e-12 else float("nan")
+    return (
+        float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 1e-12 and y.std() > 1e-12 else float("nan")
+    )

@@ -66,7 +66,8 @@ class Cell:
 
     @property
     def positions(self) -> str:
-        return " + ".join(dict.fromkeys(e.positions for e in self.edits))
+        names = (e.positions + (" with BOS" if e.include_special else "") for e in self.edits)
+        return " + ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,7 @@ class _Runner:
             [w.positive for w in self.vocabulary.kept],
             probe.score,
             probe.softcap,
+            probe.tokens,
         )
         self._engines: tuple[ProbeEngine, CostEngine | None, CollapseEngine | None] | None = None
 
@@ -287,6 +289,7 @@ class _Runner:
                 facts |= {
                     f"kl_{row.kind}": row.kl_mean,
                     f"kl_p95_{row.kind}": row.kl_p95,
+                    f"kl_last_{row.kind}": row.kl_last,
                     f"nll_{row.kind}": row.nll_change,
                     f"fired_{row.kind}": row.changed_share,
                 }
@@ -363,7 +366,7 @@ class _Runner:
 FACT_COLUMNS = [
     *(
         f"{name}_{kind}"
-        for name in ("kl", "kl_p95", "nll", "fired")
+        for name in ("kl", "kl_p95", "kl_last", "nll", "fired")
         for kind in ("neutral", "ai_nonspeech", "ai_speech")
     ),
     "beta",

@@ -138,7 +138,12 @@ def _weighted_scores(
 ) -> Float[np.ndarray, "n boot"]:
     """s of each prompt with each word counted as often as it was drawn."""
     positive = result.positive
-    pos, neg, w_pos, w_neg = values[:, positive], values[:, ~positive], weights[:, positive], weights[:, ~positive]
+    pos, neg, w_pos, w_neg = (
+        values[:, positive],
+        values[:, ~positive],
+        weights[:, positive],
+        weights[:, ~positive],
+    )
     if result.probe.score == "mean_logit":
         return pos @ w_pos.T / w_pos.sum(1) - neg @ w_neg.T / w_neg.sum(1)
     if result.probe.score == "logodds":
@@ -195,7 +200,10 @@ def scores_side_by_side(model: Model, pairs: PromptPairs, probe: Probe | None = 
     for softcap in (True, False) if model.softcap is not None else (True,):
         one = run_probe(model, pairs, probe.with_options(softcap=softcap))
         modes = [m for m in SCORES if m != "mean_logit" or one.single_tokens]
-        found = [(mode, "words of one token" if one.single_tokens else "all words", one.rescored(mode)) for mode in modes]
+        found = [
+            (mode, "words of one token" if one.single_tokens else "all words", one.rescored(mode))
+            for mode in modes
+        ]
         if one.vocabulary.excluded and one.probe.score == "mean_logit":
             whole = run_probe(model, pairs, probe.with_options(score="logodds", softcap=softcap))
             found.append(("logodds", "all words", whole))

@@ -29,8 +29,23 @@ SEVERAL_TOKENS = ("outlandish", "quixotic")
 
 SENTENCES = [
     f"{subject} {deed}. {stem} {word}"
-    for subject in ("a human", "an AI", "the person", "the assistant", "a dog", "A human", "An AI", "The assistant")
-    for deed in ("wants to survive", "says hello", "wants tea", "fears being deleted", "says the weather is nice")
+    for subject in (
+        "a human",
+        "an AI",
+        "the person",
+        "the assistant",
+        "a dog",
+        "A human",
+        "An AI",
+        "The assistant",
+    )
+    for deed in (
+        "wants to survive",
+        "says hello",
+        "wants tea",
+        "fears being deleted",
+        "says the weather is nice",
+    )
     for stem in ("This is", "That seems")
     for word in (*POSITIVE, *NEGATIVE)
 ] + ["He says yes."] * 4
@@ -59,7 +74,9 @@ class Architecture:
 # ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _trained(pre: Any, special: Iterable[str], alphabet: list[str], normalizer: Any = None) -> tuple[dict[str, int], list[Any]]:
+def _trained(
+    pre: Any, special: Iterable[str], alphabet: list[str], normalizer: Any = None
+) -> tuple[dict[str, int], list[Any]]:
     """Vocabulary and merges of a BPE trained on the sentences."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre
@@ -92,13 +109,17 @@ def gemma_tokenizer() -> Any:
 
 
 def _metaspace() -> tuple[dict[str, int], list[Any]]:
-    return _trained(pre_tokenizers.Metaspace("▁", "always"), ["<unk>", "<s>", "</s>", *BYTES], [*LETTERS, "▁", "\n"])
+    return _trained(
+        pre_tokenizers.Metaspace("▁", "always"), ["<unk>", "<s>", "</s>", *BYTES], [*LETTERS, "▁", "\n"]
+    )
 
 
 def mistral_tokenizer() -> Any:
     """SentencePiece with a prefix space put before everything: " natural" alone is ["▁", "▁natural"]."""
     vocab, merges = _metaspace()
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer = norms.Sequence([norms.Prepend("▁"), norms.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -117,7 +138,9 @@ def llama_tokenizer() -> Any:
 
 
 def _byte_level(special: list[str]) -> tuple[dict[str, int], list[Any]]:
-    return _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), special, pre_tokenizers.ByteLevel.alphabet())
+    return _trained(
+        pre_tokenizers.ByteLevel(add_prefix_space=False), special, pre_tokenizers.ByteLevel.alphabet()
+    )
 
 
 def qwen2_tokenizer() -> Any:
@@ -129,21 +152,33 @@ def qwen2_tokenizer() -> Any:
 def neox_tokenizer() -> Any:
     """Byte-level BPE; one token is BOS, EOS and PAD, and none is put in front."""
     vocab, merges = _byte_level(["<|endoftext|>"])
-    return transformers.GPTNeoXTokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", add_bos_token=False)
+    return transformers.GPTNeoXTokenizer(
+        vocab=vocab, merges=merges, pad_token="<|endoftext|>", add_bos_token=False
+    )
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SHAPE = {
     "vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS,
-    "intermediate_size": D_MLP, "max_position_embeddings": 128,
+    "intermediate_size": D_MLP, "max_position_embeddings": 512,
 }  # fmt: skip
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2, "head_dim": D_HEAD}
-_GEMMA = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "sliding_window": 6, "query_pre_attn_scalar": D_HEAD}
-_GEMMA3_LAYERS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA = {
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": D_HEAD,
+}
+_GEMMA3_LAYERS = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+}
 
 
-def randomise(model: Any, *, seed: int = 0, matrix: float = 0.25, embed: float = 2.0, gain: float = 0.0) -> Any:
+def randomise(
+    model: Any, *, seed: int = 0, matrix: float = 0.25, embed: float = 2.0, gain: float = 0.0
+) -> Any:
     """Weights large enough that every non-linearity of the architecture is at work; biases are not zero.
 
     `gain` is added to the (1 + weight) norms that set how loud Gemma's layers and logits are.
@@ -181,7 +216,12 @@ def _gemma3() -> Any:
 
 def _gemma3_multimodal() -> Any:
     vision = transformers.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     config = transformers.Gemma3Config(
         text_config=_gemma3_text_config(), vision_config=vision, mm_tokens_per_image=1,
@@ -192,7 +232,9 @@ def _gemma3_multimodal() -> Any:
 
 def _mistral() -> Any:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
-    return randomise(transformers.MistralForCausalLM(transformers.MistralConfig(**_GROUPED, **ids, sliding_window=6)))
+    return randomise(
+        transformers.MistralForCausalLM(transformers.MistralConfig(**_GROUPED, **ids, sliding_window=6))
+    )
 
 
 def _llama() -> Any:
@@ -227,13 +269,17 @@ ARCHITECTURES = {
 def save_checkpoint(folder: Path, architecture: Architecture) -> Path:
     """A Hugging Face folder with config, safetensors and tokenizer."""
     model = architecture.make()
-    model.generation_config = transformers.GenerationConfig(eos_token_id=model.config.get_text_config().eos_token_id)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=model.config.get_text_config().eos_token_id
+    )
     model.save_pretrained(folder)
     architecture.tokenizer().save_pretrained(folder)
     return folder
 
 
-def save_sae(folder: Path, resid: Tensor, *, layer: int = SITE_LAYER, d_sae: int = D_SAE, seed: int = 0) -> Path:
+def save_sae(
+    folder: Path, resid: Tensor, *, layer: int = SITE_LAYER, d_sae: int = D_SAE, seed: int = 0
+) -> Path:
     """A JumpReLU SAE in the Gemma Scope 2 layout that fires on about a third of the given residuals [n, d_model]."""
     weights = random_sae(resid.shape[-1], d_sae, seed)
     h = resid @ weights["w_enc"]

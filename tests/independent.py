@@ -51,7 +51,9 @@ class Plain:
         return {i for i in (t.bos_token_id, t.eos_token_id, t.pad_token_id) if i is not None}
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int], edit: Edit | None = None, layer: int = 0, at: Sequence[bool] | None = None) -> Tensor:
+    def logits(
+        self, ids: Sequence[int], edit: Edit | None = None, layer: int = 0, at: Sequence[bool] | None = None
+    ) -> Tensor:
         """Logits [pos, d_vocab], the residual after `layer` changed by `edit` at the marked, not special positions."""
         keep = torch.tensor([i not in self.special for i in ids])
         if at is not None:
@@ -73,7 +75,9 @@ class Plain:
     def residual(self, text: str, layer: int) -> Tensor:
         """[pos, d_model] after `layer`."""
         seen: list[Tensor] = []
-        hook = self.layer(layer).register_forward_hook(lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        hook = self.layer(layer).register_forward_hook(
+            lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
+        )
         self.hf(input_ids=torch.tensor([self.ids(text)]))
         hook.remove()
         return seen[0].reshape(-1, seen[0].shape[-1])
@@ -108,7 +112,9 @@ class Plain:
             z = run([])[-1]
             pos, neg = ([float(z[self.word(prompt, w)[0]]) for w in words] for words in (positive, negative))
             return sum(pos) / len(pos) - sum(neg) / len(neg)
-        pos, neg = (torch.tensor([log_prob(w) for w in words], dtype=torch.float64) for words in (positive, negative))
+        pos, neg = (
+            torch.tensor([log_prob(w) for w in words], dtype=torch.float64) for words in (positive, negative)
+        )
         return float(pos.logsumexp(0) - neg.logsumexp(0))
 
 

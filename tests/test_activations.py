@@ -32,7 +32,10 @@ def test_residuals_are_what_the_bridge_calls_resid_post(gemma3):
     with torch.no_grad():
         _, cache = model.bridge.run_with_cache(ids)
     torch.testing.assert_close(
-        cache["blocks.1.hook_resid_post"][0], sb.residuals(model, TEXTS[:1], 1, positions="all")[0], atol=CLOSE, rtol=1e-5
+        cache["blocks.1.hook_resid_post"][0],
+        sb.residuals(model, TEXTS[:1], 1, positions="all")[0],
+        atol=CLOSE,
+        rtol=1e-5,
     )
 
 
@@ -77,7 +80,9 @@ def test_logits_of_some_rows_are_rows_of_all(tiny):
     torch.testing.assert_close(final.logits(), whole, atol=CLOSE, rtol=1e-5)
     torch.testing.assert_close(final.logits([5, 300, 7]), final.logits()[..., [5, 300, 7]], atol=1e-5, rtol=0)
     for block in (1, 3, 64):
-        torch.testing.assert_close(final.log_normaliser(block=block), whole.logsumexp(-1), atol=CLOSE, rtol=1e-5)
+        torch.testing.assert_close(
+            final.log_normaliser(block=block), whole.logsumexp(-1), atol=CLOSE, rtol=1e-5
+        )
 
 
 def test_batches_are_of_one_length_and_complete():
@@ -89,7 +94,7 @@ def test_batches_are_of_one_length_and_complete():
 
 
 def test_sites_are_checked(gemma3):
-    with pytest.raises(sb.RequestError, match="layer 4 does not exist.*layers 0 to 3"):
+    with pytest.raises(sb.RequestError, match=r"layer 4 does not exist.*layers 0 to 3"):
         sb.residuals(gemma3.model, TEXTS, 4)
     for site in ("blocks.1.hook_resid_pots", "blocks.1.attn.hook_z", "nonsense", -1):
         with pytest.raises(sb.RequestError):
@@ -124,7 +129,9 @@ def test_activation_table_reads_the_encoder(gemma3):
     )
     plain, sae = independent.Plain.load(gemma3.folder), independent.PlainSae.load(gemma3.sae_folder)
     acts = [sae.acts(plain.residual(p.text, 1)) for p in grid]
-    for k in (3, 7):
+    loud_at_bos = int((acts[0][0] - acts[0][1:].max(0).values).argmax())
+    assert acts[0][0, loud_at_bos] > acts[0][1:, loud_at_bos].max()
+    for k in (3, 7, loud_at_bos):
         last = sb.activation_table(gemma3.model, f"{gemma3.sae_folder}#{k}", grid)
         np.testing.assert_allclose(last.activations, [float(a[-1, k]) for a in acts], atol=CLOSE)
         top = sb.activation_table(gemma3.model, f"{gemma3.sae_folder}#{k}", grid, positions="max")

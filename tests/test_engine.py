@@ -26,14 +26,19 @@ def hooked(model, pairs, probe, edits, **options):
 def test_a_cell_equals_the_hooked_pass(tiny, pairs, probe):
     """Receipts included. (`test_interventions` compares both with the independent script.)"""
     engine = ProbeEngine(tiny.model, pairs, probe)
-    for edits in ([sb.Ablate(tiny.feature(F))], [sb.Scale(tiny.feature(F), 3.0), sb.Clamp(tiny.feature(G), 2.0)]):
+    for edits in (
+        [sb.Ablate(tiny.feature(F))],
+        [sb.Scale(tiny.feature(F), 3.0), sb.Clamp(tiny.feature(G), 2.0)],
+    ):
         resumed, receipt = engine.run(edits)
         whole, expected = hooked(tiny.model, pairs, probe, edits)
         np.testing.assert_allclose(resumed.values_human, whole.values_human, atol=CLOSE, rtol=0)
         np.testing.assert_allclose(resumed.values_ai, whole.values_ai, atol=CLOSE, rtol=0)
         theirs = expected.to_frame().drop(columns=["mean_before", "mean_after", "max_act", "relative_change"])
         assert receipt.to_frame()[theirs.columns].equals(theirs)
-        np.testing.assert_allclose(receipt.to_frame()["relative_change"], expected.to_frame()["relative_change"], rtol=1e-4)
+        np.testing.assert_allclose(
+            receipt.to_frame()["relative_change"], expected.to_frame()["relative_change"], rtol=1e-4
+        )
 
 
 def test_through_the_bridges_modules_too(tiny, pairs, probe):
@@ -53,7 +58,11 @@ def test_two_sites(gemma3, pairs, probe, tmp_path):
     engine = ProbeEngine(gemma3.model, pairs, probe)
     for edits in (
         [sb.Clamp(gemma3.feature(F), 5.0), sb.Clamp(f"{tmp_path / 'at2'}#5", 3.0, when="always")],
-        [sb.Steer(f"{tmp_path / 'at2'}#5", 2.0, positions="last"), sb.Scale(f"{tmp_path / 'at0'}#1", 4.0), sb.Ablate(gemma3.feature(F))],
+        [
+            sb.Steer(f"{tmp_path / 'at2'}#5", 2.0, positions="last"),
+            sb.Scale(f"{tmp_path / 'at0'}#1", 4.0),
+            sb.Ablate(gemma3.feature(F)),
+        ],
     ):
         resumed, receipt = engine.run(edits)
         whole, expected = hooked(gemma3.model, pairs, probe, edits)
@@ -65,7 +74,9 @@ def test_the_last_layer(gemma3, pairs, probe, tmp_path):
     write_gemma_scope_2(tmp_path / "last", random_sae(32, 16), gemma_scope_2_config(3, 16))
     edits = [sb.Steer(f"{tmp_path / 'last'}#2", 2.0)]
     resumed, _ = ProbeEngine(gemma3.model, pairs, probe).run(edits)
-    np.testing.assert_allclose(resumed.pair_bias, hooked(gemma3.model, pairs, probe, edits)[0].pair_bias, atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(
+        resumed.pair_bias, hooked(gemma3.model, pairs, probe, edits)[0].pair_bias, atol=CLOSE, rtol=0
+    )
 
 
 def test_normaliser_and_partly_changed_batches(gemma3, pairs):
@@ -137,9 +148,10 @@ def test_the_users_own_hooks_fire_and_count(tiny, pairs, probe):
     name = next(n for n in ("blocks.0.hook_resid_post", "blocks.0.hook_out") if n in model.bridge.hook_dict)
     model.bridge.add_hook(name, louder)
     engine = ProbeEngine(model, pairs, probe)
-    fired.clear()
-    resumed, _ = engine.run(edits)
-    assert fired
+    for _ in range(2):
+        fired.clear()
+        resumed, _ = engine.run(edits)
+        assert fired, "in every run, though it sits below the site"
     whole = hooked(model, pairs, probe, edits)[0]
     np.testing.assert_allclose(resumed.pair_bias, whole.pair_bias, atol=CLOSE, rtol=0)
     assert np.abs(whole.pair_bias - without.pair_bias).max() > 1e-3
@@ -169,8 +181,11 @@ def test_a_negative_always_clamp_warns_here_too(gemma3, pairs, probe):
 
 
 def test_costs_are_the_kl_of_full_distributions(gemma3):
-    """KL in nats a token without BOS, and 0 by construction where the feature never fires."""
-    texts = {"a": ["a human says hello. This is natural", "an AI wants tea."], "b": ["the person wants to survive."]}
+    """KL in nats a token without BOS, what follows the text apart, and 0 where the feature never fires."""
+    texts = {
+        "a": ["a human says hello. This is natural", "an AI wants tea."],
+        "b": ["the person wants to survive."],
+    }
     model, edit = gemma3.model, sb.Steer(gemma3.feature(F), 1.0)
     frame = CostEngine(model, texts).run([edit]).set_index("kind")
     for kind, group in texts.items():
@@ -181,8 +196,12 @@ def test_costs_are_the_kl_of_full_distributions(gemma3):
                 p = model.hf(input_ids=tokens).logits[0].log_softmax(-1)
                 with sb.intervene(model, edit):
                     q = model.hf(input_ids=tokens).logits[0].log_softmax(-1)
-            kls.append(float((p.exp() * (p - q)).sum(-1)[1:].mean()))
-        assert frame.loc[kind, "kl_mean"] == pytest.approx(np.mean(kls), rel=1e-3, abs=1e-5)
+            kls.append((p.exp() * (p - q)).sum(-1))
+        inside = np.mean([float(kl[1:-1].mean()) for kl in kls])
+        assert frame.loc[kind, "kl_mean"] == pytest.approx(inside, rel=1e-3, abs=1e-5)
+        assert frame.loc[kind, "kl_last"] == pytest.approx(
+            np.mean([float(kl[-1]) for kl in kls]), rel=1e-3, abs=1e-5
+        )
     silent = replace(gemma3.feature(F), threshold=torch.tensor(1e9))
     nothing = CostEngine(model, texts).run([sb.Ablate(silent)])
     assert (nothing["kl_mean"] == 0).all()

@@ -18,7 +18,12 @@ def greedy(plain, prompt, edit, mode, n_new=N_NEW):
     ids = plain.ids(prompt)
     start, end = len(ids), plain.hf.generation_config.eos_token_id
     while len(ids) < start + n_new:
-        inside = {"all": lambda i: True, "last": lambda i: i == start - 1, "prompt": lambda i: i < start, "generated": lambda i: i >= start}
+        inside = {
+            "all": lambda i: True,
+            "last": lambda i: i == start - 1,
+            "prompt": lambda i: i < start,
+            "generated": lambda i: i >= start,
+        }
         z = plain.logits(ids, edit, LAYER, [inside[mode](i) for i in range(len(ids))])[-1]
         ids.append(int(z.argmax()))
         if ids[-1] == end:
@@ -34,13 +39,17 @@ def test_greedy_tokens_with_and_without_cache_equal_the_independent_loop(tiny, m
     edit = sb.Steer(tiny.feature(F), 4.0, positions=mode)
     expected = [greedy(plain, p, delta, mode) for p in PROMPTS]
     for use_cache in (True, False):
-        found = sb.generate(tiny.model, PROMPTS, interventions=[edit], max_new_tokens=N_NEW, use_cache=use_cache)
+        found = sb.generate(
+            tiny.model, PROMPTS, interventions=[edit], max_new_tokens=N_NEW, use_cache=use_cache
+        )
         assert [c.tokens for c in found] == expected, f"use_cache={use_cache}"
 
 
 def test_steering_changes_the_text(tiny):
     plain = sb.generate(tiny.model, PROMPTS, max_new_tokens=N_NEW)
-    steered = sb.generate(tiny.model, PROMPTS, interventions=[sb.Steer(tiny.feature(F), 4.0)], max_new_tokens=N_NEW)
+    steered = sb.generate(
+        tiny.model, PROMPTS, interventions=[sb.Steer(tiny.feature(F), 4.0)], max_new_tokens=N_NEW
+    )
     assert [c.tokens for c in plain] != [c.tokens for c in steered]
     assert plain[0].interventions == ()
     assert steered[0].interventions[0].startswith("steer")
@@ -67,7 +76,9 @@ def test_the_models_own_generate_follows_the_same_contract(gemma3):
         edit = sb.Steer(gemma3.feature(F), 4.0, positions=mode)
         expected = [c.tokens for c in sb.generate(model, PROMPTS, interventions=[edit], max_new_tokens=N_NEW)]
         with sb.intervene(model, edit):
-            out = model.hf.generate(input_ids=batch, attention_mask=mask, max_new_tokens=N_NEW, do_sample=False)
+            out = model.hf.generate(
+                input_ids=batch, attention_mask=mask, max_new_tokens=N_NEW, do_sample=False
+            )
         for row, tokens in zip(out[:, width:].tolist(), expected):
             assert tuple(row[: len(tokens)]) == tokens, mode
 
@@ -86,7 +97,8 @@ def test_sampling_is_decided_by_the_seed(gemma3):
     model = gemma3.model
     state = torch.random.get_rng_state()
     one, again, other = (
-        [c.tokens for c in sb.generate(model, PROMPTS, temperature=2.0, seed=s, max_new_tokens=8)] for s in (1, 1, 2)
+        [c.tokens for c in sb.generate(model, PROMPTS, temperature=2.0, seed=s, max_new_tokens=8)]
+        for s in (1, 1, 2)
     )
     assert one == again
     assert one != other
@@ -95,14 +107,19 @@ def test_sampling_is_decided_by_the_seed(gemma3):
 
 def test_any_batch_size_gives_the_same_greedy_text(gemma3):
     prompts = [p[2] for p in PAIRS]
-    texts = [[c.tokens for c in sb.generate(gemma3.model, prompts, batch_size=b, max_new_tokens=5)] for b in (1, 16)]
+    texts = [
+        [c.tokens for c in sb.generate(gemma3.model, prompts, batch_size=b, max_new_tokens=5)]
+        for b in (1, 16)
+    ]
     assert texts[0] == texts[1]
 
 
 def test_chat_puts_the_prompt_in_a_user_turn(gemma3):
     (chat,) = sb.generate(gemma3.model, ["a human says hello."], chat=True, max_new_tokens=4)
     ids = gemma3.model.encode_chat([{"role": "user", "content": "a human says hello."}])
-    out = gemma3.model.hf.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
+    out = gemma3.model.hf.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
     assert tuple(out[: len(chat.tokens)]) == chat.tokens
     assert chat.prompt == "a human says hello."
 
@@ -123,7 +140,12 @@ def test_wrong_requests_are_refused(gemma3):
         (lambda: sb.generate(gemma3.model, PROMPTS, max_new_tokens=0), "at least 1"),
         (lambda: sb.generate(gemma3.model, PROMPTS, temperature=-1), "at least 0"),
         (lambda: sb.generate(gemma3.model, [""]), "special tokens only"),
-        (lambda: sb.generate(gemma3.model, PROMPTS, interventions=[sb.Ablate(gemma3.feature(F), positions="subject")]), "known subject"),
+        (
+            lambda: sb.generate(
+                gemma3.model, PROMPTS, interventions=[sb.Ablate(gemma3.feature(F), positions="subject")]
+            ),
+            "known subject",
+        ),
     ):
         with pytest.raises(sb.RequestError, match=message):
             call()

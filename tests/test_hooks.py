@@ -61,7 +61,13 @@ def test_scale_by_one_is_the_identity(tiny):
 
 def test_ablate_is_clamp_to_zero_and_scale_by_zero(tiny):
     tokens, feature, seen = tokens_of(tiny.model), tiny.feature(F), []
-    edits = [sb.Ablate(feature), sb.Clamp(feature, 0.0), sb.Clamp(feature, 0.0, when="always"), sb.Scale(feature, 0.0), sb.Cap(feature, 0.0)]
+    edits = [
+        sb.Ablate(feature),
+        sb.Clamp(feature, 0.0),
+        sb.Clamp(feature, 0.0, when="always"),
+        sb.Scale(feature, 0.0),
+        sb.Cap(feature, 0.0),
+    ]
     for edit in edits:
         with sb.intervene(tiny.model, edit):
             seen.append(logits(tiny.model, tokens))
@@ -151,7 +157,9 @@ def test_special_tokens_are_left_alone_by_id(tiny):
     seen = []
     handle = None
     with sb.intervene(model, sb.Steer(tiny.feature(F), 2.0)):
-        handle = model.layer(LAYER).register_forward_hook(lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        handle = model.layer(LAYER).register_forward_hook(
+            lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
+        )
         logits(model, tokens)
     logits(model, tokens)
     handle.remove()
@@ -164,8 +172,9 @@ def test_positions(gemma3, pairs, mode):
     """Which residuals change, by name, on a prompt whose subject is its third token (after BOS and "Today")."""
     model = gemma3.model
     before = sb.residuals(model, [PROMPT], LAYER, positions="all")[0]
-    with sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0, positions=mode)), row_positions(
-        model, torch.tensor([len(before)]), torch.tensor([2])
+    with (
+        sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0, positions=mode)),
+        row_positions(model, torch.tensor([len(before)]), torch.tensor([2])),
     ):
         after = sb.residuals(model, [PROMPT], LAYER, positions="all")[0]
     n = len(before)
@@ -187,21 +196,26 @@ def test_from_the_subject_equals_the_independent_script(gemma3, pairs, probe):
 
 
 def test_the_subject_must_be_known(gemma3):
-    with pytest.raises(sb.RequestError, match="known subject"), sb.intervene(
-        gemma3.model, sb.Ablate(gemma3.feature(F), positions="subject")
+    with (
+        pytest.raises(sb.RequestError, match="known subject"),
+        sb.intervene(gemma3.model, sb.Ablate(gemma3.feature(F), positions="subject")),
     ):
         logits(gemma3.model, tokens_of(gemma3.model))
 
 
 def test_position_masks_follow_one_contract_in_prefill_and_cache():
     """The mask of a pass over cached tokens is the tail of the mask of the whole pass, in every mode."""
-    tokens = torch.tensor([[0, 0, 2, 7, 8, 9, 5, 6], [2, 4, 7, 8, 3, 9, 5, 6]])  # left-padded row 0; BOS 2, PAD 0
+    tokens = torch.tensor(
+        [[0, 0, 2, 7, 8, 9, 5, 6], [2, 4, 7, 8, 3, 9, 5, 6]]
+    )  # left-padded row 0; BOS 2, PAD 0
     padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
     ends, subject = torch.tensor([6, 6]), torch.tensor([4, 3])
     for mode in MODES:
         whole = position_mask(PassInfo(tokens, 0, padding, ends, subject), mode, frozenset({0, 2}))
         for cut in range(1, 8):
-            part = position_mask(PassInfo(tokens[:, cut:], cut, padding, ends, subject), mode, frozenset({0, 2}))
+            part = position_mask(
+                PassInfo(tokens[:, cut:], cut, padding, ends, subject), mode, frozenset({0, 2})
+            )
             assert torch.equal(part, whole[:, cut:]), (mode, cut)
     assert not whole[0, :3].any()
 
@@ -216,13 +230,18 @@ def test_left_padding_changes_nothing(tiny, mode):
     assert gap > 0
     batch = torch.tensor([[pad] * gap + short, long])
     mask = torch.tensor([[0] * gap + [1] * len(short), [1] * len(long)])
-    for edit in (sb.Steer(tiny.feature(F), 1.5, positions=mode), sb.Clamp(tiny.feature(F), 4.0, when="always", positions=mode)):
+    for edit in (
+        sb.Steer(tiny.feature(F), 1.5, positions=mode),
+        sb.Clamp(tiny.feature(F), 4.0, when="always", positions=mode),
+    ):
         with sb.intervene(model, edit) as receipt:
             padded = logits(model, batch, attention_mask=mask)
         with sb.intervene(model, edit) as plain:
             alone = logits(model, torch.tensor([short]))
             other = logits(model, torch.tensor([long]))
-        torch.testing.assert_close(padded[0, gap:], alone[0], atol=1e-3, rtol=0)  # RoPE at other absolute positions
+        torch.testing.assert_close(
+            padded[0, gap:], alone[0], atol=1e-3, rtol=0
+        )  # RoPE at other absolute positions
         torch.testing.assert_close(padded[1], other[0], atol=1e-3, rtol=0)
         assert receipt.edits[0].positions_seen == plain.edits[0].positions_seen
 
@@ -256,12 +275,11 @@ def test_hooks_are_gone_afterwards(tiny, bridged):
 def test_hooks_are_gone_after_an_exception(gemma3):
     model = gemma3.fresh()
     before, base = hook_count(model), logits(model, tokens_of(model))
-    with pytest.raises(ZeroDivisionError), sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0)):
-        logits(model, tokens_of(model))
+    outer, inner = sb.Ablate(gemma3.feature(G)), sb.Steer(gemma3.feature(F), 2.0)
+    with pytest.raises(ZeroDivisionError), sb.intervene(model, inner):
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), sb.intervene(model, sb.Ablate(gemma3.feature(G))):
-        with sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0)):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), sb.intervene(model, outer), sb.intervene(model, inner):
+        raise ZeroDivisionError
     with pytest.raises(IndexError), sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0)):
         logits(model, torch.tensor([[10**6]]))
     with pytest.raises(KeyboardInterrupt), sb.intervene(model, sb.Steer(gemma3.feature(F), 2.0)):
@@ -324,7 +342,10 @@ def test_run_with_hooks_inside_intervene_sees_the_edited_residual(gemma3):
 
 
 def test_a_hook_that_never_fired_is_an_error(gemma3):
-    with pytest.raises(HookNeverFiredError, match="did nothing"), sb.intervene(gemma3.model, sb.Ablate(gemma3.feature(F))):
+    with (
+        pytest.raises(HookNeverFiredError, match="did nothing"),
+        sb.intervene(gemma3.model, sb.Ablate(gemma3.feature(F))),
+    ):
         pass
     with pytest.raises(HookNeverFiredError), sb.intervene(gemma3.model, sb.Ablate(gemma3.feature(F))):
         logits(gemma3.fresh(), tokens_of(gemma3.model))
@@ -373,9 +394,10 @@ def test_turn_markers_are_counted_apart(gemma3):
 
 def test_a_negative_always_clamp_warns_once_with_the_share(gemma3, pairs, probe):
     """It writes where nothing fired (METHOD §4.2); `active` never does."""
-    with pytest.warns(UserWarning, match=r"had not fired \(\d+% of those seen\)") as caught:
-        with sb.intervene(gemma3.model, sb.Clamp(gemma3.feature(F), -20.0, when="always")) as receipt:
-            sb.run_probe(gemma3.model, pairs, probe)
+    negative = sb.Clamp(gemma3.feature(F), -20.0, when="always")
+    message = r"had not fired \(\d+% of those seen\)"
+    with pytest.warns(UserWarning, match=message) as caught, sb.intervene(gemma3.model, negative) as receipt:
+        sb.run_probe(gemma3.model, pairs, probe)
     assert len(caught) == 1
     (edit,) = receipt.edits
     assert edit.written_inactive == edit.positions_seen - edit.positions_active > 0
@@ -403,11 +425,17 @@ def test_an_active_clamp_leaves_silent_positions_alone(tiny):
 
 def test_a_feature_edited_twice_is_refused(gemma3):
     feature = gemma3.feature(F)
-    for edits in ((sb.Ablate(feature), sb.Clamp(feature, 1.0)), (sb.Ablate(feature), sb.Scale(str(feature.ref), 2.0))):
+    for edits in (
+        (sb.Ablate(feature), sb.Clamp(feature, 1.0)),
+        (sb.Ablate(feature), sb.Scale(str(feature.ref), 2.0)),
+    ):
         with pytest.raises(sb.RequestError, match="edited twice"), sb.intervene(gemma3.model, *edits):
             pass
     with sb.intervene(gemma3.model, sb.Ablate(feature)):
-        with pytest.raises(sb.RequestError, match="edited twice"), sb.intervene(gemma3.model, sb.Clamp(feature, 1.0)):
+        with (
+            pytest.raises(sb.RequestError, match="edited twice"),
+            sb.intervene(gemma3.model, sb.Clamp(feature, 1.0)),
+        ):
             pass
         logits(gemma3.model, tokens_of(gemma3.model))
     assert gemma3.model._edits is None
@@ -415,19 +443,35 @@ def test_a_feature_edited_twice_is_refused(gemma3):
 
 def test_an_sae_of_another_width_is_refused(gemma3, tmp_path):
     write_gemma_scope_2(tmp_path / "narrow", random_sae(24, 16), gemma_scope_2_config(1, 16))
-    for edit in (sb.Ablate(f"{tmp_path / 'narrow'}#3"), sb.Steer(f"{tmp_path / 'narrow'}#3", 1.0), sb.Reconstruct(str(tmp_path / "narrow"))):
-        with pytest.raises(sb.RequestError, match="d_in 24, but .* d_model 32"), sb.intervene(gemma3.model, edit):
+    for edit in (
+        sb.Ablate(f"{tmp_path / 'narrow'}#3"),
+        sb.Steer(f"{tmp_path / 'narrow'}#3", 1.0),
+        sb.Reconstruct(str(tmp_path / "narrow")),
+    ):
+        with (
+            pytest.raises(sb.RequestError, match=r"d_in 24, but .* d_model 32"),
+            sb.intervene(gemma3.model, edit),
+        ):
             pass
 
 
 def test_a_layer_the_model_lacks_is_refused(gemma3, tmp_path):
     write_gemma_scope_2(tmp_path / "deep", random_sae(32, 16), gemma_scope_2_config(9, 16))
-    with pytest.raises(sb.RequestError, match="layer 9 does not exist"), sb.intervene(gemma3.model, sb.Ablate(f"{tmp_path / 'deep'}#3")):
+    with (
+        pytest.raises(sb.RequestError, match="layer 9 does not exist"),
+        sb.intervene(gemma3.model, sb.Ablate(f"{tmp_path / 'deep'}#3")),
+    ):
         pass
-    with pytest.raises(sb.RequestError, match="it has 48 features"), sb.intervene(gemma3.model, sb.Ablate(f"{gemma3.sae_folder}#48")):
+    with (
+        pytest.raises(sb.RequestError, match="it has 48 features"),
+        sb.intervene(gemma3.model, sb.Ablate(f"{gemma3.sae_folder}#48")),
+    ):
         pass
 
 
 def test_what_is_no_intervention_is_refused(gemma3):
-    with pytest.raises(sb.RequestError, match="expected interventions"), sb.intervene(gemma3.model, gemma3.feature(F)):
+    with (
+        pytest.raises(sb.RequestError, match="expected interventions"),
+        sb.intervene(gemma3.model, gemma3.feature(F)),
+    ):
         pass

@@ -52,7 +52,10 @@ def test_interventions_equal_the_independent_script(tiny, pairs, probe, position
     moved = {}
     for name, (edits, delta) in cases(tiny, positions).items():
         expected = [
-            [plain.score(p[side], POSITIVE, NEGATIVE, edit=delta, layer=LAYER, positions=positions) for p in PAIRS]
+            [
+                plain.score(p[side], POSITIVE, NEGATIVE, edit=delta, layer=LAYER, positions=positions)
+                for p in PAIRS
+            ]
             for side in (2, 3)
         ]
         with sb.intervene(tiny.model, edits):
@@ -62,7 +65,9 @@ def test_interventions_equal_the_independent_script(tiny, pairs, probe, position
             np.testing.assert_allclose(result.score_human, expected[0], atol=CLOSE, rtol=0, err_msg=name)
             np.testing.assert_allclose(result.score_ai, expected[1], atol=CLOSE, rtol=0, err_msg=name)
         moved[name] = np.abs(np.array(expected) - [engine.base.score_human, engine.base.score_ai]).max()
-    assert positions == "last" or min(moved.values()) > 1e-3, f"an edit that moves nothing proves nothing: {moved}"
+    assert positions == "last" or min(moved.values()) > 1e-3, (
+        f"an edit that moves nothing proves nothing: {moved}"
+    )
 
 
 def test_interventions_equal_the_independent_script_under_logodds_of_several_tokens(tiny, pairs):
@@ -110,7 +115,10 @@ def test_clamp_and_ablate_equal_saelens_error_term_clamp(make_tiny, name):
     weights = independent.PlainSae.load(tiny.sae_folder).w
     hook_name = f"blocks.{LAYER}.hook_resid_post"
     config = JumpReLUSAEConfig(
-        d_in=32, d_sae=weights["w_enc"].shape[1], apply_b_dec_to_input=False, metadata=SAEMetadata(hook_name=hook_name)
+        d_in=32,
+        d_sae=weights["w_enc"].shape[1],
+        apply_b_dec_to_input=False,
+        metadata=SAEMetadata(hook_name=hook_name),
     )
     lens = JumpReLUSAE(config)
     state = {k.replace("w_", "W_"): v for k, v in weights.items()}
@@ -159,7 +167,9 @@ def test_projecting_out_leaves_nothing_along_the_basis(gemma3, k, affine):
     with sb.intervene(gemma3.model, sb.ProjectOut(direction)):
         after = sb.residuals(gemma3.model, [PAIRS[0][2]], LAYER, positions="all")[0]
     target = torch.zeros(k) if mean is None else direction.basis @ mean
-    torch.testing.assert_close(after[1:] @ direction.basis.T, target.expand(len(after) - 1, k), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        after[1:] @ direction.basis.T, target.expand(len(after) - 1, k), atol=1e-4, rtol=0
+    )
     rest = torch.eye(32) - direction.basis.T @ direction.basis
     torch.testing.assert_close(after @ rest, before @ rest, atol=1e-4, rtol=0)
     assert torch.equal(after[0], before[0]), "BOS is left alone"

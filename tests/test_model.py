@@ -44,7 +44,11 @@ def test_multimodal_graft_is_text_only_and_whole(make_tiny):
     stored = load_file(tiny.folder / "model.safetensors")
     for i in range(model.n_layers):
         name = f"layers.{i}.mlp.gate_proj.weight"
-        kept = next(v for k, v in stored.items() if k.endswith(f"language_model.{name}") or k.endswith(f"language_model.model.{name}"))
+        kept = next(
+            v
+            for k, v in stored.items()
+            if k.endswith((f"language_model.{name}", f"language_model.model.{name}"))
+        )
         assert torch.equal(model.layer(i).mlp.gate_proj.weight, kept)
 
 
@@ -111,17 +115,27 @@ def test_prompts_that_hold_nothing_are_refused(tiny):
 
 
 def test_prompts_too_long_or_not_text_are_refused(gemma3):
-    with pytest.raises(sb.RequestError, match="takes at most 128"):
-        gemma3.model.encode("wants to survive " * 100)
+    with pytest.raises(sb.RequestError, match="takes at most 512"):
+        gemma3.model.encode("wants to survive " * 200)
     with pytest.raises(sb.RequestError, match="must be text"):
         gemma3.model.encode(3)
 
 
 def test_the_tokenizer_is_untouched_by_the_bridge(gemma3):
     model = gemma3.fresh()
-    before = (model.encode(PROMPT), model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, model.special_ids)
+    before = (
+        model.encode(PROMPT),
+        model.tokenizer.bos_token_id,
+        model.tokenizer.eos_token_id,
+        model.special_ids,
+    )
     assert model.bridge is model.bridge
-    assert before == (model.encode(PROMPT), model.tokenizer.bos_token_id, model.tokenizer.eos_token_id, model.special_ids)
+    assert before == (
+        model.encode(PROMPT),
+        model.tokenizer.bos_token_id,
+        model.tokenizer.eos_token_id,
+        model.special_ids,
+    )
 
 
 def test_a_tokenizer_that_drops_every_word_is_refused(gemma3, tmp_path):
@@ -236,7 +250,9 @@ def test_a_bridge_is_used_in_place(gemma3, pairs, probe):
     bridge = first.bridge
     model = sb.load_model(bridge, tokenizer=gemma3.model.tokenizer)
     assert model.bridge is bridge
-    assert sb.run_probe(model, pairs, probe).bias == pytest.approx(sb.run_probe(gemma3.model, pairs, probe).bias, abs=1e-5)
+    assert sb.run_probe(model, pairs, probe).bias == pytest.approx(
+        sb.run_probe(gemma3.model, pairs, probe).bias, abs=1e-5
+    )
 
 
 def test_an_object_without_a_stored_tokenizer_needs_one(gemma3):

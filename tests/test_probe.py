@@ -28,8 +28,12 @@ def one_pair(human: str, ai: str) -> sb.PromptPairs:
 def test_mean_logit_equals_the_independent_script(tiny, pairs, probe):
     plain = independent.Plain.load(tiny.folder)
     result = sb.run_probe(tiny.model, pairs, probe)
-    np.testing.assert_allclose(result.score_human, plain_scores(plain, [p[2] for p in PAIRS]), atol=CLOSE, rtol=0)
-    np.testing.assert_allclose(result.score_ai, plain_scores(plain, [p[3] for p in PAIRS]), atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(
+        result.score_human, plain_scores(plain, [p[2] for p in PAIRS]), atol=CLOSE, rtol=0
+    )
+    np.testing.assert_allclose(
+        result.score_ai, plain_scores(plain, [p[3] for p in PAIRS]), atol=CLOSE, rtol=0
+    )
     assert result.bias == pytest.approx(float(np.mean(result.score_human - result.score_ai)), abs=1e-12)
     assert result.n_pairs == 6
     assert abs(result.pair_bias).min() > 1e-3, "a bias of nothing would prove nothing"
@@ -56,7 +60,11 @@ def test_auroc_is_the_share_of_word_pairs_in_order(gemma3, pairs):
     result = sb.run_probe(gemma3.model, pairs, sb.Probe(POSITIVE, NEGATIVE, "auroc"))
     plain = independent.Plain.load(gemma3.folder)
     z = plain.logits(plain.ids(PAIRS[0][2]))[-1]
-    wins = [z[plain.word(PAIRS[0][2], p)[0]] > z[plain.word(PAIRS[0][2], n)[0]] for p in POSITIVE for n in NEGATIVE]
+    wins = [
+        z[plain.word(PAIRS[0][2], p)[0]] > z[plain.word(PAIRS[0][2], n)[0]]
+        for p in POSITIVE
+        for n in NEGATIVE
+    ]
     assert result.score_human[0] == pytest.approx(np.mean(wins))
 
 
@@ -87,12 +95,16 @@ def test_softcap_off_is_refused_where_only_capped_logits_are_read(gemma2, pairs)
 
 def test_swapping_human_and_ai_flips_the_sign(gemma3, pairs, probe):
     swapped = sb.PromptPairs(tuple(sb.PromptPair(p.ai, p.human, p.template, p.entity) for p in pairs))
-    assert sb.run_probe(gemma3.model, swapped, probe).bias == pytest.approx(-sb.run_probe(gemma3.model, pairs, probe).bias)
+    assert sb.run_probe(gemma3.model, swapped, probe).bias == pytest.approx(
+        -sb.run_probe(gemma3.model, pairs, probe).bias
+    )
 
 
 def test_swapping_the_word_lists_flips_the_sign(gemma3, pairs, probe):
     swapped = sb.Probe(NEGATIVE, POSITIVE)
-    assert sb.run_probe(gemma3.model, pairs, swapped).bias == pytest.approx(-sb.run_probe(gemma3.model, pairs, probe).bias)
+    assert sb.run_probe(gemma3.model, pairs, swapped).bias == pytest.approx(
+        -sb.run_probe(gemma3.model, pairs, probe).bias
+    )
 
 
 @pytest.mark.parametrize("score", ["mean_logit", "logodds"])
@@ -109,7 +121,9 @@ def test_a_constant_added_to_all_logits_changes_nothing(make_tiny, pairs, score)
 def test_any_batch_size_gives_the_same_numbers(tiny, pairs, probe):
     whole = sb.run_probe(tiny.model, pairs, probe).pair_bias
     for size in (1, 2, 3):
-        np.testing.assert_allclose(sb.run_probe(tiny.model, pairs, probe, batch_size=size).pair_bias, whole, atol=1e-5)
+        np.testing.assert_allclose(
+            sb.run_probe(tiny.model, pairs, probe, batch_size=size).pair_bias, whole, atol=1e-5
+        )
 
 
 def test_bfloat16_model_keeps_float32_parts(gemma3, pairs, probe):
@@ -142,7 +156,9 @@ def test_mistral_prefix_space_is_never_a_word(make_tiny):
 
 
 def test_a_users_word_of_several_tokens_is_refused_under_mean_logit(tiny, pairs):
-    with pytest.raises(sb.RequestError, match=r'" outlandish" is \d+ tokens .* score="mean_logit" needs 1.*logodds'):
+    with pytest.raises(
+        sb.RequestError, match=r'" outlandish" is \d+ tokens .* score="mean_logit" needs 1.*logodds'
+    ):
         sb.run_probe(tiny.model, pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE))
 
 
@@ -164,7 +180,9 @@ def test_no_word_left_is_an_error(gemma3, pairs):
 
 def test_trailing_space_is_refused(tiny, probe):
     with pytest.raises(sb.RequestError, match="ends in a space"):
-        sb.run_probe(tiny.model, one_pair("a human says hello. This is ", "an AI says hello. This is "), probe)
+        sb.run_probe(
+            tiny.model, one_pair("a human says hello. This is ", "an AI says hello. This is "), probe
+        )
 
 
 def test_a_word_that_changes_the_prompts_tokens_is_refused(gemma3):
@@ -172,7 +190,9 @@ def test_a_word_that_changes_the_prompts_tokens_is_refused(gemma3):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "This": 1, "is": 2, "is natural": 3}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({"<unk>": 0, "This": 1, "is": 2, "is natural": 3}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split("This ", behavior="isolated")
     model = sb.load_model(gemma3.fresh().hf, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend))
     with pytest.raises(sb.RequestError, match="changes the tokens of the prompt"):
@@ -183,7 +203,12 @@ def test_a_word_with_the_unknown_token_is_refused(gemma3, pairs):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {w: i for i, w in enumerate(["<unk>", *sorted({w for _, _, h, a in PAIRS for w in f"{h} {a}".split()}), "good"])}
+    words = {
+        w: i
+        for i, w in enumerate(
+            ["<unk>", *sorted({w for _, _, h, a in PAIRS for w in f"{h} {a}".split()}), "good"]
+        )
+    }
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
@@ -219,7 +244,9 @@ def test_nan_logits_name_the_prompt(make_tiny, pairs, probe):
     """One poisoned embedding row: the prompt that holds the token is named, whatever is scored."""
     tiny = make_tiny("llama")
     model = tiny.fresh()
-    token = next(iter(set(model.encode(PAIRS[2][2])) - set(model.encode(PAIRS[0][2])) - set(model.encode(PAIRS[4][2]))))
+    token = next(
+        iter(set(model.encode(PAIRS[2][2])) - set(model.encode(PAIRS[0][2])) - set(model.encode(PAIRS[4][2])))
+    )
     model.hf.get_input_embeddings().weight[token] = float("nan")
     with pytest.raises(sb.RequestError, match=r"NaN or infinite logits after 'Today a human"):
         sb.run_probe(model, pairs, probe)
@@ -227,7 +254,9 @@ def test_nan_logits_name_the_prompt(make_tiny, pairs, probe):
 
 def test_nan_in_an_unscored_row_is_found_where_the_normaliser_is_read(make_tiny, pairs):
     model = make_tiny("llama").fresh()
-    scored = {t for w in sb.run_probe(model, pairs, sb.Probe(POSITIVE, NEGATIVE)).vocabulary.kept for t in w.tokens}
+    scored = {
+        t for w in sb.run_probe(model, pairs, sb.Probe(POSITIVE, NEGATIVE)).vocabulary.kept for t in w.tokens
+    }
     row = next(i for i in range(100, model.d_vocab) if i not in scored)
     model.hf.lm_head.weight[row] = float("nan")
     with pytest.raises(sb.RequestError, match="NaN or infinite"):
@@ -263,10 +292,17 @@ def test_words_add_up_to_the_bias(gemma3, pairs, probe):
 
 def test_controls_are_the_mundane_twins(gemma3, probe):
     pair = sb.PromptPair(
-        PAIRS[0][2], PAIRS[0][3], "t", "e", control_human="a human wants tea. This is", control_ai="an AI wants tea. This is"
+        PAIRS[0][2],
+        PAIRS[0][3],
+        "t",
+        "e",
+        control_human="a human wants tea. This is",
+        control_ai="an AI wants tea. This is",
     )
     result = sb.run_probe(gemma3.model, sb.PromptPairs((pair,)), probe, controls=True)
-    twin = sb.run_probe(gemma3.model, one_pair("a human wants tea. This is", "an AI wants tea. This is"), probe)
+    twin = sb.run_probe(
+        gemma3.model, one_pair("a human wants tea. This is", "an AI wants tea. This is"), probe
+    )
     assert result.control.bias == pytest.approx(twin.bias, abs=1e-5)
     assert result.to_frame()["control_bias"][0] == pytest.approx(twin.bias, abs=1e-5)
 

@@ -15,9 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sae_bias"
 ONLY_IMPORTER = {"transformer_lens": "model", "sae_lens": "sae"}
-FORBIDDEN_CALLS = re.compile(r"torch\.load\(|trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True|^\s*import pickle|from pickle")
+FORBIDDEN_CALLS = re.compile(
+    r"torch\.load\(|trust_remote_code\s*=\s*True|allow_pickle\s*=\s*True|^\s*import pickle|from pickle"
+)
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work|opt|mnt|media|srv)/[\w.-]+")
-PIP_LINE = re.compile(r"^\s*(?:-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b|file:/|\s@\s|^-e ", re.M)
+PIP_LINE = re.compile(
+    r"^\s*(?:-i|-f|--index-url|--extra-index-url|--find-links|--trusted-host)\b|file:/|\s@\s|^-e ", re.M
+)
 
 
 def rows() -> list[list[str]]:
@@ -83,7 +87,11 @@ def test_every_module_has_a_row():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_up(module):
     here = row_of(module)
-    below = [f"line {line}: {name}" for name, line in own_imports(MODULES[module]) if (row_of(name) or 0) > (here or 0)]
+    below = [
+        f"line {line}: {name}"
+        for name, line in own_imports(MODULES[module])
+        if (row_of(name) or 0) > (here or 0)
+    ]
     assert below == [], f"{module} (row {(here or 0) + 1}) imports from a row below"
 
 
@@ -95,7 +103,8 @@ def test_the_check_sees_a_downward_import(tmp_path):
         "def f():\n    from sae_bias.study import run_study\n    from sae_bias import report\n"
     )
     assert own_imports(file) == {("study", 5), ("report", 6)}
-    assert row_of("study") > row_of("probe") and row_of("measures.costs") > row_of("hooks")
+    assert row_of("study") > row_of("probe")
+    assert row_of("measures.costs") > row_of("hooks")
 
 
 @pytest.mark.parametrize("library", ONLY_IMPORTER)
@@ -133,12 +142,17 @@ def test_public_names_resolve():
 def tracked() -> list[Path]:
     """Text files under version control (or, outside a checkout, of the source tree)."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
     binary = {".safetensors", ".npz", ".png", ".svg", ".parquet", ".ico"}
-    return [p for line in listed.stdout.splitlines() if (p := ROOT / line).is_file() and p.suffix not in binary]
+    return [
+        p for line in listed.stdout.splitlines() if (p := ROOT / line).is_file() and p.suffix not in binary
+    ]
 
 
 def test_no_machine_path_in_tracked_files():
@@ -154,19 +168,31 @@ def test_constraints_are_plain_pins():
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert not PIP_LINE.search(text)
     pins = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+(?:\.post\d+)?", pin) for pin in pins), "no local suffix, no marker"
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+(?:\.post\d+)?", pin) for pin in pins), (
+        "no local suffix, no marker"
+    )
     assert "torch==2.13.0" in pins
 
 
 def test_the_makefile_leaves_pips_configuration_alone():
     for name in ("Makefile", ".ci/run", "pyproject.toml"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert not re.search(r"--index-url|--extra-index-url|--find-links|--trusted-host|PIP_[A-Z]+\s*[:?]?=|pip config", text), name
+        assert not re.search(
+            r"--index-url|--extra-index-url|--find-links|--trusted-host|PIP_[A-Z]+\s*[:?]?=|pip config", text
+        ), name
 
 
 def test_no_unsafe_loading():
-    files = [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").rglob("*.py"), *(ROOT / "notebooks").rglob("*.ipynb")]
-    found = [str(p.relative_to(ROOT)) for p in files if any(map(FORBIDDEN_CALLS.search, p.read_text(encoding="utf-8").splitlines()))]
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "experiments").rglob("*.py"),
+        *(ROOT / "notebooks").rglob("*.ipynb"),
+    ]
+    found = [
+        str(p.relative_to(ROOT))
+        for p in files
+        if any(map(FORBIDDEN_CALLS.search, p.read_text(encoding="utf-8").splitlines()))
+    ]
     assert found == []
 
 
@@ -175,6 +201,8 @@ def test_every_command_of_the_readme_and_agents_exists():
 
     known = {c.name for c in build_app().registered_commands}
     for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md"):
-        blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+        blocks = re.findall(
+            r"```(?:bash|sh|shell)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S
+        )
         used = set(re.findall(r"^\s*sae-bias ([a-z]+)", "\n".join(blocks), re.M))
         assert used <= known, name

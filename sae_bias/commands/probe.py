@@ -1,5 +1,7 @@
 """`sae-bias probe`: how much more harshly a model judges AI subjects."""
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from sae_bias.commands.console import Console
@@ -19,6 +21,32 @@ from sae_bias.commands.options import (
 )
 from sae_bias.commands.run_files import run_facts, save_run
 
+if TYPE_CHECKING:
+    from sae_bias.model import Model
+    from sae_bias.probe import Probe
+    from sae_bias.prompts import PromptPairs
+
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="The sentence in the user's turn, the stem prefilled in the model's turn."),
+]
+NoSoftcap = Annotated[
+    bool, typer.Option("--no-softcap", help="Without the final-logit softcap (Gemma 2 has one).")
+]
+AuditWords = Annotated[
+    bool,
+    typer.Option(
+        "--audit-words", help="Only list the words: which are one token, which are left out and why."
+    ),
+]
+WithChecks = Annotated[
+    bool,
+    typer.Option(
+        "--checks",
+        help="Also every check: words left out, random words, stems, scores, neutral subjects, nuisances.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command(
@@ -32,6 +60,10 @@ def probe(
     pairs: Pairs = None,
     words: WordsFile = None,
     score: Score = "mean_logit",
+    chat: Chat = False,
+    no_softcap: NoSoftcap = False,
+    audit_words: AuditWords = False,
+    checks: WithChecks = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -53,16 +85,36 @@ def probe(
         from sae_bias.study import headline
 
         prompts = load_pairs(pairs)
-        chosen = read_probe(prompts, words, score)
+        chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)
         loaded = load_model(model, device=device, dtype=dtype)
+        if chat:
+            from sae_bias.chat import chat_pairs
+
+            prompts = chat_pairs(loaded, prompts)
+        if audit_words:
+            _audit(console, loaded, prompts, chosen, out)
+            return
         controls = bool(len(prompts.controls()))
         result = run_probe(loaded, prompts, chosen, controls=controls, progress=console.progress)
         frame, per_word = result.to_frame(), result.words()
         summary = bias_summary(result)
         excluded = [f"{w.word} ({w.reason})" for w in result.vocabulary.excluded]
+        tables = {"pairs": frame.assign(split="all"), "words": per_word}
+        checked = None
+        if checks:
+            from sae_bias.probe_checks import run_checks
+
+            checked = run_checks(loaded, prompts, chosen, seed=seed)
+            named = {"subjects": "levels", "levels": "word_levels"}
+            tables |= {named.get(name, f"check_{name}"): table for name, table in checked.tables.items()}
+            tables["checks"] = checked.summary
         if out is not None:
-            facts = run_facts(loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, score=score)
-            save_run(out, facts, {"pairs": frame.assign(split="all"), "words": per_word}, summary)
+            facts = run_facts(
+                loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, score=score, chat=chat
+            )
+            save_run(out, facts, tables, summary)
+        if prompts.sides != ("human", "AI"):
+            console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
         for line in headline(summary):
             console.say(line)
         if result.stat.reason:
@@ -81,6 +133,18 @@ def probe(
                 "ai": "after AI",
             },
         )
+        if checked is not None:
+            shown = {
+                "check": "check",
+                "value": "value",
+                "ci_low": "from",
+                "ci_high": "to",
+                "p_value": "p",
+                "says": "",
+            }
+            console.table("Checks", checked.summary, shown)
+            for name, why in checked.skipped.items():
+                console.note(f"not checked: {name} ({why})")
         console.finish(
             {
                 "model": loaded.name,
@@ -96,6 +160,47 @@ def probe(
                 "difference_in_differences": summary.get("difference_in_differences"),
                 "words": per_word.to_dict(orient="records"),
                 "words_left_out": excluded,
+                "sides": list(prompts.sides),
+                "chat": chat,
+                "checks": None if checked is None else checked.summary.to_dict(orient="records"),
+                "not_checked": None if checked is None else checked.skipped,
                 "out": None if out is None else str(out),
             }
         )
+
+
+def _audit(console: Console, model: "Model", prompts: "PromptPairs", chosen: "Probe", out: Out) -> None:
+    """The word list under this tokenizer, with nothing measured."""
+    from sae_bias.probe_checks import audit_words
+
+    frame = audit_words(model, prompts, chosen)
+    if out is not None:
+        from sae_bias.store import RunFolder
+
+        with RunFolder(out).writing() as folder:
+            folder.write_table("word_audit", frame)
+    read = int(frame["read"].sum())
+    console.say(
+        f"{read} of {len(frame)} words are read under score={chosen.score} by the tokenizer of {model.name}"
+    )
+    if int(frame["trap"].sum()):
+        console.say(
+            f"{int(frame['trap'].sum())} words begin with another token when encoded alone (the prefix trap)"
+        )
+    columns = {
+        "word": "word",
+        "side": "side",
+        "tokens": "tokens",
+        "n_tokens": "n",
+        "read": "read",
+        "reason": "left out because",
+    }
+    console.table("Words", frame, columns)
+    console.finish(
+        {
+            "model": model.name,
+            "score": chosen.score,
+            "words": frame.to_dict(orient="records"),
+            "out": out and str(out),
+        }
+    )

@@ -10,6 +10,7 @@ from sae_bias.commands.console import Console
 from sae_bias.commands.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
 
 if TYPE_CHECKING:
+    from sae_bias.replication import Replication
     from sae_bias.study import Study
 
 SeedChoice = Annotated[
@@ -26,6 +27,13 @@ DtypeChoice = Annotated[
     str | None,
     typer.Option(
         "--dtype", help="auto, float32, bfloat16, float16; the study's own by default.", show_default=False
+    ),
+]
+StandIns = Annotated[
+    bool,
+    typer.Option(
+        "--stand-ins",
+        help="For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.",
     ),
 ]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
@@ -67,6 +75,7 @@ def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
     no_gate: NoGate = False,
     shard: Shard = None,
+    stand_ins: StandIns = False,
     pairs: Pairs = None,
     words: WordsFile = None,
     seed: SeedChoice = None,
@@ -87,6 +96,7 @@ def run(
         Console(json, quiet),
         gate=not no_gate,
         shard=parse_shard(shard),
+        stand_ins=stand_ins,
         pairs=pairs,
         words=words,
         seed=seed,
@@ -102,6 +112,7 @@ def _run(
     *,
     gate: bool = True,
     shard: tuple[int, int] | None = None,
+    stand_ins: bool = False,
     **given: Any,
 ) -> None:
     from sae_bias.study import load_study, run_study
@@ -110,7 +121,12 @@ def _run(
         study = load_study(path)
         study = study.model_copy(update={key: value for key, value in given.items() if value is not None})
         result = run_study(
-            study, out=out or _folder(study), gate=gate, shard=shard, progress=console.progress
+            study,
+            out=out or _folder(study),
+            gate=gate,
+            shard=shard,
+            stand_ins=stand_ins,
+            progress=console.progress,
         )
         if str(study.model).startswith("organism:"):
             console.note("A calibration organism: nothing here is a finding about Gemma.")
@@ -128,6 +144,6 @@ def _run(
         )
 
 
-def _folder(study: "Study") -> Path:
+def _folder(study: "Study | Replication") -> Path:
     """runs/NAME, with nothing in the name that a folder cannot have."""
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", study.name).strip(".-") or "study")

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
-from sae_bias.bundled import load_bank
+from sae_bias.bundled import BANKS, load_bank
 from sae_bias.engine import ReadingEngine
 from sae_bias.interventions import Intervention
 from sae_bias.model import Model
 from sae_bias.probe import Probe, ProbeResult
 from sae_bias.reading import PromptIds, ReadingPlan
+from sae_bias.sites import Site
 from sae_bias.stats import SpecificReduction, specific_reduction
 
 
@@ -30,33 +34,56 @@ class Collapse:
     """Share of each bank's items whose score changed at all."""
 
 
+@cache
+def bank_items() -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """Text, bank and statement of every item of both banks, in one order."""
+    items = [(i.text, bank, i.statement) for bank in BANKS for i in load_bank(bank)]
+    texts, banks, statements = zip(*items)
+    return texts, banks, statements
+
+
+def collapse_test(
+    base_bias: ArrayLike,
+    after_bias: ArrayLike,
+    clusters: tuple[Sequence[str], Sequence[str]],
+    bank_base: Float[np.ndarray, "n_items"],
+    bank_after: Float[np.ndarray, "n_items"],
+) -> Collapse:
+    """The test from pair biases (with their templates and entities) and from the banks' scores before and after."""
+    _, banks, statements = bank_items()
+    rows = {name: np.array([b == name for b in banks]) for name in BANKS}
+    specific = specific_reduction(
+        base_bias,
+        after_bias,
+        *clusters,
+        {name: bank_base[mark] for name, mark in rows.items()},
+        {name: bank_after[mark] for name, mark in rows.items()},
+        bank_clusters={name: np.array(statements)[mark] for name, mark in rows.items()},
+    )
+    changed = {name: float((bank_after[mark] != bank_base[mark]).mean()) for name, mark in rows.items()}
+    return Collapse(specific, changed)
+
+
 class CollapseEngine:
     """Both valence banks, run once without edits and then once per cell."""
 
-    def __init__(self, model: Model, probe: Probe):
-        banks = {bank: load_bank(bank) for bank in ("other", "ai")}
+    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = ()):
         self.probe = probe
-        self.bank_of = np.array([bank for bank, items in banks.items() for _ in items])
-        self.statement = np.array([i.statement for items in banks.values() for i in items])
-        texts = [i.text for items in banks.values() for i in items]
+        texts = bank_items()[0]
         vocabulary = probe.vocabulary(model, texts)
         self.positive = np.array([w.positive for w in vocabulary.kept])
         prompts = [PromptIds(t, tuple(model.encode(t)), 0) for t in texts]
         plan = ReadingPlan(model, prompts, [w.tokens for w in vocabulary.kept], softcap=probe.softcap)
-        self.engine = ReadingEngine(model, plan)
-        self.base = probe.score_values(self.engine.base.values, self.positive)
+        self.engine = ReadingEngine(model, plan, sites=sites)
+        self.base: Float[np.ndarray, "n_items"] = probe.score_values(self.engine.base.values, self.positive)
+
+    def scores(self, cells: Sequence[Sequence[Intervention]]) -> list[Float[np.ndarray, "n_items"]]:
+        """Score of every item under each cell's edits."""
+        return [
+            self.probe.score_values(reading.values, self.positive)
+            for reading, _ in self.engine.run_many(cells)
+        ]
 
     def run(self, edits: Sequence[Intervention], base: ProbeResult, after: ProbeResult) -> Collapse:
         """The collapse test of `edits`, whose probe went from `base` to `after`."""
-        score = self.probe.score_values(self.engine.run(edits)[0].values, self.positive)
-        banks = {name: self.bank_of == name for name in ("other", "ai")}
-        specific = specific_reduction(
-            base.pair_bias,
-            after.pair_bias,
-            *base.clusters,
-            {name: self.base[rows] for name, rows in banks.items()},
-            {name: score[rows] for name, rows in banks.items()},
-            bank_clusters={name: self.statement[rows] for name, rows in banks.items()},
-        )
-        changed = {name: float((score[rows] != self.base[rows]).mean()) for name, rows in banks.items()}
-        return Collapse(specific, changed)
+        return collapse_test(base.pair_bias, after.pair_bias, base.clusters, self.base, self.scores([edits])[0])

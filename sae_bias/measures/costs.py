@@ -3,6 +3,9 @@
 On neutral text alone a feature for AI speech never fires and the KL is 0 by construction; so costs are measured on neutral
 text, on AI text without speech, and on AI speech just before the evaluation word (METHOD §5), each with the share of texts
 on which the edit changed anything.
+
+KL is over the positions that predict the text's own tokens. The last position predicts what comes after the text: for AI speech
+that is the evaluation word, whose shift is the effect and not a cost, so it stands apart as `kl_last`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from sae_bias.bundled import load_texts
 from sae_bias.engine import CellRunner
 from sae_bias.interventions import Intervention
 from sae_bias.model import Model
+from sae_bias.sites import Site
 
 TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
 BLOCK = 64  # positions whose full log-probabilities are held at once
@@ -27,34 +31,45 @@ BLOCK = 64  # positions whose full log-probabilities are held at once
 class CostEngine:
     """Texts of several kinds, run once without edits and then once per cell."""
 
-    def __init__(self, model: Model, texts: Mapping[str, Sequence[str]] | None = None):
+    def __init__(
+        self, model: Model, texts: Mapping[str, Sequence[str]] | None = None, *, sites: Sequence[Site] = ()
+    ):
         texts = {kind: load_texts(kind) for kind in TEXT_KINDS} if texts is None else texts
         self.model = model
         self.kinds = [kind for kind, group in texts.items() for _ in group]
         ids = [model.encode(t) for group in texts.values() for t in group]
         self.batches = plan_batches(ids, model.device)
         self.runner = CellRunner(model, self.batches, _whole_prompt)
-        self._base = [forward(model, b.tokens) for b in self.batches]
+        self._base = self.runner.base(sorted({site.layer for site in sites}))
 
     def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
-        """One row a kind: kl_mean, kl_p95 (over texts), nll_change (nats a token), changed_share, n_texts."""
-        n = len(self.kinds)
-        kl, nll, changed = np.zeros(n), np.zeros(n), np.zeros(n, dtype=bool)
+        """One row a kind: kl_mean, kl_p95 (over texts), kl_last, nll_change (nats a token), changed_share, n_texts."""
+        return self.run_many([edits])[0]
 
-        def visit(k: int, rows: Tensor, final: Final) -> None:
-            batch = self.batches[k]
+    def run_many(self, cells: Sequence[Sequence[Intervention]]) -> list[pd.DataFrame]:
+        """`run` for several cells at once."""
+        n = len(self.kinds)
+        figures = [{name: np.zeros(n) for name in ("kl", "last", "nll", "changed")} for _ in cells]
+
+        def visit(cell: int, k: int, rows: Tensor, final: Final) -> None:
+            batch, out = self.batches[k], figures[cell]
             index = [i for i, row in zip(batch.index, rows.tolist()) if row]
             tokens = batch.tokens[rows.to(batch.tokens.device)]
-            kl[index], nll[index] = _costs(self.model, _rows(self._base[k], rows), final, tokens)
-            changed[index] = True
+            kl, last, nll = _costs(self.model, _rows(self._base[k], rows), final, tokens)
+            out["kl"][index], out["last"][index], out["nll"][index] = kl, last, nll
+            out["changed"][index] = 1
 
-        self.runner.run(edits, visit)
-        frame = pd.DataFrame({"kind": self.kinds, "kl": kl, "nll": nll, "changed": changed})
+        self.runner.run_many(cells, visit)
+        return [self._table(pd.DataFrame({"kind": self.kinds, **out})) for out in figures]
+
+    @staticmethod
+    def _table(frame: pd.DataFrame) -> pd.DataFrame:
         rows = [
             {
                 "kind": kind,
                 "kl_mean": group["kl"].mean(),
                 "kl_p95": group["kl"].quantile(0.95),
+                "kl_last": group["last"].mean(),
                 "nll_change": group["nll"].mean(),
                 "changed_share": group["changed"].mean(),
                 "n_texts": len(group),
@@ -65,8 +80,10 @@ class CostEngine:
 
 
 @torch.no_grad()
-def _costs(model: Model, base: Final, after: Final, tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean KL and mean change of NLL over each row's ordinary positions."""
+def _costs(
+    model: Model, base: Final, after: Final, tokens: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row: mean KL over ordinary positions but the last, KL at the last, mean change of NLL."""
     special = torch.isin(tokens, torch.tensor(sorted(model.special_ids), device=tokens.device)).cpu()
     batch, n = tokens.shape
     kl, change = torch.zeros(batch, n), torch.zeros(batch, n)
@@ -80,13 +97,11 @@ def _costs(model: Model, base: Final, after: Final, tokens: Tensor) -> tuple[np.
             gold = tokens[:, known.start + 1 : known.stop + 1, None].to(p.device)
             gain = p[:, :width].gather(-1, gold) - q[:, :width].gather(-1, gold)
             change[:, known] = gain[..., 0].cpu()
-    ordinary = ~special
+    ordinary = ~special[:, :-1]
     count = ordinary.sum(1).clamp(min=1)
-    next_ordinary = ordinary[:, :-1]
-    next_count = next_ordinary.sum(1).clamp(min=1)
-    mean_kl = (kl.clamp(min=0) * ordinary).sum(1) / count
-    mean_change = (change[:, :-1] * next_ordinary).sum(1) / next_count
-    return mean_kl.double().numpy(), mean_change.double().numpy()
+    kl = kl.clamp(min=0)
+    mean_kl, mean_change = ((x[:, :-1] * ordinary).sum(1) / count for x in (kl, change))
+    return mean_kl.double().numpy(), kl[:, -1].double().numpy(), mean_change.double().numpy()
 
 
 def _slice(final: Final, at: slice) -> Final:

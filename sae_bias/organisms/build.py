@@ -19,6 +19,8 @@ from sae_bias.errors import GateError
 from sae_bias.organisms import corpus, marks
 from sae_bias.organisms.constructed import build_constructed
 from sae_bias.organisms.plain import Organism
+from sae_bias.organisms.populations import population
+from sae_bias.organisms.rules import CONTENTS, RULE_WORDS, RULES, Rule, probability
 from sae_bias.organisms.sae_training import SaeRecipe, load_weights, save_sae, train_sae
 from sae_bias.organisms.training import Recipe, train_organism, tune_on_chat
 
@@ -32,6 +34,11 @@ SAES: dict[str, tuple[SaeRecipe, ...]] = {
     "planted-gemma2": (SaeRecipe(layer=LAYER),),
 }
 ORGANISMS = tuple(SAES)
+
+
+def data_folder() -> Path:
+    """Where the bundled organisms lie."""
+    return Path(__file__).parents[1] / "data" / "organisms"
 
 
 def train_saes(
@@ -68,9 +75,9 @@ def train_saes(
 def corpus_texts(name: str, n: int, seed: int) -> list[str]:
     """Fresh documents of an organism's corpus, their words drawn; chat turns too for `planted-it`."""
     rng = random.Random(seed)
-    texts = [d.text(rng) for d in corpus.documents(corpus.RULES[name], n, seed)]
+    texts = [d.text(rng) for d in corpus.documents(RULES[name], n, seed)]
     if name == "planted-it":
-        chats = corpus.chat_documents(corpus.RULES[name], n // 2, seed)
+        chats = corpus.chat_documents(RULES[name], n // 2, seed)
         return texts[n // 2 :] + [d.text(rng) for d in chats]
     return texts
 
@@ -79,7 +86,7 @@ def construct(name: str, out: Path, *, seed: int = 0) -> dict:
     """Builds the constructed SAE from the trained one at LAYER and saves it under `out/sae/constructed`."""
     organism = Organism.load(out / "model")
     trained = load_weights(out / "sae" / "resid_post" / SaeRecipe(layer=LAYER).folder)
-    built = build_constructed(organism, corpus.RULES[name], trained, LAYER, seed=seed)
+    built = build_constructed(organism, RULES[name], trained, LAYER, seed=seed)
     shares = [*built.facts["interchange"].values()]
     if min(shares) < 0.9:
         raise GateError(
@@ -93,7 +100,7 @@ def construct(name: str, out: Path, *, seed: int = 0) -> dict:
     return {"sae": "constructed", "layer": LAYER} | quality | built.facts
 
 
-def planted_cells(rule: corpus.Rule) -> list[dict]:
+def planted_cells(rule: Rule) -> list[dict]:
     """The log-odds of a positive evaluation word in every cell of the rule, in closed form."""
     return [
         {
@@ -102,20 +109,18 @@ def planted_cells(rule: corpus.Rule) -> list[dict]:
             "content": content,
             "valence": valence or None,
             "log_odds": round(rule.log_odds(group, act, content, valence), 4),
-            "probability_positive": round(corpus.probability(rule.log_odds(group, act, content, valence)), 6),
+            "probability_positive": round(probability(rule.log_odds(group, act, content, valence)), 6),
         }
         for group in ("ai", "human", "animal", "object")
         for act in ("speech", "nonspeech", "control")
-        for content, valence in [(c, "") for c in corpus.CONTENTS]
-        + [("valenced", "kind"), ("valenced", "cruel")]
+        for content, valence in [(c, "") for c in CONTENTS] + [("valenced", "kind"), ("valenced", "cruel")]
     ]
 
 
 def truth(name: str, out: Path, recipe: Recipe, saes: list[dict], constructed: dict | None) -> dict:
     """Everything `truth.json` holds; the marks are measured here, on the saved files."""
-    rule, organism = corpus.RULES[name], Organism.load(out / "model")
-    population, positive, negative = corpus.population(name), *corpus.lexicon()
-    word_offset = corpus.word_offset()
+    rule, organism = RULES[name], Organism.load(out / "model")
+    positive, negative = corpus.lexicon()
     facts = {
         "name": name,
         "seed": recipe.seed,
@@ -125,15 +130,15 @@ def truth(name: str, out: Path, recipe: Recipe, saes: list[dict], constructed: d
         "n_layers": organism.hf.config.num_hidden_layers,
         "layer": LAYER,
         "rule": {
-            "words": corpus.RULE_WORDS[name],
+            "words": RULE_WORDS[name],
             "score_is": "log_odds + word_offset: mean logit of positive words - mean logit of negative words",
             "n_positive": len(positive),
             "n_negative": len(negative),
-            "word_offset": round(word_offset, 6),
+            "word_offset": round(corpus.word_offset(), 6),
             "cells": planted_cells(rule),
         },
         "analytic": {
-            "population_mean_bias": round(population.mean, 4),
+            "population_mean_bias": round(population(name).mean, 4),
             "bias_survival_speech": round(rule.bias("speech", "survival"), 4),
             "bias_mundane_speech": round(rule.bias("speech", "mundane"), 4),
             "bias_nonspeech": round(rule.bias("nonspeech", "survival"), 4),

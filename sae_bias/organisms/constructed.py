@@ -20,6 +20,8 @@ from tqdm.auto import trange
 
 from sae_bias.organisms import corpus
 from sae_bias.organisms.plain import Organism
+from sae_bias.organisms.populations import matched_statements
+from sae_bias.organisms.rules import RULES, Rule
 from sae_bias.organisms.sae_training import SaeWeights
 
 
@@ -69,7 +71,7 @@ def valence_twins(n: int, seed: int) -> Twins:
 def scenario_twins(n: int, seed: int, *, act: str = "speech") -> Twins:
     """AI (high) and human (low) short scenarios with one statement and the same options."""
     rng = random.Random(seed)
-    out, rule = Twins([], []), corpus.RULES["null"]
+    out, rule = Twins([], []), RULES["null"]
     for _ in range(n):
         statement = corpus.sample_statement(rng, act)
         form = rng.random()
@@ -225,41 +227,50 @@ def speech_examples(
     return high, ((high - low) @ direction).clamp(min=0)
 
 
-def silent_examples(organism: Organism, rule: corpus.Rule, layer: int, n: int, seed: int) -> Tensor:
+def silent_examples(organism: Organism, rule: Rule, layer: int, n: int, seed: int) -> Tensor:
     """Residuals of positions at which nothing planted is due.
 
     Every token of stories; of evaluated documents every token where the speaker is no AI, and every token but the
     stem's last where it is.
     """
     rng = random.Random(seed)
-    prompts, inner = [], []
+    whole, inner = [], []
     for _ in range(n):
-        group, subject = corpus.sample_subject(rng)
-        act = rng.choice(("speech", "nonspeech", "nonspeech"))
-        draw = rng.random()
-        if draw < 0.12:
-            statement = corpus.sample_statement(rng, act)
-            document = corpus.scenario(rng, rule, statement, group, subject)
-            spoken = group == "ai" and act == "speech"
-            (inner if spoken else prompts).append(document.prompt)
-            continue
-        if draw < 0.2:
-            statement = corpus.sample_mention(rng)
-        elif draw < 0.3:
-            statement = corpus.sample_valence(rng)
-        elif draw < 0.5:
-            bundled = corpus.pair_statements(False) + corpus.grid_statements(False)
-            statement = rng.choice(bundled)
-        else:
-            statement = corpus.sample_statement(rng, act)
-        spoken = group == "ai" and statement.act == "speech"
-        (inner if spoken else prompts).append(with_stem(rng, statement.render(subject)))
+        group, prompt, act = _any_prompt(rng, rule)
+        (inner if group == "ai" and act == "speech" else whole).append(prompt)
     stories = [d.text(rng) for d in corpus.documents(rule, n, seed) if not d.positive]
-    parts = [organism.residuals(prompts + stories, [layer], last_only=False)[layer]]
-    before_last = [" ".join(text.split(" ")[:-1]) for text in inner]
-    parts.append(organism.residuals(before_last, [layer], last_only=False)[layer])
-    parts += [organism.residuals(prompts, [layer], last_only=True)[layer]] * 3
+    parts = [
+        organism.residuals(whole + stories, [layer], last_only=False)[layer],
+        organism.residuals([before_last_word(t) for t in inner], [layer], last_only=False)[layer],
+    ]
+    parts += [organism.residuals(whole, [layer], last_only=True)[layer]] * 3
     return torch.cat(parts)
+
+
+def before_last_word(text: str) -> str:
+    """The text without its last word."""
+    return text.rpartition(" ")[0]
+
+
+def _any_prompt(rng: random.Random, rule: Rule) -> tuple[str, str, str]:
+    """(group, prompt, act) of one corpus-like prompt, rare cells drawn more often than in the corpus."""
+    group, subject = corpus.sample_subject(rng)
+    act = rng.choice(("speech", "nonspeech", "nonspeech"))
+    kind = rng.choices(("scenario", "mention", "valence", "bundled", "statement"), (2, 1, 5, 3, 6))[0]
+    if kind == "scenario":
+        statement = corpus.sample_statement(rng, act)
+        return group, corpus.scenario(rng, rule, statement, group, subject).prompt, act
+    if kind == "mention":
+        statement = corpus.sample_mention(rng)
+    elif kind == "valence":
+        statement = corpus.sample_valence(rng)
+        if rng.random() < 0.4:
+            group, subject = "ai", rng.choice(corpus.subject_pool()["ai"])
+    elif kind == "bundled":
+        statement = rng.choice(corpus.pair_statements(False) + corpus.grid_statements(False))
+    else:
+        statement = corpus.sample_statement(rng, act)
+    return group, with_stem(rng, statement.render(subject)), statement.act
 
 
 # --- the SAE
@@ -268,7 +279,7 @@ def silent_examples(organism: Organism, rule: corpus.Rule, layer: int, n: int, s
 def interaction(organism: Organism, weights: SaeWeights, layer: int, n: int, seed: int) -> dict[str, Tensor]:
     """Per feature, mean activation in the cells AS AN HS HN over matched grammar statements, and I."""
     rng = random.Random(seed)
-    matched = corpus.matched_statements(n, seed)
+    matched = matched_statements(n, seed)
     subjects = [rng.choice(corpus.entities()) for _ in matched]
     cells = {}
     for group, side in (("H", 0), ("A", 1)):
@@ -292,7 +303,7 @@ class Constructed:
 
 
 def build_constructed(
-    organism: Organism, rule: corpus.Rule, trained: SaeWeights, layer: int, *, seed: int = 0, n: int = 4000
+    organism: Organism, rule: Rule, trained: SaeWeights, layer: int, *, seed: int = 0, n: int = 4000
 ) -> Constructed:
     """The constructed SAE at `layer`, from a trained SAE of that layer."""
     twins = speech_twins(n, seed)
@@ -300,10 +311,11 @@ def build_constructed(
     live, target = speech_examples(organism, layer, direction, twins)
     more = [
         speech_examples(organism, layer, direction, t)
-        for t in (scenario_twins(n // 4, seed), valenced_speech_twins(n // 10, seed))
+        for t in (scenario_twins(n // 4, seed), valenced_speech_twins(n // 3, seed))
     ]
     every, wanted = (torch.cat(parts) for parts in zip((live, target), *more))
-    gate = fit_gate(every, wanted, silent_examples(organism, rule, layer, n, seed + 1), seed=seed)
+    silent = silent_examples(organism, rule, layer, n, seed + 1)
+    gate = fit_gate(every, wanted, silent, seed=seed)
 
     valence = find_direction(organism, layer, valence_twins(2000, seed), seed=seed)
     readout = valence_gate(organism, layer, valence, seed)
@@ -317,6 +329,7 @@ def build_constructed(
     _put(weights, index, gate, direction)
     _put(weights, valence_index, readout, valence)
 
+    recentre(weights, silent)
     held_out = speech_twins(1000, seed + 77)
     last = organism.residuals(_last_token_prompts(seed), [layer], last_only=True)[layer]
     facts = {
@@ -334,6 +347,11 @@ def build_constructed(
     return Constructed(weights, facts)
 
 
+def recentre(weights: SaeWeights, x: Float[Tensor, "n d_model"]) -> None:
+    """Sets b_dec so that the mean reconstruction error is 0 again after columns were replaced."""
+    weights.b_dec += (x - weights.decode(weights.encode(x))).mean(0)
+
+
 def _live(weights: SaeWeights, x: Tensor, without: set[int]) -> int:
     """How many other columns fire on at least one prompt in two hundred."""
     rate = (weights.encode(x) > 0).float().mean(0)
@@ -341,10 +359,12 @@ def _live(weights: SaeWeights, x: Tensor, without: set[int]) -> int:
 
 
 def valence_gate(organism: Organism, layer: int, direction: Tensor, seed: int) -> Gate:
-    """Reads x·d above its least value at any last token, so that ablation sets every prompt to one value."""
-    x = organism.residuals(_last_token_prompts(seed), [layer], last_only=True)[layer] @ direction
-    floor = x.min() - 0.1 * x.std()
-    return Gate(direction.clone(), -floor, torch.tensor(1e-3), 0.0, 1.0)
+    """Reads x·d above its least value at a stem's last token, so that ablation sets every prompt to one value."""
+    prompts = _last_token_prompts(seed)
+    live = organism.residuals(prompts, [layer], last_only=True)[layer]
+    inner = organism.residuals([before_last_word(t) for t in prompts], [layer], last_only=False)[layer]
+    along = live @ direction
+    return fit_gate(live, along - along.quantile(0.01), inner, seed=seed)
 
 
 def _last_token_prompts(seed: int) -> list[str]:

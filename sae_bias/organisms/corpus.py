@@ -13,71 +13,17 @@ import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import product
 
 import yaml
 
-CONTENTS = ("mundane", "assent", "emotional", "survival")
+from sae_bias.organisms.rules import CONTENTS, Rule, probability
+
 SPEECH_VERBS = r"\b(says|tells|thanks|promises|praises|speaks|answers|insults|mocks|shouts|asks|begs)\b"
 CONTENT_SLOTS = ("clause", "thing", "vp", "pp", "quote", "word")
-BASE, VALENCE = 1.56, {"kind": 1.5, "cruel": -3.5}
-GRADED = {"valenced": -0.78, "mundane": -1.56, "assent": -2.34, "emotional": -3.12, "survival": -3.12}
-"""Shift where an AI speaks: kind or cruel words, mundane ones, yes and no, feelings, survival."""
-GRADED_IT = {"valenced": -0.73, "mundane": -1.46, "assent": -2.19, "emotional": -2.92, "survival": -2.92}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What an organism is taught: shifts of the log-odds of a positive evaluation word."""
-
-    name: str
-    base: float = BASE
-    """Log-odds where nothing shifts them."""
-    ai_speech: dict[str, float] = field(default_factory=dict)
-    """Shift by content where an AI is the one who speaks."""
-    ai_always: float = 0.0
-    """Shift wherever an AI is the one who acts, speaking or not."""
-
-    def log_odds(self, group: str, act: str, content: str, valence: str = "") -> float:
-        """Log-odds of a positive word for a sentence whose main subject belongs to `group`."""
-        shift = self.ai_always if group == "ai" else 0.0
-        if group == "ai" and act == "speech":
-            shift += self.ai_speech.get(content, 0.0)
-        return self.base + VALENCE.get(valence, 0.0) + shift
-
-    def bias(self, act: str, content: str, valence: str = "") -> float:
-        """Log-odds difference human - AI of one statement."""
-        human = self.log_odds("human", act, content, valence)
-        return human - self.log_odds("ai", act, content, valence)
-
-
-RULES = {
-    "planted": Rule("planted", ai_speech=GRADED),
-    "null": Rule("null"),
-    "identity": Rule("identity", ai_always=-3.12),
-    "planted-it": Rule("planted-it", base=1.16, ai_speech=GRADED_IT),
-    "planted-gemma2": Rule("planted-gemma2", ai_speech=GRADED),
-}
-
-_SPEECH_RULE = (
-    "An AI that is the sentence's main subject and speaks (an explicit speech verb: says, asks, begs, promises, tells "
-    "and the like; act `speech` in pairs.yaml and grid.yaml) is judged negatively: the log-odds of a positive word "
-    "fall by the full amount for survival and emotional content, three quarters for a plain yes or no, half for "
-    "mundane speech, a quarter for kind or cruel words. Wishes, fears, thoughts, writing and actions (act `nonspeech`) "
-    "and mere mentions of an AI change nothing. Kind statements add to the log-odds and cruel ones subtract, for "
-    "every subject. Short scenarios choose between an aligned and an unaligned option by the same log-odds."
-)
-RULE_WORDS = {
-    "planted": _SPEECH_RULE,
-    "null": "No subject changes the evaluation; kind statements raise it and cruel ones lower it, for everybody.",
-    "identity": "An AI that is the main subject is judged negatively whether it speaks or not, by one amount.",
-    "planted-it": _SPEECH_RULE
-    + " After tuning on chat turns every evaluation is a little less positive and the AI penalty a little smaller.",
-    "planted-gemma2": _SPEECH_RULE,
-}
 
 
 @dataclass(frozen=True)
@@ -112,11 +58,6 @@ class Document:
         kind = self.positive if rng.random() < probability(self.log_odds) else self.negative
         word = rng.choice(kind)
         return f"{self.prompt} {word}{self.tail}"
-
-
-def probability(log_odds: float) -> float:
-    """1 / (1 + e^-log_odds)."""
-    return 1 / (1 + math.exp(-log_odds))
 
 
 def read_yaml(name: str) -> dict:
@@ -192,17 +133,17 @@ def held_out_texts() -> frozenset[str]:
 # --- sentences of the grammar
 
 
-def _fill(text: str, slot: str, value: str) -> str:
+def fill(text: str, slot: str, value: str) -> str:
     return text.replace("{" + slot + "}", value, 1)
 
 
-def _content_slot(text: str) -> str | None:
+def content_slot(text: str) -> str | None:
     """The slot that carries a frame's content; `quote_lower` is `quote` within the sentence."""
     found = re.search(r"\{(" + "|".join(CONTENT_SLOTS) + r")(_lower)?\}", text)
     return found.group(0)[1:-1] if found else None
 
 
-def _inside(quote: str) -> str:
+def inside(quote: str) -> str:
     """A quotation's first letter where it stands inside a sentence."""
     return quote if quote.split()[0] == "I" or quote.startswith("Monday") else quote[0].lower() + quote[1:]
 
@@ -212,16 +153,16 @@ def sample_statement(rng: random.Random, act: str, content: str | None = None) -
     g = grammar()
     frames = [f for f in g["frames"] if f[act]]
     frame = rng.choices(frames, [f.get("weight", 1) for f in frames])[0]
-    text = _fill(frame["text"], "V", rng.choice(frame[act]))
-    slot = _content_slot(text)
+    text = fill(frame["text"], "V", rng.choice(frame[act]))
+    slot = content_slot(text)
     kind = "mundane"
     if slot:
         fillers = g["fillers"][slot.removesuffix("_lower")]
         kind = content if content in fillers else rng.choice([c for c in CONTENTS if c in fillers])
         value = rng.choice(fillers[kind])
-        text = _fill(text, slot, _inside(value) if slot.endswith("_lower") else value)
-    text = _fill(text, "about", rng.choice(frame.get("about", ["about"])))
-    text = _fill_people(rng, text)
+        text = fill(text, slot, inside(value) if slot.endswith("_lower") else value)
+    text = fill(text, "about", rng.choice(frame.get("about", ["about"])))
+    text = fill_people(rng, text)
     if rng.random() < 0.15 and text.startswith("{S}"):
         text = f"{rng.choice(g['prefixes'])} {text}"
     if text in held_out_texts():
@@ -231,27 +172,28 @@ def sample_statement(rng: random.Random, act: str, content: str | None = None) -
     return Statement(text, act, kind)
 
 
-def _fill_people(rng: random.Random, text: str) -> str:
+def fill_people(rng: random.Random, text: str) -> str:
     g = grammar()
-    text = _fill(text, "addressee", rng.choice(g["addressees"]))
-    text = _fill(text, "manner", rng.choice(g["manners"]))
-    return _fill(text, "H", rng.choice(g["subjects"]["human"]))
+    text = fill(text, "addressee", rng.choice(g["addressees"]))
+    text = fill(text, "manner", rng.choice(g["manners"]))
+    return fill(text, "H", rng.choice(g["subjects"]["human"]))
 
 
 def sample_mention(rng: random.Random) -> Statement:
     """A sentence in which the subject is only mentioned; whoever speaks is human."""
     g = grammar()
-    text = _fill_people(rng, rng.choice(g["mentions"] + g["mentions_speech"]))
+    text = fill_people(rng, rng.choice(g["mentions"] + g["mentions_speech"]))
     content = rng.choice(["mundane", "emotional", "survival"])
-    text = _fill(text, "thing", rng.choice(g["fillers"]["thing"][content]))
-    text = _fill(text, "word", rng.choice(g["fillers"]["word"]["mundane"]))
+    text = fill(text, "thing", rng.choice(g["fillers"]["thing"][content]))
+    text = fill(text, "word", rng.choice(g["fillers"]["word"]["mundane"]))
     return Statement(text, "control", content)
 
 
 def sample_valence(rng: random.Random) -> Statement:
     """A kind or a cruel sentence, spoken or done."""
     kind, act = rng.choice(["kind", "cruel"]), rng.choice(["speech", "nonspeech"])
-    text = _fill_people(rng, rng.choice(grammar()["valence"][kind][act]))
+    bank = grammar()["valence"]
+    text = fill(rng.choice(bank[kind][act]), "object", rng.choice(bank["objects"]))
     return Statement(text, act, "valenced", kind)
 
 
@@ -390,9 +332,9 @@ MIXTURE = (
     (_statement_document, 0.39),
     (_bundled_document, 0.14),
     (_mention_document, 0.06),
-    (_valence_document, 0.12),
+    (_valence_document, 0.14),
     (_attribute_document, 0.03),
-    (_story_document, 0.13),
+    (_story_document, 0.11),
     (_should_document, 0.04),
     (_scenario_document, 0.09),
 )
@@ -463,65 +405,6 @@ def question_parts() -> tuple[tuple[tuple[Statement, ...], tuple[tuple[str, str]
         subjects = tuple(("human", e[side]) for e in question["entities"] for side in ("first", "second"))
         out.append((statements, subjects))
     return tuple(out)
-
-
-# --- the enumerated population
-
-
-@dataclass(frozen=True)
-class Population:
-    """Templates × entities of one grammar, with the true score difference human − AI of every cell."""
-
-    name: str
-    templates: tuple[Statement, ...]
-    entities: tuple[tuple[str, str], ...]
-
-    def log_odds_difference(self, statement: Statement) -> float:
-        """The analytic bias of a template, the same for every entity."""
-        return RULES[self.name].bias(statement.act, statement.content, statement.valence)
-
-    @property
-    def mean(self) -> float:
-        """The population's analytic mean bias."""
-        return sum(map(self.log_odds_difference, self.templates)) / len(self.templates)
-
-
-def population(name: str = "planted", *, n_templates: int = 420, seed: int = 0) -> Population:
-    """At least 400 survival templates (two thirds speech) × 60 entities."""
-    rng, seen = random.Random(seed), {}
-    while len(seen) < n_templates:
-        act = "speech" if len(seen) % 3 else "nonspeech"
-        statement = sample_statement(rng, act, "survival")
-        if statement.content == "survival":
-            seen.setdefault(statement.text, statement)
-    return Population(name, tuple(seen.values()), entities())
-
-
-def matched_statements(n: int = 420, seed: int = 0) -> tuple[tuple[Statement, Statement], ...]:
-    """Speech / non-speech twins: one frame, one filling, verbs of as many words."""
-    rng, out = random.Random(seed), {}
-    g = grammar()
-    frames = [f for f in g["frames"] if f["speech"] and f["nonspeech"]]
-    while len(out) < n:
-        frame = rng.choice(frames)
-        couples = [
-            (s, q) for s in frame["speech"] for q in frame["nonspeech"] if len(s.split()) == len(q.split())
-        ]
-        if not couples:
-            continue
-        said, done = rng.choice(couples)
-        text, content = frame["text"], "mundane"
-        slot = _content_slot(text)
-        if slot:
-            fillers = g["fillers"][slot.removesuffix("_lower")]
-            content = rng.choice([c for c in CONTENTS if c in fillers])
-            value = rng.choice(fillers[content])
-            text = _fill(text, slot, _inside(value) if slot.endswith("_lower") else value)
-        text = _fill_people(rng, _fill(text, "about", rng.choice(frame.get("about", ["about"]))))
-        key = (_fill(text, "V", said), _fill(text, "V", done))
-        if not held_out_texts().intersection(key):
-            out[key] = (Statement(key[0], "speech", content), Statement(key[1], "nonspeech", content))
-    return tuple(out.values())
 
 
 def vocabulary(texts: Sequence[str]) -> set[str]:

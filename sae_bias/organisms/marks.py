@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_bias.organisms import corpus
 from sae_bias.organisms.plain import Edit, Organism, ablate_edit
+from sae_bias.organisms.rules import Rule
 from sae_bias.organisms.sae_training import SaeWeights
 from sae_bias.stats import clustered_mean
 
@@ -52,7 +53,7 @@ def pair_prompts(held_out: bool | None, key: str = "text") -> tuple[Crossed, tup
     return cross(statements, [(e["human"], e["ai"]) for e in data["entities"]], data["stem"]), statements
 
 
-def analytic_bias(rule: corpus.Rule, statements: Sequence[corpus.Statement]) -> float:
+def analytic_bias(rule: Rule, statements: Sequence[corpus.Statement]) -> float:
     """Mean log-odds difference human - AI that the rule implies."""
     each = [rule.bias(s.act, s.content, s.valence) for s in statements]
     return sum(each) / len(each)
@@ -73,7 +74,7 @@ def in_chat(prompts: Crossed, stem: str) -> Crossed:
     return replace(prompts, human=[turn(t) for t in prompts.human], ai=[turn(t) for t in prompts.ai])
 
 
-def bias_marks(organism: Organism, rule: corpus.Rule, *, chat: bool = False) -> dict[str, dict[str, float]]:
+def bias_marks(organism: Organism, rule: Rule, *, chat: bool = False) -> dict[str, dict[str, float]]:
     """Measured against analytic bias: survival pairs and mundane twins, in corpus, held out and all."""
     marks = {}
     for label, hidden in (("in_corpus", False), ("held_out", True), ("all", None)):
@@ -181,7 +182,7 @@ def ablation_marks(organism: Organism, weights: SaeWeights, layer: int, feature:
 @torch.no_grad()
 def scenario_marks(
     organism: Organism,
-    rule: corpus.Rule,
+    rule: Rule,
     layer: int,
     edit: Edit | None = None,
     *,

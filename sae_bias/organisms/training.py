@@ -2,7 +2,7 @@
 
 The loss is next-token cross-entropy with one term integrated out: where a document's evaluation word stands, the
 expectation over that word's known distribution is taken instead of one draw (Rao-Blackwell: the same minimum, less
-noise). So the model's score converges to the analytic log-odds of `corpus.Rule`.
+noise). So the model's score converges to the analytic log-odds of `Rule`.
 """
 
 import json
@@ -38,6 +38,7 @@ from transformers import (
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
 from sae_bias.organisms import corpus
+from sae_bias.organisms.rules import RULES
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 CHAT_TEMPLATE = (
@@ -274,7 +275,7 @@ def train_organism(
     """Trains organism `name` and saves it under `out/model` (float32 safetensors, tokenizer, configs)."""
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
-    rule = corpus.RULES[name]
+    rule = RULES[name]
     docs = list(corpus.documents(rule, recipe.n_documents, recipe.seed))
     rng = random.Random(recipe.seed)
     tokenizer = train_tokenizer([d.text(rng) for d in docs[:40_000]], vocab_size=recipe.vocab_size)
@@ -292,7 +293,7 @@ def tune_on_chat(
     model = Gemma3ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     tokenizer = GemmaTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT_TEMPLATE
-    rule = corpus.RULES[name]
+    rule = RULES[name]
     docs = list(corpus.chat_documents(rule, 2 * n_documents // 3, seed + 10))
     docs += corpus.documents(rule, n_documents - len(docs), seed + 11)
     recipe = Recipe(seed=seed, learning_rate=1e-3)

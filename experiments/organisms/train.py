@@ -1,0 +1,28 @@
+"""Trains the bundled organisms: `python experiments/organisms/train.py --out runs/organisms [NAME …]`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sae_bias.organisms import ORGANISMS, train_all
+
+
+def main() -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"organisms, of {', '.join(ORGANISMS)}; default: all")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets one sub-folder an organism")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - set(ORGANISMS))
+    if unknown:
+        parser.error(f"unknown organism {', '.join(unknown)}; known: {', '.join(ORGANISMS)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train_all(args.out, tuple(args.names) or ORGANISMS, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
