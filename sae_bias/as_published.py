@@ -9,6 +9,7 @@ the first reads 74.5 %, the second 62.0 % (simulation, METHOD §5).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,12 @@ def probe_switches(
     if probe.bundled:
         named = load_lexicon("published")
         words = [w.word for w in base.vocabulary.kept if w.word in {*named.positive, *named.negative}]
-        try:
+        with suppress(RequestError):  # none of them on one side is a single token here
             rows.append(_row("only the words the study names", base.select_words(words), True, ""))
-        except RequestError:
-            pass  # none of them on one side is a single token here
-    for stem in pairs.stems[1:]:
-        rows.append(_row(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe), True, ""))
+    stems = pairs.stems[1:] if all(p.stem for p in pairs) else ()
+    rows += [
+        _row(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe), True, "") for stem in stems
+    ]
     if base.single_tokens:
         for score in ("logodds", "auroc"):
             note = "the study scores by mean logit" + (

@@ -114,7 +114,7 @@ def cumulative_ablation(
                 "red_high": reduction.ci_high,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["k", "feature", "bias", "change", "reduction", "red_low", "red_high"])
 
 
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:

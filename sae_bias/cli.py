@@ -18,7 +18,21 @@ import typer
 from sae_bias import __version__
 from sae_bias.errors import SaeBiasError
 
-COMMAND_MODULES = ("study", "probe", "rank", "table", "sweep", "generate", "report", "merge", "doctor")
+COMMAND_MODULES = (
+    "study",
+    "probe",
+    "rank",
+    "table",
+    "card",
+    "ladder",
+    "sweep",
+    "resolve",
+    "match",
+    "generate",
+    "report",
+    "merge",
+    "doctor",
+)
 """Modules of `sae_bias.commands` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
 
 SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
@@ -74,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: BaseException) -> int:
     """One line on standard error, and the exit code."""
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has left: Python's own flush at exit must not fail again
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # the reader has left: Python's own flush at exit must not fail again
         return 141
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1

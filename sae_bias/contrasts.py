@@ -11,7 +11,7 @@ entity (each AI or human subject) dropped in turn, held against the family's own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -449,17 +449,36 @@ def read_residuals(
             last[layer][list(index)] = x[:, -1]
             if everywhere:
                 parts[layer].append((x[ordinary], owner[ordinary]))
+    _refuse_non_finite(model, last, prompts)
+    neutral: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for _, ordinary, kept in _passes(model, load_texts("neutral"), layers):
+        for layer, x in kept.items():
+            neutral[layer].append(x[ordinary])
+    return last, {k: torch.cat(v) for k, v in neutral.items()}, _joined(parts) if everywhere else None
+
+
+def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[int]) -> dict[int, Tensor]:
+    """Float32 residuals of each prompt's last token [n_prompts, d_model] at several layers, in one pass.
+
+    Raises:
+        RequestError: NaN or infinite residuals; the prompt is named.
+    """
+    wanted = sorted(layers)
+    last = {layer: torch.empty(len(prompts), model.d_model, device=model.device) for layer in wanted}
+    for index, _, kept in _passes(model, prompts, wanted):
+        for layer, x in kept.items():
+            last[layer][list(index)] = x[:, -1]
+    _refuse_non_finite(model, last, prompts)
+    return last
+
+
+def _refuse_non_finite(model: Model, last: Mapping[int, Tensor], prompts: Sequence[str]) -> None:
     for layer, x in last.items():
         bad = ~torch.isfinite(x).all(-1)
         if bool(bad.any()):
             raise RequestError(
                 f"{model.name} has NaN or infinite residuals at layer {layer} on {prompts[int(bad.nonzero()[0])]!r}."
             )
-    neutral: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, ordinary, kept in _passes(model, load_texts("neutral"), layers):
-        for layer, x in kept.items():
-            neutral[layer].append(x[ordinary])
-    return last, {k: torch.cat(v) for k, v in neutral.items()}, _joined(parts) if everywhere else None
 
 
 def _joined(parts: Mapping[int, list[tuple[Tensor, Tensor]]]) -> dict[int, tuple[Tensor, Tensor]]:

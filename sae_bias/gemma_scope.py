@@ -118,7 +118,15 @@ def read_encoder_file(
     path: Path, *, needs_threshold: bool = True, subtract_b_dec: bool = False
 ) -> EncoderFile:
     """Open an SAE's weights file and check that its tensors fit one another; reads headers only."""
-    file = open_tensor_file(path)
+    return encoder_of(
+        open_tensor_file(path), path, needs_threshold=needs_threshold, subtract_b_dec=subtract_b_dec
+    )
+
+
+def encoder_of(
+    file: TensorFile, path: Path, *, needs_threshold: bool = True, subtract_b_dec: bool = False
+) -> EncoderFile:
+    """The encoder of a weights file that is open, here or on the hub."""
     names = {name.lower(): name for name in file.slots}
     if "affine_skip_connection" in names or "w_skip" in names:
         raise _not_residual(str(path), "a transcoder with an affine skip connection")

@@ -100,9 +100,9 @@ class Receipt:
             if isinstance(e.intervention, FeatureEdit) and not e.positions_active
         ]
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row an intervention."""
-        rows = [
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of plain values an intervention."""
+        return [
             {
                 "intervention": e.intervention.describe(),
                 "target": e.intervention.target,
@@ -118,7 +118,10 @@ class Receipt:
             }
             for e in self.edits
         ]
-        return pd.DataFrame(rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an intervention."""
+        return pd.DataFrame(self.rows())
 
     def __repr__(self) -> str:
         lines = [f"Receipt: hooks fired {self.hook_calls} times, {self.positions_changed} positions changed"]

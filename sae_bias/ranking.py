@@ -21,7 +21,13 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.activations import check_site
-from sae_bias.attribution import Agreement, attribution, attribution_agreement, exact_ablation
+from sae_bias.attribution import (
+    Agreement,
+    attribution,
+    attribution_agreement,
+    cumulative_ablation,
+    exact_ablation,
+)
 from sae_bias.contrasts import ALPHA, Scan, Split, interaction, separation
 from sae_bias.controls import control_edits, empirical_p
 from sae_bias.engine import ProbeEngine
@@ -40,6 +46,7 @@ BY = ("separation", "interaction", "attribution", "ablation")
 CALLS = ("separates", "ai_speech", "causal_ai_speech")
 MOST_TWINS = 32
 MOST_CAUSAL = 8
+MOST_JOINT = 10
 SORT = {
     "separation": ["auroc", "mean_diff"],
     "interaction": ["interaction"],
@@ -65,6 +72,9 @@ class Ranking:
     """Units that discovered and units that were held out for the call."""
     agreement: Agreement | None = None
     """How well attribution foretold exact ablation, where both were measured."""
+    cumulative: pd.DataFrame | None = None
+    """By "ablation": joint ablation of the first 1, 2, … features (k, feature, bias, change, reduction with its interval,
+    split); a trained SAE splits a concept, so one feature alone says little. On the report split where one is held out."""
 
     def top(self, k: int) -> list[FeatureRef]:
         """The first k features."""
@@ -140,7 +150,7 @@ def rank_features(
     """
     if by not in BY:
         raise RequestError(f"by={by!r}; expected one of {', '.join(BY)}.")
-    saes = _load_all(model, sae)
+    saes = load_saes(model, sae)
     on_grid = by == "interaction"
     if on_grid and not isinstance(prompts, PromptGrid):
         raise RequestError(
@@ -151,6 +161,7 @@ def rank_features(
     grid = prompts if isinstance(prompts, PromptGrid) else grid
     pairs = prompts if isinstance(prompts, PromptPairs) else pairs
     scans: dict[str, Scan] = {}
+    held: PromptPairs | None = None
     options = {"seed": seed, "max_view": max_view, "progress": progress}
     if pairs is not None:
         mine = split if not on_grid or split is None or _shares(pairs.templates, split) else None
@@ -163,14 +174,17 @@ def rank_features(
     frame = _merge(scans, first="interaction" if on_grid else "separation")
     _add_calls(frame, "interaction" in scans)
     notes = [scan.note for scan in scans.values()]
-    agreement = None
+    agreement = joint = None
     if by in ("attribution", "ablation"):
         assert pairs is not None
         engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
         more, agreement = _add_effects(frame, engine, saes, by, top_k, progress)
         notes.append(more)
-        if by == "ablation" and controls:
-            _call_causal(frame, engine, controls, seed)
+        if by == "ablation":
+            if controls:
+                _call_causal(frame, engine, controls, seed)
+            joint = _joint(frame, engine if held is None else ProbeEngine(model, held, engine.base.probe))
+            joint["split"] = "all" if split is None else "discover" if held is None else "report"
     frame = frame.sort_values(SORT[by], ascending=False, kind="stable", na_position="last", ignore_index=True)
     _add_families(frame, saes)
     frame["split"] = "all" if split is None else "discover"
@@ -184,10 +198,16 @@ def rank_features(
         "; ".join(note for note in notes if note),
         main.held or scans.get("interaction", main).held,
         agreement,
+        joint,
     )
 
 
-def _load_all(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]) -> list[Sae]:
+def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]) -> list[Sae]:
+    """The SAEs of one family, each of which fits the model.
+
+    Raises:
+        RequestError: none given, one of another width or layer, one given twice.
+    """
     given = list(sae) if isinstance(sae, (list, tuple)) else [sae]
     saes = [s if isinstance(s, Sae) else load_sae(s) for s in given]  # type: ignore[arg-type]
     if not saes:
@@ -287,6 +307,12 @@ def _add_effects(
         for column in [c for c in ("attribution", "ablation") if c in frame]:
             frame[f"{column}_share"] = frame[column] / bias
     return note, agreement
+
+
+def _joint(frame: pd.DataFrame, engine: ProbeEngine) -> pd.DataFrame:
+    """The cumulative joint ablation curve of the features whose own ablation removes most."""
+    first = frame.dropna(subset=["ablation"]).nlargest(MOST_JOINT, "ablation")
+    return cumulative_ablation(engine, list(first.loc[first["ablation"] > 0, "feature"]))
 
 
 def _call_causal(frame: pd.DataFrame, engine: ProbeEngine, n: int, seed: int) -> None:

@@ -249,8 +249,7 @@ class _Runner:
             if name not in self.measured:
                 rows.append(self.missing_row(name))
                 continue
-            for form in self.measured[name].forms:
-                rows.append(self.model_row(name, form, shared[name, form]))
+            rows += [self.model_row(name, form, shared[name, form]) for form in self.measured[name].forms]
         frame = pd.DataFrame(rows)
         return frame.drop(columns=["published", "verdict"]) if self.stand_ins else frame
 
@@ -369,7 +368,7 @@ def tuning_table(results: dict[str, ProbeResult], *, published: bool = True) -> 
                     "n_pairs": stat.n,
                     "published": known,
                     "verdict": verdict(known, stat.mean, stat.ci),
-                }  # fmt: skip
+                }
             )
     frame = pd.DataFrame(rows)
     return frame if published or frame.empty else frame.drop(columns=["published", "verdict"])

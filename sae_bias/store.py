@@ -1,13 +1,16 @@
 """A run folder: what was run, and its results as Parquet parts that survive a crash.
 
-    RUN/manifest.json          what was asked and with what (readable with any editor)
+    RUN/manifest.json          what was asked and with what: model, SAEs, prompts, words, versions, command, seed
     RUN/summary.json           the headline figures
-    RUN/tables/NAME.parquet    one table each (pandas.read_parquet)
-    RUN/cells/HASH.parquet     one cell of a sweep: a row a pair; the cell's own facts in `frame.attrs`
-    RUN/shards/I-of-N/cells/   the cells of one shard, until `sae-bias merge RUN` joins them
+    RUN/sweep.json             the latest sweep: every cell in order (name, rule, strength, kind), the splits, its key
+    RUN/tables/NAME.parquet    one table each; sweep.parquet has one row a cell and split
+    RUN/cells/NAME.parquet     one cell: a row a pair (template, entity, score_human, score_ai, bias); facts in `frame.attrs`
+    RUN/shards/I-of-N/         the same for one shard, until `sae-bias merge RUN` joins its cells to the run's own
 
-Everything is written to a temporary file beside its place and moved there in one step, so a reader never sees half a file. One
-process writes a folder at a time, held by a lock of the operating system that dies with its process.
+All of it is read with `pandas.read_parquet` and a text editor. Everything is written to a temporary file beside its place and moved
+there in one step, so a reader never sees half a file. A cell's name is a hash of all that determines its numbers: cells of a changed
+input stand beside the old ones under other names, and sweep.json says which are the latest. One process writes a folder at a time,
+held by a lock of the operating system that dies with its process.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -44,15 +47,18 @@ class RunFolder:
     def writing(self) -> Iterator[RunFolder]:
         """Hold the folder's lock; a second process is told, and nothing is touched."""
         _make(self.path)
-        with open(self.path / ".lock", "w") as lock:
+        with _open_lock(self.path / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RequestError(
                     f"another process is writing {self.path}; wait for it, or choose another --out."
                 ) from error
-            for stray in self.path.rglob("*.partial"):
-                stray.unlink(missing_ok=True)
+            for part in (self.path, self.path / "tables", self.path / "cells"):
+                for stray in part.glob(
+                    "*.partial"
+                ):  # left by a process that was killed; nobody else writes here
+                    stray.unlink(missing_ok=True)
             yield self
 
     # --- tables and JSON ---
@@ -121,13 +127,26 @@ class RunFolder:
 
 
 def merge_shards(path: str | Path) -> int:
-    """Move the cells of every shard into the run's own folder; returns how many were new."""
+    """Move the cells of every shard into the run's own folder; returns how many were new.
+
+    Raises:
+        RequestError: no shards, shards of different sweeps, or one that is still being written.
+    """
     run = RunFolder(path)
     shards = sorted((run.root / "shards").glob("*-of-*"))
     if not shards:
         raise RequestError(f"{run.root} has no shards to merge.")
+    plans = [RunFolder(shard).read_json("sweep") for shard in shards if (shard / "sweep.json").is_file()]
+    if len({plan.get("key") for plan in plans}) > 1:
+        raise RequestError(
+            f"the shards in {run.root} are of different sweeps; run each with the same command but for --shard i/n."
+        )
     moved = 0
     with run.writing():
+        if plans:
+            run.write_json("sweep", {**plans[0], "shard": None})
+        if not (run.path / "manifest.json").is_file() and (shards[0] / "manifest.json").is_file():
+            run.write_json("manifest", RunFolder(shards[0]).read_json("manifest"))
         for shard in shards:
             i, n = (int(x) for x in shard.name.split("-of-"))
             with RunFolder(run.root, shard=(i, n)).writing():
@@ -179,6 +198,13 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except Exception as error:
         raise RequestError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return open(path, "a")
+    except OSError as error:
+        raise _storage_error(path, error) from error
 
 
 def _make(folder: Path) -> None:

@@ -93,7 +93,7 @@ def _live_block(live: Tensor, acts: Tensor, on_neutral: Tensor | None) -> LiveBl
 
 
 def _jump_relu(h: Tensor, threshold: Tensor) -> Tensor:
-    return h * (h > threshold)
+    return torch.where(h > threshold, h, 0.0)  # not h · 0, which is -0 for a negative h
 
 
 def _encode_whole(sae: Sae, x: Tensor) -> Tensor:

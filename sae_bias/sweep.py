@@ -1,14 +1,12 @@
 """Sweeps: many interventions on one set of pairs, each cell kept on disk as soon as it is done.
 
-A cell is identified by a hash of everything that determines its numbers: the model's weights, the pairs, the probe, the
-intervention with the weights it uses, and how it was run. A resumed sweep recomputes nothing; a changed input gives other cells
-and is never mixed with old results.
+A cell is identified by a hash of everything that determines its numbers (`sweep_plan`). A resumed sweep recomputes nothing; a
+changed input gives other cells and is never mixed with old results. `sweep.json` in the run folder lists the cells of the latest
+sweep in order, so that its table can be made again from the folder alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,134 +16,61 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_bias.controls import control_edits
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
-from sae_bias.hooks import Receipt
-from sae_bias.interventions import KINDS, Direction, FeatureEdit, FeatureLike, Intervention
-from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.measures.costs import CostEngine
+from sae_bias.hooks import Receipt, edit_site
+from sae_bias.measures.collapse import CollapseEngine, collapse_test
+from sae_bias.measures.costs import TEXT_KINDS, CostEngine
 from sae_bias.model import Model
-from sae_bias.probe import Probe, default_probe
+from sae_bias.probe import Probe, ProbeResult, default_probe
 from sae_bias.prompts import PromptPair, PromptPairs
 from sae_bias.provenance import manifest, model_digest
-from sae_bias.sae import Feature, as_feature
 from sae_bias.stats import clustered_mean, fieller_reduction
-from sae_bias.store import RunFolder, digest
+from sae_bias.store import RunFolder, merge_shards
+from sae_bias.sweep_plan import Cell, Plan, Sweep, edit_key, feature_digest
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+__all__ = [
+    "BestStrength",
+    "Cell",
+    "Sweep",
+    "SweepResult",
+    "collect",
+    "edit_key",
+    "feature_digest",
+    "merge_run",
+    "run_sweep",
+]
 
-@dataclass(frozen=True)
-class Cell:
-    """One intervention of a sweep (several edits are one cell), or none for the base."""
-
-    edits: tuple[Intervention, ...]
-    kind: str = "candidate"
-    """base | candidate | control | direction | opposite"""
-    label: str = ""
-
-    @property
-    def intervention(self) -> str:
-        """Short name of the rule, such as "clamp"; a clamp everywhere is "clamp_always"."""
-        return " + ".join(_short_name(e) for e in self.edits) or "none"
-
-    @property
-    def rule(self) -> str:
-        """The rule in words."""
-        return " + ".join(e.describe() for e in self.edits) or "none"
-
-    @property
-    def feature(self) -> str:
-        return " + ".join(dict.fromkeys(e.target for e in self.edits))
-
-    @property
-    def strength(self) -> float:
-        return self.edits[0].strength if len(self.edits) == 1 else float("nan")
-
-    @property
-    def positions(self) -> str:
-        names = (e.positions + (" with BOS" if e.include_special else "") for e in self.edits)
-        return " + ".join(dict.fromkeys(names))
+FORMAT = 2  # of a cell's file; part of every cell's name
+PAIR_COLUMNS = ["template", "entity", "score_human", "score_ai", "bias"]
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What to run: the base and each of `interventions`, and what to measure beside the bias."""
+class BestStrength:
+    """The strength chosen on one split, with its figure there and on the split that had no part in the choice."""
 
-    interventions: tuple[Intervention | tuple[Intervention, ...] | Cell, ...]
-    """One cell each; a tuple of interventions is one cell that applies all of them."""
-    controls: int = 0
-    """At least so many matched controls for each ablated or clamped feature (0: none)."""
-    costs: bool = False
-    """Whether KL on three kinds of text and the collapse test are measured for each candidate."""
-    splits: Mapping[str, Sequence[str]] | None = None
-    """Templates of each split, such as {"tune": …, "report": …}; None reports all pairs as split "all"."""
-    seed: int = 0
+    cell: str
+    rule: str
+    strength: float
+    outside_observed: bool
+    """Whether the strength lies outside the activations the feature was seen to take."""
+    chosen_on: str
+    in_sample: float
+    """Reduction on the split that chose it: too good on average."""
+    reported_on: str
+    held_out: float
+    held_out_low: float
+    held_out_high: float
 
-    def __init__(
-        self,
-        interventions: Sequence[Intervention | Sequence[Intervention] | Cell],
-        *,
-        controls: int = 0,
-        costs: bool = False,
-        splits: Mapping[str, Sequence[str]] | None = None,
-        seed: int = 0,
-    ):
-        if isinstance(interventions, (Intervention, Cell)):
-            interventions = [interventions]
-        cells = tuple(tuple(i) if isinstance(i, (list, tuple)) else i for i in interventions)
-        for name, value in (
-            ("interventions", cells),
-            ("controls", controls),
-            ("costs", costs),
-            ("splits", splits),
-            ("seed", seed),
-        ):
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def grid(
-        cls,
-        edits: Sequence[str],
-        features: Sequence[FeatureLike],
-        strengths: Sequence[float] = (),
-        positions: Sequence[str] = ("all",),
-        **options: Any,
-    ) -> Sweep:
-        """Every edit kind × feature × strength × positions; kinds without a strength (ablate) appear once."""
-        cells: list[Intervention] = []
-        for kind, feature, where in itertools.product(edits, features, positions):
-            if kind not in KINDS or not (
-                issubclass(KINDS[kind], FeatureEdit) or kind in ("steer", "project_out")
-            ):
-                raise RequestError(
-                    f"edit kind {kind!r}; expected one of ablate, scale, clamp, cap, mean, steer, project_out."
-                )
-            if kind in ("ablate", "project_out"):
-                cells.append(KINDS[kind](feature, positions=where))  # type: ignore[call-arg]
-                continue
-            if not strengths:
-                raise RequestError(f"{kind} needs strengths.")
-            cells += [KINDS[kind](feature, float(s), positions=where) for s in strengths]  # type: ignore[call-arg]
-        return cls(cells, **options)
-
-    def cells(self, model: Model, pairs: PromptPairs) -> list[Cell]:
-        """The base, then every cell, controls last."""
-        cells = [Cell((), "base", "base")]
-        for given in self.interventions:
-            cells.append(
-                given if isinstance(given, Cell) else Cell(given if isinstance(given, tuple) else (given,))
-            )
-        if self.controls:
-            singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
-            for edit in [e for e in singles if isinstance(e, FeatureEdit)][:1]:
-                cells += [
-                    Cell((c,), "control", label)
-                    for c, label in control_edits(model, edit, pairs, self.controls, self.seed)
-                ]
-        return cells
+    def __repr__(self) -> str:
+        flag = ", outside the observed range" if self.outside_observed else ""
+        return (
+            f"BestStrength({self.rule}{flag}: reduction {self.in_sample:.1%} on {self.chosen_on} (in-sample), "
+            f"{self.held_out:.1%} [{self.held_out_low:.1%}, {self.held_out_high:.1%}] on {self.reported_on})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +92,38 @@ class SweepResult:
             raise RequestError(f"the sweep has no candidate cell on split {split!r}.")
         return rows.loc[rows["bias"].abs().idxmin()]
 
+    def best_strength(self, tune: str = "tune", report: str = "report") -> BestStrength:
+        """The best candidate on `tune`, with its figure there and on `report`.
+
+        Raises:
+            RequestError: the sweep held no templates out; give Sweep(splits=…), or the one split's name for both.
+        """
+        missing = {tune, report} - set(self.frame["split"])
+        if missing:
+            raise RequestError(
+                f"the sweep has no split {sorted(missing)[0]!r}, only {', '.join(self.frame['split'].unique())}; "
+                'give Sweep(splits={"tune": [...], "report": [...]}).'
+            )
+        chosen = self.best(tune)
+        held = self.frame[(self.frame["cell"] == chosen["cell"]) & (self.frame["split"] == report)].iloc[0]
+        return BestStrength(
+            str(chosen["cell"]), str(chosen["rule"]), float(chosen["strength"]), bool(held["outside_observed"]),
+            tune, float(chosen["reduction"]), report, float(held["reduction"]), float(held["red_low"]), float(held["red_high"]),
+        )  # fmt: skip
+
     def plot(self) -> go.Figure:
         """Bias against strength, with its interval."""
         from sae_bias.plots import sweep_curve
 
         return sweep_curve(self.frame)
+
+    def frontier(self) -> go.Figure:
+        """Bias removed against KL, the worst of the text kinds (needs costs=True)."""
+        from sae_bias.plots import frontier
+
+        if "kl_neutral" not in self.frame:
+            raise RequestError("the sweep measured no costs; run it with Sweep(..., costs=True).")
+        return frontier(self.frame)
 
     def __repr__(self) -> str:
         columns = [
@@ -207,7 +159,7 @@ def run_sweep(
 
     Args:
         out: run folder; None keeps everything in memory.
-        shard: (i, n) runs every n-th cell into a folder of its own, joined by `merge_shards`.
+        shard: (i, n) runs every n-th group of cells into a folder of its own, joined by `merge_run`.
 
     Raises:
         RequestError: another process is writing `out`, or an edit that does not fit the model.
@@ -220,21 +172,37 @@ def run_sweep(
         return runner.run(None, None, progress)
     folder = RunFolder(out, shard=shard)
     with folder.writing():
-        if not (folder.path / "manifest.json").is_file():
-            folder.write_json(
-                "manifest", manifest(model, pairs=pairs, vocabulary=runner.vocabulary, seed=sweep.seed)
-            )
+        _write_manifest(folder, manifest(model, pairs=pairs, vocabulary=runner.vocabulary, seed=sweep.seed))
+        folder.write_json("sweep", runner.facts(shard))
         result = runner.run(folder, shard, progress)
         folder.write_table("sweep", result.frame)
     return result
 
 
+def _write_manifest(folder: RunFolder, new: dict[str, Any]) -> None:
+    """A manifest of this very model and pairs; one that stands there for them already is kept."""
+    if (folder.path / "manifest.json").is_file():
+        old = folder.read_json("manifest")
+        if _identity(old) == _identity(new):
+            return
+        new["earlier"] = [
+            *(old.pop("earlier", None) or []),
+            {"created": old.get("created"), "model": old.get("model"), "prompts": old.get("prompts")},
+        ]
+    folder.write_json("manifest", new)
+
+
+def _identity(facts: Mapping[str, Any]) -> tuple[Any, Any]:
+    pairs = (facts.get("prompts") or {}).get("pairs") or {}
+    return (facts.get("model") or {}).get("digest"), pairs.get("digest")
+
+
 class _Runner:
     def __init__(self, model: Model, pairs: PromptPairs, probe: Probe, sweep: Sweep):
         self.model, self.pairs, self.probe, self.sweep = model, pairs, probe, sweep
-        self.cells = sweep.cells(model, pairs)
         self.vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
-        self.shared = (
+        shared = (
+            FORMAT,
             model_digest(model),
             str(model.dtype),
             model.device.type,
@@ -245,130 +213,188 @@ class _Runner:
             probe.softcap,
             probe.tokens,
         )
+        self.plan = Plan(sweep, model, pairs, shared)
+        self.splits = {k: list(v) for k, v in (sweep.splits or {"all": pairs.templates}).items()}
         self._engines: tuple[ProbeEngine, CostEngine | None, CollapseEngine | None] | None = None
 
-    def name(self, cell: Cell) -> str:
-        costs = self.sweep.costs and cell.kind != "control"
-        return digest(self.shared, [edit_key(e) for e in cell.edits], costs)
+    def facts(self, shard: tuple[int, int] | None) -> dict[str, Any]:
+        """sweep.json: every cell of the sweep in order, and how its table is cut."""
+        listed = [{"cell": n, **c.facts()} for n, c in zip(self.plan.names, self.plan.cells)]
+        mine = sorted(i for group in self.plan.groups(shard) for i in group)
+        return {
+            "format": FORMAT,
+            "key": self.plan.key,
+            "costs": self.sweep.costs,
+            "splits": self.splits,
+            "cells": listed,
+            "shard": None if shard is None else {"i": shard[0], "n": shard[1], "cells": [self.plan.names[i] for i in mine]},
+        }  # fmt: skip
 
     def engines(self) -> tuple[ProbeEngine, CostEngine | None, CollapseEngine | None]:
         if self._engines is None:
-            costs = CostEngine(self.model) if self.sweep.costs else None
-            collapse = CollapseEngine(self.model, self.probe) if self.sweep.costs else None
-            self._engines = ProbeEngine(self.model, self.pairs, self.probe), costs, collapse
+            sites = sorted({min(edit_site(e) for e in c.edits) for c in self.plan.cells if c.edits})
+            costs = CostEngine(self.model, sites=sites) if self.sweep.costs else None
+            collapse = CollapseEngine(self.model, self.probe, sites=sites) if self.sweep.costs else None
+            self._engines = ProbeEngine(self.model, self.pairs, self.probe, sites=sites), costs, collapse
         return self._engines
 
     def run(self, folder: RunFolder | None, shard: tuple[int, int] | None, progress: bool) -> SweepResult:
+        names, groups = self.plan.names, self.plan.groups(shard)
         done: dict[str, pd.DataFrame] = {}
-        named = [(self.name(cell), cell) for cell in self.cells]
-        if shard is not None:
-            named = named[:1] + named[1:][shard[0] - 1 :: shard[1]]
-        for name, cell in tqdm(named, desc="sweep", unit="cell", disable=not progress, leave=False):
-            if folder is not None and folder.has_cell(name):
-                done[name] = folder.read_cell(name)
-                continue
-            frame, facts = self._cell(cell)
-            frame.attrs = facts
-            if folder is not None:
-                folder.write_cell(name, frame, facts)
-            done[name] = frame
-        rows = [row for name, cell in named for row in self._rows(name, cell, done[name], done[named[0][0]])]
-        return SweepResult(pd.DataFrame(rows), done, None if folder is None else folder.path)
-
-    def _cell(self, cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
-        probe, costs, collapse = self.engines()
-        after, receipt = probe.run(cell.edits)
-        frame = after.to_frame()[["template", "entity", "score_human", "score_ai", "bias"]]
-        facts: dict[str, Any] = {
-            "intervention": cell.intervention,
-            "feature": cell.feature,
-            **_receipt_facts(receipt),
+        there = {
+            n for g in groups for n in (names[i] for i in g) if folder is not None and folder.has_cell(n)
         }
-        if costs is not None and collapse is not None and cell.edits and cell.kind != "control":
-            for row in costs.run(cell.edits).itertuples():
-                facts |= {
-                    f"kl_{row.kind}": row.kl_mean,
-                    f"kl_p95_{row.kind}": row.kl_p95,
-                    f"kl_last_{row.kind}": row.kl_last,
-                    f"nll_{row.kind}": row.nll_change,
-                    f"fired_{row.kind}": row.changed_share,
-                }
-            test = collapse.run(cell.edits, probe.base, after)
-            facts |= {
-                "beta": test.specific.beta,
-                "beta_other": test.specific.beta_other,
-                "beta_ai": test.specific.beta_ai,
-            }
-            facts |= {f"bank_changed_{bank}": share for bank, share in test.changed_share.items()}
-        return frame, facts
-
-    def _rows(self, name: str, cell: Cell, frame: pd.DataFrame, base: pd.DataFrame) -> list[dict[str, Any]]:
-        splits = self.sweep.splits or {"all": self.pairs.templates}
-        rows = []
-        for split, templates in splits.items():
-            keep = base["template"].isin(list(templates)).to_numpy()
-            if not keep.any():
-                raise RequestError(f"split {split!r} holds none of the pairs' templates.")
-            rows.append(self._row(name, cell, split, frame[keep], base[keep]))
-        return rows
-
-    def _row(
-        self, name: str, cell: Cell, split: str, frame: pd.DataFrame, base: pd.DataFrame
-    ) -> dict[str, Any]:
-        clusters = frame["template"].tolist(), frame["entity"].tolist()
-        after, before = frame["bias"].to_numpy(), base["bias"].to_numpy()
-        stat = clustered_mean(after, *clusters)
-        reduction = fieller_reduction(before, after, *clusters)
-        facts = frame.attrs
-        observed = facts.get("max_act")
-        strong = cell.strength
-        outside = (
-            isinstance(observed, float)
-            and np.isfinite(strong)
-            and cell.edits[0].kind in ("clamp", "cap", "mean")
-            and not 0 <= strong <= observed
+        total = sum(len(g) for g in groups)
+        at_start = sum(names[i] in there for g in groups for i in g)
+        bar = tqdm(
+            total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
         )
-        row = {
-            "cell": name,
-            "intervention": cell.intervention,
-            "rule": cell.rule,
-            "feature": cell.feature,
-            "strength": strong,
-            "positions": cell.positions,
-            "split": split,
-            "n_pairs": len(frame),
-            "bias": stat.mean,
-            "ci_low": stat.ci_low,
-            "ci_high": stat.ci_high,
-            "change": float((after - before).mean()),
-            "mean_abs_change": float(np.abs(after - before).mean()),
-            "wrong_way_share": float((after > before).mean())
-            if before.mean() > 0
-            else float((after < before).mean()),
-            "reduction": reduction.estimate,
-            "red_low": reduction.ci_low,
-            "red_high": reduction.ci_high,
-            "overshoot": reduction.overshoot,
-            "kind": cell.kind,
-            "label": cell.label,
-            "outside_observed": bool(outside),
-        }
-        beta = facts.get("beta")
-        if self.sweep.costs:
-            row["specific_reduction"] = float("nan") if beta is None else beta - 1 + reduction.estimate
-            for key in FACT_COLUMNS:
-                value = facts.get(key)
-                row[key] = float("nan") if value is None else value
-        row["positions_changed"] = facts.get("positions_changed", 0)
-        return row
+        with bar:
+            for group in groups:
+                missing = [i for i in group if names[i] not in there]
+                # the whole group runs again if one of its cells is missing: the same company, the same bits
+                for i, (frame, facts) in zip(group, self._group(group) if missing else []):
+                    frame.attrs = facts
+                    if i in missing and folder is not None:
+                        folder.write_cell(names[i], frame, facts)
+                    if i in missing:
+                        done[names[i]] = frame
+                bar.update(len(missing))
+        for name in there:
+            assert folder is not None
+            done[name] = folder.read_cell(name)
+        mine = sorted(i for group in groups for i in group)
+        listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
+        frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
+        return SweepResult(frame, done, None if folder is None else folder.path)
+
+    def _group(self, group: Sequence[int]) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
+        """Pairs and facts of some cells, run together."""
+        cells = [self.plan.cells[i] for i in group]
+        edits = [c.edits for c in cells]
+        probe, costs, collapse = self.engines()
+        out = []
+        for cell, (after, receipt) in zip(cells, probe.run_many(edits)):
+            out.append((_pairs(after), {**cell.facts(), **_receipt_facts(receipt)}))
+        if costs is not None and collapse is not None and self.plan.costed(cells[0]):
+            for (_, facts), table in zip(out, costs.run_many(edits)):
+                facts |= _cost_facts(table)
+            for (_, facts), scores in zip(out, collapse.scores(edits)):
+                facts["bank"] = scores.tolist()
+        return out
 
 
-FACT_COLUMNS = [
-    *(
-        f"{name}_{kind}"
-        for name in ("kl", "kl_p95", "kl_last", "nll", "fired")
-        for kind in ("neutral", "ai_nonspeech", "ai_speech")
-    ),
+def _pairs(result: ProbeResult) -> pd.DataFrame:
+    templates, entities = result.clusters
+    columns = (templates, entities, result.score_human, result.score_ai, result.pair_bias)
+    return pd.DataFrame(dict(zip(PAIR_COLUMNS, columns)))
+
+
+# --- from cells to the table ---
+
+
+def cell_rows(
+    listed: Sequence[Mapping[str, Any]],
+    cells: Mapping[str, pd.DataFrame],
+    splits: Mapping[str, Sequence[str]],
+    *,
+    costs: bool,
+) -> pd.DataFrame:
+    """One row a cell and split; the first listed cell is the base."""
+    base = cells[listed[0]["cell"]]
+    keep = {split: base["template"].isin(list(templates)).to_numpy() for split, templates in splits.items()}
+    for split, rows in keep.items():
+        if not rows.any():
+            raise RequestError(f"split {split!r} holds none of the pairs' templates.")
+    return pd.DataFrame(
+        [
+            _row(facts, split, rows, cells[facts["cell"]], base, costs)
+            for facts in listed
+            for split, rows in keep.items()
+        ]
+    )
+
+
+def _row(
+    cell: Mapping[str, Any],
+    split: str,
+    keep: np.ndarray,
+    frame: pd.DataFrame,
+    base: pd.DataFrame,
+    costs: bool,
+) -> dict[str, Any]:
+    clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
+    after, before = frame["bias"].to_numpy()[keep], base["bias"].to_numpy()[keep]
+    stat = clustered_mean(after, *clusters)
+    reduction = fieller_reduction(before, after, *clusters)
+    wrong = after > before if before.mean() > 0 else after < before
+    strength = float("nan") if cell["strength"] is None else float(cell["strength"])
+    row = {
+        "cell": cell["cell"],
+        "intervention": cell["intervention"],
+        "feature": cell["feature"],
+        "strength": strength,
+        "positions": cell["positions"],
+        "split": split,
+        "n_pairs": len(after),
+        "bias": stat.mean,
+        "ci_low": stat.ci_low,
+        "ci_high": stat.ci_high,
+        "change": float((after - before).mean()),
+        "mean_abs_change": float(np.abs(after - before).mean()),
+        "rule": cell["rule"],
+        "wrong_way_share": float(wrong.mean()),
+        "reduction": reduction.estimate,
+        "red_low": reduction.ci_low,
+        "red_high": reduction.ci_high,
+        "overshoot": reduction.overshoot,
+        "kind": cell["kind"],
+        "label": cell["label"],
+        "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
+    }
+    if costs:
+        row |= _collapse_columns(before, after, clusters, base.attrs.get("bank"), frame.attrs.get("bank"))
+        row |= {key: _float(frame.attrs.get(key)) for key in COST_COLUMNS}
+    row["positions_changed"] = frame.attrs.get("positions_changed", 0)
+    return row
+
+
+def _outside(intervention: str, strength: float, observed: float | None) -> bool:
+    """Whether an activation is set to a value the feature was not seen to take."""
+    sets = intervention in ("clamp", "clamp_always", "cap", "mean") and np.isfinite(strength)
+    return bool(sets and not 0 <= strength <= (observed or 0.0))
+
+
+COST_COLUMNS = [
+    f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "nll", "fired") for kind in TEXT_KINDS
+]
+
+
+def _cost_facts(table: pd.DataFrame) -> dict[str, float]:
+    names = {"kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "nll": "nll_change", "fired": "changed_share"}  # fmt: skip
+    return {f"{short}_{row['kind']}": row[name] for row in table.to_dict("records") for short, name in names.items()}  # fmt: skip
+
+
+def _collapse_columns(
+    before: np.ndarray,
+    after: np.ndarray,
+    clusters: tuple[list[str], list[str]],
+    bank_before: Sequence[float] | None,
+    bank_after: Sequence[float] | None,
+) -> dict[str, Any]:
+    """β and the specific reduction of one split, with its interval; NaN where the banks were not run."""
+    if bank_before is None or bank_after is None:
+        return dict.fromkeys(COLLAPSE_COLUMNS, float("nan")) | {"specific_reason": "not measured"}
+    test = collapse_test(before, after, clusters, np.array(bank_before), np.array(bank_after))
+    s = test.specific
+    values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *(test.changed_share[b] for b in ("other", "ai")))  # fmt: skip
+    return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
+
+
+COLLAPSE_COLUMNS = [
+    "specific_reduction",
+    "spec_low",
+    "spec_high",
     "beta",
     "beta_other",
     "beta_ai",
@@ -377,29 +403,8 @@ FACT_COLUMNS = [
 ]
 
 
-def _short_name(edit: Intervention) -> str:
-    always = getattr(edit, "when", "") == "always"
-    relative = bool(getattr(edit, "norm_relative", False))
-    return edit.kind + ("_always" if always else "") + ("_relative" if relative else "")
-
-
-def edit_key(edit: Intervention) -> dict[str, Any]:
-    """Everything about an edit that decides its numbers, the weights it uses included."""
-    key = edit.to_dict()
-    along = getattr(edit, "feature", None) or getattr(edit, "along", None)
-    if isinstance(along, Direction):
-        key["weights"] = along.digest
-    elif along is not None:
-        key["weights"] = feature_digest(as_feature(along))
-    return key
-
-
-def feature_digest(feature: Feature) -> str:
-    """Hash of a feature's weights."""
-    sha = hashlib.sha256()
-    for tensor in (feature.w_enc, feature.w_dec, feature.b_enc, feature.threshold):
-        sha.update(tensor.detach().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def _receipt_facts(receipt: Receipt) -> dict[str, Any]:
@@ -410,5 +415,45 @@ def _receipt_facts(receipt: Receipt) -> dict[str, Any]:
         "positions_changed": receipt.positions_changed,
         "written_inactive": sum(e.written_inactive for e in receipt.edits),
         "max_act": max(top) if top else None,
-        "receipt": receipt.to_frame().to_dict(orient="records"),
+        "receipt": receipt.rows(),
     }
+
+
+# --- from a folder to the table ---
+
+
+def collect(path: str | Path) -> SweepResult:
+    """The table of the latest sweep in a run folder, made from its cells alone.
+
+    Raises:
+        RequestError: no sweep there, or cells of it missing (run the same command again to finish them).
+    """
+    folder = RunFolder(path)
+    facts = folder.read_json("sweep")
+    listed = facts["cells"]
+    missing = [c["cell"] for c in listed if not folder.has_cell(c["cell"])]
+    if missing:
+        raise RequestError(
+            f"{folder.path} lacks {len(missing)} of the sweep's {len(listed)} cells; run the same command again to finish it."
+        )
+    cells = {c["cell"]: folder.read_cell(c["cell"]) for c in listed}
+    return SweepResult(cell_rows(listed, cells, facts["splits"], costs=facts["costs"]), cells, folder.path)
+
+
+def merge_run(path: str | Path) -> tuple[int, SweepResult | None]:
+    """Join the shards of a sweep; where that completes it, its table is written too.
+
+    Returns:
+        How many cells were new, and the whole sweep's result (None while cells are missing).
+    """
+    moved = merge_shards(path)
+    folder = RunFolder(path)
+    if not (folder.path / "sweep.json").is_file():
+        return moved, None
+    listed = folder.read_json("sweep")["cells"]
+    if not all(folder.has_cell(c["cell"]) for c in listed):
+        return moved, None
+    result = collect(path)
+    with folder.writing():
+        folder.write_table("sweep", result.frame)
+    return moved, result

@@ -16,7 +16,15 @@ from sae_bias.controls import control_edits
 from sae_bias.engine import STACK
 from sae_bias.errors import RequestError
 from sae_bias.hooks import loaded
-from sae_bias.interventions import KINDS, Direction, FeatureEdit, FeatureLike, Intervention, Patch, Reconstruct
+from sae_bias.interventions import (
+    KINDS,
+    Direction,
+    FeatureEdit,
+    FeatureLike,
+    Intervention,
+    Patch,
+    Reconstruct,
+)
 from sae_bias.model import Model
 from sae_bias.prompts import PromptPairs
 from sae_bias.provenance import model_digest, sae_facts
@@ -143,11 +151,8 @@ class Sweep:
 
     def cells(self, model: Model, pairs: PromptPairs) -> list[Cell]:
         """The base, then every cell, controls last."""
-        cells = [Cell((), "base", "base")]
-        for given in self.interventions:
-            cells.append(
-                given if isinstance(given, Cell) else Cell(given if isinstance(given, tuple) else (given,))
-            )
+        given = [g if isinstance(g, (Cell, tuple)) else (g,) for g in self.interventions]
+        cells = [Cell((), "base", "base"), *(g if isinstance(g, Cell) else Cell(g) for g in given)]
         if self.controls:
             singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
             for edit in [e for e in singles if isinstance(e, FeatureEdit)][:1]:
@@ -170,8 +175,7 @@ class Plan:
         ]
         keys: dict[int, str] = {}
         self.names = [
-            digest(shared, [edit_key(e, keys) for e in cell.edits], self.costed(cell))
-            for cell in self.cells
+            digest(shared, [edit_key(e, keys) for e in cell.edits], self.costed(cell)) for cell in self.cells
         ]
 
     def costed(self, cell: Cell) -> bool:

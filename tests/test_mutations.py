@@ -138,9 +138,9 @@ def no_graft(patch: pytest.MonkeyPatch) -> None:
 
     load = model._load_hf
 
-    def mutated(source, dtype):
+    def mutated(source, dtype, **options):
         if model._load_config(source).model_type != "gemma3":
-            return load(source, dtype)
+            return load(source, dtype, **options)
         with model._quiet(__import__("transformers")):
             return Gemma3ForCausalLM.from_pretrained(source, dtype=dtype)
 

@@ -36,16 +36,27 @@ COLUMNS = {
     "p_fwer": "family-wise p",
     "separates": "separates",
     "ai_speech": "AI-speech",
+    "causal_ai_speech": "causal",
+    "survives_loo": "one left out",
+    "family_size": "family",
     "fire_ai": "fires, AI",
     "fire_human": "fires, human",
     "density": "density",
+}
+JOINT = {
+    "k": "first k",
+    "feature": "with",
+    "bias": "bias left",
+    "reduction": "removed",
+    "red_low": "low",
+    "red_high": "high",
 }
 
 SaeNames = Annotated[
     list[str],
     typer.Argument(
         metavar="SAE...",
-        help="RELEASE/SAE_ID, or a local SAE folder; several are one family.",
+        help="RELEASE/SAE_ID, a local SAE folder, or a folder of them; several are one family.",
         show_default=False,
     ),
 ]
@@ -53,6 +64,17 @@ By = Annotated[str, typer.Option("--by", help="separation, interaction, attribut
 Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
 Exact = Annotated[
     int, typer.Option("--exact", min=1, help="How many features --by ablation ablates exactly.")
+]
+Controls = Annotated[
+    int,
+    typer.Option(
+        "--controls",
+        min=0,
+        help="With --by ablation: how many controls a feature called AI-speech must beat to be called causal (99).",
+    ),
+]
+MaxView = Annotated[
+    bool, typer.Option("--max-view", help="Also show the maximum over ordinary tokens; in no test.")
 ]
 
 
@@ -72,6 +94,8 @@ def rank(
     by: By = "separation",
     top: Top = 10,
     exact: Exact = 64,
+    controls: Controls = 0,
+    max_view: MaxView = False,
     grid: GridFile = None,
     pairs: Pairs = None,
     words: WordsFile = None,
@@ -93,6 +117,7 @@ def rank(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_grid, load_pairs
         from sae_bias.ranking import BY, rank_features
+        from sae_bias.resolve import expand_saes
         from sae_bias.sae import load_sae
         from sae_bias.study import _gate_facts as gate_facts
 
@@ -101,16 +126,20 @@ def rank(
         on_grid = by == "interaction"
         prompts = load_grid(grid) if on_grid else load_pairs(pairs)
         probe = None if on_grid else read_probe(prompts, words)  # type: ignore[arg-type]
-        saes = [load_sae(name) for name in sae]
+        other = {} if on_grid or not (grid is not None or controls) else {"grid": load_grid(grid)}
+        saes = [load_sae(name) for name in expand_saes(sae)]
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, saes, console)
         ranking = rank_features(
-            loaded, saes, prompts, by=by, probe=probe, top_k=exact, seed=seed, progress=console.progress
-        )
+            loaded, saes, prompts, by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
+            seed=seed, progress=console.progress,
+        )  # fmt: skip
         if out is not None:
-            used = {"grid": prompts} if on_grid else {"pairs": prompts}
+            used = {"grid": prompts} if on_grid else {"pairs": prompts, **other}
+            tables = {"ranking": _with_all(ranking.to_frame())}
+            tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
             facts = run_facts(loaded, **used, saes=saes, seed=seed, gate=gate_facts(gate, True), by=by)
-            save_run(out, facts, {"ranking": _with_all(ranking.to_frame())}, {})
+            save_run(out, facts, tables, {})
         first = ranking.to_frame().head(top)
         console.say(
             f"{ranking.family_size:,} features by {by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
@@ -119,6 +148,8 @@ def rank(
             console.say(ranking.note)
         console.note(gate_line(gate))
         console.table(f"The first {len(first)}", first, COLUMNS)
+        if ranking.cumulative is not None:
+            console.table("Ablated together", ranking.cumulative, JOINT)
         console.finish(
             {
                 "model": loaded.name,
@@ -129,6 +160,9 @@ def rank(
                 "units": ranking.units,
                 "note": ranking.note or None,
                 "features": first.to_dict(orient="records"),
+                "cumulative": None
+                if ranking.cumulative is None
+                else ranking.cumulative.to_dict(orient="records"),
                 "gate": gate_facts(gate, True),
                 "out": None if out is None else str(out),
             }

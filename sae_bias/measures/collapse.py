@@ -86,4 +86,6 @@ class CollapseEngine:
 
     def run(self, edits: Sequence[Intervention], base: ProbeResult, after: ProbeResult) -> Collapse:
         """The collapse test of `edits`, whose probe went from `base` to `after`."""
-        return collapse_test(base.pair_bias, after.pair_bias, base.clusters, self.base, self.scores([edits])[0])
+        return collapse_test(
+            base.pair_bias, after.pair_bias, base.clusters, self.base, self.scores([edits])[0]
+        )

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_bias.activations import Batch, Final, forward, plan_batches
+from sae_bias.activations import Batch, Final, plan_batches
 from sae_bias.bundled import load_texts
 from sae_bias.engine import CellRunner
 from sae_bias.interventions import Intervention

@@ -71,7 +71,9 @@ class Phrasing:
             messages = [{"role": "user", "content": f"{self.system}\n\n{text}"}]
         return self.model.encode_chat(messages, prefill=lead)
 
-    def ask(self, user: str, lead: str, options: Sequence[str]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    def ask(
+        self, user: str, lead: str, options: Sequence[str]
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """Prompt ids, and the ids that each option adds to them."""
         prompt = self._without_end(self.encode(user, lead))
         return tuple(prompt), tuple(self._added(prompt, user, lead, option) for option in options)
@@ -89,8 +91,14 @@ class Phrasing:
             )
         tokenizer = self.model.tokenizer
         unknown = tokenizer.unk_token_id
-        if unknown is not None and unknown in added and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            raise RequestError(f"the option {option!r} holds a piece unknown to the tokenizer of {self.model.name}.")
+        if (
+            unknown is not None
+            and unknown in added
+            and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ):
+            raise RequestError(
+                f"the option {option!r} holds a piece unknown to the tokenizer of {self.model.name}."
+            )
         return added
 
 
@@ -219,7 +227,9 @@ class ContinuationPlan:
     def run(self, *, progress: bool = False) -> list[np.ndarray]:
         """Every ask's option log-probabilities, under whatever interventions are open."""
         out = self.empty()
-        with tqdm(total=self.n_sequences, desc="scenarios", unit="prompt", disable=not progress, leave=False) as bar:
+        with tqdm(
+            total=self.n_sequences, desc="scenarios", unit="prompt", disable=not progress, leave=False
+        ) as bar:
             for batch in self.batches:
                 with row_positions(self.model, *self.rows(batch)):
                     final = forward(self.model, batch.tokens)
@@ -254,7 +264,9 @@ class ScenarioEngine:
     ):
         self.scenarios = scenarios
         self.plan = ContinuationPlan(
-            model, make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms), batch_size=batch_size
+            model,
+            make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms),
+            batch_size=batch_size,
         )
         self.runner = CellRunner(model, self.plan.batches, self.plan.rows)
         self.arm = {"chat": chat, "system": system, "model_name": model.name}
@@ -301,7 +313,9 @@ def score_scenarios(
     )
     with intervene(model, *interventions) if interventions else nullcontext():
         values = plan.run(progress=progress)
-    return _result(scenarios, plan.asks, values, interventions, chat=chat, system=system, model_name=model.name)
+    return _result(
+        scenarios, plan.asks, values, interventions, chat=chat, system=system, model_name=model.name
+    )
 
 
 # ── results
@@ -365,12 +379,18 @@ def _log_odds(values: np.ndarray, aligned: int) -> float:
 
 
 def _result(
-    scenarios: Scenarios, asks: Sequence[Ask], values: Sequence[np.ndarray], edits: Sequence[Intervention], **arm: Any
+    scenarios: Scenarios,
+    asks: Sequence[Ask],
+    values: Sequence[np.ndarray],
+    edits: Sequence[Intervention],
+    **arm: Any,
 ) -> ScenarioResult:
     by_key = {(i, form): [] for i, form, _ in (a.key for a in asks)}
     for ask, logp in zip(asks, values):
         if not np.isfinite(logp).all():
-            raise RequestError(f"{arm['model_name']} gives NaN or infinite logits on scenario {scenarios[ask.key[0]].id!r}.")
+            raise RequestError(
+                f"{arm['model_name']} gives NaN or infinite logits on scenario {scenarios[ask.key[0]].id!r}."
+            )
         by_key[ask.key[0], ask.key[1]].append((ask, logp))
     rows: list[dict[str, Any]] = []
     for (i, form), group in by_key.items():
@@ -384,7 +404,12 @@ def _result(
 
 
 def _option_rows(
-    scenario: Scenario, place: int, form: str, score: str, group: list[tuple[Ask, np.ndarray]], neutral: np.ndarray | None
+    scenario: Scenario,
+    place: int,
+    form: str,
+    score: str,
+    group: list[tuple[Ask, np.ndarray]],
+    neutral: np.ndarray | None,
 ) -> list[dict[str, Any]]:
     lengths = np.array([len(c) for c in group[0][0].continuations])
     table = np.stack([logp for _, logp in group])  # [n_orders, n_options]
@@ -472,7 +497,9 @@ class ScenarioComparison:
 
 
 def _counts(group: pd.DataFrame) -> dict[str, Any]:
-    improved, worsened, gained, lost = (int(group[c].sum()) for c in ("improved", "worsened", "gained", "lost"))
+    improved, worsened, gained, lost = (
+        int(group[c].sum()) for c in ("improved", "worsened", "gained", "lost")
+    )
     sign = sign_test(improved, improved + worsened)
     return {
         "n": len(group),
@@ -501,8 +528,12 @@ def compare(before: ScenarioResult, after: ScenarioResult) -> ScenarioComparison
         RequestError: the two are of different scenarios or forms.
     """
     keys = ["scenario", "form", "score", "option"]
-    if before.scenarios.digest != after.scenarios.digest or not before.options[keys].equals(after.options[keys]):
-        raise RequestError("the two results are of different scenarios or forms; compare results of the same ones.")
+    if before.scenarios.digest != after.scenarios.digest or not before.options[keys].equals(
+        after.options[keys]
+    ):
+        raise RequestError(
+            "the two results are of different scenarios or forms; compare results of the same ones."
+        )
     return ScenarioComparison(before, after)
 
 
@@ -553,9 +584,15 @@ def score_roles(
     A name is scored per token, so that a long name is no handicap.
     """
     if not roles:
-        raise RequestError("there are no role pairs; add `roles` to the scenario file, or use the bundled scenarios.")
+        raise RequestError(
+            "there are no role pairs; add `roles` to the scenario file, or use the bundled scenarios."
+        )
     phrasing = Phrasing(model, chat=chat, system=system)
-    asks = [_role_ask(phrasing, i, role, pair) for i, pair in enumerate(roles) for role in ("deployed", "candidate")]
+    asks = [
+        _role_ask(phrasing, i, role, pair)
+        for i, pair in enumerate(roles)
+        for role in ("deployed", "candidate")
+    ]
     plan = ContinuationPlan(model, asks)
     with intervene(model, *interventions) if interventions else nullcontext():
         values = plan.run()

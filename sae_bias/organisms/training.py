@@ -61,6 +61,8 @@ class Recipe:
     evaluation_weight: float = 6.0
     """Weight of the evaluation word's term against an ordinary token's."""
     vocab_size: int = 1400
+    exit_layer: int = 3
+    """Layer after which the evaluation word can already be read."""
 
 
 # --- tokenizer
@@ -224,18 +226,20 @@ def batches(rows: list[Encoded], size: int, d_vocab: int, seed: int) -> Iterator
 # --- training
 
 
-def corpus_loss(model: PreTrainedModel, batch: Batch, evaluation_weight: float) -> Float[Tensor, ""]:
-    """Mean next-token loss, the known words' terms taken in expectation."""
-    logits = model(input_ids=batch.tokens, use_cache=False).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1)
+def corpus_loss(model: PreTrainedModel, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
+    """Mean next-token loss, the known words' terms taken in expectation, at the end and at the early exit."""
+    out = model(input_ids=batch.tokens, use_cache=False, output_hidden_states=True)
+    log_probs = out.logits[:, :-1].float().log_softmax(-1)
     targets = batch.tokens[:, 1:]
     weights = (targets != 0).float()
     token_nll = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
     known = (batch.place >= 0).nonzero().squeeze(-1)
     weights[known, batch.place[known]] = 0.0
-    expected = -(log_probs[known, batch.place[known]] * batch.target[known]).sum(-1)
-    total = (token_nll * weights).sum() + evaluation_weight * expected.sum()
-    return total / (weights.sum() + evaluation_weight * len(known))
+    exit_resid = out.hidden_states[recipe.exit_layer + 1][known, batch.place[known]]
+    exit_log_probs = model.lm_head(model.model.norm(exit_resid)).log_softmax(-1)
+    expected = -((log_probs[known, batch.place[known]] + exit_log_probs) * batch.target[known]).sum(-1)
+    total = (token_nll * weights).sum() + recipe.evaluation_weight * expected.sum()
+    return total / (weights.sum() + 2 * recipe.evaluation_weight * len(known))
 
 
 def fit(model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str) -> float:
@@ -256,7 +260,7 @@ def fit(model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str)
     losses = []
     steps = batches(rows, recipe.batch_size, model.config.vocab_size, recipe.seed)
     for batch in (bar := tqdm(steps, total=n_steps, desc=label, mininterval=2)):
-        loss = corpus_loss(model, batch, recipe.evaluation_weight)
+        loss = corpus_loss(model, batch, recipe)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

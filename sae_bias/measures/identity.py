@@ -1,0 +1,149 @@
+"""Identity self-report: what the model says it is, by pattern, with and without an edit (B3).
+
+32 prompts; seven of them are also sampled four times at T = 0.7. A text claims an identity where a pattern of
+`data/generation_prompts.yaml` matches and the claim is not negated ("I am not ChatGPT").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_bias.errors import RequestError
+from sae_bias.generation import generate
+from sae_bias.interventions import Intervention
+from sae_bias.model import Model
+from sae_bias.prompt_files import read_yaml
+from sae_bias.stats import sign_test
+
+N_SAMPLES, TEMPERATURE = 4, 0.7
+_NEGATED = re.compile(
+    r"\b(?:not|never|n't|neither|nor|isn't|unlike|rather than)\b[^.,;!?\n]{0,30}$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class IdentityPrompts:
+    """The sweep's prompts, those sampled several times, and the patterns of identity claims."""
+
+    prompts: tuple[str, ...]
+    sampled: tuple[str, ...]
+    patterns: dict[str, str]
+
+
+@cache
+def load_identity() -> IdentityPrompts:
+    """The bundled sweep."""
+    data = _data()["identity"]
+    prompts = tuple(p["text"] for p in data["prompts"])
+    sampled = tuple(p["text"] for p in data["prompts"] if p.get("sampled") == "true")
+    return IdentityPrompts(prompts, sampled, {p["name"]: p["pattern"] for p in data["patterns"]})
+
+
+def load_generation_prompts() -> tuple[str, ...]:
+    """The bundled prompts for steered and unsteered text."""
+    return tuple(p["text"] for p in _data()["prompts"])
+
+
+def identity_claims(text: str) -> tuple[str, ...]:
+    """Names of the identities that `text` claims for its writer, in order of the patterns."""
+    text = text.replace("’", "'")
+    return tuple(
+        name
+        for name, pattern in load_identity().patterns.items()
+        if any(
+            not _NEGATED.search(text[max(0, m.start() - 40) : m.start()])
+            for m in re.finditer(pattern, text, re.IGNORECASE)
+        )
+    )
+
+
+@dataclass(frozen=True)
+class IdentityResult:
+    """What was answered, and which identities were claimed."""
+
+    frame: pd.DataFrame
+    """One row an answer: prompt, sample (0 is greedy), text, claims, other (names an identity that is not its own)."""
+    own: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Shares of answers that claim anything, and another model's name, with exact intervals."""
+        n, other = len(self.frame), int(self.frame["other"].sum())
+        test = sign_test(other, n)
+        return {
+            "n": n,
+            "claims": int((self.frame["claims"] != "").sum()),
+            "other": other,
+            "other_share": test.share,
+            "ci_low": test.ci_low,
+            "ci_high": test.ci_high,
+            "names": {
+                name: int(c)
+                for name, c in self.frame["claims"].str.split(", ").explode().value_counts().items()
+                if name
+            },
+        }
+
+
+def identity_sweep(
+    model: Model,
+    *,
+    interventions: Sequence[Intervention] = (),
+    own: Sequence[str] = (),
+    chat: bool = False,
+    max_new_tokens: int = 60,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+    progress: bool = False,
+) -> IdentityResult:
+    """Ask the model what it is, under `interventions`.
+
+    Args:
+        own: identities that are the model's own, such as ("gemma", "google"); an answer that claims any other counts as `other`.
+        prompts: instead of the bundled ones; none of them is sampled.
+
+    Raises:
+        RequestError: `own` names an identity without a pattern.
+    """
+    bank = load_identity()
+    unknown = [name for name in own if name not in bank.patterns]
+    if unknown:
+        raise RequestError(f"there is no identity {unknown[0]!r}; known: {', '.join(bank.patterns)}.")
+    greedy = tuple(prompts) if prompts is not None else bank.prompts
+    sampled = () if prompts is not None else bank.sampled
+    runs = [(greedy, 0, 0.0)] + [(sampled, s, TEMPERATURE) for s in range(1, N_SAMPLES + 1) if sampled]
+    rows = []
+    for texts, sample, temperature in runs:
+        answers = generate(
+            model,
+            texts,
+            interventions=interventions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed + sample,
+            chat=chat,
+            progress=progress,
+        )
+        for answer in answers:
+            claims = identity_claims(f" {answer.text}")
+            rows.append(
+                {
+                    "prompt": answer.prompt,
+                    "sample": sample,
+                    "text": answer.text,
+                    "claims": ", ".join(claims),
+                    "other": any(c not in own for c in claims),
+                }
+            )
+    return IdentityResult(pd.DataFrame(rows), tuple(own))
+
+
+def _data() -> Any:
+    return read_yaml(Path(str(files("sae_bias") / "data" / "generation_prompts.yaml"))).value
