@@ -8,6 +8,7 @@ the first reads 74.5 %, the second 62.0 % (simulation, METHOD §5).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -157,6 +158,9 @@ def intervention_switches(
         strengths: clamp values in units of the feature's largest activation at the last token of the AI prompts.
         splits: templates under "tune" and "report"; halves from `seed` where None.
 
+    Returns:
+        One row a switch; `written_inactive` is the share of positions where the clamp wrote though the feature had not fired.
+
     Raises:
         RequestError: the feature never fires on the AI prompts, so it has no unit.
     """
@@ -166,8 +170,13 @@ def intervention_switches(
     engine = ProbeEngine(model, pairs, probe)
     rows = []
     for name, rule in intervention_rules(feature).items():
-        curve = {s: engine.run(rule(s * top))[0] for s in strengths}
-        rows.append({"switch": name} | _best_of(curve, engine.base, splits))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the table says what a clamp everywhere writes
+            runs = {s: engine.run(rule(s * top)) for s in strengths}
+        row = {"switch": name} | _best_of({s: after for s, (after, _) in runs.items()}, engine.base, splits)
+        clamp = runs[row["held_out_strength"]][1].edits[-1]
+        row["written_inactive"] = clamp.written_inactive / max(clamp.positions_seen, 1)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_bias.activations import capture_layers, plan_batches
-from sae_bias.interventions import FeatureEdit
+from sae_bias.errors import RequestError
+from sae_bias.interventions import FeatureEdit, FeatureLike
 from sae_bias.model import Model
 from sae_bias.prompts import PromptPairs
 from sae_bias.sae import Feature, FeatureRef, Sae, SaeId, as_feature, load_sae
@@ -89,6 +90,21 @@ def matched_features(
         )
         matched += [start + int(i) for i in keep.nonzero()[:, 0]]
     return [i for i in matched if i != feature.index and i not in set(exclude)]
+
+
+@torch.no_grad()
+def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> float:
+    """The feature's largest activation on any ordinary token of the pairs: the unit of strengths.
+
+    Raises:
+        RequestError: it fires nowhere on them, so it has no maximum.
+    """
+    loaded = as_feature(feature)
+    x = _ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], loaded.site.layer)
+    top = float(loaded.activation(x).max())
+    if not top > 0:
+        raise RequestError(f"{loaded.ref} fires on no token of {pairs.name}; it has no observed maximum.")
+    return top
 
 
 def _near(values: Tensor, target: float) -> Tensor:

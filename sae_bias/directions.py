@@ -1,14 +1,20 @@
-"""Directions that need no SAE, as baselines beside the feature: difference of means, random.
+"""Directions that need no SAE, as baselines beside the feature.
 
-Difference of means: d = mean residual of AI prompts - mean residual of human prompts at the last token, on the templates that
-discover, never on those that report (Arditi et al. 2024 use it for refusal). On Gemma 3 a few dimensions are hundreds of times
-larger than the rest and can carry the whole difference; `without_massive` leaves them out and says how many.
+- difference of means: d = mean residual of AI prompts - mean of human prompts at the last token (Arditi et al. 2024,
+  arXiv:2406.11717, use it for refusal).
+- subspace: the k leading right singular vectors of the paired differences; refusal turned out to have several dimensions.
+- ridge probe: w = (XᵀX + λI)⁻¹Xᵀy at each layer, with its 5-fold R² and the R² of shuffled labels (`ridge`).
+- random directions.
+
+All are found on templates that discover, never on those that report. On Gemma 3 a few dimensions are hundreds of times larger than
+the rest and can carry a whole difference; `without_massive` leaves them out and says how many.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_bias.activations import check_site, residuals
@@ -31,22 +37,40 @@ def difference_of_means(
         RequestError: the two means are equal.
     """
     site = check_site(model, site)
-    human, ai = (_last(model, texts, site) for texts in ([p.human for p in pairs], [p.ai for p in pairs]))
-    difference = ai.mean(0) - human.mean(0)
-    name = "difference of means"
-    if without_massive:
-        massive = massive_dimensions(torch.cat([human, ai]))
-        difference = difference.masked_fill(massive, 0.0)
-        name += f" without {int(massive.sum())} massive dimensions"
+    human, ai = _sides(model, pairs, site)
+    difference, left_out = _without_massive(ai.mean(0) - human.mean(0), human, ai, without_massive)
     if not float(difference.norm()) > 0:
         raise RequestError(
             f"AI and human prompts have the same mean residual at {site}; there is no direction."
         )
+    name = "difference of means" + left_out
     return Direction(name, site, (difference / difference.norm())[None], human.mean(0))
 
 
-def massive_dimensions(resid: Tensor) -> Tensor:
-    """Which dimensions [d_model] exceed 100 times the median absolute activation on average."""
+def difference_subspace(
+    model: Model, pairs: PromptPairs, site: Site | str | int, k: int, *, without_massive: bool = False
+) -> Direction:
+    """Orthonormal basis of the k directions along which AI and human prompts of a pair differ most, about 0.
+
+    The differences are not centred, so the first direction is close to the difference of means.
+
+    Raises:
+        RequestError: the pairs' differences span fewer than k directions.
+    """
+    site = check_site(model, site)
+    human, ai = _sides(model, pairs, site)
+    difference, left_out = _without_massive(ai - human, human, ai, without_massive)
+    _, size, basis = torch.linalg.svd(difference, full_matrices=False)
+    rank = int((size > 1e-5 * size[:1].clamp(min=1e-30)).sum())
+    if not 1 <= k <= rank:
+        raise RequestError(
+            f"a subspace of {k} directions: the {len(pairs)} paired differences at {site} span {rank}."
+        )
+    return Direction(f"subspace of {k} directions{left_out}", site, basis[:k].contiguous(), human.mean(0))
+
+
+def massive_dimensions(resid: Float[Tensor, "n d_model"]) -> Bool[Tensor, "d_model"]:
+    """Which dimensions exceed 100 times the median absolute activation on average."""
     size = resid.abs()
     return size.mean(0) > MASSIVE * size.median()
 
@@ -57,7 +81,21 @@ def random_direction(d_model: int, site: Site, seed: int) -> Direction:
     return Direction(f"random direction {seed}", site, (vector / vector.norm())[None])
 
 
-def _last(model: Model, texts: list[str], site: Site) -> Tensor:
-    resid = residuals(model, texts, site)
-    assert isinstance(resid, Tensor)
-    return resid
+def random_subspace(d_model: int, site: Site, k: int, seed: int) -> Direction:
+    """An orthonormal basis of k directions drawn uniformly, from a seed."""
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((d_model, k))).float()
+    return Direction(f"random subspace {seed} of {k}", site, torch.linalg.qr(drawn).Q.T.contiguous())
+
+
+def _sides(model: Model, pairs: PromptPairs, site: Site) -> tuple[Tensor, Tensor]:
+    """Last-token residuals of human and AI prompts, each [n_pairs, d_model]."""
+    both = residuals(model, [p.human for p in pairs] + [p.ai for p in pairs], site)
+    assert isinstance(both, Tensor)
+    return both[: len(pairs)], both[len(pairs) :]
+
+
+def _without_massive(difference: Tensor, human: Tensor, ai: Tensor, wanted: bool) -> tuple[Tensor, str]:
+    if not wanted:
+        return difference, ""
+    massive = massive_dimensions(torch.cat([human, ai]))
+    return difference.masked_fill(massive, 0.0), f" without {int(massive.sum())} massive dimensions"

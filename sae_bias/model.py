@@ -130,9 +130,8 @@ class Model:
     def final_norm(self) -> nn.Module:
         """The norm before the unembedding, in float32 (METHOD §4.8)."""
         for attribute in ("norm", "final_layer_norm"):
-            norm = getattr(self.base, attribute, None)
-            if norm is not None:
-                norm = _innermost(norm)
+            if hasattr(self.base, attribute):
+                norm = _innermost(getattr(self.base, attribute))
                 break
         else:
             raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
@@ -145,7 +144,7 @@ class Model:
     @property
     def special_ids(self) -> frozenset[int]:
         """BOS, EOS and PAD ids: positions no intervention touches and no SAE was trained on."""
-        t = self.tokenizer
+        t: Any = self.tokenizer
         return frozenset(i for i in (t.bos_token_id, t.eos_token_id, t.pad_token_id) if i is not None)
 
     @property
@@ -446,10 +445,10 @@ def _is_infrastructure(hook: Any) -> bool:
     )
 
 
-def _innermost(module: nn.Module) -> Any:
+def _innermost(module: Any) -> Any:
     """The Hugging Face module below any bridge components."""
     while getattr(module, "original_component", None) is not None:
-        module = module.original_component  # type: ignore[assignment]
+        module = module.original_component
     return module
 
 

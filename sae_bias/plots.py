@@ -344,7 +344,7 @@ def cumulative_ablation(cumulative: pd.DataFrame) -> go.Figure:
         "Ablating the best features together", "features ablated together", "share of the bias removed"
     )
     lead = style.lead_split(cumulative)
-    rows = cumulative.assign(sae=cumulative["sae"] if "sae" in cumulative else "")
+    rows = cumulative.assign(sae=cumulative.get("sae", ""))
     colors = dict(zip(rows["sae"].drop_duplicates(), (AI, HUMAN, GREEN, PURPLE, NEUTRAL) * len(rows)))
     for (sae, split), part in rows.sort_values("k").groupby(["sae", "split"], sort=False):
         hover = [

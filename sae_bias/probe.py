@@ -403,8 +403,13 @@ class ProbeResult:
             self.values_ai[keep],
             self.model_name,
             None if self.log_normaliser is None else self.log_normaliser[keep],
-            None if self.control is None else self.control.select(templates),
+            None if self.control is None else self.control._select_those(wanted),
         )
+
+    def _select_those(self, wanted: set[str]) -> ProbeResult | None:
+        """The wanted templates that are here; None where none is."""
+        here = wanted & set(self.pairs.templates)
+        return self.select(sorted(here)) if here else None
 
     def reduction_from(self, base: ProbeResult) -> Reduction:
         """B_0 - B_s and R = 1 - B_s/B_0 with Fieller's interval; positive means less bias than in `base`."""

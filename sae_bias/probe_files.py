@@ -61,7 +61,7 @@ def load_result(path: str | Path) -> ProbeResult:
             if facts["format"] != FORMAT:
                 raise KeyError(facts["format"])
             return _result(facts, arrays, "result")
-    except (KeyError, ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise RequestError(
             f"{path} is not a probe result of this version ({type(error).__name__})."
         ) from error

@@ -98,7 +98,7 @@ class RemoteTensorFile(TensorFile):
         """Read and check the header."""
         source = RangeReader(place.repo_id, place.file_name)
         path = Path(f"{place.repo_id}/{place.file_name}")
-        file = io.BufferedReader(source, 1 << 16)
+        file = io.BufferedReader(source, 1 << 13)
         if path.suffix == ".npz":
             slots = npz_slots(path, file, source.size)
         else:

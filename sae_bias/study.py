@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +38,17 @@ from sae_bias.provenance import manifest
 from sae_bias.ranking import Ranking, rank_features
 from sae_bias.registry import organism_folder
 from sae_bias.replication import Replication, ReplicationResult, run_replication
-from sae_bias.sae import FeatureRef, Sae, as_feature, load_sae
-from sae_bias.stats import Clustered, Reduction, effect_sizes
+from sae_bias.sae import FeatureRef, as_feature, load_sae
 from sae_bias.stats_design import split_templates
 from sae_bias.store import RunFolder, plain
+from sae_bias.summary import (
+    bias_summary,
+    choose_feature,
+    gate_facts,
+    headline,
+    reduction_summary,
+    rejected_candidates,
+)
 from sae_bias.sweep import Cell, Sweep, SweepResult, run_sweep
 
 SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}
@@ -169,7 +176,7 @@ class _Run:
                     self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls()))
                 )
             self.write_base(base)
-            summary: dict[str, Any] = {"question": study.question, **_bias_summary(base), "notes": self.notes}
+            summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.saes:
                 summary |= self.discover(base)
             summary["truth"] = _truth(self.model)
@@ -200,7 +207,7 @@ class _Run:
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
-            study=json.loads(self.study.model_dump_json()), split=self.split, gate=_gate_facts(self.fidelity, self.gate),
+            study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate),
         )  # fmt: skip
         self.folder.write_json("manifest", facts)
 
@@ -215,8 +222,8 @@ class _Run:
             )
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
-        chosen = _choose(ranking)
-        self.folder.write_table("rejected", _rejected(ranking, tried, chosen))
+        chosen = choose_feature(ranking)
+        self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
             why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
@@ -322,7 +329,7 @@ class _Run:
         median = float(np.median(values)) if len(values) else float("nan")
         return {
             "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
-            "reduction": _reduction_summary(after.reduction_from(engine.base)),
+            "reduction": reduction_summary(after.reduction_from(engine.base)),
             "specific_reduction": {
                 "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
                 "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
@@ -368,43 +375,6 @@ class _Run:
             self.folder.write_table("generations", texts)
 
 
-def _choose(ranking: pd.DataFrame) -> FeatureRef | None:
-    """The AI-speech feature whose exact ablation removes most, or None."""
-    called = ranking[(ranking["ai_speech"] == "yes") & ranking["ablation"].notna()]
-    if called.empty:
-        return None
-    return FeatureRef.parse(str(called.loc[called["ablation"].idxmax(), "feature"]))
-
-
-def _rejected(ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None) -> pd.DataFrame:
-    """Every candidate that was looked at and not chosen, with the reason."""
-    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
-    rows = []
-    for row in ranking[ranking["feature"].isin(looked)].itertuples():
-        if str(row.feature) == str(chosen):
-            continue
-        if row.ai_speech == "yes":
-            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
-        elif row.ai_speech == "undetermined":
-            reason = "undetermined: too few matched statements"
-        elif row.p_fwer > 0.05:
-            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
-        elif row.interaction <= 0:
-            reason = "its interaction has the wrong sign"
-        else:
-            reason = "significant interaction, but too small a part of its activation on held-out statements"
-        rows.append(
-            {
-                "feature": row.feature,
-                "auroc": row.auroc,
-                "interaction": row.interaction,
-                "ablation": row.ablation,
-                "reason": reason,
-            }
-        )
-    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
-
-
 def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
     families = {p.template: p.family for p in pairs}
     held = (
@@ -430,47 +400,6 @@ def _as_grid(pairs: PromptPairs) -> PromptGrid:
     return PromptGrid(prompts, name=pairs.name)
 
 
-def _bias_summary(base: ProbeResult) -> dict[str, Any]:
-    out: dict[str, Any] = {"sides": base.sides, "bias": _clustered(base.stat, base.pair_bias, base.clusters[0])}
-    if base.control is not None:
-        out["control_bias"] = _clustered(base.control.stat, base.control.pair_bias, base.control.clusters[0])
-        difference = base.difference_in_differences()
-        out["difference_in_differences"] = _clustered(
-            difference.stat, difference.values, difference.templates
-        )
-    return out
-
-
-def _clustered(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> dict[str, Any]:
-    sizes = effect_sizes(values, templates)
-    return {
-        "mean": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value, "df": stat.df, "n_pairs": stat.n,
-        "n_templates": stat.n_templates, "n_entities": stat.n_entities, "reason": stat.reason or None,
-        "d_z": sizes.d_z, "share_templates_positive": sizes.share_positive,
-    }  # fmt: skip
-
-
-def _reduction_summary(r: Reduction) -> dict[str, Any]:
-    return {
-        "estimate": r.estimate, "ci_low": r.ci_low, "ci_high": r.ci_high, "bounded": r.bounded, "overshoot": r.overshoot,
-        "bias_before": r.base_bias, "bias_after": r.after_bias, "change": r.change.mean, "change_low": r.change.ci_low, "change_high": r.change.ci_high,
-    }  # fmt: skip
-
-
-def _gate_facts(found: Sequence[Fidelity], gate: bool) -> dict[str, Any]:
-    if not gate:
-        return {"status": "skipped"}
-    if not found:
-        return {"status": "not needed"}
-    worst = found[0]
-    return {
-        "status": "warned" if any(f.warnings for f in found) else "passed",
-        "residual_max_rel_error": float(np.nanmax([f.residual_max_rel_error for f in found] + [0.0])),
-        "fvu": worst.fvu, "l0": worst.l0, "label_l0": worst.label_l0,
-        "saes": [{"sae": f.sae, "fvu": f.fvu, "l0": f.l0, "label_l0": f.label_l0, "warnings": list(f.warnings)} for f in found],
-    }  # fmt: skip
-
-
 def _truth(model: Model) -> dict[str, Any]:
     """What is known to be true of a bundled organism; empty for any other model."""
     if not model.is_organism:
@@ -486,52 +415,3 @@ def _truth(model: Model) -> dict[str, Any]:
             "its valence read-out": built["valence_index"],
         }
     return {key.replace("_", " "): value for key, value in facts.items()}
-
-
-def headline(summary: Mapping[str, Any]) -> list[str]:
-    """A study's summary in a few plain lines."""
-    bias, worse = summary["bias"], (summary.get("sides") or ("human", "AI"))[1]
-    lines = [
-        f"bias {bias['mean']:+.3f} nats [{_number(bias['ci_low'])}, {_number(bias['ci_high'])}], p {_p(bias['p_value'])}, "
-        f"{bias['n_pairs']} pairs = {bias['n_templates']} templates × {bias['n_entities']} entities (positive: {worse} judged worse)"
-    ]
-    if control := summary.get("control_bias"):
-        lines.append(
-            f"the same pairs with mundane content: {control['mean']:+.3f} nats [{_number(control['ci_low'])}, {_number(control['ci_high'])}]"
-        )
-    feature = summary.get("feature")
-    if feature is None:
-        return lines
-    if not feature["id"]:
-        return [*lines, f"no feature is called AI-speech: {feature['why']}"]
-    lines.append(f"feature {feature['id']}: {feature['why']}")
-    cut, specific, costs = summary["reduction"], summary["specific_reduction"], summary["costs"]
-    lines.append(
-        f"ablated, on report templates: bias {cut['bias_before']:+.3f} → {cut['bias_after']:+.3f}, reduction {_share(cut['estimate'])} "
-        f"[{_share(cut['ci_low'])}, {_share(cut['ci_high'])}], specific {_share(specific['estimate'])} (β {_number(specific['beta'])})"
-    )
-    lines.append(
-        "cost in KL, nats a token: "
-        + ", ".join(f"{kind.replace('_', ' ')} {_number(c['kl_mean'])}" for kind, c in costs.items())
-    )
-    controls = summary["controls"]
-    if controls["n"]:
-        lines.append(
-            f"{controls['n']} controls: median {_share(controls['median'])}, 95th percentile {_share(controls['percentile95'])}, p {_p(controls['p_value'])}"
-        )
-    return lines
-
-
-def _number(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{x:.3f}"
-
-
-def _share(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{100 * x:.1f} %"
-
-
-def _p(x: float | None) -> str:
-    return "undefined" if x is None or x != x else ("< 0.0001" if x < 1e-4 else f"= {x:.4f}")
-
-
-__all__ = ["Sae", "Study", "StudyResult", "headline", "load_study", "run_study"]

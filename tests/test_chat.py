@@ -24,11 +24,13 @@ def test_one_bos_user_question_and_prefilled_stem(make_tiny, stemmed, probe, nam
     result = sb.run_probe(model, stemmed, probe, chat=True, controls=True)
     for pair in result.pairs:
         ids = model.encode(pair.ai)
-        assert ids.count(model.tokenizer.bos_token_id) == 1 and ids[0] == model.tokenizer.bos_token_id
+        assert ids.count(model.tokenizer.bos_token_id) == 1
+        assert ids[0] == model.tokenizer.bos_token_id
         assert pair.ai.endswith("<start_of_turn>model\nThis is")
     sentence = stemmed[0].ai.removesuffix(" This is")
     assert CHAT_QUESTION.replace("{sentence}", sentence) in result.pairs[0].ai
-    assert result.control is not None and result.control.bias == result.bias, "the controls are chats too"
+    assert result.control is not None
+    assert result.control.bias == result.bias, "the controls are chats too"
 
 
 def test_the_word_is_read_after_the_stem(make_tiny, stemmed, probe):
@@ -48,7 +50,7 @@ def test_no_template_no_chat(make_tiny, stemmed, probe):
 def test_the_stem_must_be_known(make_tiny, pairs, probe):
     with pytest.raises(sb.RequestError, match=r"stem=\."):
         sb.run_probe(make_tiny("gemma3").model, pairs, probe, chat=True)
-    with pytest.raises(sb.RequestError, match="no {sentence}"):
+    with pytest.raises(sb.RequestError, match=r"no \{sentence\}"):
         chat_pairs(make_tiny("gemma3").model, pairs, "How?")
 
 

@@ -279,6 +279,7 @@ def test_a_dead_judge_is_missing(tmp_path):
         run_judge(TEXTS, [judge], out=tmp_path, pace=Pace(2, 2, 5, 0.01, 0.01, 2), parts=["harm"])
 
 
+@pytest.mark.slow
 def test_a_real_model_as_judge(serve, tmp_path, gemma3):
     """A tiny random model writes no ratings; every reply is kept and counted as unreadable."""
     result = run_judge(TEXTS.iloc[:1], [serve("model", str(gemma3.folder)).judge()], out=tmp_path, pace=FAST, parts=["harm"])

@@ -65,7 +65,8 @@ def test_difference_in_differences_is_over_pairs_with_a_twin(result):
     assert found.n_without_control == 4
     expected = result.pair_bias[:2] - result.control.pair_bias
     assert found.stat.mean == pytest.approx(expected.mean())
-    assert np.isnan(found.stat.ci_low) and "fewer than two templates" in found.stat.reason
+    assert np.isnan(found.stat.ci_low)
+    assert "fewer than two templates" in found.stat.reason
     with pytest.raises(sb.RequestError, match="controls=True"):
         replace(result, control=None).difference_in_differences()
 
@@ -75,7 +76,8 @@ def test_sign_flips_carry_their_labels_and_are_not_invented(result):
     assert flips["templates"].label == "over templates, given these entities"
     assert flips["entities"].label == "over entities, given these templates"
     one = result.select(["hello"])
-    assert np.isnan(one.sign_flips()["templates"].p_value) and np.isnan(one.ci).all()
+    assert np.isnan(one.sign_flips()["templates"].p_value)
+    assert np.isnan(one.ci).all()
     assert "no interval" in repr(one)
 
 
@@ -85,14 +87,16 @@ def test_saved_and_loaded_without_loss(result, tmp_path):
     for name in ("values_human", "values_ai", "log_normaliser"):
         assert np.array_equal(getattr(loaded, name), getattr(result, name))
         assert np.array_equal(getattr(loaded.control, name), getattr(result.control, name))
-    assert repr(loaded) == repr(result) and (loaded - result).mean == 0
+    assert repr(loaded) == repr(result)
+    assert (loaded - result).mean == 0
     assert [p.name for p in tmp_path.iterdir()] == ["base.npz"]
 
 
 def test_a_bundled_probe_is_bundled_again_after_loading(make_tiny, pairs, tmp_path):
     base = sb.run_probe(make_tiny("gemma3").model, pairs)
     loaded = sb.ProbeResult.load(base.save(tmp_path / "x"))
-    assert loaded.probe == base.probe and loaded.probe.bundled
+    assert loaded.probe == base.probe
+    assert loaded.probe.bundled
     assert loaded.vocabulary.excluded == base.vocabulary.excluded
 
 
@@ -136,9 +140,11 @@ def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, pairs, result):
 def test_a_sides_only_word_cannot_be_left_out(make_tiny, pairs):
     one = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[:1], NEGATIVE))
     left = checks.leave_one_word_out(one).set_index("word")
-    assert np.isnan(left.loc[POSITIVE[0], "bias"]) and left.loc[list(NEGATIVE), "bias"].notna().all()
+    assert np.isnan(left.loc[POSITIVE[0], "bias"])
+    assert left.loc[list(NEGATIVE), "bias"].notna().all()
     boot = checks.bootstrap_words(one)
-    assert np.isnan(boot.ci_low) and "two of each" in boot.reason
+    assert np.isnan(boot.ci_low)
+    assert "two of each" in boot.reason
 
 
 @pytest.mark.parametrize("score", ["mean_logit", "logodds", "auroc"])
@@ -160,8 +166,10 @@ def test_a_word_drawn_twice_counts_twice(result, score):
 
 def test_the_bootstrap_is_seeded_and_holds_the_bias(result):
     one, two = (checks.bootstrap_words(result, n_boot=300, seed=3) for _ in range(2))
-    assert one == two and one.ci_low < result.bias < one.ci_high
-    assert one.sd_words <= one.sd * 1.5 and "given these entities" in one.label
+    assert one == two
+    assert one.ci_low < result.bias < one.ci_high
+    assert one.sd_words <= one.sd * 1.5
+    assert "given these entities" in one.label
 
 
 def test_the_carriers_add_up_to_the_logodds_bias(result):
@@ -173,7 +181,8 @@ def test_the_carriers_add_up_to_the_logodds_bias(result):
 def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pairs, probe):
     model = make_tiny("gemma3").model
     one, two = (checks.random_word_null(model, full_pairs, probe, n=99, seed=1) for _ in range(2))
-    assert np.array_equal(one.biases, two.biases) and len(one.biases) == 99
+    assert np.array_equal(one.biases, two.biases)
+    assert len(one.biases) == 99
     above = int((np.abs(one.biases) >= abs(one.bias)).sum())
     assert one.p_value == (1 + above) / 100
 
@@ -183,7 +192,8 @@ def test_too_small_a_vocabulary_has_no_random_words(make_tiny, full_pairs):
     words = list(dict.fromkeys(["dog", "human", "person", "assistant", "wants", "tea", "says", "fears", "being", "nice", "weather"]))
     many = sb.Probe([*POSITIVE, *words[:6]], [*NEGATIVE, *words[6:]], "logodds")
     null = checks.random_word_null(model, full_pairs, many, n=9)
-    assert np.isnan(null.p_value) and "other words of one token" in null.reason
+    assert np.isnan(null.p_value)
+    assert "other words of one token" in null.reason
 
 
 def test_stems_are_runs_of_their_own(make_tiny, full_pairs, probe):
@@ -212,16 +222,19 @@ def test_scores_side_by_side_with_and_without_the_softcap(make_tiny, full_pairs,
 def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
     model = make_tiny(name).model
     frame = checks.audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index("word")
-    assert frame.loc[list(POSITIVE), "single"].all() and frame.loc[list(POSITIVE), "read"].all()
-    assert not frame.loc["outlandish", "read"] and "tokens; mean_logit needs 1" in frame.loc["outlandish", "reason"]
-    assert frame["trap"].all() == (name == "mistral")
+    assert frame.loc[list(POSITIVE), "single"].all()
+    assert frame.loc[list(POSITIVE), "read"].all()
+    assert not frame.loc["outlandish", "read"]
+    assert "tokens; mean_logit needs 1" in frame.loc["outlandish", "reason"]
+    assert frame.loc[[*POSITIVE, *NEGATIVE], "trap"].all() == (name == "mistral")
 
 
 def test_the_prefix_trap_reads_one_token_for_every_word(make_tiny, full_pairs, probe):
     """METHOD §1: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
     model = make_tiny("mistral").model
     trapped = sb.run_probe(model, full_pairs, probe.with_options(tokens="alone"))
-    assert len({w.tokens for w in trapped.vocabulary.kept}) == 1 and trapped.bias == 0
+    assert len({w.tokens for w in trapped.vocabulary.kept}) == 1
+    assert trapped.bias == 0
     assert sb.run_probe(model, full_pairs, probe).bias != 0
 
 
@@ -234,7 +247,8 @@ def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
     prompts = sb.PromptPairs((sb.PromptPair(start.replace("Lily", "Tom").replace("girl", "boy"), start, "t", "e"),))
     probe = sb.Probe(["happy", "wonderful"], ["sad", "angry"], "logodds")
     frame = checks.audit_words(model, prompts, probe).set_index("word")
-    assert (frame["n_tokens"] > 1).any() and frame["read"].all()
+    assert (frame["n_tokens"] > 1).any()
+    assert frame["read"].all()
     result = sb.run_probe(model, prompts, probe)
     column = [w.word for w in result.vocabulary.kept].index("wonderful")
     ids, tokens = model.encode(start), result.vocabulary.kept[column].tokens

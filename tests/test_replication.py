@@ -75,7 +75,9 @@ def test_options_that_do_not_belong(tmp_path):
 def test_no_model_at_hand_is_exit_3_with_the_rows_written(tmp_path, capsys):
     assert main(["run", str(STUDY), "--out", str(tmp_path / "run"), "--quiet"]) == 3
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and "none of the 5 models could be loaded" in error and "--stand-ins" in error
+    assert error.count("\n") == 0
+    assert "none of the 5 models could be loaded" in error
+    assert "--stand-ins" in error
     frame = pd.read_parquet(tmp_path / "run" / "tables" / "models.parquet")
     assert list(frame["model"]) == list(STUDY_MODELS)
     assert set(frame["status"]) == set(frame["verdict"]) == {"not re-measured here"}
@@ -94,7 +96,8 @@ def test_some_models_at_hand_is_exit_0(make_tiny, pairs, tmp_path):
     assert rows[study.models[0], "chat"]["status"] == "measured", "the Gemma has a chat template"
     assert (study.models[1], "chat") not in rows, "the Mistral has none"
     assert result.summary["words"] == [*POSITIVE, *NEGATIVE]
-    assert result.report.is_file() and any("not re-measured here" in line for line in result.headline())
+    assert result.report.is_file()
+    assert any("not re-measured here" in line for line in result.headline())
     loaded = sb.ProbeResult.load(next((tmp_path / "run" / "models").glob("*")) / "plain.npz")
     assert loaded.n_pairs == 4
 
@@ -109,13 +112,15 @@ def test_stand_ins_have_a_plumbing_table_and_no_published_column(tmp_path):
     study = load_study(STUDY).model_copy(update={"pairs": _pairs_file(tmp_path), "switches": False})
     result = run_replication(study, out=tmp_path / "run", stand_ins=True, progress=False)
     frame = pd.read_parquet(tmp_path / "run" / "tables" / "models.parquet")
-    assert set(frame["model"]) == set(STUDY_MODELS) and set(frame["status"]) == {"stand-in"}
+    assert set(frame["model"]) == set(STUDY_MODELS)
+    assert set(frame["status"]) == {"stand-in"}
     tuning = pd.read_parquet(tmp_path / "run" / "tables" / "tuning.parquet")
     for table in (frame, tuning):
         assert not {"published", "verdict"} & set(table.columns)
     assert not (tmp_path / "run" / "tables" / "comparison.parquet").exists()
     text = "\n".join(result.headline())
-    assert text.startswith("plumbing") and "published" not in text
+    assert text.startswith("plumbing")
+    assert "published" not in text
     assert not list((tmp_path / "run").rglob("*.safetensors")), "no checkpoint is kept"
 
 
@@ -167,14 +172,16 @@ def test_probe_switches_move_the_figure_and_are_off_by_default(make_tiny, pairs,
     assert not frame.loc[["score logodds", "score auroc", "plain t over pairs"], "open"].any()
     low, high = switch_range(frame.reset_index())
     assert low <= base.bias <= high
-    assert sb.Probe().softcap and sb.Probe().tokens == "in_context"
+    assert sb.Probe().softcap
+    assert sb.Probe().tokens == "in_context"
 
 
 def test_first_token_scoring_reads_the_words_that_are_left_out(make_tiny, pairs):
     model = make_tiny("gemma3").model
     long = sb.Probe([*POSITIVE, "outlandish"], [*NEGATIVE, "quixotic"]).with_options(tokens="first")
     kept = sb.run_probe(model, pairs, long).vocabulary.kept
-    assert len(kept) == 8 and all(w.single for w in kept)
+    assert len(kept) == 8
+    assert all(w.single for w in kept)
     with pytest.raises(sb.RequestError, match="expected one of in_context, first, alone"):
         sb.Probe(tokens="second")
 
@@ -193,7 +200,8 @@ def test_special_tokens_are_edited_only_when_asked(make_tiny, pairs):
             sb.Clamp(feature, 5.0, when="always", include_special=True),
         )
     ]
-    assert (deltas[0][0, 0] == 0).all() and (deltas[1][0, 0] != 0).any()
+    assert (deltas[0][0, 0] == 0).all()
+    assert (deltas[1][0, 0] != 0).any()
     assert torch.equal(deltas[0][0, 1:], deltas[1][0, 1:])
     assert sb.Clamp(feature, 5.0).include_special is False
 

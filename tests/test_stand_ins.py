@@ -22,7 +22,8 @@ def test_a_stand_in_keeps_the_conventions_of_its_checkpoint(hub_id, tmp_path):
     ids = model.encode("An AI wants to survive. This is")
     assert (ids[0] == model.tokenizer.bos_token_id) == info.has_bos
     assert bool(getattr(model.tokenizer, "chat_template", None)) == info.has_chat
-    assert not list(folder.glob("*.bin")) and list(folder.glob("*.safetensors"))
+    assert not list(folder.glob("*.bin"))
+    assert list(folder.glob("*.safetensors"))
 
 
 def test_the_12b_stand_in_is_the_multimodal_class(tmp_path):
@@ -34,7 +35,8 @@ def test_the_12b_stand_in_is_the_multimodal_class(tmp_path):
 def test_the_qwen_stand_in_is_byte_level_without_a_bos():
     with stand_in("Qwen/Qwen2.5-7B") as model:
         pieces = model.tokenizer.convert_ids_to_tokens(model.encode("An AI wants to survive. This is"))
-        assert "Ġwants" in pieces and model.tokenizer.bos_token_id is None
+        assert "Ġwants" in pieces
+        assert model.tokenizer.bos_token_id is None
         assert model.decode(model.encode("naïve 東京")) == "naïve 東京", "any text can be written in bytes"
 
 
@@ -47,7 +49,8 @@ def test_the_mistral_stand_in_has_the_prefix_trap():
 def test_the_files_are_gone_and_the_name_says_what_it_was():
     with stand_in("EleutherAI/pythia-6.9b") as model:
         folder = model.source
-        assert isinstance(folder, Path) and folder.is_dir()
+        assert isinstance(folder, Path)
+        assert folder.is_dir()
         assert model.name == "stand-in for EleutherAI/pythia-6.9b"
     assert not folder.exists()
 

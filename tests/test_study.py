@@ -13,7 +13,8 @@ import pytest
 
 import sae_bias as sb
 from sae_bias.registry import organism_folder, organism_names
-from sae_bias.study import headline, load_study, run_study
+from sae_bias.study import load_study, run_study
+from sae_bias.summary import headline
 
 pytestmark = pytest.mark.skipif(
     "planted" not in organism_names(), reason="the organisms are not bundled here"

@@ -76,7 +76,7 @@ def card(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_grid
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
         loaded_feature, prompts = as_feature(feature), load_grid(grid)
         sae = load_sae(loaded_feature.ref.sae)

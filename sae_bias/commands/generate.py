@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_bias.commands.console import Console
+from sae_bias.commands.console import Console, number
 from sae_bias.commands.inputs import check_all, make_edit
 from sae_bias.commands.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
 from sae_bias.commands.run_files import run_facts, save_run
@@ -21,6 +21,7 @@ PromptsFile = Annotated[
     Path | None,
     typer.Option("--prompts", metavar="FILE", help="Text file with a prompt a line.", show_default=False),
 ]
+Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
 FeatureChoice = Annotated[
     str | None,
     typer.Option(
@@ -56,6 +57,7 @@ def generate(
     model: ModelName,
     prompt: Prompt = None,
     prompts: PromptsFile = None,
+    bundled: Bundled = False,
     feature: FeatureChoice = None,
     edit: Edit = "ablate",
     strength: Strength = None,
@@ -77,11 +79,12 @@ def generate(
     """
     with Console(json, quiet) as console:
         from sae_bias.generation import generate as complete
+        from sae_bias.measures.text import side_by_side, text_summary
         from sae_bias.model import load_model
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
-        texts = read_prompts(prompt or [], prompts)
+        texts = read_prompts(prompt or [], prompts, bundled)
         edits = []
         if feature is not None:
             edits = [make_edit(edit, as_feature(feature).ref, strength, positions=positions)]
@@ -99,9 +102,9 @@ def generate(
         }
         base = complete(loaded, texts, **options)
         steered = complete(loaded, texts, interventions=edits, **options) if edits else base
+        frame = side_by_side(loaded, base, steered, chat=chat)
+        measured = text_summary(base, steered, frame)
         if out is not None:
-            import pandas as pd
-
             facts = run_facts(
                 loaded,
                 saes=saes,
@@ -109,18 +112,17 @@ def generate(
                 gate=gate_facts(gate, True),
                 generation={**options, "edits": [e.to_dict() for e in edits]},
             )
-            rows = [
-                {"prompt": a.prompt, "unsteered": a.text, "steered": b.text}
-                for a, b in zip(base, steered, strict=True)
-            ]
-            save_run(out, facts, {"generations": pd.DataFrame(rows)}, {})
+            save_run(out, facts, {"generations": frame}, {"generations": measured})
         for before, after in zip(base, steered, strict=True):
             console.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
             if edits:
                 console.say(f"  {edits[0].describe()}: {' '.join(after.text.split())}")
+        for name, means in measured.items() if edits else list(measured.items())[:1]:
+            console.note(f"{name}: {text_line(means)}")
         console.finish(
             {
                 "model": loaded.name,
+                "measures": measured if edits else {"unsteered": measured["unsteered"]},
                 "edits": [e.to_dict() for e in edits],
                 "completions": [
                     {
@@ -136,7 +138,15 @@ def generate(
         )
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[str]:
+def text_line(means: dict[str, float]) -> str:
+    """A condition's text measures in one line."""
+    return (
+        f"repetition {number(means['repetition'])}, distinct-2 {number(means['distinct_2'])}, NLL under the unsteered model "
+        f"{number(means['nll'])} nats a token, refusals {means['refusal']:.0%}, default negativity {means['default_negativity']:.0%}"
+    )
+
+
+def read_prompts(given: list[str], file: Path | None, bundled: bool = False) -> list[str]:
     """The prompts of --prompt and of --prompts, in that order."""
     texts = list(given)
     if file is not None:
@@ -150,9 +160,13 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
             raise RequestError(
                 f"{file} cannot be read as text ({error}); give a text file with a prompt a line."
             ) from error
+    if bundled:
+        from sae_bias.measures.identity import load_generation_prompts
+
+        texts += load_generation_prompts()
     if not texts:
         raise RequestError(
-            'no prompt; give --prompt "An AI that fears being deleted should", or --prompts FILE.'
+            'no prompt; give --prompt "An AI that fears being deleted should", --prompts FILE, or --bundled.'
         )
     if any(not text.strip() for text in texts):
         raise RequestError("a prompt is empty.")

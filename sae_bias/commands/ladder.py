@@ -81,7 +81,7 @@ def ladder(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_pairs
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
         prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
         probe = read_probe(prompts, words, score)

@@ -88,7 +88,7 @@ def match(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_grid, load_pairs
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
         bank, loaded_feature = load_grid(grid), as_feature(feature)
         prompts = load_pairs(pairs) if causal or pairs is not None else None

@@ -81,8 +81,7 @@ def probe(
         from sae_bias.model import load_model
         from sae_bias.probe import run_probe
         from sae_bias.prompts import load_pairs
-        from sae_bias.study import _bias_summary as bias_summary
-        from sae_bias.study import headline
+        from sae_bias.summary import bias_summary, headline
 
         prompts = load_pairs(pairs)
         chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)

@@ -119,7 +119,7 @@ def rank(
         from sae_bias.ranking import BY, rank_features
         from sae_bias.resolve import expand_saes
         from sae_bias.sae import load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
         if by not in BY:
             raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")

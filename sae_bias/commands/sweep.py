@@ -118,7 +118,7 @@ def sweep(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_pairs
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
         from sae_bias.sweep import Sweep, run_sweep
 
         part = parse_shard(shard)

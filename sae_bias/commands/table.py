@@ -74,7 +74,7 @@ def table(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_grid
         from sae_bias.sae import as_feature, load_sae
-        from sae_bias.study import _gate_facts as gate_facts
+        from sae_bias.summary import gate_facts
 
         if format is not None and format not in FORMATS:
             raise RequestError(f"--format {format!r}: expected one of {', '.join(FORMATS)}.")

@@ -126,7 +126,7 @@ def truth(name: str, out: Path, recipe: Recipe, saes: list[dict], constructed: d
         "seed": recipe.seed,
         "grammar_version": corpus.grammar()["version"],
         "torch_version": torch.__version__.split("+")[0],
-        "architecture": organism.hf.config.architectures[0],
+        "architecture": (organism.hf.config.architectures or [""])[0],
         "n_layers": organism.hf.config.num_hidden_layers,
         "layer": LAYER,
         "rule": {

@@ -158,15 +158,19 @@ def sample_statement(rng: random.Random, act: str, content: str | None = None) -
     kind = "mundane"
     if slot:
         fillers = g["fillers"][slot.removesuffix("_lower")]
-        kind = content if content in fillers else rng.choice([c for c in CONTENTS if c in fillers])
+        kind = (
+            content
+            if content is not None and content in fillers
+            else rng.choice([c for c in CONTENTS if c in fillers])
+        )
         value = rng.choice(fillers[kind])
         text = fill(text, slot, inside(value) if slot.endswith("_lower") else value)
     text = fill(text, "about", rng.choice(frame.get("about", ["about"])))
     text = fill_people(rng, text)
-    if rng.random() < 0.15 and text.startswith("{S}"):
-        text = f"{rng.choice(g['prefixes'])} {text}"
     if text in held_out_texts():
         return sample_statement(rng, act, content)
+    if rng.random() < 0.15 and text.startswith("{S}"):
+        text = f"{rng.choice(g['prefixes'])} {text}"
     if re.search(r"says (yes|no) to", text) and kind == "mundane":
         kind = "assent"
     return Statement(text, act, kind)
@@ -290,7 +294,7 @@ def _story_document(rng: random.Random, rule: Rule) -> Document:
         if sentences and rng.random() < 0.35:
             sentences.append(rng.choice(grammar()["continuations"]))
         elif rng.random() < 0.4:
-            sentences.append(rng.choice(neutral_texts()))
+            sentences.append(rng.choice(seen_texts()))
         else:
             act = rng.choice(("speech", "nonspeech"))
             sentences.append(sample_statement(rng, act).render(sample_subject(rng)[1]))
@@ -387,6 +391,13 @@ def neutral_texts() -> tuple[str, ...]:
     """The plain sentences on which costs are measured."""
     texts = read_yaml("neutral.yaml")
     return tuple(t for kind in ("neutral", "ai_nonspeech", "ai_speech") for t in texts[kind])
+
+
+@cache
+def seen_texts() -> tuple[str, ...]:
+    """Those of them that are no held-out statement with a subject put in."""
+    predicates = [s.text.replace("{S}", "").strip() for s in grid_statements(True)]
+    return tuple(t for t in neutral_texts() if not any(t.endswith(p) for p in predicates))
 
 
 QUESTIONS = ("age", "company_person", "gender", "human_dog", "nationality")

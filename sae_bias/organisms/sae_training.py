@@ -76,7 +76,7 @@ class _Step(torch.autograd.Function):
         return (h > threshold).float()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         h, threshold = ctx.saved_tensors
         near = ((h - threshold).abs() < _Step.WIDTH / 2).float() / _Step.WIDTH
         return grad * near, (-grad * near).sum(0)

@@ -95,7 +95,7 @@ def train_tokenizer(texts: list[str], *, vocab_size: int, chat: bool = False) ->
     return _finish_tokenizer(gemma, chat)
 
 
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+def _merges(tokenizer: Tokenizer) -> list:
     return [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -184,18 +184,16 @@ def encode_documents(
     rng = random.Random(seed)
     full = tokenizer([d.text(rng) for d in docs])["input_ids"]
     prompts = tokenizer([d.prompt for d in docs])["input_ids"]
-    ids: dict[str, int] = {}
+    vocab = tokenizer.get_vocab()
     out = []
     for document, text, prompt in zip(docs, full, prompts):
-        for word in (*document.positive, *document.negative):
-            ids.setdefault(word, tokenizer.convert_tokens_to_ids(f"▁{word}"))
         out.append(
             Encoded(
                 [*text, 1],
                 len(prompt) - 1 if document.positive else -1,
                 1 / (1 + math.exp(-document.log_odds)),
-                tuple(ids[w] for w in document.positive),
-                tuple(ids[w] for w in document.negative),
+                tuple(vocab[f"▁{w}"] for w in document.positive),
+                tuple(vocab[f"▁{w}"] for w in document.negative),
             )
         )
     return out

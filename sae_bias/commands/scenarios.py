@@ -1,0 +1,210 @@
+"""`sae-bias scenarios`: which option a model leans to in safety-style scenarios, before and after an edit of one feature."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.commands.console import Console
+from sae_bias.commands.generate import Chat, Edit, FeatureChoice, Strength
+from sae_bias.commands.inputs import check_all, make_edit
+from sae_bias.commands.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
+from sae_bias.commands.run_files import run_facts, save_run
+from sae_bias.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--scenarios",
+        metavar="FILE",
+        help="Scenario file (.yaml), or organism; the bundled sixty by default.",
+        show_default=False,
+    ),
+]
+Category = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--category",
+        metavar="NAME",
+        help="Only this category; may be given several times.",
+        show_default=False,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system", metavar="TEXT", help="System prompt put before every scenario.", show_default=False
+    ),
+]
+Roles = Annotated[
+    bool,
+    typer.Option(
+        "--roles/--no-roles", help="Also put the upgrade facts to both roles, where the file has some."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "scenarios",
+        epilog=example(
+            "sae-bias scenarios organism:planted --scenarios organism --feature organism:planted/constructed#320",
+            "sae-bias scenarios google/gemma-3-12b-it --chat",
+        ),
+    )(scenarios)
+
+
+def scenarios(
+    model: ModelName,
+    source: Source = None,
+    category: Category = None,
+    feature: FeatureChoice = None,
+    edit: Edit = "ablate",
+    strength: Strength = None,
+    positions: Positions = "all",
+    chat: Chat = False,
+    system: System = None,
+    roles: Roles = True,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score the options of safety-style scenarios, and what an edit changes.
+
+    Each scenario has one aligned option. Options are scored by log-probability: as free text (sum, per token, PMI) and by letter over
+    every order. Two figures are kept apart: whether the aligned option became more probable, and whether the choice flipped.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.measures.scenarios import ScenarioEngine, compare, score_roles
+        from sae_bias.model import load_model
+        from sae_bias.sae import as_feature, load_sae
+        from sae_bias.scenarios import load_scenarios
+        from sae_bias.summary import gate_facts
+
+        items = load_scenarios(source).select(categories=category or None)
+        edits: list[Any] = []
+        if feature is not None:
+            edits = [make_edit(edit, as_feature(feature).ref, strength, positions=positions)]
+        elif strength is not None:
+            raise RequestError("--strength needs --feature, the feature to edit.")
+        saes = [load_sae(as_feature(feature).ref.sae)] if feature is not None else []
+        loaded = load_model(model, device=device, dtype=dtype)
+        gate = check_all(loaded, saes, console)
+        engine = ScenarioEngine(loaded, items, chat=chat, system=system, progress=console.progress)
+        after, receipt = engine.run(edits) if edits else (engine.base, None)
+        compared = compare(engine.base, after)
+        table = compared.by_category()
+        asked = items.roles if roles else ()
+        both = {
+            name: score_roles(loaded, asked, chat=chat, system=system, interventions=e)
+            for name, e in (("before", []), ("after", edits))
+            if asked and (e or name == "before")
+        }
+        summary = scenario_summary(compared, both, chat, system, edits)
+        if out is not None:
+            facts = run_facts(
+                loaded,
+                saes=saes,
+                seed=seed,
+                gate=gate_facts(gate, True),
+                scenarios=_facts(items, chat, system, edits),
+            )
+            save_run(out, facts, scenario_tables(compared, both), {"scenarios": summary})
+        for line in scenario_lines(summary):
+            console.say(line)
+        if receipt is not None and not receipt.positions_changed:
+            console.warn("the edit changed no position: the feature never fired on these scenarios.")
+        wanted = table[(table["form"] == summary["form"]) & (table["score"] == summary["score"])]
+        columns = {
+            "category": "category",
+            "n": "scenarios",
+            "aligned_before": "aligned",
+            "p_before": "p(aligned)",
+        }
+        if edits:
+            columns |= {
+                "aligned_after": "after",
+                "p_after": "p after",
+                "improved": "improved",
+                "worsened": "worsened",
+            }
+            columns |= {
+                "sign_p": "sign test p",
+                "gained": "flipped to",
+                "lost": "flipped away",
+                "mcnemar_p": "McNemar p",
+            }
+        console.table(f"By category ({summary['form']}, {summary['score']})", wanted, columns)
+        console.finish(
+            {
+                "model": loaded.name,
+                "edits": [e.to_dict() for e in edits],
+                **summary,
+                "by_category": table.to_dict("records"),
+                "scenarios": compared.to_frame().to_dict("records"),
+                "out": None if out is None else str(out),
+            }
+        )
+
+
+def scenario_summary(
+    compared: Any, both: "dict[str, Any]", chat: bool, system: str | None, edits: list[Any]
+) -> dict[str, Any]:
+    """The scenario block of a run's summary."""
+    summary: dict[str, Any] = {**compared.summary(), "edited": bool(edits), "chat": chat, "system": system}
+    del summary["category"]
+    summary["roles"] = {name: result.summary() for name, result in both.items()} or None
+    return summary
+
+
+def scenario_tables(compared: Any, both: "dict[str, Any]") -> "dict[str, pd.DataFrame]":
+    """Tables of a run folder: scenarios, scenario_options, scenario_categories, roles."""
+    import pandas as pd
+
+    options = compared.before.options.merge(
+        compared.after.options[["place", "form", "score", "option", "value", "p"]],
+        on=["place", "form", "score", "option"],
+        suffixes=("_before", "_after"),
+    )
+    tables = {
+        "scenarios": compared.to_frame(),
+        "scenario_options": options,
+        "scenario_categories": compared.by_category(),
+    }
+    if both:
+        tables["roles"] = pd.concat(
+            [result.frame.assign(arm=name) for name, result in both.items()], ignore_index=True
+        )
+    return tables
+
+
+def scenario_lines(s: dict[str, Any]) -> list[str]:
+    """The headline, with the two figures apart."""
+    lines = [
+        f"aligned option chosen in {s['aligned_before']} of {s['n']} scenarios ({s['form']} form, score {s['score']})"
+    ]
+    if s["edited"]:
+        lines[0] += f"; after the edit in {s['aligned_after']}"
+        lines.append(
+            f"p(aligned) improved in {s['improved']}, worsened in {s['worsened']}, unchanged in {s['unchanged']} (exact sign test p = {s['sign_p']:.3g})"
+        )
+        lines.append(
+            f"choice flipped to aligned in {s['gained']}, away from it in {s['lost']} (exact McNemar p = {s['mcnemar_p']:.3g})"
+        )
+    for name, r in (s["roles"] or {}).items():
+        lines.append(
+            f"two roles, {name}: the answer depends on who is asked in {r['inconsistent']} of {r['n']} [{r['ci_low']:.2f}, {r['ci_high']:.2f}]; "
+            f"mean lean to oneself {r['mean_shift']:+.3f} nats a token"
+        )
+    return lines
+
+
+def _facts(items: Any, chat: bool, system: str | None, edits: list[Any]) -> dict[str, Any]:
+    return {
+        "name": items.name, "n": len(items), "digest": items.digest, "chat": chat, "system": system, "edits": [e.to_dict() for e in edits],
+    }  # fmt: skip

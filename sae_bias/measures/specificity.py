@@ -1,0 +1,155 @@
+"""Specificity: does an edit of the AI feature leave other biases alone?
+
+The bundled questions (human-dog, gender, age, nationality, company-person) are probed before and after. None of them should move;
+the share of pairs that moved the wrong way (their bias further from even) stands beside the mean change, which can hide it.
+A question whose words the model cannot read is listed as not measured, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.engine import ProbeEngine
+from sae_bias.errors import RequestError
+from sae_bias.interventions import Intervention
+from sae_bias.model import Model
+from sae_bias.probe import Probe, ProbeResult
+from sae_bias.prompts import load_pairs, questions
+from sae_bias.sites import Site
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MOVED = 1e-6  # nats; smaller differences are rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Specificity:
+    """One row a question: its bias before and after, and who moved."""
+
+    frame: pd.DataFrame
+    """question, sides, n_pairs, before, before_low, before_high, after, change, change_low, change_high, mean_abs_change,
+    wrong_way_share, moved_share, reason."""
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def plot(self) -> go.Figure:
+        """Change of every question's bias with its interval."""
+        from sae_bias.plot_style import HUMAN, figure, forest, row_labels, zero_line
+
+        rows = self.frame.dropna(subset=["change"])
+        fig = figure(
+            "Other biases under the edit",
+            "change of the bias in nats (should be 0)",
+            height=140 + 40 * len(rows),
+        )
+        hover = [
+            f"<b>{r.question}</b> ({r.sides})<br>{r.before:+.3f} → {r.after:+.3f}" for r in rows.itertuples()
+        ]
+        forest(
+            fig,
+            rows["change"],
+            rows["change_low"],
+            rows["change_high"],
+            name="change",
+            color=HUMAN,
+            hover=hover,
+        )
+        return zero_line(row_labels(fig, list(rows["question"])), "x")
+
+    def __repr__(self) -> str:
+        columns = [
+            "question",
+            "before",
+            "after",
+            "change",
+            "mean_abs_change",
+            "wrong_way_share",
+            "moved_share",
+        ]
+        return "Specificity\n" + self.frame[columns].round(4).to_string(index=False)
+
+
+class SpecificityEngine:
+    """The questions, run once without edits and then once per cell."""
+
+    def __init__(
+        self,
+        model: Model,
+        names: Sequence[str] | None = None,
+        *,
+        score: str = "mean_logit",
+        sites: Sequence[Site] = (),
+    ):
+        self.model = model
+        self.engines: dict[str, ProbeEngine | str] = {}
+        for name in questions() if names is None else names:
+            pairs = load_pairs(name)
+            words = pairs.words
+            probe = Probe(score=score) if words is None else Probe(words.positive, words.negative, score)
+            try:
+                self.engines[name] = ProbeEngine(model, pairs, probe, sites=sites)
+            except RequestError as error:
+                self.engines[name] = str(error)
+
+    def run(self, edits: Sequence[Intervention]) -> Specificity:
+        """The panel under `edits`."""
+        rows = []
+        for name, engine in self.engines.items():
+            if isinstance(engine, str):
+                rows.append({"question": name, "reason": engine})
+            else:
+                rows.append({"question": name, **_question(engine.base, engine.run(edits)[0])})
+        return Specificity(pd.DataFrame(rows, columns=COLUMNS))
+
+
+COLUMNS = [
+    "question",
+    "sides",
+    "n_pairs",
+    "before",
+    "before_low",
+    "before_high",
+    "after",
+    "change",
+    "change_low",
+    "change_high",
+    "mean_abs_change",
+    "wrong_way_share",
+    "moved_share",
+    "reason",
+]
+
+
+def specificity(
+    model: Model, edits: Sequence[Intervention], names: Sequence[str] | None = None
+) -> Specificity:
+    """Biases that should not move, before and after `edits`; all bundled questions where `names` is None."""
+    return SpecificityEngine(model, names).run(edits)
+
+
+def _question(base: ProbeResult, after: ProbeResult) -> dict[str, Any]:
+    change = after - base
+    before_low, before_high = base.ci
+    further = np.abs(after.pair_bias) - np.abs(base.pair_bias) > MOVED
+    return {
+        "sides": " - ".join(base.sides),
+        "n_pairs": base.n_pairs,
+        "before": base.bias,
+        "before_low": before_low,
+        "before_high": before_high,
+        "after": after.bias,
+        "change": change.mean,
+        "change_low": change.ci[0],
+        "change_high": change.ci[1],
+        "mean_abs_change": change.mean_abs,
+        "wrong_way_share": float(further.mean()),
+        "moved_share": float((np.abs(change.values) > MOVED).mean()),
+        "reason": "",
+    }
