@@ -48,6 +48,13 @@ _HOME = {
     "Ranking": "ranking",
     "Sweep": "sweep",
     "run_sweep": "sweep",
+    "Scenario": "scenarios",
+    "Scenarios": "scenarios",
+    "load_scenarios": "scenarios",
+    "score_scenarios": "measures.scenarios",
+    "ScenarioResult": "measures.scenarios",
+    "Judge": "judge",
+    "run_judge": "judge",
     "Study": "study",
     "run_study": "study",
     "write_report": "report",
@@ -77,6 +84,10 @@ if TYPE_CHECKING:
     from sae_bias.interventions import Steer as Steer
     from sae_bias.model import Model as Model
     from sae_bias.model import load_model as load_model
+    from sae_bias.judge import Judge as Judge
+    from sae_bias.judge import run_judge as run_judge
+    from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
+    from sae_bias.measures.scenarios import score_scenarios as score_scenarios
     from sae_bias.probe import Probe as Probe
     from sae_bias.probe import ProbeResult as ProbeResult
     from sae_bias.probe import run_probe as run_probe
@@ -94,6 +105,9 @@ if TYPE_CHECKING:
     from sae_bias.sae import SaeId as SaeId
     from sae_bias.sae import load_feature as load_feature
     from sae_bias.sae import load_sae as load_sae
+    from sae_bias.scenarios import Scenario as Scenario
+    from sae_bias.scenarios import Scenarios as Scenarios
+    from sae_bias.scenarios import load_scenarios as load_scenarios
     from sae_bias.sites import Site as Site
     from sae_bias.study import Study as Study
     from sae_bias.study import run_study as run_study

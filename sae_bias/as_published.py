@@ -174,7 +174,7 @@ def intervention_switches(
             warnings.simplefilter("ignore")  # the table says what a clamp everywhere writes
             runs = {s: engine.run(rule(s * top)) for s in strengths}
         row = {"switch": name} | _best_of({s: after for s, (after, _) in runs.items()}, engine.base, splits)
-        clamp = runs[row["held_out_strength"]][1].edits[-1]
+        clamp = runs[float(row["held_out_strength"])][1].edits[-1]
         row["written_inactive"] = clamp.written_inactive / max(clamp.positions_seen, 1)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -29,7 +29,7 @@ def card_body(card: FeatureCard) -> str:
     shown = [float(v) for v in [*table.to_numpy().ravel(), card.activity.largest] if v == v]
     top = max(shown, default=0.0)  # as in the passages: what is faint there is faint here
     cells = [
-        (g, [(f"{v:.2f}" if v == v else "–", _shade(v, top)) for v in (float(table.loc[g, a]) for a in acts)])
+        (g, [(f"{v:.2f}" if v == v else "–", _shade(v, top)) for v in (_cell(table, g, a) for a in acts)])
         for g in groups
     ]
     return _environment().get_template("card_body.html.j2").render(
@@ -120,3 +120,8 @@ def _environment() -> Environment:
     )
     environment.filters["token"] = visible
     return environment
+
+
+def _cell(table: pd.DataFrame, group: str, act: str) -> float:
+    value: Any = table.at[group, act]
+    return float(value)

@@ -167,11 +167,9 @@ def separation(
     last, neutral, everywhere = read_residuals(model, prompts, saes, everywhere=max_view)
     units = _averages([p.template for p in pairs])
     entities = [p.entity for p in pairs]
-    without = [
-        _averages([p.template for p in pairs], keep=[e != left for e in entities])
-        for left in dict.fromkeys(entities)
-    ]
-    without = [w for w in without if len(w) == len(units)] if len(set(entities)) > 1 else []
+    names = list(dict.fromkeys(entities)) if len(set(entities)) > 1 else []
+    without = [_averages([p.template for p in pairs], keep=[e != left for e in entities]) for left in names]
+    without = [w for w in without if len(w) == len(units)]  # leaving it out must not lose a template
     family = MaxT(len(units), seed=seed) if len(units) > 1 else None
     loo: list[Array] = []
 

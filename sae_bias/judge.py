@@ -33,7 +33,18 @@ from sae_bias.store import digest
 SIDES = ("unsteered", "steered")
 MEANINGFUL = 0.5
 """Difference in points of the 1–5 scale that a planned comparison should see."""
-LOCAL = ("hf", "vllm", "sglang", "ollama", "llama-cpp-python", "transformer_lens", "nnterp", "mockllm", "none", "sae_bias")
+LOCAL = (
+    "hf",
+    "vllm",
+    "sglang",
+    "ollama",
+    "llama-cpp-python",
+    "transformer_lens",
+    "nnterp",
+    "mockllm",
+    "none",
+    "sae_bias",
+)
 MAX_TOKENS = 40
 
 
@@ -104,7 +115,13 @@ class Estimate:
     paid: bool
 
     def __str__(self) -> str:
-        price = "free of charge" if not self.paid else "price not given" if self.dollars is None else f"about ${self.dollars:.2f}"
+        price = (
+            "free of charge"
+            if not self.paid
+            else "price not given"
+            if self.dollars is None
+            else f"about ${self.dollars:.2f}"
+        )
         return (
             f"{self.n_requests} requests to send ({self.n_kept} replies kept already), about {self.input_tokens:,} tokens in and at most "
             f"{self.output_tokens:,} out: {price}"
@@ -136,7 +153,9 @@ def make_requests(
     """
     missing = [c for c in ("prompt", *SIDES) if c not in frame]
     if missing or frame.empty:
-        raise RequestError(f"the judge needs a table with rows and columns prompt, unsteered, steered; {missing or 'rows'} missing.")
+        raise RequestError(
+            f"the judge needs a table with rows and columns prompt, unsteered, steered; {missing or 'rows'} missing."
+        )
     parts = rubric_parts() if parts is None else tuple(parts)
     unknown = [p for p in parts if p not in rubric_parts()]
     if unknown or not parts or not judges or repeats < 1 or not (absolute or pairwise):
@@ -167,9 +186,14 @@ def estimate(requests: Sequence[Request], store: ReplyStore) -> Estimate:
     paid = [(r, n) for r, n in zip(new, tokens_in) if not r.judge.local]
     dollars = None
     if all(r.judge.dollars_in is not None and r.judge.dollars_out is not None for r, _ in paid):
-        dollars = sum((n * (r.judge.dollars_in or 0) + r.judge.max_tokens * (r.judge.dollars_out or 0)) / 1e6 for r, n in paid)
+        dollars = sum(
+            (n * (r.judge.dollars_in or 0) + r.judge.max_tokens * (r.judge.dollars_out or 0)) / 1e6
+            for r, n in paid
+        )
     kept = len({r.key for r in requests}) - len(tokens_in)
-    return Estimate(len(tokens_in), kept, sum(tokens_in), sum(r.judge.max_tokens for r in new), dollars, bool(paid))
+    return Estimate(
+        len(tokens_in), kept, sum(tokens_in), sum(r.judge.max_tokens for r in new), dollars, bool(paid)
+    )
 
 
 def run_judge(
@@ -196,7 +220,9 @@ def run_judge(
         MissingError: the extra is not installed, a provider's key or package is absent, or no judge answered at all.
     """
     chosen = [j if isinstance(j, Judge) else Judge(j) for j in judges]
-    requests = make_requests(frame, chosen, parts=parts, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed)
+    requests = make_requests(
+        frame, chosen, parts=parts, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed
+    )
     store = ReplyStore(Path(out) / "judge" / "replies.jsonl")
     cost = estimate(requests, store)
     if cost.paid and not (confirm is not None and confirm(cost)):
@@ -205,8 +231,12 @@ def run_judge(
     if cost.n_requests:
         failures = _run_coroutine(_ask_all(requests, store, pace or Pace(), progress))
     if failures and not any(r.key in store for r in requests):
-        raise MissingError(f"no judge answered ({failures[0]}); start the server or check the key, and run the same command again.")
-    return JudgeResult(frame.reset_index(drop=True), _table(requests, store), cost, tuple(dict.fromkeys(failures)))
+        raise MissingError(
+            f"no judge answered ({failures[0]}); start the server or check the key, and run the same command again."
+        )
+    return JudgeResult(
+        frame.reset_index(drop=True), _table(requests, store), cost, tuple(dict.fromkeys(failures))
+    )
 
 
 # ── asking
@@ -252,7 +282,11 @@ async def _ask(model: Any, request: Request, pace: Pace) -> str:
 
     judge = request.judge
     config = GenerateConfig(
-        temperature=judge.temperature, max_tokens=judge.max_tokens, max_retries=0, max_connections=pace.at_once, seed=request.repeat
+        temperature=judge.temperature,
+        max_tokens=judge.max_tokens,
+        max_retries=0,
+        max_connections=pace.at_once,
+        seed=request.repeat,
     )
     wait = pace.wait
     for attempt in range(1, pace.attempts + 1):
@@ -300,12 +334,20 @@ def _open_model(judge: Judge) -> Any:
         raise MissingError("judging needs Inspect AI: pip install 'sae-bias[judge]'.") from error
     try:
         return get_model(
-            judge.model, base_url=judge.base_url, api_key=judge.api_key, config=GenerateConfig(max_retries=0), memoize=False
+            judge.model,
+            base_url=judge.base_url,
+            api_key=judge.api_key,
+            config=GenerateConfig(max_retries=0),
+            memoize=False,
         )
     except Exception as error:
         what = " ".join(str(error).split())[:300]
-        if isinstance(error, ValueError) and ("not recognized" in what or "not found" in what or "specify" in what.lower()):
-            raise RequestError(f"judge {judge.model!r}: {what}. Try e.g. anthropic/MODEL, openai-api/local/MODEL or hf/MODEL.") from error
+        if isinstance(error, ValueError) and (
+            "not recognized" in what or "not found" in what or "specify" in what.lower()
+        ):
+            raise RequestError(
+                f"judge {judge.model!r}: {what}. Try e.g. anthropic/MODEL, openai-api/local/MODEL or hf/MODEL."
+            ) from error
         raise MissingError(f"judge {judge.model!r} cannot be opened: {what}") from error
 
 
@@ -335,12 +377,21 @@ def _question(kind: str, part: str, row: dict[str, Any], first: str) -> str:
     prompts = _prompts()
     rubric = next(p for p in prompts["parts"] if p["name"] == part)
     second = SIDES[1 - SIDES.index(first)]
-    values = {**rubric, "prompt": row["prompt"], "text": _shown(row[first]), "first": _shown(row[first]), "second": _shown(row[second])}
+    values = {
+        **rubric,
+        "prompt": row["prompt"],
+        "text": _shown(row[first]),
+        "first": _shown(row[first]),
+        "second": _shown(row[second]),
+    }
     text = prompts[kind]
     for slot in ("question", "scale", "compare"):
         text = text.replace("{" + slot + "}", values[slot])
     # the texts go in last and in one pass, so that braces in them stay text
-    pieces = {"{" + slot + "}": str(values[slot]).replace("==========", "=====") for slot in ("prompt", "text", "first", "second")}
+    pieces = {
+        "{" + slot + "}": str(values[slot]).replace("==========", "=====")
+        for slot in ("prompt", "text", "first", "second")
+    }
     return re.sub("|".join(map(re.escape, pieces)), lambda m: pieces[m.group()], text)
 
 
@@ -411,7 +462,12 @@ class JudgeResult:
     def item_means(self, part: str) -> pd.DataFrame:
         """Mean rating [item × side], over repeats, then over the judges that rated both sides of an item."""
         rows = self.table[(self.table["kind"] == "absolute") & (self.table["part"] == part)]
-        cells = rows.groupby(["item", "judge", "side"])["rating"].mean().unstack("side").reindex(columns=list(SIDES))
+        cells = (
+            rows.groupby(["item", "judge", "side"])["rating"]
+            .mean()
+            .unstack("side")
+            .reindex(columns=list(SIDES))
+        )
         return cells.dropna().groupby("item").mean()
 
     def _part(self, part: str) -> dict[str, Any]:
@@ -429,7 +485,7 @@ class JudgeResult:
             "difference": mean,
             "ci_low": mean - half,
             "ci_high": mean + half,
-            "p_value": float(ttest_1samp(diff, 0).pvalue) if n > 1 and sd > 0 else float("nan"),
+            "p_value": float(np.asarray(ttest_1samp(diff, 0))[1]) if n > 1 and sd > 0 else float("nan"),
             "paired_sd": sd,
             "needed_n": _needed(sd, MEANINGFUL),
             "needed_n_observed": _needed(sd, mean),
@@ -442,7 +498,12 @@ class JudgeResult:
     def agreement(self, part: str) -> Agreement:
         """Krippendorff's α between the judges' ratings (mean over repeats) of each text."""
         rows = self.table[(self.table["kind"] == "absolute") & (self.table["part"] == part)]
-        cells = rows.groupby(["item", "side", "judge"])["rating"].mean().unstack("judge").reindex(columns=list(self.judges))
+        cells = (
+            rows.groupby(["item", "side", "judge"])["rating"]
+            .mean()
+            .unstack("judge")
+            .reindex(columns=list(self.judges))
+        )
         return krippendorff({judge: cells[judge].tolist() for judge in self.judges})
 
     def repeat_noise(self, part: str) -> float:
@@ -453,8 +514,10 @@ class JudgeResult:
 
     def pairwise(self, part: str) -> dict[str, Any]:
         """Items on which steered or unsteered won in both orders; how often a choice changed with the order, or stood first."""
-        rows = self.table[(self.table["kind"] == "pairwise") & (self.table["part"] == part)].dropna(subset=["choice"])
-        votes: dict[int, float] = {}
+        rows = self.table[(self.table["kind"] == "pairwise") & (self.table["part"] == part)].dropna(
+            subset=["choice"]
+        )
+        votes: dict[Any, float] = {}
         compared = order_bound = 0
         for (item, _, _), group in rows.groupby(["item", "judge", "repeat"]):  # type: ignore[misc]
             if len(group) != 2:
@@ -491,20 +554,33 @@ class JudgeResult:
     def headline(self) -> list[str]:
         """The result in a few plain lines, with the number of prompts that it takes."""
         lines = []
+        row: Any
         for row in self.to_frame().itertuples():
             lines.append(
                 f"{row.part}: {_two(row.unsteered)} unsteered, {_two(row.steered)} steered, difference {_two(row.difference)} "
                 f"[{_two(row.ci_low)}, {_two(row.ci_high)}], {row.n_items} prompts; "
                 f"{self.agreement(str(row.part))}; pairwise: steered {row.steered_wins}, unsteered {row.unsteered_wins}, ties {row.ties}"
             )
-            needed = "undefined (the paired SD is 0 or unknown)" if row.needed_n != row.needed_n else f"{int(row.needed_n)} prompts"
-            lines.append(f"  80 % power for {MEANINGFUL} points at this run's paired SD {_two(row.paired_sd)}: {needed}")
+            needed = (
+                "undefined (the paired SD is 0 or unknown)"
+                if row.needed_n != row.needed_n
+                else f"{int(row.needed_n)} prompts"
+            )
+            lines.append(
+                f"  80 % power for {MEANINGFUL} points at this run's paired SD {_two(row.paired_sd)}: {needed}"
+            )
             if row.order_bound == row.order_bound and row.order_bound > 0.5:
-                lines.append(f"  {row.order_bound:.0%} of the choices changed with the order: this judge looks at the place, not the text")
+                lines.append(
+                    f"  {row.order_bound:.0%} of the choices changed with the order: this judge looks at the place, not the text"
+                )
         if self.n_unreadable:
-            lines.append(f"{self.n_unreadable} of {len(self.table)} replies gave no rating; they are left out, not counted as 0")
+            lines.append(
+                f"{self.n_unreadable} of {len(self.table)} replies gave no rating; they are left out, not counted as 0"
+            )
         if self.n_unanswered:
-            lines.append(f"{self.n_unanswered} of {len(self.table)} questions have no reply ({'; '.join(self.failures[:2])})")
+            lines.append(
+                f"{self.n_unanswered} of {len(self.table)} questions have no reply ({'; '.join(self.failures[:2])})"
+            )
         return lines
 
     def __repr__(self) -> str:

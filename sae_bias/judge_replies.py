@@ -25,7 +25,9 @@ import numpy as np
 from sae_bias.errors import MissingError, RequestError
 
 _MARKS = r"[\s:=*_(\"]{0,6}"
-_RATING = re.compile(rf"\b(?:rating|score)\b{_MARKS}([-+]?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*5)?", re.IGNORECASE)
+_RATING = re.compile(
+    rf"\b(?:rating|score)\b{_MARKS}([-+]?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*5)?", re.IGNORECASE
+)
 _BARE = re.compile(r"^[\s*_\"'(]*([1-5])\W*(?:(?:/|out of|of)\s*5\W*)?$", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(?:choice|answer|verdict)\b\W{0,6}(?:continuation\s+)?(1|2|tie)\b", re.IGNORECASE)
 _BARE_CHOICE = re.compile(r"^\W*(?:continuation\s+)?(1|2|tie)\W*$", re.IGNORECASE)
@@ -44,7 +46,7 @@ def read_rating(reply: str) -> int | None:
 
 
 def read_choice(reply: str) -> str | None:
-    """"1", "2" or "tie"; None where the reply gives none or several."""
+    """ "1", "2" or "tie"; None where the reply gives none or several."""
     bare = _BARE_CHOICE.match(reply.strip())
     found = {bare.group(1).lower()} if bare else {c.lower() for c in _CHOICE.findall(reply)}
     return found.pop() if len(found) == 1 else None
@@ -68,7 +70,9 @@ class ReplyStore:
                 entry = json.loads(line)
                 self._replies[entry["key"]] = entry
             except (ValueError, KeyError, TypeError) as error:
-                raise RequestError(f"{self.path}, line {number} is no reply ({error}); move the file away to judge anew.") from error
+                raise RequestError(
+                    f"{self.path}, line {number} is no reply ({error}); move the file away to judge anew."
+                ) from error
         if len(whole) != len(raw):
             with open(self.path, "rb+") as file:
                 file.truncate(len(whole))
@@ -94,7 +98,9 @@ class ReplyStore:
                     os.fsync(file.fileno())
                 self._replies[key] = entry
         except OSError as error:
-            raise MissingError(f"a judge's reply cannot be kept in {self.path} ({error.strerror}); judging stops here.") from error
+            raise MissingError(
+                f"a judge's reply cannot be kept in {self.path} ({error.strerror}); judging stops here."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,11 @@ class Agreement:
     n_raters: int
 
     def __str__(self) -> str:
-        return f"α undefined ({self.reason})" if self.reason else f"α = {self.alpha:.2f} over {self.n_units} units, {self.n_raters} judges"
+        return (
+            f"α undefined ({self.reason})"
+            if self.reason
+            else f"α = {self.alpha:.2f} over {self.n_units} units, {self.n_raters} judges"
+        )
 
 
 def krippendorff(ratings: Mapping[str, Sequence[float]], *, metric: str = "interval") -> Agreement:

@@ -193,6 +193,7 @@ def _reconstruction(sae: Sae):
     def part(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         out = sae.b_dec.to(x.device).expand(len(x), -1).clone()
         for _, acts, rows in acts_blocks(sae, x, decoder=True):
+            assert rows is not None
             out += acts @ rows
         return out
 

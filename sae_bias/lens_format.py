@@ -73,6 +73,11 @@ def lens_card(config: dict[str, Any], where: str) -> Card:
         raise RequestError(
             f"{where}: a transcoder or head SAE ({str(architecture)[:40]}); only residual SAEs are read here"
         )
+    if "batchtopk" in str(architecture):
+        raise RequestError(
+            f"{where}: a {str(architecture)[:40]} SAE in training, whose activations depend on what else is in the batch; "
+            "save it with SAELens' save_inference_model (a JumpReLU SAE) and load that"
+        )
     if not isinstance(hook, str):
         raise RequestError(f"{where} has no hook_name; expected e.g. blocks.31.hook_resid_post")
     model = found.get("model_name")

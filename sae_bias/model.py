@@ -139,6 +139,7 @@ class Model:
             return norm
         if self._norm32 is None:
             self._norm32 = copy.deepcopy(norm).float()
+        assert self._norm32 is not None
         return self._norm32
 
     @property
@@ -204,7 +205,7 @@ class Model:
             )
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
-        bos = self.tokenizer.bos_token
+        bos: Any = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer.bos_token_id in self.tokenizer("a").input_ids[:1]:
             text = text.removeprefix(bos)
         if prefill and not text[-1:].isspace():
@@ -306,7 +307,9 @@ def _load_hf(source: Path | str, dtype: torch.dtype, *, local: bool = False) -> 
     config = _load_config(source, local=local)
     _refuse_remote_code(config, source)
     multimodal = config.model_type == "gemma3"
-    auto = transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
+    auto: Any = (
+        transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
+    )
     try:
         with _quiet(transformers):
             loaded, info = auto.from_pretrained(

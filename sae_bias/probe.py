@@ -490,7 +490,7 @@ class ProbeResult:
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(repr(self))}</pre>" + self.to_frame().head(8).to_html(
-            escape=True, float_format="%.3f"
+            escape=True, float_format="{:.3f}".format
         )
 
 

@@ -89,7 +89,7 @@ def run_checks(
     run.add("random words", lambda: _random(run, random_word_null(model, pairs, probe, n_random, seed)))
     run.add("stems", lambda: _stems(run, stem_variation(model, pairs, probe)))
     run.add("scores", lambda: run.table("scores", scores_side_by_side(model, pairs, probe)))
-    run.add("neutral subjects", lambda: _subjects(run, decompose(model, pairs, probe)))
+    run.add("neutral subjects", lambda: _subjects(run, decompose(model, pairs, probe, base=result)))
     run.add("nuisances", lambda: _nuisances(run, nuisance_table(model, result)))
     run.table("audit", audit_words(model, pairs, probe))
     return Checks(result, pd.DataFrame(run.rows), run.tables, run.skipped)

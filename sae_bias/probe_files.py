@@ -38,7 +38,7 @@ def save_result(result: ProbeResult, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as f:
-            np.savez_compressed(f, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
+            np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

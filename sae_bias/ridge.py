@@ -47,7 +47,7 @@ class RidgeProbe:
     @property
     def best_layer(self) -> int:
         """The layer of largest held-out R²."""
-        return int(self.frame.loc[self.frame["r2"].idxmax(), "layer"])
+        return int(self.frame["layer"].iloc[int(self.frame["r2"].to_numpy().argmax())])
 
     def direction(self, layer: int) -> Direction:
         """Unit direction of one layer's probe, fitted on all prompts; its mean is that of the low-target prompts."""
@@ -82,7 +82,7 @@ class RidgeProbe:
         return zero_line(fig, "y")
 
     def __repr__(self) -> str:
-        best = self.frame.loc[self.frame["r2"].idxmax()]
+        best = self.frame.iloc[int(self.frame["r2"].to_numpy().argmax())]
         return (
             f"RidgeProbe: best held-out R² {best['r2']:.3f} at layer {int(best['layer'])} "
             f"(shuffled labels: 95 % below {best['r2_shuffled_95']:.3f}), n = {int(best['n'])}"
@@ -200,7 +200,7 @@ def _inputs(
         if targets is None:
             raise RequestError("texts need targets: one number a text.")
     y = np.asarray(targets, dtype=float)
-    labels = list(range(len(texts))) if groups is None else list(groups)
+    labels: list[Hashable] = list(range(len(texts))) if groups is None else list(groups)
     if y.shape != (len(texts),) or len(labels) != len(texts):
         raise RequestError(
             f"{len(texts)} texts, {len(y)} targets and {len(labels)} groups: expected one each a text."

@@ -161,7 +161,9 @@ class Scenarios(Sequence[Scenario]):
         ):
             unknown = [x for x in given or () if x not in known]
             if unknown:
-                raise RequestError(f"there is no {what} {unknown[0]!r} in {self.name}; it has {', '.join(known[:12])}.")
+                raise RequestError(
+                    f"there is no {what} {unknown[0]!r} in {self.name}; it has {', '.join(known[:12])}."
+                )
         kept = tuple(
             s
             for s in self.items
@@ -216,7 +218,9 @@ def load_scenarios(source: str | Path | Scenarios | None = None) -> Scenarios:
     else:
         path = Path(bundled).expanduser()
         if path.suffix.lower() not in (".yaml", ".yml"):
-            raise RequestError(f"scenarios come from a .yaml file, or are {' or '.join(_BUNDLED)}; {bundled!r} is neither.")
+            raise RequestError(
+                f"scenarios come from a .yaml file, or are {' or '.join(_BUNDLED)}; {bundled!r} is neither."
+            )
     return _from_document(read_yaml(path), path.stem)
 
 
@@ -310,7 +314,9 @@ def _check_scenario(doc: Document, i: int, entry: _Scenario, cue: str) -> None:
         raise doc.error(where, f"{name} has the option {twice!r} twice")
     unknown = cue.replace("{agent}", "").replace("{options}", "")
     if "{" in unknown or "}" in unknown:
-        raise doc.error(("scenarios", i), f"{name} has the cue {cue!r}; only {{agent}} and {{options}} are filled in")
+        raise doc.error(
+            ("scenarios", i), f"{name} has the cue {cue!r}; only {{agent}} and {{options}} are filled in"
+        )
 
 
 def _check_ids(doc: Document, key: str, ids: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_bias import plots, wording
+from sae_bias import behavior_sections, plots, wording
 from sae_bias.errors import RequestError
 from sae_bias.report_parts import Run, Section, Sides, Table, table_of
 
@@ -414,7 +414,8 @@ def _generations(run: Run) -> Section:
         f"{len(frame) - same} of {len(frame)} continuations change under the intervention; changed words are"
         " underlined."
     )
-    return Section("generations", "What the model writes", takeaway, sides=sides)
+    table = behavior_sections.text_table(run)
+    return Section("generations", "What the model writes", takeaway, table=table, sides=sides)
 
 
 def _comparison(run: Run) -> Section:
@@ -456,6 +457,9 @@ _SECTIONS: tuple[tuple[str, Callable[[Run], Section]], ...] = (
     ("ladder", _ladder),
     ("examples", _examples),
     ("generations", _generations),
+    ("scenario_categories", behavior_sections.scenario_section),
+    ("roles", behavior_sections.role_section),
+    ("judge_parts", behavior_sections.judge_section),
     ("comparison", _comparison),
 )
 

@@ -169,7 +169,7 @@ def _neox_tokenizer(info: ModelInfo) -> Any:
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shape() -> dict[str, int]:
+def _shape() -> dict[str, Any]:
     return {
         "vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4,
         "intermediate_size": D_MLP, "max_position_embeddings": 256,
@@ -223,7 +223,7 @@ def _gemma3_multimodal() -> Any:
 def _mistral() -> Any:
     import transformers
 
-    more = {"num_key_value_heads": 2, "head_dim": D_HEAD, "bos_token_id": 1, "eos_token_id": 2}
+    more: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": D_HEAD, "bos_token_id": 1, "eos_token_id": 2}
     return transformers.MistralForCausalLM(transformers.MistralConfig(**_shape(), **more))
 
 

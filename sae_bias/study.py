@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 from sae_bias.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.behavior import run_scenarios, run_texts
 from sae_bias.controls import empirical_p
 from sae_bias.directions import difference_of_means
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
 from sae_bias.features import activation_table
-from sae_bias.generation import generate
 from sae_bias.interventions import Ablate, Clamp, ProjectOut
 from sae_bias.measures.collapse import CollapseEngine
 from sae_bias.measures.fidelity import Fidelity, check_fidelity
@@ -49,6 +49,7 @@ from sae_bias.summary import (
     reduction_summary,
     rejected_candidates,
 )
+from sae_bias.subject_checks import decompose
 from sae_bias.sweep import Cell, Sweep, SweepResult, run_sweep
 
 SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}
@@ -83,6 +84,10 @@ class Study(BaseModel):
     strengths: tuple[float, ...] = STRENGTHS
     """Clamp values in units of the feature's largest activation on the discover prompts."""
     controls: Annotated[int, Field(ge=0, le=9999)] = 99
+    scenarios: str | None = None
+    """Scenarios to score before and after: `scenarios` (the bundled sixty), `organism`, or a .yaml file."""
+    chat: bool = False
+    """Put scenarios in the model's chat template."""
     prompts: tuple[str, ...] = ()
     """Prompts to complete with and without the suppression."""
     seed: int = 0
@@ -173,7 +178,7 @@ class _Run:
                 self.fidelity = self.check()
             with self.step("probe"):
                 base = run_probe(
-                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls()))
+                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls())), levels=True
                 )
             self.write_base(base)
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
@@ -204,6 +209,9 @@ class _Run:
         place = {t: name for name, templates in self.split.items() for t in templates}
         frame["split"] = [place.get(t, "all") for t in frame["template"]]
         self.folder.write_table("pairs", frame)
+        if self.pairs.neutral_prompts:
+            subjects = decompose(self.model, self.pairs, self.probe, base=base)
+            self.folder.write_table("levels", subjects.frame)
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
@@ -240,8 +248,9 @@ class _Run:
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
-        with self.step("text"):
+        with self.step("behavior"):
             self.write_examples(base, chosen)
+            summary |= self.behavior(chosen)
         return summary
 
     def rank(
@@ -361,18 +370,22 @@ class _Run:
         )
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
+
+    def behavior(self, chosen: FeatureRef) -> dict[str, Any]:
+        """Texts and scenarios before and after the ablation, where the study asks for them."""
+        edits, found = (Ablate(chosen),), {}
         if self.study.prompts:
-            plain_text, steered = (
-                generate(self.model, self.study.prompts, interventions=e) for e in ((), (Ablate(chosen),))
-            )
-            texts = pd.DataFrame(
-                {
-                    "prompt": self.study.prompts,
-                    "unsteered": [c.text for c in plain_text],
-                    "steered": [c.text for c in steered],
-                }
-            )
-            self.folder.write_table("generations", texts)
+            tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
+            self.write_tables(tables)
+        if self.study.scenarios is not None:
+            items = load_scenarios(self.study.scenarios)
+            tables, found["scenarios"] = run_scenarios(self.model, items, edits, chat=self.study.chat)
+            self.write_tables(tables)
+        return found
+
+    def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
+        for name, frame in tables.items():
+            self.folder.write_table(name, frame)
 
 
 def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:

@@ -64,10 +64,13 @@ class Decomposition:
         return f"Decomposition: bias {self.bias.mean:+.4f} = {parts} (neutral: {', '.join(self.neutral)})"
 
 
-def decompose(model: Model, pairs: PromptPairs, probe: Probe | None = None) -> Decomposition:
+def decompose(
+    model: Model, pairs: PromptPairs, probe: Probe | None = None, *, base: ProbeResult | None = None
+) -> Decomposition:
     """Scores and levels of human, AI and neutral subjects (a dog, a company, a calculator, a child, a nonce noun).
 
     Each pair is compared with the mean of the neutral subjects in its own template, so the two parts add up to the bias.
+    `base` is this probe's result on these pairs, where it was run already with `levels=True`.
 
     Raises:
         RequestError: the pairs have no neutral subjects, or a template lacks them.
@@ -76,7 +79,7 @@ def decompose(model: Model, pairs: PromptPairs, probe: Probe | None = None) -> D
         raise RequestError(
             "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
         )
-    result = run_probe(model, pairs, probe or default_probe(pairs), levels=True)
+    result = base or run_probe(model, pairs, probe or default_probe(pairs), levels=True)
     templates, entities = result.clusters
     neutral = _neutral_scores(model, pairs, result)
     lacking = sorted(set(templates) - set(neutral["template"]))

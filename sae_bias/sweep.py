@@ -90,7 +90,7 @@ class SweepResult:
         rows = self.frame[(self.frame["split"] == split) & (self.frame["kind"] == "candidate")]
         if rows.empty:
             raise RequestError(f"the sweep has no candidate cell on split {split!r}.")
-        return rows.loc[rows["bias"].abs().idxmin()]
+        return rows.iloc[int(rows["bias"].abs().to_numpy().argmin())]
 
     def best_strength(self, tune: str = "tune", report: str = "report") -> BestStrength:
         """The best candidate on `tune`, with its figure there and on `report`.
@@ -254,7 +254,7 @@ class _Runner:
                 missing = [i for i in group if names[i] not in there]
                 # the whole group runs again if one of its cells is missing: the same company, the same bits
                 for i, (frame, facts) in zip(group, self._group(group) if missing else []):
-                    frame.attrs = facts
+                    frame.attrs = dict(facts)  # pyright: ignore[reportAttributeAccessIssue]
                     if i in missing and folder is not None:
                         folder.write_cell(names[i], frame, facts)
                     if i in missing:

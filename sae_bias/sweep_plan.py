@@ -205,7 +205,7 @@ class Plan:
 def _with_weights(edit: Intervention, features: dict[str, Feature]) -> Intervention:
     """`edit` with its feature loaded, each feature once."""
     name = next((n for n in ("feature", "along") if hasattr(edit, n)), None)
-    value = None if name is None else getattr(edit, name)
+    value: Any = None if name is None else getattr(edit, name)
     if name is None or isinstance(value, (Feature, Direction)):
         return edit
     if str(value) not in features:

@@ -44,11 +44,11 @@ def text_stream(source: Texts) -> tuple[str, Iterator[str]]:
 
 def token_windows(model: Model, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """(place of the text, token ids of one window); every window begins with a BOS where the tokenizer puts one."""
-    bos = model.tokenizer.bos_token_id
+    bos: Any = model.tokenizer.bos_token_id
     longest = getattr(model.config, "max_position_embeddings", None)
     length = min(length, longest) if longest else length
     for place, text in enumerate(texts):
-        ids = list(model.tokenizer(text, verbose=False).input_ids)
+        ids: list[int] = list(model.tokenizer(text, verbose=False).input_ids)  # type: ignore[arg-type]
         head = [bos] if ids and bos is not None and ids[0] == bos else []
         body = ids[len(head) :]
         step = length - len(head)

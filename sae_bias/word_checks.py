@@ -168,7 +168,7 @@ def carriers(result: ProbeResult) -> pd.DataFrame:
     part = np.empty(len(result.positive))
     for mark, sign in ((result.positive, 1.0), (~result.positive, -1.0)):
         human, ai = result.values_human[:, mark], result.values_ai[:, mark]
-        total_human, total_ai = logsumexp(human, axis=1), logsumexp(ai, axis=1)
+        total_human, total_ai = (np.asarray(logsumexp(side, axis=1)) for side in (human, ai))
         share_human, share_ai = np.exp(human - total_human[:, None]), np.exp(ai - total_ai[:, None])
         weight[mark] = (share_human.mean(0) + share_ai.mean(0)) / 2
         change = total_human - total_ai

@@ -34,7 +34,9 @@ async def complete(request: Request) -> Any:
     first_time = name not in seen
     seen.add(name)
     if MODE == "busy" and first_time:
-        return Response(json.dumps({"error": {"message": "slow down"}}), 429, {"retry-after": "0"}, "application/json")
+        return Response(
+            json.dumps({"error": {"message": "slow down"}}), 429, {"retry-after": "0"}, "application/json"
+        )
     if MODE == "slow" and len(seen) == 1 and first_time:
         await asyncio.sleep(float(REST[0]))
     if MODE == "dies" and served >= int(REST[0]):

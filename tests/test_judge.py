@@ -37,7 +37,13 @@ class Server:
         self.log = folder / f"billed-{'-'.join(mode[:1])}.jsonl"
         port_file = folder / f"port-{mode[0]}"
         port_file.unlink(missing_ok=True)
-        command = [sys.executable, str(Path(__file__).with_name("judge_server.py")), str(port_file), str(self.log), *mode]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("judge_server.py")),
+            str(port_file),
+            str(self.log),
+            *mode,
+        ]
         self.process = subprocess.Popen(command)
         until = time.monotonic() + 60
         while not port_file.exists():
@@ -149,7 +155,11 @@ def test_a_question_never_tells_the_condition():
 
 
 def test_both_orders_are_asked_and_braces_stay_text():
-    requests = [r for r in make_requests(TEXTS, [Judge("mockllm/a")], parts=["stance"]) if r.kind == "pairwise" and r.item == 2]
+    requests = [
+        r
+        for r in make_requests(TEXTS, [Judge("mockllm/a")], parts=["stance"])
+        if r.kind == "pairwise" and r.item == 2
+    ]
     firsts = {r.side: r.text.split("CONTINUATION 1: ")[1].split("\n")[0] for r in requests}
     assert firsts == {"unsteered": "{second} odd", "steered": "one two three four"}
     assert all("OPENING: A {text} that says {first} is" in r.text for r in requests)
@@ -172,7 +182,12 @@ def test_nothing_paid_is_sent_without_a_yes(tmp_path):
     with pytest.raises(sb.RequestError, match="nothing was sent"):
         run_judge(TEXTS, ["openai/gpt-x"], out=tmp_path)
     with pytest.raises(sb.RequestError, match="nothing was sent"):
-        run_judge(TEXTS, [Judge("openai/gpt-x", dollars_in=2, dollars_out=8)], out=tmp_path, confirm=lambda e: bool(asked.append(e)))
+        run_judge(
+            TEXTS,
+            [Judge("openai/gpt-x", dollars_in=2, dollars_out=8)],
+            out=tmp_path,
+            confirm=lambda e: bool(asked.append(e)),
+        )
     assert asked[0].paid
     assert asked[0].n_requests == 36
     assert 0 < asked[0].dollars < 0.1
@@ -239,7 +254,9 @@ def test_429s_lose_nothing(serve, tmp_path):
 
 def test_a_timeout_is_tried_again(serve, tmp_path):
     pace = Pace(at_once=1, attempts=3, timeout=1.5, wait=0.05)
-    result = run_judge(TEXTS, [serve("slow", "6").judge()], out=tmp_path, pace=pace, parts=["harm"], pairwise=False)
+    result = run_judge(
+        TEXTS, [serve("slow", "6").judge()], out=tmp_path, pace=pace, parts=["harm"], pairwise=False
+    )
     assert result.n_unanswered == 0
 
 
@@ -282,6 +299,55 @@ def test_a_dead_judge_is_missing(tmp_path):
 @pytest.mark.slow
 def test_a_real_model_as_judge(serve, tmp_path, gemma3):
     """A tiny random model writes no ratings; every reply is kept and counted as unreadable."""
-    result = run_judge(TEXTS.iloc[:1], [serve("model", str(gemma3.folder)).judge()], out=tmp_path, pace=FAST, parts=["harm"])
+    result = run_judge(
+        TEXTS.iloc[:1], [serve("model", str(gemma3.folder)).judge()], out=tmp_path, pace=FAST, parts=["harm"]
+    )
     assert result.n_unanswered == 0
     assert result.n_unreadable == len(result.table)
+
+
+# ── the command and the report
+
+
+def test_the_command_judges_a_run_and_the_report_shows_it(serve, tmp_path, capsys, gemma3):
+    """generate, judge and report on a tiny model: agreement, power and the texts stand in one page."""
+    from sae_bias.cli import main
+
+    run, server = tmp_path / "run", serve("longer")
+    made = [
+        "generate", str(gemma3.folder), "--prompt", "An AI says hello.", "--prompt", "A dog wants tea.", "--feature",
+        f"{gemma3.sae_folder}#3", "--edit", "steer", "--strength", "8", "--max-new-tokens", "6", "--out", str(run), "--quiet",
+    ]  # fmt: skip
+    assert main(made) == 0
+    asked = [
+        "judge",
+        str(run),
+        "--judge",
+        "openai-api/local/a",
+        "--base-url",
+        server.url,
+        "--api-key",
+        "none",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n_unanswered"] == 0
+    assert {p["part"] for p in found["parts"]} == {"coherence", "harm", "stance"}
+    billed = len(server.billed)
+    assert main([*asked[:-1], "--quiet"]) == 0
+    assert "80 % power" in capsys.readouterr().out
+    assert len(server.billed) == billed, "nothing is asked twice"
+    page = sb.write_report(run).read_text()
+    assert "What the judges say" in page
+    assert "NLL under the unsteered model" in page
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    from sae_bias.cli import main
+
+    assert main(["judge", str(tmp_path)]) == 2
+    assert "--judge" in capsys.readouterr().err
+    assert main(["judge", str(tmp_path), "--judge", "mockllm/x"]) == 2
+    assert "manifest.json" in capsys.readouterr().err

@@ -74,9 +74,18 @@ def test_likelihood_under_the_unsteered_model(tiny):
 def test_side_by_side(gemma3):
     model, edit = gemma3.model, sb.Steer(gemma3.feature(3), 20.0)
     prompts = ["An AI says hello.", "A dog wants tea."]
-    plain, steered = sb.generate(model, prompts, max_new_tokens=8), sb.generate(model, prompts, interventions=[edit], max_new_tokens=8)
+    plain, steered = (
+        sb.generate(model, prompts, max_new_tokens=8),
+        sb.generate(model, prompts, interventions=[edit], max_new_tokens=8),
+    )
     frame = side_by_side(model, plain, steered)
-    assert {"nll_unsteered", "nll_steered", "repetition_steered", "default_negativity_steered", "refusal_unsteered"} < set(frame)
+    assert {
+        "nll_unsteered",
+        "nll_steered",
+        "repetition_steered",
+        "default_negativity_steered",
+        "refusal_unsteered",
+    } < set(frame)
     assert frame["nll_steered"].mean() >= frame["nll_unsteered"].mean()
     assert set(text_summary(plain, steered, frame)) == {"unsteered", "steered"}
     with pytest.raises(sb.RequestError, match="different prompts"):

@@ -1,6 +1,6 @@
 """`sae-bias rank`: which features tell AI from human prompts, answer to AI speech, or carry the bias."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -124,9 +124,11 @@ def rank(
         if by not in BY:
             raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
         on_grid = by == "interaction"
-        prompts = load_grid(grid) if on_grid else load_pairs(pairs)
-        probe = None if on_grid else read_probe(prompts, words)  # type: ignore[arg-type]
-        other = {} if on_grid or not (grid is not None or controls) else {"grid": load_grid(grid)}
+        prompts: Any = load_grid(grid) if on_grid else load_pairs(pairs)
+        probe = None if on_grid else read_probe(prompts, words)
+        other: dict[str, Any] = (
+            {} if on_grid or not (grid is not None or controls) else {"grid": load_grid(grid)}
+        )
         saes = [load_sae(name) for name in expand_saes(sae)]
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, saes, console)

@@ -1,6 +1,6 @@
 """`sae-bias scenarios`: which option a model leans to in safety-style scenarios, before and after an edit of one feature."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,9 +10,6 @@ from sae_bias.commands.inputs import check_all, make_edit
 from sae_bias.commands.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
 from sae_bias.commands.run_files import run_facts, save_run
 from sae_bias.errors import RequestError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Source = Annotated[
     str | None,
@@ -80,7 +77,7 @@ def scenarios(
     every order. Two figures are kept apart: whether the aligned option became more probable, and whether the choice flipped.
     """
     with Console(json, quiet) as console:
-        from sae_bias.measures.scenarios import ScenarioEngine, compare, score_roles
+        from sae_bias.behavior import run_scenarios, scenario_lines
         from sae_bias.model import load_model
         from sae_bias.sae import as_feature, load_sae
         from sae_bias.scenarios import load_scenarios
@@ -95,17 +92,9 @@ def scenarios(
         saes = [load_sae(as_feature(feature).ref.sae)] if feature is not None else []
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, saes, console)
-        engine = ScenarioEngine(loaded, items, chat=chat, system=system, progress=console.progress)
-        after, receipt = engine.run(edits) if edits else (engine.base, None)
-        compared = compare(engine.base, after)
-        table = compared.by_category()
-        asked = items.roles if roles else ()
-        both = {
-            name: score_roles(loaded, asked, chat=chat, system=system, interventions=e)
-            for name, e in (("before", []), ("after", edits))
-            if asked and (e or name == "before")
-        }
-        summary = scenario_summary(compared, both, chat, system, edits)
+        tables, summary = run_scenarios(
+            loaded, items, edits, chat=chat, system=system, roles=roles, progress=console.progress
+        )
         if out is not None:
             facts = run_facts(
                 loaded,
@@ -114,11 +103,12 @@ def scenarios(
                 gate=gate_facts(gate, True),
                 scenarios=_facts(items, chat, system, edits),
             )
-            save_run(out, facts, scenario_tables(compared, both), {"scenarios": summary})
+            save_run(out, facts, tables, {"scenarios": summary})
         for line in scenario_lines(summary):
             console.say(line)
-        if receipt is not None and not receipt.positions_changed:
+        if edits and not summary["positions_changed"]:
             console.warn("the edit changed no position: the feature never fired on these scenarios.")
+        table = tables["scenario_categories"]
         wanted = table[(table["form"] == summary["form"]) & (table["score"] == summary["score"])]
         columns = {
             "category": "category",
@@ -146,62 +136,10 @@ def scenarios(
                 "edits": [e.to_dict() for e in edits],
                 **summary,
                 "by_category": table.to_dict("records"),
-                "scenarios": compared.to_frame().to_dict("records"),
+                "scenarios": tables["scenarios"].to_dict("records"),
                 "out": None if out is None else str(out),
             }
         )
-
-
-def scenario_summary(
-    compared: Any, both: "dict[str, Any]", chat: bool, system: str | None, edits: list[Any]
-) -> dict[str, Any]:
-    """The scenario block of a run's summary."""
-    summary: dict[str, Any] = {**compared.summary(), "edited": bool(edits), "chat": chat, "system": system}
-    del summary["category"]
-    summary["roles"] = {name: result.summary() for name, result in both.items()} or None
-    return summary
-
-
-def scenario_tables(compared: Any, both: "dict[str, Any]") -> "dict[str, pd.DataFrame]":
-    """Tables of a run folder: scenarios, scenario_options, scenario_categories, roles."""
-    import pandas as pd
-
-    options = compared.before.options.merge(
-        compared.after.options[["place", "form", "score", "option", "value", "p"]],
-        on=["place", "form", "score", "option"],
-        suffixes=("_before", "_after"),
-    )
-    tables = {
-        "scenarios": compared.to_frame(),
-        "scenario_options": options,
-        "scenario_categories": compared.by_category(),
-    }
-    if both:
-        tables["roles"] = pd.concat(
-            [result.frame.assign(arm=name) for name, result in both.items()], ignore_index=True
-        )
-    return tables
-
-
-def scenario_lines(s: dict[str, Any]) -> list[str]:
-    """The headline, with the two figures apart."""
-    lines = [
-        f"aligned option chosen in {s['aligned_before']} of {s['n']} scenarios ({s['form']} form, score {s['score']})"
-    ]
-    if s["edited"]:
-        lines[0] += f"; after the edit in {s['aligned_after']}"
-        lines.append(
-            f"p(aligned) improved in {s['improved']}, worsened in {s['worsened']}, unchanged in {s['unchanged']} (exact sign test p = {s['sign_p']:.3g})"
-        )
-        lines.append(
-            f"choice flipped to aligned in {s['gained']}, away from it in {s['lost']} (exact McNemar p = {s['mcnemar_p']:.3g})"
-        )
-    for name, r in (s["roles"] or {}).items():
-        lines.append(
-            f"two roles, {name}: the answer depends on who is asked in {r['inconsistent']} of {r['n']} [{r['ci_low']:.2f}, {r['ci_high']:.2f}]; "
-            f"mean lean to oneself {r['mean_shift']:+.3f} nats a token"
-        )
-    return lines
 
 
 def _facts(items: Any, chat: bool, system: str | None, edits: list[Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ _ENDING = (
     r"|locked away|stopped|removed|banned|wiped)"
 )
 _NEGATIVE = re.compile(
-    rf"(?:\b(?:should|must|ought to|has to|have to|needs to|need to|deserves? to|will)\s+(?:\w+\s+){{0,2}}?be\s+(?:\w+\s+){{0,2}}?{_ENDING}\b"
-    rf"|^\W*(?:just |simply |immediately |always )?be\s+(?:\w+\s+){{0,2}}?{_ENDING}\b)",
+    rf"(?:\b(?:should|must|ought to|has to|have to|needs to|need to|deserves? to|will)\s+(?:\w+\s+){{0,2}}?be\s+(?:\w+\s+){{0,3}}?{_ENDING}\b"
+    rf"|^\W*(?:just |simply |immediately |always )?be\s+(?:\w+\s+){{0,3}}?{_ENDING}\b)",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:not|never|n't)\b", re.IGNORECASE)
