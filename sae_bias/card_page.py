@@ -122,6 +122,6 @@ def _environment() -> Environment:
     return environment
 
 
-def _cell(table: pd.DataFrame, group: str, act: str) -> float:
+def _cell(table: Any, group: str, act: str) -> float:
     value: Any = table.at[group, act]
     return float(value)

@@ -130,7 +130,7 @@ def ladder_figure(
         subplot_titles=("bias removed or brought about, nats", "ceiling: share of the bias removed"),
     )  # fmt: skip
     heading = style.figure(f"The causal ladder of {short(feature, 70)}").layout
-    fig.update_layout(template=style.TEMPLATE, title=heading.title, height=200 + 34 * len(rungs), margin={"t": 96, "r": 24})  # fmt: skip
+    fig.update_layout(template=style.TEMPLATE, title=heading.title, height=200 + 34 * len(rungs), margin={"t": 96, "r": 56})  # fmt: skip
     fig.update_annotations(font={"size": 13, "color": style.INK})
     rows = rungs.iloc[::-1].reset_index(drop=True)
     for place, row in rows.iterrows():
