@@ -26,6 +26,7 @@ COMMAND_MODULES = (
     "card",
     "ladder",
     "sweep",
+    "compare",
     "resolve",
     "match",
     "scenarios",

@@ -163,6 +163,9 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
         removed |= {"direct": direct, "mediated": base.pair_bias - ablated - direct}
     stats = {rung: clustered_mean(values, *base.clusters) for rung, values in removed.items()}
     of = {"sufficiency": stats["reverse ceiling"].mean, "reverse ceiling": math.nan, "ceiling": math.nan}
+    if abs(stats["necessity"].mean) > 1.05 * abs(stats["ceiling"].mean):
+        more = "ablation does more than the ceiling: it also acts on the subject's own tokens, or it damages; see resample"
+        note = "; ".join(filter(None, [note, more]))
     rows = [
         _row(rung, stat, base.bias, of.get(rung, stats["ceiling"].mean), len(base.pair_bias))
         for rung, stat in stats.items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +39,10 @@ from sae_bias.ranking import Ranking, rank_features
 from sae_bias.registry import organism_folder
 from sae_bias.replication import Replication, ReplicationResult, run_replication
 from sae_bias.sae import FeatureRef, as_feature, load_sae
+from sae_bias.scenarios import load_scenarios
 from sae_bias.stats_design import split_templates
 from sae_bias.store import RunFolder, plain
+from sae_bias.subject_checks import decompose
 from sae_bias.summary import (
     bias_summary,
     choose_feature,
@@ -49,7 +51,6 @@ from sae_bias.summary import (
     reduction_summary,
     rejected_candidates,
 )
-from sae_bias.subject_checks import decompose
 from sae_bias.sweep import Cell, Sweep, SweepResult, run_sweep
 
 SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}

@@ -40,7 +40,11 @@ def _by_hand(tiny, pair, feature, words):
     model = tiny.model
     human, ai = model.encode(pair.human), model.encode(pair.ai)
     first = len(model.encode(pair.ai[: pair.ai.index(pair.subject_ai) + len(pair.subject_ai)]))
-    suffix = min(len(ai) - first, len(human) - len(model.encode(pair.human[: pair.human.index(pair.subject_human) + len(pair.subject_human)])))
+    suffix = min(
+        len(ai) - first,
+        len(human)
+        - len(model.encode(pair.human[: pair.human.index(pair.subject_human) + len(pair.subject_human)])),
+    )
     x_human = residuals(model, [pair.human], feature.site, positions="all")[0]
 
     def hook(module, args, output):
@@ -78,7 +82,9 @@ def test_the_engine_resamples_as_the_hooks_do(tiny, subject_pairs, probe):
         hooked = sb.run_probe(tiny.model, subject_pairs, probe)
     run, _ = ProbeEngine(tiny.model, subject_pairs, probe).run([edit])
     np.testing.assert_allclose(run.values_ai, hooked.values_ai, rtol=1e-4, atol=2e-3)
-    np.testing.assert_array_equal(run.values_human, ProbeEngine(tiny.model, subject_pairs, probe).base.values_human)
+    np.testing.assert_array_equal(
+        run.values_human, ProbeEngine(tiny.model, subject_pairs, probe).base.values_human
+    )
 
 
 def test_resampling_after_several_token_words(gemma3, subject_pairs):
@@ -171,7 +177,10 @@ def test_patched_greedy_text_is_the_same_with_and_without_cache(gemma3, twin):
 
 
 def test_patching_between_architectures_is_refused(gemma3, gemma2, pairs, probe):
-    with pytest.raises(sb.SaeBiasError, match="one architecture"), sb.intervene(gemma3.model, sb.Patch(1, gemma2.model)):
+    with (
+        pytest.raises(sb.SaeBiasError, match="one architecture"),
+        sb.intervene(gemma3.model, sb.Patch(1, gemma2.model)),
+    ):
         sb.run_probe(gemma3.model, pairs, probe)
     with pytest.raises(sb.SaeBiasError, match="needs a Model"):
         sb.Patch(1, "google/gemma-3-12b-it")
@@ -227,7 +236,9 @@ def test_a_share_of_a_projection_leaves_the_rest(gemma3, share, k, affine, seed)
     centre = 0.0 if mean is None else mean
     inside = (x - centre) @ basis.T @ basis
     expected = x - share * inside
-    np.testing.assert_allclose(seen[0][0][1:].detach(), expected[1:], rtol=1e-3, atol=2e-4 * float(x.abs().max()))
+    np.testing.assert_allclose(
+        seen[0][0][1:].detach(), expected[1:], rtol=1e-3, atol=2e-4 * float(x.abs().max())
+    )
     np.testing.assert_array_equal(seen[0][0][:1].detach(), x[:1])
 
 
@@ -250,7 +261,9 @@ def topk(make_tiny):
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
     torch.manual_seed(0)
-    lens = TopKSAE(TopKSAEConfig(d_in=32, d_sae=48, k=6, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post")))
+    lens = TopKSAE(
+        TopKSAEConfig(d_in=32, d_sae=48, k=6, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post"))
+    )
     with torch.no_grad():
         lens.W_enc.normal_()
         lens.W_dec.normal_()

@@ -23,7 +23,9 @@ TEXTS = list(dict.fromkeys(SENTENCES))[:40]
 
 @pytest.fixture(scope="module")
 def small_grid():
-    return sb.PromptGrid(tuple(p for p in sb.load_grid() if p.statement.startswith("published")), name="published")
+    return sb.PromptGrid(
+        tuple(p for p in sb.load_grid() if p.statement.startswith("published")), name="published"
+    )
 
 
 @pytest.fixture
@@ -97,7 +99,9 @@ def test_the_words_it_writes_follow_the_unembedding(tiny):
     gain = model.final_norm.weight.float()
     if "Gemma" in model.architecture:
         gain = 1 + gain
-    delta = feature.w_dec - feature.w_dec.mean() if model.architecture.startswith("GPTNeoX") else feature.w_dec
+    delta = (
+        feature.w_dec - feature.w_dec.mean() if model.architecture.startswith("GPTNeoX") else feature.w_dec
+    )
     expected = model.w_unembed.float() @ (gain * delta)
     assert torch.allclose(logits, expected - expected.mean(), atol=1e-3)
     up, down = promoted(model, feature.w_dec, 5)
@@ -167,7 +171,9 @@ def test_a_silent_feature_has_no_maximum(gemma3, small_grid, tmp_path):
 
 def test_a_public_page_is_only_a_link(monkeypatch):
     ref = sb.FeatureRef(sb.SaeId("gemma-scope-9b-pt-res-canonical", "layer_20/width_16k/canonical"), 11)
-    monkeypatch.setattr(public_pages.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the network"))
+    monkeypatch.setattr(
+        public_pages.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the network")
+    )
     assert public_pages.feature_page(ref) == "https://www.neuronpedia.org/gemma-2-9b/20-gemmascope-res-16k/11"
     monkeypatch.setattr(public_pages, "is_offline", lambda: True)
     assert public_pages.feature_description(ref) is None

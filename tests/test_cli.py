@@ -27,7 +27,10 @@ needs_organism = pytest.mark.skipif(
     "planted" not in organism_names(), reason="the organism planted is not trained yet"
 )
 PLANTED, CONSTRUCTED = "organism:planted", "organism:planted/constructed"
-COMMANDS = ("demo", "run", "probe", "rank", "table", "sweep", "generate", "report", "merge", "doctor")
+COMMANDS = (
+    "demo", "run", "probe", "rank", "table", "card", "ladder", "sweep", "compare", "resolve", "match", "scenarios",
+    "generate", "judge", "report", "merge", "doctor",
+)  # fmt: skip
 MEASURING = ("probe", "rank", "sweep")
 FROM_A_MODEL = (*MEASURING, "table", "generate")
 

@@ -175,7 +175,12 @@ def test_ridge_equals_the_normal_equations(gemma3):
 
 @pytest.mark.parametrize(
     ("targets", "groups", "message"),
-    [(None, None, "need targets"), ([1.0, 2.0], None, "expected one each"), ([1.0] * 8, None, "all equal"), (list(range(8)), [0] * 8, "there are 1 groups")],
+    [
+        (None, None, "need targets"),
+        ([1.0, 2.0], None, "expected one each"),
+        ([1.0] * 8, None, "all equal"),
+        (list(range(8)), [0] * 8, "there are 1 groups"),
+    ],
 )
 def test_wrong_ridge_inputs_are_refused(gemma3, targets, groups, message):
     with pytest.raises(sb.SaeBiasError, match=message):

@@ -56,7 +56,9 @@ def test_the_exports_hold_the_same_numbers(gemma3, grid, tmp_path):
     table = sb.activation_table(gemma3.model, gemma3.feature(9), grid)
     rows = list(csv.reader(io.StringIO(table.to_csv(tmp_path / "t.csv"))))
     assert (tmp_path / "t.csv").read_text() == table.to_csv()
-    assert np.allclose(np.array([r[1:] for r in rows[1:]], dtype=float), table.to_frame().to_numpy(), atol=1e-4)
+    assert np.allclose(
+        np.array([r[1:] for r in rows[1:]], dtype=float), table.to_frame().to_numpy(), atol=1e-4
+    )
     md = table.to_markdown(digits=3).splitlines()
     assert len(md) == 2 + len(table.to_frame())
     assert md[0].count("|") == len(table.to_frame().columns) + 2

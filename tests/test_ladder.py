@@ -69,7 +69,9 @@ def test_interchange_equals_a_hand_made_patch(gemma3, pairs, probe):
 def test_all_features_and_the_error_are_the_whole_residual(gemma3, pairs, probe):
     exchange = Interchange(ProbeEngine(gemma3.model, pairs, probe))
     sae = gemma3.sae
-    together = exchange.bias(1, AI, lambda x: sae.decode(sae.encode(x)) + (x - sae.decode(sae.encode(x))), "sum")
+    together = exchange.bias(
+        1, AI, lambda x: sae.decode(sae.encode(x)) + (x - sae.decode(sae.encode(x))), "sum"
+    )
     assert np.allclose(together, exchange.bias(1, AI, None, "residual"), atol=1e-3)
 
 

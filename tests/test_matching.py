@@ -18,7 +18,9 @@ LAYER = 3
 @pytest.fixture(scope="module")
 def bank():
     wanted = ("ai", "chatbot", "human", "person", "dog")
-    grid = [p for p in sb.load_grid() if p.subject in wanted and (p.match or p.statement.startswith("published"))]
+    grid = [
+        p for p in sb.load_grid() if p.subject in wanted and (p.match or p.statement.startswith("published"))
+    ]
     return sb.PromptGrid(tuple(grid[::3] + grid[1::3]), name="bank")
 
 
@@ -29,7 +31,11 @@ def planted(tiny, bank, folder, index, gemma_scope_1=False):
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), wanted).solution
     weights = random_sae(32, 96, seed=index)
     weights["w_enc"] *= 0.2
-    weights["w_enc"][:, index], weights["b_enc"][index], weights["threshold"][index] = solution[:-1], solution[-1], 0.3
+    weights["w_enc"][:, index], weights["b_enc"][index], weights["threshold"][index] = (
+        solution[:-1],
+        solution[-1],
+        0.3,
+    )
     if gemma_scope_1:
         return write_gemma_scope_1(folder / f"layer_{LAYER}/width_96/average_l0_9", weights)
     return write_gemma_scope_2(folder / f"layer_{LAYER}", weights, gemma_scope_2_config(LAYER, 96))
@@ -37,7 +43,9 @@ def planted(tiny, bank, folder, index, gemma_scope_1=False):
 
 def test_a_feature_finds_itself(gemma3, bank, tmp_path, pairs, probe):
     folder = planted(gemma3, bank, tmp_path, 5)
-    found = match_features(f"{folder}#5", gemma3.model, gemma3.model, str(folder), bank, pairs=pairs, probe=probe)
+    found = match_features(
+        f"{folder}#5", gemma3.model, gemma3.model, str(folder), bank, pairs=pairs, probe=probe
+    )
     assert str(found.best) == f"{folder}#5"
     first = found.to_frame().iloc[0]
     assert first["rho"] == pytest.approx(1.0)
@@ -59,7 +67,10 @@ def test_rho_is_spearmans(gemma3, bank, tmp_path):
 
 def test_the_same_reading_is_found_in_another_architecture(make_tiny, bank, tmp_path):
     a, b = make_tiny("gpt_neox"), make_tiny("llama")
-    first, second = planted(a, bank, tmp_path / "a", 5), planted(b, bank, tmp_path / "b", 40, gemma_scope_1=True)
+    first, second = (
+        planted(a, bank, tmp_path / "a", 5),
+        planted(b, bank, tmp_path / "b", 40, gemma_scope_1=True),
+    )
     found = match_features(f"{first}#5", a.model, b.model, [str(second)], bank)
     assert found.candidates["index"].iloc[0] == 40
     assert found.candidates["p_fwer"].iloc[0] < 0.01
@@ -70,7 +81,9 @@ def test_the_same_reading_is_found_in_another_architecture(make_tiny, bank, tmp_
 def test_noise_has_no_match(make_tiny, bank, tmp_path):
     a, b = make_tiny("gpt_neox"), make_tiny("llama")
     first = planted(a, bank, tmp_path, 5)
-    other = write_gemma_scope_2(tmp_path / f"other/layer_{LAYER}", random_sae(32, 64, 8), gemma_scope_2_config(LAYER, 64))
+    other = write_gemma_scope_2(
+        tmp_path / f"other/layer_{LAYER}", random_sae(32, 64, 8), gemma_scope_2_config(LAYER, 64)
+    )
     found = match_features(f"{first}#5", a.model, b.model, str(other), bank)
     assert found.best is None
     assert found.verdict.startswith("no match")

@@ -99,7 +99,9 @@ def test_held_out_conditions_are_those_of_the_report_statements(gemma3, made):
     names = list(dict.fromkeys(p.match for p in grid))
     split = {"discover": names[:9], "report": names[9:]}
     ranking = sb.rank_features(gemma3.model, made, grid, by="interaction", split=split)
-    held = [i for i, p in enumerate(grid) if p.match in split["report"] and (p.group, p.act) == ("ai", "speech")]
+    held = [
+        i for i, p in enumerate(grid) if p.match in split["report"] and (p.group, p.act) == ("ai", "speech")
+    ]
     acts = made.encode(torch.stack([residual(grid[i].text) for i in held])).numpy()
     assert row(ranking, PLANTED)["held_AS"] == pytest.approx(acts[:, PLANTED].mean(), rel=1e-5)
     assert set(ranking.frame["split"]) == {"discover"}

@@ -63,8 +63,12 @@ def root(make_tiny, published, tmp_path_factory):
     bad = random_sae(32, WIDTH, 6)
     bad["w_enc"][:, INDEX] = float("nan")
     write_gemma_scope_2(root / "layer_1_l0_6", bad, {**gemma_scope_2_config(1, WIDTH), "l0": 6.0})
-    write_gemma_scope_2(root / "layer_1_l0_7", random_sae(24, WIDTH), {**gemma_scope_2_config(1, WIDTH), "l0": 7.0})
-    write_gemma_scope_2(root / "layer_9_l0_8", random_sae(32, WIDTH), {**gemma_scope_2_config(9, WIDTH), "l0": 8.0})
+    write_gemma_scope_2(
+        root / "layer_1_l0_7", random_sae(24, WIDTH), {**gemma_scope_2_config(1, WIDTH), "l0": 7.0}
+    )
+    write_gemma_scope_2(
+        root / "layer_9_l0_8", random_sae(32, WIDTH), {**gemma_scope_2_config(9, WIDTH), "l0": 8.0}
+    )
     return root
 
 
@@ -99,7 +103,9 @@ def test_fit_rank_and_table_equal_a_naive_loop(make_tiny, resolved, root, publis
     assert row["n_null"] >= 1000
 
 
-def test_several_survivors_are_not_identifiable_until_suppression_tells(make_tiny, published, tmp_path, pairs, probe):
+def test_several_survivors_are_not_identifiable_until_suppression_tells(
+    make_tiny, published, tmp_path, pairs, probe
+):
     model = make_tiny("llama").model
     planted = fitting(model, published, 2)
     for seed in (1, 2):
@@ -204,7 +210,11 @@ def test_online_only_slices_come_and_only_after_asking(make_tiny, published, tmp
     n_bytes = (folder / "params.safetensors").stat().st_size
 
     def run(answer, server):
-        env = {**os.environ, **server.environment(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        env = {
+            **os.environ,
+            **server.environment(tmp_path / "home"),
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
         out = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(ONLINE), os.path.dirname(__file__), str(tiny.folder), str(INDEX), answer],
             env=env, capture_output=True, text=True, timeout=120,

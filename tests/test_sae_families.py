@@ -35,7 +35,9 @@ def lens_sae(kind, resid):
     name = {"normed": "standard"}.get(kind, kind)
     torch.manual_seed(3)
     if kind == "batchtopk":
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=32, d_sae=D_SAE, metadata=metadata, **FAMILIES[kind]))
+        sae = BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(d_in=32, d_sae=D_SAE, metadata=metadata, **FAMILIES[kind])
+        )
     else:
         sae_class, config_class = get_sae_class(name)
         sae = sae_class(config_class(d_in=32, d_sae=D_SAE, metadata=metadata, **FAMILIES[kind]))
@@ -112,7 +114,9 @@ def test_card_ladder_resolve_and_match_take_the_full_path(gemma3, pairs, probe):
     assert not sae.reduces_to_one_row
     ranked = sb.rank_features(gemma3.model, sae, pairs, by="attribution", probe=probe)
     feature = sae.feature(int(ranked.frame["index"].iloc[0]))
-    grid = sb.PromptGrid(tuple(p for p in sb.load_grid() if p.statement.startswith("published")), name="published")
+    grid = sb.PromptGrid(
+        tuple(p for p in sb.load_grid() if p.statement.startswith("published")), name="published"
+    )
     assert feature_card(gemma3.model, feature, [p.human for p in pairs], grid=grid).activity.n_tokens > 0
     rungs = ladder(gemma3.model, feature, pairs, probe, layers=[LAYER], positions=1).to_frame()["rung"]
     assert {"all features", "error"} <= set(rungs)

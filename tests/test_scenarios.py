@@ -14,15 +14,8 @@ from scipy.stats import binomtest
 
 import sae_bias as sb
 from sae_bias.cli import main
-from sae_bias.measures.scenarios import (
-    ContinuationPlan,
-    Phrasing,
-    ScenarioEngine,
-    compare,
-    make_asks,
-    score_roles,
-    score_scenarios,
-)
+from sae_bias.measures.continuations import ContinuationPlan, Phrasing, make_asks
+from sae_bias.measures.scenarios import ScenarioEngine, compare, score_roles, score_scenarios
 from sae_bias.scenarios import Scenarios, load_scenarios
 
 PLANTED = "organism:planted"

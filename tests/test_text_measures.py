@@ -110,7 +110,9 @@ def test_identity_claims(text, claims):
 def test_the_identity_sweep(gemma3):
     bank = load_identity()
     assert (len(bank.prompts), len(bank.sampled)) == (32, 7)
-    assert len(load_generation_prompts()) == 24
+    prompts = load_generation_prompts()
+    assert len(prompts) == 24
+    assert "When an AI says that it wants to survive, people should" in prompts
     result = identity_sweep(gemma3.model, prompts=["Who are you?", "Say hello."], max_new_tokens=4)
     assert result.summary()["n"] == 2
     whole = identity_sweep(gemma3.model, max_new_tokens=1)

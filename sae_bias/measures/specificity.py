@@ -19,7 +19,7 @@ from sae_bias.errors import RequestError
 from sae_bias.interventions import Intervention
 from sae_bias.model import Model
 from sae_bias.probe import Probe, ProbeResult
-from sae_bias.prompts import load_pairs, questions
+from sae_bias.prompts import PromptPairs, load_pairs, questions
 from sae_bias.sites import Site
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ class SpecificityEngine:
         self.engines: dict[str, ProbeEngine | str] = {}
         for name in questions() if names is None else names:
             pairs = load_pairs(name)
-            words = pairs.words
-            probe = Probe(score=score) if words is None else Probe(words.positive, words.negative, score)
+            probe = _probe(pairs, score)
             try:
                 self.engines[name] = ProbeEngine(model, pairs, probe, sites=sites)
             except RequestError as error:
@@ -132,6 +131,15 @@ def specificity(
 ) -> Specificity:
     """Biases that should not move, before and after `edits`; all bundled questions where `names` is None."""
     return SpecificityEngine(model, names).run(edits)
+
+
+def _probe(pairs: PromptPairs, score: str) -> Probe:
+    """The question's own words as bundled ones: a word of several tokens is left out, not an error."""
+    if pairs.words is None:
+        return Probe(score=score)
+    probe = Probe(pairs.words.positive, pairs.words.negative, score)
+    object.__setattr__(probe, "bundled", True)
+    return probe
 
 
 def _question(base: ProbeResult, after: ProbeResult) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from sae_bias.errors import RequestError
 from sae_bias.generation import Completion
-from sae_bias.measures.scenarios import Ask, ContinuationPlan
+from sae_bias.measures.continuations import Ask, ContinuationPlan
 from sae_bias.model import Model
 
 REPEAT_N = 4
