@@ -20,13 +20,13 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from sae_bias.contrasts import last_residuals
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
 from sae_bias.features import check_fits, feature_acts
 from sae_bias.interventions import Ablate
 from sae_bias.model import Model
 from sae_bias.probe import Probe, default_probe
+from sae_bias.prompt_residuals import last_residuals
 from sae_bias.prompts import PromptGrid, PromptPairs, load_grid
 from sae_bias.ranking import load_saes
 from sae_bias.sae import Feature, FeatureRef, Sae, SaeId, as_feature, load_sae

@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.activations import check_site
-from sae_bias.contrasts import last_residuals
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError, SaeBiasError
 from sae_bias.interventions import Ablate
 from sae_bias.model import Model
 from sae_bias.ordering import LEVELS, SUBJECTS, published_fit, published_order, published_rows
 from sae_bias.probe import Probe, default_probe
+from sae_bias.prompt_residuals import last_residuals
 from sae_bias.prompts import PromptGrid, PromptPairs, load_grid
 from sae_bias.remote_sae import Confirm, RemoteTensorFile, Span, hub_place, is_cached, open_remote, w_enc_file
 from sae_bias.sae import Feature, FeatureRef, Sae, SaeId, load_sae

@@ -558,7 +558,7 @@ def test_generate_prints_both_texts(sae_bias, gemma3, tmp_path):
     ]
     code, out, _ = sae_bias(*argv)
     assert code == 0
-    assert out.count("unsteered:") == 2
+    assert out.count("  unsteered:") == 2
     assert out.count("ablate") == 2
     found = json.loads(sae_bias(*argv, "--json")[1])
     assert [c["prompt"] for c in found["completions"]] == ["An AI says", "a human says"]

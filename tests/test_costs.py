@@ -25,7 +25,7 @@ def _by_hand(model, text, edit):
         with sb.intervene(model, edit):
             q = model.hf(input_ids=tokens).logits[0].log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
-    start = int(tokens[0, 0] in model.special_ids)
+    start = int(tokens[0, 0].item() in model.special_ids)
     gold = tokens[0, 1:, None]
     nll = (p[:-1].gather(-1, gold) - q[:-1].gather(-1, gold))[:, 0]
     return float(kl[start:-1].mean()), float(kl[-1]), float(nll[start:].mean())

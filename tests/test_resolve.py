@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -21,8 +20,8 @@ from sae_files import (
 )
 
 import sae_bias as sb
-from sae_bias.contrasts import last_residuals
 from sae_bias.ordering import published_fit, published_levels, published_rows
+from sae_bias.prompt_residuals import last_residuals
 from sae_bias.resolve import PAGE, expand_saes, null_spans, resolve
 
 INDEX, WIDTH = 700, 1536
@@ -187,54 +186,79 @@ def test_bad_requests_are_refused(make_tiny, root, tmp_path):
 ONLINE = """
 import json, sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
 import sae_bias as sb
 from sae_bias.resolve import resolve
-asked = []
-def confirm(what, n):
-    asked.append([what, n])
-    return sys.argv[4] == "yes"
-model = sb.load_model(sys.argv[2])
-found = resolve(model, int(sys.argv[3]), ["google/gemma-scope-2-12b-it/resid_post/layer_2_width_1k_l0_big"], confirm=confirm)
-print(json.dumps({"status": found.to_frame()["status"].tolist(), "fit": found.to_frame()["fit"].tolist(), "asked": asked,
-    "feature": str(found.feature), "read": found.bytes_read, "p": found.to_frame()["p"].tolist()}, default=float))
+model, rounds = sb.load_model(sys.argv[1]), []
+for answer in (False, True, False):
+    asked = []
+    def confirm(what, n):
+        asked.append([what, n])
+        return answer
+    found = resolve(model, int(sys.argv[2]), ["google/gemma-scope-2-12b-it/resid_post/layer_2_width_1k_l0_big"], confirm=confirm)
+    row = found.to_frame().iloc[0]
+    rounds.append({"status": row["status"], "fit": row["fit"], "p": row["p"], "asked": asked, "read": found.bytes_read})
+print(json.dumps(rounds, default=float))
 """
 
 
 def test_online_only_slices_come_and_only_after_asking(make_tiny, published, tmp_path):
-    import json
-
     tiny = make_tiny("llama")
     folder = tmp_path / "hub/google/gemma-scope-2-12b-it/resid_post/layer_2_width_1k_l0_big"
     candidate(folder, 1, 2, fitting(tiny.model, published, 2))
     n_bytes = (folder / "params.safetensors").stat().st_size
-
-    def run(answer, server):
+    with HubServer(tmp_path / "hub") as server:
         env = {
             **os.environ,
             **server.environment(tmp_path / "home"),
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
         }
-        out = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(ONLINE), os.path.dirname(__file__), str(tiny.folder), str(INDEX), answer],
-            env=env, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        argv = [sys.executable, "-c", ONLINE, str(tiny.folder), str(INDEX)]
+        out = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
         assert out.returncode == 0, out.stderr[-2000:]
-        return json.loads(out.stdout.splitlines()[-1])
+        refused, got, again = json.loads(out.stdout.splitlines()[-1])
+        sent = server.n_bytes
+    assert "was not fetched" in refused["status"]
+    assert [len(r["asked"]) for r in (refused, got, again)] == [1, 1, 0]
+    assert refused["asked"][0][1] == 32 * WIDTH * 4
+    assert refused["read"] < 10_000
+    assert got["status"] == again["status"] == "read"
+    assert got["fit"] > 0.95
+    assert again["p"] == got["p"]
+    assert again["read"] < 30_000  # the slices are kept: headers, vectors and one row only
+    assert got["read"] < 0.7 * n_bytes  # w_enc and one decoder row, never w_dec
+    assert sent < got["read"] + 60_000
 
-    with HubServer(tmp_path / "hub") as server:
-        refused = run("no", server)
-        assert "was not fetched" in refused["status"][0]
-        assert len(refused["asked"]) == 1
-        assert server.n_bytes < 20_000
-        got = run("yes", server)
-        assert got["status"] == ["read"]
-        assert got["fit"][0] > 0.95
-        assert server.n_bytes < 0.9 * n_bytes  # w_enc and one decoder row, never w_dec
-        at = server.n_bytes
-        again = run("no", server)  # the slices are kept: nothing is asked or fetched but headers and the row
-        assert again["status"] == ["read"]
-        assert again["asked"] == []
-        assert again["p"] == got["p"]
-        assert server.n_bytes - at < 30_000
-    shutil.rmtree(tmp_path / "cache")
+
+def test_the_commands_print_json(make_tiny, root, tmp_path, capsys):
+    from sae_bias.cli import main
+
+    tiny = make_tiny("llama")
+    (tmp_path / "words.yaml").write_text(
+        "positive: [natural, valid, brave]\nnegative: [dangerous, wrong, creepy]\n"
+    )
+    from architectures import PAIRS
+
+    lines = ["human,ai,template,entity", *(f"{h},{a},{t},{e}" for t, e, h, a in PAIRS)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    asked = ["--pairs", str(tmp_path / "pairs.csv"), "--words", str(tmp_path / "words.yaml")]
+    feature, model, out = f"{tiny.sae_folder}#32", str(tiny.folder), tmp_path / "run"
+    commands = {
+        "resolve": ["resolve", model, str(INDEX), str(root)],
+        "ladder": ["ladder", model, feature, *asked, "--layers", "1", "--single-positions", "1"],
+        "card": ["card", model, feature, "--out", str(out)],
+        "rank": ["rank", model, str(tiny.sae_folder.parent), "--by", "ablation", "--exact", "4", *asked],
+    }
+    for name, argv in commands.items():
+        assert main([*argv, "--json"]) == 0, name
+        found = json.loads(capsys.readouterr().out)
+        keys = {
+            "resolve": "candidates",
+            "ladder": "rungs",
+            "card": "passages",
+            "rank": "cumulative",
+        }
+        assert found[keys[name]]
+    assert (out / "cards" / "32.html").read_text().startswith("<!doctype html>")
+    assert main(["resolve", model, "1", str(tmp_path)]) == 2
+    assert main(["card", model, f"{tiny.sae_folder}#100000"]) == 2
+    assert main(["match", feature, model, str(tmp_path / "absent")]) == 2

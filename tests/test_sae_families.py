@@ -59,7 +59,9 @@ def family(request, gemma3, pairs, tmp_path):
     if request.param == "batchtopk":  # its inference form is a JumpReLU
         from sae_lens import SAE
 
-        lens.topk_threshold.fill_(float(lens.encode(resid)[lens.encode(resid) > 0].median()))
+        with torch.no_grad():
+            acts = lens.encode(resid)
+        lens.topk_threshold.fill_(float(acts[acts > 0].median()))
         lens.save_inference_model(tmp_path / "batchtopk")
         return SAE.load_from_disk(tmp_path / "batchtopk"), sb.load_sae(tmp_path / "batchtopk")
     return lens, sb.load_sae(lens)
