@@ -112,7 +112,7 @@ def compare(
     ridge = ridge_probe(model, found_on, folds=min(5, len(found_on.templates)), seed=seed)
     methods = _methods(model, loaded, found_on, ridge, k, seed)
     cells = [
-        Cell((edit,), _kind(name), f"{name} | {share:g}")
+        Cell((edit,), "candidate" if name == "feature" else "direction", f"{name} | {share:g}")
         for name, edits in methods.items()
         for share, edit in edits(shares)
     ]
@@ -218,6 +218,7 @@ def _curves(result: SweepResult) -> pd.DataFrame:
     label = frame["label"].str.rsplit(" | ", n=1, expand=True)
     frame.insert(0, "method", label[0])
     frame.insert(1, "share", label[1].astype(float))
+    frame["kind"] = frame["method"].map(_kind)
     frame.insert(2, "kl", frame[[f"kl_{kind}" for kind in TEXT_KINDS]].max(axis=1))
     return frame.reset_index(drop=True)
 
