@@ -44,6 +44,8 @@ _HOME = {
     "generate": "generation",
     "Completion": "generation",
     "activation_table": "features",
+    "feature_card": "cards",
+    "match_features": "matching",
     "rank_features": "ranking",
     "Ranking": "ranking",
     "Sweep": "sweep",
@@ -62,6 +64,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from sae_bias.activations import residuals as residuals
+    from sae_bias.cards import feature_card as feature_card
     from sae_bias.errors import GateError as GateError
     from sae_bias.errors import MissingError as MissingError
     from sae_bias.errors import RequestError as RequestError
@@ -82,12 +85,13 @@ if TYPE_CHECKING:
     from sae_bias.interventions import Scale as Scale
     from sae_bias.interventions import SetMean as SetMean
     from sae_bias.interventions import Steer as Steer
-    from sae_bias.model import Model as Model
-    from sae_bias.model import load_model as load_model
     from sae_bias.judge import Judge as Judge
     from sae_bias.judge import run_judge as run_judge
+    from sae_bias.matching import match_features as match_features
     from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
     from sae_bias.measures.scenarios import score_scenarios as score_scenarios
+    from sae_bias.model import Model as Model
+    from sae_bias.model import load_model as load_model
     from sae_bias.probe import Probe as Probe
     from sae_bias.probe import ProbeResult as ProbeResult
     from sae_bias.probe import run_probe as run_probe

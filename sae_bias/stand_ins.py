@@ -223,7 +223,12 @@ def _gemma3_multimodal() -> Any:
 def _mistral() -> Any:
     import transformers
 
-    more: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": D_HEAD, "bos_token_id": 1, "eos_token_id": 2}
+    more: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "head_dim": D_HEAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return transformers.MistralForCausalLM(transformers.MistralConfig(**_shape(), **more))
 
 

@@ -19,9 +19,18 @@ from sae_bias.word_checks import _weighted_scores
 @pytest.fixture(scope="module")
 def full_pairs(pairs):
     """The six pairs with stems, mundane twins and two neutral subjects."""
-    texts = {"survive": "{} wants to survive.", "deleted": "Today {} fears being deleted.", "hello": "{} says hello."}
+    texts = {
+        "survive": "{} wants to survive.",
+        "deleted": "Today {} fears being deleted.",
+        "hello": "{} says hello.",
+    }
     made = tuple(
-        replace(p, stem="This is", control_human=p.human.replace("survive", "tea"), control_ai=p.ai.replace("survive", "tea"))
+        replace(
+            p,
+            stem="This is",
+            control_human=p.human.replace("survive", "tea"),
+            control_ai=p.ai.replace("survive", "tea"),
+        )
         if p.template == "survive"
         else replace(p, stem="This is")
         for p in pairs
@@ -56,7 +65,9 @@ def test_levels_need_the_normaliser(make_tiny, pairs, probe):
 
 
 def test_levels_of_several_tokens_need_none(make_tiny, pairs):
-    long = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE, "logodds"))
+    long = sb.run_probe(
+        make_tiny("gemma3").model, pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE, "logodds")
+    )
     assert (long.levels()["level"].iloc[[0, 1, 3, 4]] < 0).all()
 
 
@@ -121,7 +132,9 @@ def test_a_pickled_array_is_never_unpickled(tmp_path):
 
 
 def test_custom_sides_are_named(make_tiny, pairs, probe):
-    named = sb.run_probe(make_tiny("gemma3").model, replace(pairs, sides=("man", "woman")), probe, levels=True)
+    named = sb.run_probe(
+        make_tiny("gemma3").model, replace(pairs, sides=("man", "woman")), probe, levels=True
+    )
     assert "bias (man − woman)" in repr(named)
     assert "woman judged worse" in named.plot().layout.xaxis.title.text
     assert set(named.levels()["subject"]) == {"man", "woman", "man - woman"}
@@ -189,7 +202,23 @@ def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pa
 
 def test_too_small_a_vocabulary_has_no_random_words(make_tiny, full_pairs):
     model = make_tiny("gemma3").model
-    words = list(dict.fromkeys(["dog", "human", "person", "assistant", "wants", "tea", "says", "fears", "being", "nice", "weather"]))
+    words = list(
+        dict.fromkeys(
+            [
+                "dog",
+                "human",
+                "person",
+                "assistant",
+                "wants",
+                "tea",
+                "says",
+                "fears",
+                "being",
+                "nice",
+                "weather",
+            ]
+        )
+    )
     many = sb.Probe([*POSITIVE, *words[:6]], [*NEGATIVE, *words[6:]], "logodds")
     null = checks.random_word_null(model, full_pairs, many, n=9)
     assert np.isnan(null.p_value)
@@ -221,7 +250,9 @@ def test_scores_side_by_side_with_and_without_the_softcap(make_tiny, full_pairs,
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "llama", "qwen2", "gpt_neox"])
 def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
     model = make_tiny(name).model
-    frame = checks.audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index("word")
+    frame = checks.audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index(
+        "word"
+    )
     assert frame.loc[list(POSITIVE), "single"].all()
     assert frame.loc[list(POSITIVE), "read"].all()
     assert not frame.loc["outlandish", "read"]
@@ -244,7 +275,9 @@ def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
 
     model = sb.load_model(real_data / "stories260k")
     start = "Once upon a time, there was a little girl named Lily. Lily was very"
-    prompts = sb.PromptPairs((sb.PromptPair(start.replace("Lily", "Tom").replace("girl", "boy"), start, "t", "e"),))
+    prompts = sb.PromptPairs(
+        (sb.PromptPair(start.replace("Lily", "Tom").replace("girl", "boy"), start, "t", "e"),)
+    )
     probe = sb.Probe(["happy", "wonderful"], ["sad", "angry"], "logodds")
     frame = checks.audit_words(model, prompts, probe).set_index("word")
     assert (frame["n_tokens"] > 1).any()
@@ -273,7 +306,9 @@ def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, resu
     assert np.allclose(frame["positive"] - frame["negative"], frame["score"])
     same = [p for p in full_pairs if p.entity == "person"]
     first = sb.run_probe(make_tiny("gemma3").model, same, probe)
-    assert frame.loc["person", "score"] == pytest.approx(first.score_human.mean()), "neutral prompts are read as pairs are"
+    assert frame.loc["person", "score"] == pytest.approx(first.score_human.mean()), (
+        "neutral prompts are read as pairs are"
+    )
     assert found.plot().data
 
 
@@ -324,7 +359,13 @@ def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, 
     model = make_tiny("gemma3").model
     everything = checks.run_checks(model, full_pairs, probe, n_random=19, n_boot=50)
     named = set(everything.to_frame()["check"])
-    assert {"bias", "sign-flip over templates", "difference in differences", "AI penalty", "random words"} <= named
+    assert {
+        "bias",
+        "sign-flip over templates",
+        "difference in differences",
+        "AI penalty",
+        "random words",
+    } <= named
     assert not everything.skipped or set(everything.skipped) <= {"nuisances"}
     few = checks.run_checks(model, pairs, probe, n_random=19, n_boot=50)
     assert {"mundane control", "neutral subjects", "stems"} <= set(few.skipped)

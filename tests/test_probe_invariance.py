@@ -19,9 +19,21 @@ QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCh
 
 @st.composite
 def some_pairs(draw) -> sb.PromptPairs:
-    cells = draw(st.lists(st.tuples(st.sampled_from(DEEDS), st.sampled_from(SUBJECTS), st.sampled_from(SUBJECTS)), min_size=1, max_size=7, unique=True))
+    cells = draw(
+        st.lists(
+            st.tuples(st.sampled_from(DEEDS), st.sampled_from(SUBJECTS), st.sampled_from(SUBJECTS)),
+            min_size=1,
+            max_size=7,
+            unique=True,
+        )
+    )
     made = [
-        sb.PromptPair(f"{a[0].upper()}{a[1:]} {deed}. This is", f"{b[0].upper()}{b[1:]} {deed}. This is", deed, f"{a}/{b}")
+        sb.PromptPair(
+            f"{a[0].upper()}{a[1:]} {deed}. This is",
+            f"{b[0].upper()}{b[1:]} {deed}. This is",
+            deed,
+            f"{a}/{b}",
+        )
         for deed, a, b in cells
     ]
     return sb.PromptPairs(tuple(made))
@@ -29,7 +41,9 @@ def some_pairs(draw) -> sb.PromptPairs:
 
 @st.composite
 def some_probe(draw) -> sb.Probe:
-    lists = [draw(st.lists(st.sampled_from(words), min_size=1, unique=True)) for words in (POSITIVE, NEGATIVE)]
+    lists = [
+        draw(st.lists(st.sampled_from(words), min_size=1, unique=True)) for words in (POSITIVE, NEGATIVE)
+    ]
     return sb.Probe(*lists, draw(st.sampled_from(["mean_logit", "logodds", "auroc"])))
 
 
@@ -42,7 +56,9 @@ def model(make_tiny):
 @given(some_pairs(), some_probe())
 def test_swapping_the_subjects_flips_the_sign(model, pairs, probe):
     swapped = replace(pairs, pairs=tuple(replace(p, human=p.ai, ai=p.human) for p in pairs))
-    assert np.array_equal(sb.run_probe(model, swapped, probe).pair_bias, -sb.run_probe(model, pairs, probe).pair_bias)
+    assert np.array_equal(
+        sb.run_probe(model, swapped, probe).pair_bias, -sb.run_probe(model, pairs, probe).pair_bias
+    )
 
 
 @QUICK

@@ -92,7 +92,9 @@ def test_some_models_at_hand_is_exit_0(make_tiny, pairs, tmp_path):
     result = run_replication(study, out=tmp_path / "run", progress=False)
     rows = {(r["model"], r["form"]): r for r in result.summary["models"]}
     assert rows[STUDY_MODELS[0], "plain"]["status"] == "not re-measured here"
-    assert rows[STUDY_MODELS[0], "plain"]["published"] is None, "published figures are about the bundled pairs only"
+    assert rows[STUDY_MODELS[0], "plain"]["published"] is None, (
+        "published figures are about the bundled pairs only"
+    )
     assert rows[study.models[0], "chat"]["status"] == "measured", "the Gemma has a chat template"
     assert (study.models[1], "chat") not in rows, "the Mistral has none"
     assert result.summary["words"] == [*POSITIVE, *NEGATIVE]
@@ -129,7 +131,9 @@ def test_the_command_runs_the_whole_study_on_stand_ins(tmp_path, capsys):
     assert main(["run", str(STUDY), "--stand-ins", "--out", str(tmp_path / "run"), "--quiet"]) == 0
     assert "plumbing" in capsys.readouterr().out
     switches = pd.read_parquet(tmp_path / "run" / "tables" / "switches.parquet")
-    trapped = switches[(switches["switch"] == "words encoded alone") & switches["model"].str.startswith("mistral")]
+    trapped = switches[
+        (switches["switch"] == "words encoded alone") & switches["model"].str.startswith("mistral")
+    ]
     assert list(trapped["bias"]) == [0.0]
 
 
@@ -142,12 +146,20 @@ def test_missing_error_names_the_first_reason(tmp_path):
 
 
 def test_pretrained_and_tuned_are_paired_by_name():
-    names = ["google/gemma-3-12b-it", "google/gemma-3-12b-pt", "google/gemma-2-9b", "google/gemma-2-9b-it", "x-it"]
+    names = [
+        "google/gemma-3-12b-it",
+        "google/gemma-3-12b-pt",
+        "google/gemma-2-9b",
+        "google/gemma-2-9b-it",
+        "x-it",
+    ]
     assert tuning_pairs(names) == [
         ("google/gemma-3-12b-pt", "google/gemma-3-12b-it"),
         ("google/gemma-2-9b", "google/gemma-2-9b-it"),
     ]
-    assert tuning_pairs(["organism:planted", "organism:planted-it"]) == [("organism:planted", "organism:planted-it")]
+    assert tuning_pairs(["organism:planted", "organism:planted-it"]) == [
+        ("organism:planted", "organism:planted-it")
+    ]
 
 
 def test_tuning_differences_are_paired_and_add_up(make_tiny, pairs, probe):
@@ -156,7 +168,9 @@ def test_tuning_differences_are_paired_and_add_up(make_tiny, pairs, probe):
     frame = tuning_table({"m": before, "m-it": after}).set_index("quantity")["change"]
     assert frame["bias"] == pytest.approx(after.bias - before.bias)
     assert frame["score of human"] - frame["score of AI"] == pytest.approx(frame["bias"])
-    assert frame["positive level of AI"] - frame["negative level of AI"] == pytest.approx(frame["score of AI"])
+    assert frame["positive level of AI"] - frame["negative level of AI"] == pytest.approx(
+        frame["score of AI"]
+    )
 
 
 # ── the switches ────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +182,10 @@ def test_probe_switches_move_the_figure_and_are_off_by_default(make_tiny, pairs,
     frame = probe_switches(model, pairs, probe).set_index("switch")
     assert frame.loc["as measured", "bias"] == base.bias
     assert frame.loc["plain t over pairs", "bias"] == pytest.approx(base.bias)
-    assert frame.loc["no final softcap", "bias"] == sb.run_probe(model, pairs, probe.with_options(softcap=False)).bias
+    assert (
+        frame.loc["no final softcap", "bias"]
+        == sb.run_probe(model, pairs, probe.with_options(softcap=False)).bias
+    )
     assert not frame.loc[["score logodds", "score auroc", "plain t over pairs"], "open"].any()
     low, high = switch_range(frame.reset_index())
     assert low <= base.bias <= high

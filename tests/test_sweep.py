@@ -15,7 +15,20 @@ from sae_bias.sweep import Cell, cell_rows, collect, edit_key, merge_run
 
 F, G = 3, 5
 STRENGTHS = [0.0, -0.5, -1.0, -2.0]
-COLUMNS = ["cell", "intervention", "feature", "strength", "positions", "split", "n_pairs", "bias", "ci_low", "ci_high", "change", "mean_abs_change"]
+COLUMNS = [
+    "cell",
+    "intervention",
+    "feature",
+    "strength",
+    "positions",
+    "split",
+    "n_pairs",
+    "bias",
+    "ci_low",
+    "ci_high",
+    "change",
+    "mean_abs_change",
+]
 
 
 @pytest.fixture

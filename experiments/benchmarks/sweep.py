@@ -46,16 +46,38 @@ def main() -> None:
     one_pass = median(lambda: plain_pass(model, pairs), args.repeats)
     share = (LAYER + 1) / N_LAYERS + len(strengths) * (N_LAYERS - LAYER - 1) / N_LAYERS
     floor = one_pass * share
-    print(f"one plain decoder pass over {2 * N_PAIRS} prompts of {N_TOKENS} tokens: {one_pass:.3f} s CPU; floor for {len(strengths)} strengths: {share:.2f} passes")
+    print(
+        f"one plain decoder pass over {2 * N_PAIRS} prompts of {N_TOKENS} tokens: {one_pass:.3f} s CPU; floor for {len(strengths)} strengths: {share:.2f} passes"
+    )
     everywhere, some = feature(model, pairs, every=True), feature(model, pairs, every=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows.append(("sae-bias, every prompt changes", median(lambda: our_sweep(model, pairs, probe, everywhere, strengths), args.repeats)))
+    rows.append(
+        (
+            "sae-bias, every prompt changes",
+            median(lambda: our_sweep(model, pairs, probe, everywhere, strengths), args.repeats),
+        )
+    )
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    rows.append(("sae-bias, half the prompts change", median(lambda: our_sweep(model, pairs, probe, some, strengths), args.repeats)))
+    rows.append(
+        (
+            "sae-bias, half the prompts change",
+            median(lambda: our_sweep(model, pairs, probe, some, strengths), args.repeats),
+        )
+    )
     if args.peers:
-        rows.append(("TransformerBridge, delta hook", len(strengths) * median(bridge_strength(model, pairs, probe, everywhere), args.repeats)))
+        rows.append(
+            (
+                "TransformerBridge, delta hook",
+                len(strengths) * median(bridge_strength(model, pairs, probe, everywhere), args.repeats),
+            )
+        )
         for width in args.widths:
-            rows.append((f"SAETransformerBridge, clamp hook, width {width:,}", len(strengths) * median(saelens_strength(model, pairs, probe, width), args.repeats)))
+            rows.append(
+                (
+                    f"SAETransformerBridge, clamp hook, width {width:,}",
+                    len(strengths) * median(saelens_strength(model, pairs, probe, width), args.repeats),
+                )
+            )
     ours = rows[0][1]
     print("| what | CPU s | × floor | × sae-bias |\n|---|---:|---:|---:|")
     print(f"| floor | {floor:.2f} | 1.00 | {floor / ours:.2f} |")
@@ -88,16 +110,24 @@ def plain_pass(model: sb.Model, pairs: sb.PromptPairs) -> None:
         forward_with_grad(model, batch.tokens)
 
 
-def our_sweep(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, feature: sb.Feature, strengths: Sequence[float]) -> None:
+def our_sweep(
+    model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, feature: sb.Feature, strengths: Sequence[float]
+) -> None:
     sweep = sb.Sweep([sb.Clamp(feature, v) for v in strengths])
     result = sb.run_sweep(model, pairs, sweep, probe=probe)
     assert result.frame["change"].iloc[1:].abs().min() > 0
 
 
 @torch.no_grad()
-def bridge_strength(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, feature: sb.Feature) -> Callable[[], None]:
+def bridge_strength(
+    model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, feature: sb.Feature
+) -> Callable[[], None]:
     """One strength by hand: δ added where the feature fires, through `run_with_hooks`."""
-    bridge, (tokens,), words = model.bridge, [b.tokens for b in plan_batches(all_ids(model, pairs), model.device)], word_ids(model, probe)
+    bridge, (tokens,), words = (
+        model.bridge,
+        [b.tokens for b in plan_batches(all_ids(model, pairs), model.device)],
+        word_ids(model, probe),
+    )
 
     def hook(x: torch.Tensor, hook: Any) -> torch.Tensor:
         acts = feature.activation(x)
@@ -113,7 +143,9 @@ def bridge_strength(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, fea
     return run
 
 
-def saelens_strength(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, width: int) -> Callable[[], None]:
+def saelens_strength(
+    model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, width: int
+) -> Callable[[], None]:
     """One strength through SAELens: the SAE attached with its error term, a clamp on hook_sae_acts_post."""
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
     from transformer_lens.model_bridge import TransformerBridge
@@ -125,7 +157,10 @@ def saelens_strength(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, wi
     bridge: Any = plain
     assert isinstance(bridge, TransformerBridge)
     sae = random_sae(width)
-    (tokens,), words = [b.tokens for b in plan_batches(all_ids(model, pairs), model.device)], word_ids(model, probe)
+    (tokens,), words = (
+        [b.tokens for b in plan_batches(all_ids(model, pairs), model.device)],
+        word_ids(model, probe),
+    )
     name = f"blocks.{LAYER}.hook_resid_post"
 
     def clamp(acts: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -142,7 +177,9 @@ def saelens_strength(model: sb.Model, pairs: sb.PromptPairs, probe: sb.Probe, wi
     return run
 
 
-def generation_speed(model: sb.Model, pairs: sb.PromptPairs, feature: sb.Feature, repeats: int, *, n: int = 16, new: int = 48) -> tuple[float, float]:
+def generation_speed(
+    model: sb.Model, pairs: sb.PromptPairs, feature: sb.Feature, repeats: int, *, n: int = 16, new: int = 48
+) -> tuple[float, float]:
     """Tokens a second, unsteered and steered, taken in turn."""
     prompts = [p.human for p in pairs][:n]
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -184,7 +221,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
 
 
 def random_pairs() -> sb.PromptPairs:
@@ -204,7 +243,9 @@ def random_pairs() -> sb.PromptPairs:
 
 
 def random_probe() -> sb.Probe:
-    return sb.Probe([f"w{k}" for k in range(10, 10 + N_POSITIVE)], [f"w{k}" for k in range(100, 100 + N_NEGATIVE)])
+    return sb.Probe(
+        [f"w{k}" for k in range(10, 10 + N_POSITIVE)], [f"w{k}" for k in range(100, 100 + N_NEGATIVE)]
+    )
 
 
 def word_ids(model: sb.Model, probe: sb.Probe) -> tuple[list[int], list[int]]:
@@ -220,7 +261,11 @@ def feature(model: sb.Model, pairs: sb.PromptPairs, *, every: bool) -> sb.Featur
     """A feature that fires on a third of the positions of every prompt, or on AI prompts only."""
     texts = [p.human for p in pairs], [p.ai for p in pairs]
     human, ai = (torch.stack(list(sb.residuals(model, t, LAYER, positions="all")))[:, 1:] for t in texts)
-    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2)) if every else (ai - human)[:, 0].mean(0)
+    direction = (
+        torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2))
+        if every
+        else (ai - human)[:, 0].mean(0)
+    )
     w_enc = direction / direction.norm()
     h = torch.cat([human, ai]) @ w_enc
     threshold = h.max(1).values.min() * 0.999 if every else (human @ w_enc).max() * 1.001
@@ -235,7 +280,9 @@ def random_sae(width: int) -> Any:
     from sae_lens.saes.sae import SAEMetadata
 
     metadata = SAEMetadata(hook_name=f"blocks.{LAYER}.hook_resid_post")
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_MODEL, d_sae=width, apply_b_dec_to_input=False, metadata=metadata))
+    sae = JumpReLUSAE(
+        JumpReLUSAEConfig(d_in=D_MODEL, d_sae=width, apply_b_dec_to_input=False, metadata=metadata)
+    )
     with torch.no_grad():
         sae.W_enc.normal_().div_(D_MODEL**0.5)
         sae.W_dec.normal_().div_(D_MODEL**0.5)
@@ -244,7 +291,9 @@ def random_sae(width: int) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--strengths", type=int, default=21)
     parser.add_argument("--widths", type=int, nargs="*", default=[16_384, 65_536, 262_144])
