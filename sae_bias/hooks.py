@@ -94,7 +94,7 @@ class SiteEdit:
         self.edits = list(edits)
         self._rows: dict[Any, Any] = {}
         for edit in self.edits:
-            self._rows[edit] = _weights(edit)
+            self._rows[edit] = _on(model.device, _weights(edit))
 
     def delta(
         self, x: Resid, info: PassInfo, receipts: dict[Intervention, EditReceipt] | None = None
@@ -242,6 +242,15 @@ def _weights(edit: Intervention) -> Any:
     if isinstance(edit, Reconstruct):
         return load_sae(edit.sae)
     raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
+
+
+def _on(device: torch.device, weights: Any) -> Any:
+    """The weights on the model's device, moved once a block and not once a pass."""
+    if isinstance(weights, _OneRow):
+        return _OneRow(weights.feature.to(device))
+    if isinstance(weights, tuple):
+        return tuple(None if w is None else w.to(device) for w in weights)
+    return weights.to(device) if isinstance(weights, Tensor) else weights
 
 
 def edit_site(edit: Intervention) -> Site:

@@ -3,7 +3,7 @@
     floor = F · [(L + 1)/N + S · (N - L - 1)/N]        F: CPU time of one plain decoder pass over all prompts
 
 N layers, site layer L, S strengths: the upstream layers once and the later ones once a strength. One process, one thread,
-CPU time (`time.process_time`), the median of five after one warm-up. Weights are random in the shapes of Gemma 3 270M. A
+CPU time (`time.process_time`), the median of five after one warm-up, all taken in turn. Weights are random in the shapes of Gemma 3 270M. A
 strength costs SAELens and TransformerLens one whole pass, whatever its value, so theirs is timed a pass and multiplied by S.
 """
 
@@ -18,9 +18,11 @@ import argparse
 import logging
 import resource
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,62 +44,67 @@ def main() -> None:
     logging.disable(logging.WARNING)
     model, pairs, probe = random_model(), random_pairs(), random_probe()
     strengths = [-0.5 * k for k in range(args.strengths)]
-    rows: list[tuple[str, float]] = []
-    one_pass = median(lambda: plain_pass(model, pairs), args.repeats)
-    share = (LAYER + 1) / N_LAYERS + len(strengths) * (N_LAYERS - LAYER - 1) / N_LAYERS
-    floor = one_pass * share
-    print(
-        f"one plain decoder pass over {2 * N_PAIRS} prompts of {N_TOKENS} tokens: {one_pass:.3f} s CPU; floor for {len(strengths)} strengths: {share:.2f} passes"
-    )
     everywhere, some = feature(model, pairs, every=True), feature(model, pairs, every=False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows.append(
-        (
-            "sae-bias, every prompt changes",
-            median(lambda: our_sweep(model, pairs, probe, everywhere, strengths), args.repeats),
-        )
-    )
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    rows.append(
-        (
-            "sae-bias, half the prompts change",
-            median(lambda: our_sweep(model, pairs, probe, some, strengths), args.repeats),
-        )
-    )
+    n = len(strengths)
+    share = (LAYER + 1) / N_LAYERS + n * (N_LAYERS - LAYER - 1) / N_LAYERS
+    extra = peak_memory(lambda: our_sweep(model, pairs, probe, everywhere, strengths))
+    runs: dict[str, tuple[Callable[[], Any], float]] = {
+        "floor": (lambda: plain_pass(model, pairs), share),
+        "sae-bias, every prompt changes": (lambda: our_sweep(model, pairs, probe, everywhere, strengths), 1),
+        "sae-bias, half of the prompts change": (lambda: our_sweep(model, pairs, probe, some, strengths), 1),
+    }
     if args.peers:
-        rows.append(
-            (
-                "TransformerBridge, delta hook",
-                len(strengths) * median(bridge_strength(model, pairs, probe, everywhere), args.repeats),
-            )
-        )
+        runs["TransformerBridge, delta hook"] = (bridge_strength(model, pairs, probe, everywhere), n)
         for width in args.widths:
-            rows.append(
-                (
-                    f"SAETransformerBridge, clamp hook, width {width:,}",
-                    len(strengths) * median(saelens_strength(model, pairs, probe, width), args.repeats),
-                )
-            )
-    ours = rows[0][1]
+            name = f"SAETransformerBridge, clamp hook, width {width:,}"
+            runs[name] = (saelens_strength(model, pairs, probe, width), n)
+    seconds = medians({name: run for name, (run, _) in runs.items()}, args.repeats)
+    whole = {name: seconds[name] * times for name, (_, times) in runs.items()}
+    ours, floor = whole["sae-bias, every prompt changes"], whole["floor"]
+    print(
+        f"{2 * N_PAIRS} prompts of {N_TOKENS} tokens, {n} strengths; one plain decoder pass: {seconds['floor']:.3f} s CPU, floor: {share:.2f} of them"
+    )
     print("| what | CPU s | × floor | × sae-bias |\n|---|---:|---:|---:|")
-    print(f"| floor | {floor:.2f} | 1.00 | {floor / ours:.2f} |")
-    for name, seconds in rows:
-        print(f"| {name} | {seconds:.2f} | {seconds / floor:.2f} | {seconds / ours:.2f} |")
-    print(f"peak memory of the sweep above what was held before it: {extra:.0f} MB (kept residuals included)")
+    for name, total in whole.items():
+        print(f"| {name} | {total:.2f} | {total / floor:.2f} | {total / ours:.2f} |")
+    print(f"peak memory of a sweep beyond the model: {extra:.0f} MB (kept residuals included)")
     if args.generation:
         plain, steered = generation_speed(model, pairs, everywhere, args.repeats)
-        print(f"generation: {plain:.1f} tokens/s unsteered, {steered:.1f} steered, {steered / plain:.3f}×")
+        print(f"generation: {plain:.1f} tokens/s unsteered, {steered:.1f} steered: {steered / plain:.3f} ×")
 
 
-def median(run: Callable[[], Any], repeats: int) -> float:
-    """Median CPU seconds of `repeats` runs after a warm-up."""
-    seconds = []
+def medians(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each, after one warm-up; taken in turn, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for k in range(repeats + 1):
-        start = time.process_time()
-        run()
-        if k:
-            seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if k:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(run: Callable[[], Any]) -> float:
+    """MB of resident memory above what is held now, while `run` runs for the second time."""
+    run()
+    peak, held, stop = 0, _resident(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.01):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    stop.set()
+    watcher.join()
+    return max(0, peak - held) / 2**20
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 # --- what is measured ---

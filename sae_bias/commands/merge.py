@@ -23,17 +23,19 @@ def register(app: typer.Typer) -> None:
 def merge(run: Run, json: Json = False, out: Out = None, quiet: Quiet = False) -> None:
     """Join the cells that `--shard I/N` runs left in one folder.
 
-    Cells are moved, not measured again. The command of the shards, run once more without --shard, then finds every cell done and
-    writes the tables. With --out, the result of the merge is written there as merge.json.
+    Cells are moved, not measured again; where that completes the sweep, its table is written. The command of the shards, run once more
+    without --shard, finds every cell done and adds the summary. With --out, the result of the merge is written there as merge.json.
     """
     with Console(json, quiet) as console:
-        from sae_bias.store import RunFolder, merge_shards
+        from sae_bias.store import RunFolder
+        from sae_bias.sweep import merge_run
 
         if not run.is_dir():
             raise RequestError(f"there is no run folder {run}; give the --out that the shards were run with.")
         folder = run / "sweep" if (run / "sweep" / "shards").is_dir() else run
         again = _command(folder)
-        found = {"run": str(run), "cells": merge_shards(folder), "next": again}
+        cells, whole = merge_run(folder)
+        found = {"run": str(run), "cells": cells, "complete": whole is not None, "next": again}
         if out is not None:
             RunFolder(out).write_json("merge", found)
         console.say(f"{found['cells']} new cells in {folder}")
