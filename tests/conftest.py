@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models: a second thread only waits, here and in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_DATA = "SAE_BIAS_REAL_DATA"
 
