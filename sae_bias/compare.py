@@ -1,9 +1,9 @@
 """The feature against its baselines at equal cost: how much of the bias does each method remove at the same KL?
 
 Every method has a strength axis: the share s of its part that is taken out (a' = (1 - s)·a for features, x' = x - s·P(x - μ) for
-directions; s = 1 takes all of it out, s < 0 is the opposite sign). Its curve of reduction against KL, the worst of the three text
-kinds, is walked from s = 0 and read at common levels of KL by linear interpolation; where the curve has not reached a level, the most
-it removed before stands there, and `reached` is False. Directions are found and strengths laid out on the discover templates;
+directions; s = 1 takes all of it out, s < 0 is the opposite sign). Bias removed is 1 - |B_s/B_0|: a bias turned round is not removed.
+Its curve against KL, the worst of the three text kinds, is walked from s = 0 and read at common levels of KL by linear interpolation;
+where the curve has not reached a level, the most it removed before stands there, and `reached` is False. Directions are found and strengths laid out on the discover templates;
 every reduction is of the report templates.
 """
 
@@ -55,7 +55,7 @@ class Comparison:
     frame: pd.DataFrame
     """One row a method and share, on the report templates: method, share, kl (worst text kind), reduction with its interval …"""
     table: pd.DataFrame
-    """One row a method: reduction at each KL level (`kl_0.01`), whether it got there (`reached_0.01`), what it reads."""
+    """One row a method: bias removed at each KL level (`kl_0.01`), whether it got there (`reached_0.01`), what it reads."""
     ridge: RidgeProbe = field(repr=False)
     path: Path | None = None
 
@@ -224,28 +224,28 @@ def _curves(result: SweepResult) -> pd.DataFrame:
 
 
 def equal_kl(frame: pd.DataFrame, levels: Sequence[float] = KL_LEVELS) -> pd.DataFrame:
-    """Reduction of each method at each level of KL; rows need method, share, kl, reduction."""
+    """Bias removed by each method at each level of KL; rows need method, share, kl, reduction."""
     rows = []
     for method, part in frame.groupby("method", sort=False):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kl = np.concatenate([[0.0], part["kl"].to_numpy()])
-        reduction = np.concatenate([[0.0], part["reduction"].to_numpy()])
+        removed = np.concatenate([[0.0], 1 - np.abs(1 - part["reduction"].to_numpy())])
         row: dict[str, object] = {"method": method, "kind": part["kind"].iloc[0] if "kind" in part else ""}
         for level in levels:
-            row[f"kl_{level:g}"], row[f"reached_{level:g}"] = at_kl(kl, reduction, level)
+            row[f"kl_{level:g}"], row[f"reached_{level:g}"] = at_kl(kl, removed, level)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def at_kl(kl: np.ndarray, reduction: np.ndarray, level: float) -> tuple[float, bool]:
-    """Most reduction on the curve up to the point where KL first passes `level`, and whether it passes it."""
-    best = reduction[0]
+def at_kl(kl: np.ndarray, removed: np.ndarray, level: float) -> tuple[float, bool]:
+    """Most bias removed on the curve up to the point where KL first passes `level`, and whether it passes it."""
+    best = removed[0]
     for i in range(1, len(kl)):
         if kl[i] > level:
             step = kl[i] - kl[i - 1]
             part = (level - kl[i - 1]) / step if step > 0 else 0.0
-            return float(max(best, reduction[i - 1] + part * (reduction[i] - reduction[i - 1]))), True
-        best = max(best, reduction[i])
+            return float(max(best, removed[i - 1] + part * (removed[i] - removed[i - 1]))), True
+        best = max(best, removed[i])
     return float(best), False
 
 

@@ -3,8 +3,8 @@
     w = (XᵀX + λI)⁻¹ Xᵀy        R² = 1 - Σ(y - ŷ)² / Σ(y - ȳ)²  on the held-out folds
 
 X is centred and divided by one number a layer, y centred, both from the training folds alone. λ is chosen inside the training
-folds by generalised cross-validation (Golub, Heath & Wahba 1979). Whole templates are held out where there are any: with pairs
-split over folds a probe reads the template. The control shuffles the labels (within nothing: every label may go anywhere).
+folds, by holding out each of them in turn. Whole templates are held out where there are any: with pairs split over folds a probe
+reads the template. The control shuffles the labels over all texts.
 """
 
 from __future__ import annotations
@@ -135,39 +135,60 @@ def ridge_probe(
                 "n_groups": len(set(groups)),
             }
         )
-        weights.append(_Ridge(x, y[:, None]).weights[:, 0])
+        weights.append(_fit(x, y[:, None], fold).weights[:, 0])
         means.append(x[y <= np.median(y)].mean(0) if len(np.unique(y)) > 2 else x[y == y.min()].mean(0))
     return RidgeProbe(pd.DataFrame(rows), np.stack(weights), np.stack(means), layers)
 
 
 class _Ridge:
-    """One ridge fit, by the eigenvalues of XXᵀ; several targets share it, each with its own λ."""
+    """Ridge fits for every penalty, by the eigenvalues of XXᵀ; several targets share them."""
 
     def __init__(self, x: Float[Array, "n d"], y: Float[Array, "n k"]):
         self.mean, self.y_mean = x.mean(0), y.mean(0)
         centred = x - self.mean
         self.scale = float(np.sqrt((centred**2).mean())) or 1.0
-        z = centred / self.scale
-        values, vectors = np.linalg.eigh(z @ z.T)
+        self.z = centred / self.scale
+        values, self.vectors = np.linalg.eigh(self.z @ self.z.T)
         values = values.clip(min=0)
-        projected = vectors.T @ (y - self.y_mean)
-        penalties = PENALTIES * max(values.mean(), 1e-12)
-        shrink = values[:, None] / (values[:, None] + penalties)  # [n, n_penalties]
-        left = projected[:, None, :] * (1 - shrink[:, :, None])
-        degrees = 1 - (shrink.sum(0) + 1) / len(y)
-        score = (left**2).sum(0) / np.maximum(degrees[:, None], 1e-3) ** 2
-        best = penalties[score.argmin(0)]  # [k]
-        self.weights = z.T @ (vectors @ (projected / (values[:, None] + best))) / self.scale
+        self.penalties = PENALTIES * max(values.mean(), 1e-12)
+        self.inverse = 1 / (values[:, None] + self.penalties)  # [n, n_penalties]
+        self.projected = self.vectors.T @ (y - self.y_mean)
+        self.best = np.zeros(y.shape[1], dtype=int)
+
+    @property
+    def weights(self) -> Float[Array, "d k"]:
+        """Weights at each target's own penalty."""
+        return self.z.T @ (self.vectors @ (self.projected * self.inverse[:, self.best])) / self.scale
 
     def predict(self, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
         return (x - self.mean) @ self.weights + self.y_mean
+
+    def paths(self, x: Float[Array, "n d"]) -> Float[Array, "n k n_penalties"]:
+        """Predictions at every penalty."""
+        rows = ((x - self.mean) / self.scale) @ self.z.T @ self.vectors
+        return (
+            np.einsum("ni,ik,ip->nkp", rows, self.projected, self.inverse, optimize=True)
+            + self.y_mean[:, None]
+        )
+
+
+def _fit(x: Array, y: Array, fold: Array) -> _Ridge:
+    """A fit whose penalty did best when each of its folds was held out."""
+    fit = _Ridge(x, y)
+    if len(np.unique(fold)) > 1:
+        error = np.zeros((y.shape[1], len(PENALTIES)))
+        for k in np.unique(fold):
+            test = fold == k
+            error += ((_Ridge(x[~test], y[~test]).paths(x[test]) - y[test][:, :, None]) ** 2).sum(0)
+        fit.best = error.argmin(1)
+    return fit
 
 
 def _held_out(x: Array, y: Array, fold: Array) -> Array:
     out = np.empty_like(y)
     for k in np.unique(fold):
         test = fold == k
-        out[test] = _Ridge(x[~test], y[~test]).predict(x[test])
+        out[test] = _fit(x[~test], y[~test], fold[~test]).predict(x[test])
     return out
 
 

@@ -159,18 +159,29 @@ def test_ridge_on_pairs_reads_ai_against_human(gemma3, pairs):
         probe.direction(9)
 
 
-def test_ridge_equals_the_normal_equations(gemma3):
-    """The fit is (XᵀX + λI)⁻¹Xᵀy for the λ it chose."""
+@pytest.mark.parametrize("penalty", [0, 7, 14])
+def test_ridge_equals_the_normal_equations(penalty):
+    """(XᵀX + λI)⁻¹Xᵀy, and the path's prediction is the weights'."""
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(40, 6)), rng.normal(size=(40, 1))
     fit = ridge._Ridge(x, y)
+    fit.best[:] = penalty
     z = (x - x.mean(0)) / fit.scale
-    mean = np.linalg.eigvalsh(z @ z.T).clip(min=0).mean()
-    errors = []
-    for penalty in ridge.PENALTIES * mean:
-        w = np.linalg.solve(z.T @ z + penalty * np.eye(6), z.T @ (y - y.mean(0))) / fit.scale
-        errors.append(np.abs(w - fit.weights).max())
-    assert min(errors) < 1e-10
+    expected = (
+        np.linalg.solve(z.T @ z + fit.penalties[penalty] * np.eye(6), z.T @ (y - y.mean(0))) / fit.scale
+    )
+    np.testing.assert_allclose(fit.weights, expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(fit.paths(x)[:, :, penalty], fit.predict(x), atol=1e-9)
+
+
+def test_the_penalty_is_chosen_on_other_templates(gemma3, layers_of):
+    """Where templates differ much more than the two sides do, a probe that fits them does worse than none: R² stays near 0."""
+    rng = np.random.default_rng(3)
+    group = np.repeat(np.arange(12), 10)
+    x = 5 * rng.normal(size=(12, D))[group] + rng.normal(size=(120, D))
+    layers_of(x)
+    probe = ridge_probe(gemma3.model, _texts(120), np.tile([0.0, 1.0], 60), layers=[0], groups=list(group))
+    assert -0.2 < probe.frame["r2"][0] < 0.2
 
 
 @pytest.mark.parametrize(

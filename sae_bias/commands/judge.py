@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_bias.commands.console import Console
-from sae_bias.commands.options import Json, Quiet, Seed, example
+from sae_bias.commands.options import Json, Out, Quiet, Seed, example
 from sae_bias.commands.run_files import add_summary
 from sae_bias.errors import MissingError, RequestError
 
@@ -108,13 +108,14 @@ def judge(
     timeout: Timeout = 120.0,
     yes: Yes = False,
     seed: Seed = 0,
+    out: Out = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Let judges rate a run's texts.
 
     The judge never learns which text was steered. Replies are kept as they come: the same command goes on where it stopped, and no
-    reply is paid for twice. A reply without a rating is left out and counted.
+    reply is paid for twice. A reply without a rating is left out and counted. Results go into RUN, or into --out with a copy of its texts.
     """
     with Console(json, quiet) as console:
         from sae_bias.judge import Judge, Pace, run_judge
@@ -128,12 +129,17 @@ def judge(
         if not (run / "manifest.json").is_file():
             raise RequestError(f"{run} is not a run folder: it has no manifest.json.")
         texts = folder.read_table("generations")
+        if out is not None:
+            facts = folder.read_json("manifest")
+            folder = RunFolder(out)
+            folder.write_json("manifest", facts)
+            folder.write_table("generations", texts)
         chosen = [
             Judge(name, base_url, api_key, dollars_in=price_in, dollars_out=price_out) for name in judges
         ]
         with folder.writing():
             result = run_judge(
-                texts, chosen, out=run, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed,
+                texts, chosen, out=folder.path, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed,
                 confirm=lambda cost: yes or _asked(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=console.progress,
             )  # fmt: skip
             folder.write_table("judge", result.table)
@@ -146,7 +152,7 @@ def judge(
             "paired_sd": "paired SD", "needed_n": "prompts needed", "alpha": "α", "repeat_sd": "repeat SD", "order_bound": "order-bound",
         }  # fmt: skip
         console.table("Judged", result.to_frame(), columns)
-        console.finish({"run": str(run), **result.summary()})
+        console.finish({"run": str(folder.path), **result.summary()})
         if result.n_unanswered:
             raise MissingError(
                 f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); what came is kept, "
