@@ -79,7 +79,7 @@ def test_stacked_passes_stay_within_the_token_budget(gemma3, pairs, probe, monke
     runner = ProbeEngine(gemma3.model, pairs, probe)
     largest = max(b.tokens.numel() for b in runner.reading.plan.batches)
     budget = 2 * largest
-    monkeypatch.setattr(engine_module, "BATCH_TOKENS", {"cpu": budget})
+    monkeypatch.setattr(engine_module, "STACK_TOKENS", {"cpu": budget})
     seen.clear()
     runner.run_many([[sb.Steer(gemma3.feature(F), float(v))] for v in range(1, 8)])
     assert max(seen) <= budget
