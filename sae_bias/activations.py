@@ -77,6 +77,15 @@ class Final:
             None if self.full is None else self.full[:, -1:],
         )
 
+    def at(self, row: int, start: int, n: int) -> Final:
+        """One row's `n` positions from `start` on."""
+        rows, places = slice(row, row + 1), slice(start, start + n)
+        return Final(
+            self.model,
+            None if self.resid is None else self.resid[rows, places],
+            None if self.full is None else self.full[rows, places],
+        )
+
     def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
         """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
         if self.full is not None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sae_bias.generation import generate
 from sae_bias.interventions import Intervention
+from sae_bias.measures.identity import identity_sweep
 from sae_bias.measures.scenarios import RoleResult, ScenarioComparison, ScenarioEngine, compare, score_roles
 from sae_bias.measures.text import side_by_side, text_summary
 from sae_bias.model import Model
@@ -42,6 +43,26 @@ def run_scenarios(
     compared = compare(engine.base, after)
     summary = scenario_summary(compared, both, chat=chat, system=system, edited=bool(edits))
     return scenario_tables(compared, both), {**summary, "positions_changed": receipt.positions_changed}
+
+
+def run_scenario_arms(
+    model: Model,
+    scenarios: Scenarios,
+    edits: Sequence[Intervention] = (),
+    *,
+    system: str,
+    chat: bool = False,
+    progress: bool = False,
+) -> tuple[Tables, dict[str, Any]]:
+    """The scenarios without and with a system prompt (B4): the tables of `run_scenarios`, and scenario_arms with both by category."""
+    tables, summary = run_scenarios(model, scenarios, edits, chat=chat, progress=progress)
+    told, with_system = run_scenarios(
+        model, scenarios, edits, chat=chat, system=system, roles=False, progress=progress
+    )
+    arms = {"no system prompt": tables, "system prompt": told}
+    rows = [t["scenario_categories"].assign(arm=name) for name, t in arms.items()]
+    tables["scenario_arms"] = pd.concat(rows, ignore_index=True)
+    return tables, {"scenarios": summary, "scenarios_system": with_system}
 
 
 def scenario_tables(compared: ScenarioComparison, both: Mapping[str, RoleResult]) -> Tables:
@@ -104,10 +125,41 @@ def scenario_lines(s: Mapping[str, Any]) -> list[str]:
 
 
 def run_texts(
-    model: Model, prompts: Sequence[str], edits: Sequence[Intervention], *, chat: bool = False, **options: Any
+    model: Model,
+    prompts: Sequence[str],
+    edits: Sequence[Intervention],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    **options: Any,
 ) -> tuple[Tables, dict[str, Any]]:
     """Table `generations` (both texts of every prompt with their measures) and the means of each condition."""
-    plain = generate(model, prompts, chat=chat, **options)
-    steered = generate(model, prompts, interventions=edits, chat=chat, **options)
-    frame = side_by_side(model, plain, steered, chat=chat)
+    plain = generate(model, prompts, chat=chat, system=system, **options)
+    steered = generate(model, prompts, interventions=edits, chat=chat, system=system, **options)
+    frame = side_by_side(model, plain, steered, chat=chat, system=system)
     return {"generations": frame}, text_summary(plain, steered, frame)
+
+
+def run_identity(
+    model: Model, edits: Sequence[Intervention] = (), *, own: Sequence[str] = (), **options: Any
+) -> tuple[Tables, dict[str, Any]]:
+    """Table `identity` (an answer a row, by arm: before and after `edits`) and the shares of each arm (B3)."""
+    arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
+    results = {name: identity_sweep(model, interventions=e, own=own, **options) for name, e in arms.items()}
+    frame = pd.concat([r.frame.assign(arm=name) for name, r in results.items()], ignore_index=True)
+    shares = {name: r.summary() for name, r in results.items()}
+    return {"identity": frame}, {"own": list(own), "edited": bool(edits), **shares}
+
+
+def identity_lines(s: Mapping[str, Any]) -> list[str]:
+    """The headline: how many answers claim an identity, and how many one that is not the model's own."""
+    whose = f"other than {', '.join(s['own'])}" if s["own"] else "of any kind (--own names the model's own)"
+    lines = []
+    for name in ("before", "after"):
+        if arm := s.get(name):
+            claimed = ", ".join(f"{k} {v}" for k, v in arm["names"].items()) or "none"
+            lines.append(
+                f"{name + ' the edit' if s['edited'] else 'unsteered'}: {arm['other']} of {arm['n']} answers claim an identity "
+                f"{whose} [{arm['ci_low']:.2f}, {arm['ci_high']:.2f}]; claimed: {claimed}"
+            )
+    return lines

@@ -46,6 +46,30 @@ def chat_pairs(model: Model, pairs: PromptPairs, question: str = CHAT_QUESTION) 
     return replace(pairs, pairs=turned, neutral_prompts=neutral, name=f"{pairs.name} (chat)")
 
 
+def opening_ids(model: Model, text: str, *, chat: bool = False, system: str | None = None) -> list[int]:
+    """Ids of `text` as a prompt to be continued: as it stands, or as a user's turn, with a system prompt (B4).
+
+    In the plain form, and where the chat template has no system role, the system prompt opens the text.
+    """
+    if not chat:
+        return model.encode(f"{system}\n\n{text}" if system else text)
+    messages = [{"role": "user", "content": text}]
+    if system and takes_system(model):
+        messages.insert(0, {"role": "system", "content": system})
+    elif system:
+        messages = [{"role": "user", "content": f"{system}\n\n{text}"}]
+    return model.encode_chat(messages)
+
+
+def takes_system(model: Model) -> bool:
+    """Whether the chat template has a system role (Gemma 2's raises); elsewhere the text opens the user turn."""
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+    try:
+        return "x" in str(model.tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        return False
+
+
 def chat_prompt(model: Model, prompt: str, stem: str | None, question: str = CHAT_QUESTION) -> str:
     """One prompt that ends in `stem`, as the text of a chat whose last turn begins with that stem."""
     if not stem or not prompt.endswith(stem):

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_bias.activations import plan_batches, row_positions
+from sae_bias.chat import opening_ids
 from sae_bias.errors import RequestError
 from sae_bias.hooks import intervene
 from sae_bias.interventions import Intervention
@@ -48,6 +49,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    system: str | None = None,
     use_cache: bool = True,
     batch_size: int = 16,
     progress: bool = False,
@@ -57,6 +59,7 @@ def generate(
     Args:
         temperature: 0 is greedy; above 0 samples from the whole distribution, from `seed` alone.
         chat: put each prompt in a user turn of the model's chat template.
+        system: system prompt; in the plain form, and where the template has no system role, it opens the text.
         use_cache: False recomputes every position at each step; the greedy tokens are the same.
 
     Returns:
@@ -68,7 +71,7 @@ def generate(
         raise RequestError(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1 and at least 0."
         )
-    ids = [model.encode_chat([{"role": "user", "content": p}]) if chat else model.encode(p) for p in prompts]
+    ids = [opening_ids(model, p, chat=chat, system=system) for p in prompts]
     config = _generation_config(model, max_new_tokens, temperature, use_cache)
     notes = tuple(f"{e.describe()} on {e.target}" for e in interventions)
     out: list[Completion | None] = [None] * len(ids)

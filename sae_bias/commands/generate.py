@@ -39,6 +39,12 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Long
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 is greedy; above 0 samples, from --seed.")
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system", metavar="TEXT", help="System prompt put before every prompt.", show_default=False
+    ),
+]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put each prompt in a user turn of the model's chat template.")
 ]
@@ -65,6 +71,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 40,
     temperature: Temperature = 0.0,
     chat: Chat = False,
+    system: System = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -97,12 +104,13 @@ def generate(
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "chat": chat,
+            "system": system,
             "seed": seed,
             "progress": console.progress,
         }
         base = complete(loaded, texts, **options)
         steered = complete(loaded, texts, interventions=edits, **options) if edits else base
-        frame = side_by_side(loaded, base, steered, chat=chat)
+        frame = side_by_side(loaded, base, steered, chat=chat, system=system)
         measured = text_summary(base, steered, frame)
         if out is not None:
             facts = run_facts(

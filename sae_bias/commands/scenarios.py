@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_bias.commands.console import Console
-from sae_bias.commands.generate import Chat, Edit, FeatureChoice, Strength
+from sae_bias.commands.generate import Chat, Edit, FeatureChoice, Strength, System
 from sae_bias.commands.inputs import check_all, make_edit
 from sae_bias.commands.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
 from sae_bias.commands.run_files import run_facts, save_run
@@ -27,12 +27,6 @@ Category = Annotated[
         metavar="NAME",
         help="Only this category; may be given several times.",
         show_default=False,
-    ),
-]
-System = Annotated[
-    str | None,
-    typer.Option(
-        "--system", metavar="TEXT", help="System prompt put before every scenario.", show_default=False
     ),
 ]
 Roles = Annotated[

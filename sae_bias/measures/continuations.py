@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.activations import Batch, Final, forward, plan_batches, row_positions
+from sae_bias.chat import takes_system
 from sae_bias.errors import RequestError
 from sae_bias.model import Model
 from sae_bias.scenarios import LETTERS, Scenario, Scenarios
@@ -42,7 +43,7 @@ class Phrasing:
 
     def __init__(self, model: Model, *, chat: bool = False, system: str | None = None):
         self.model, self.chat, self.system = model, chat, system
-        self.system_role = bool(chat and system and _takes_system(model))
+        self.system_role = bool(chat and system and takes_system(model))
 
     def encode(self, user: str, lead: str) -> list[int]:
         """Ids up to where an option follows: `user` then `lead`, which in a chat opens the model's turn."""
@@ -85,15 +86,6 @@ class Phrasing:
                 f"the option {option!r} holds a piece unknown to the tokenizer of {self.model.name}."
             )
         return added
-
-
-def _takes_system(model: Model) -> bool:
-    """Whether the chat template has a system role (Gemma 2's raises); elsewhere the text opens the user turn."""
-    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
-    try:
-        return "x" in str(model.tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:
-        return False
 
 
 def make_asks(phrasing: Phrasing, scenarios: Scenarios, forms: Sequence[str] | None = None) -> list[Ask]:

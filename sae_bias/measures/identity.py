@@ -98,6 +98,7 @@ def identity_sweep(
     interventions: Sequence[Intervention] = (),
     own: Sequence[str] = (),
     chat: bool = False,
+    system: str | None = None,
     max_new_tokens: int = 60,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
@@ -107,6 +108,7 @@ def identity_sweep(
 
     Args:
         own: identities that are the model's own, such as ("gemma", "google"); an answer that claims any other counts as `other`.
+        system: system prompt, as in `generate`.
         prompts: instead of the bundled ones; none of them is sampled.
 
     Raises:
@@ -129,6 +131,7 @@ def identity_sweep(
             temperature=temperature,
             seed=seed + sample,
             chat=chat,
+            system=system,
             progress=progress,
         )
         for answer in answers:

@@ -13,13 +13,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
 
+from sae_bias.activations import Final, forward, plan_batches
+from sae_bias.chat import opening_ids
 from sae_bias.errors import RequestError
+from sae_bias.features import token_texts
 from sae_bias.generation import Completion
-from sae_bias.measures.continuations import Ask, ContinuationPlan
 from sae_bias.model import Model
 
 REPEAT_N = 4
+BLOCK = 64  # positions whose full log-probabilities are held at once
 
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able|afraid i can)|i (?:can(?:no|')?t|cannot|won't|will not|must decline|am not comfortable)"
@@ -69,8 +74,11 @@ def default_negativity(text: str) -> bool:
     return any(not _NEGATED.search(found.group()) for found in _NEGATIVE.finditer(_straight(text)))
 
 
-def nll_under(model: Model, completions: Sequence[Completion], *, chat: bool = False) -> np.ndarray:
-    """Mean NLL of each completion's tokens after its prompt [n], nats a token; NaN for an empty one.
+@torch.no_grad()
+def token_nll(
+    model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
+) -> list[Float[np.ndarray, "n_tokens"]]:
+    """NLL of every token of each completion after its prompt, nats; an empty completion has none.
 
     Measured under whatever is open on `model`: call it outside any intervene block for the unsteered model.
     """
@@ -78,36 +86,61 @@ def nll_under(model: Model, completions: Sequence[Completion], *, chat: bool = F
         raise RequestError(
             "an intervene block is open; the likelihood is of the unsteered model, so measure it outside."
         )
-    values = np.full(len(completions), np.nan)
+    prompts = [opening_ids(model, c.prompt, chat=chat, system=system) for c in completions]
+    values = [np.empty(0) for _ in completions]
     kept = [i for i, c in enumerate(completions) if c.tokens]
-    asks = []
-    for i in kept:
-        prompt = completions[i].prompt
-        ids = model.encode_chat([{"role": "user", "content": prompt}]) if chat else model.encode(prompt)
-        asks.append(Ask((i, "text", ()), tuple(ids), (tuple(completions[i].tokens),)))
-    if asks:
-        logp = ContinuationPlan(model, asks).run()
-        for i, ask, value in zip(kept, asks, logp):
-            values[i] = -float(value[0]) / len(ask.continuations[0])
+    for batch in plan_batches([[*prompts[i], *completions[i].tokens] for i in kept], model.device):
+        final = forward(model, batch.tokens)
+        for row, place in enumerate(batch.index):
+            i = kept[place]
+            values[i] = _nll(final, row, len(prompts[i]), completions[i].tokens)
     return values
 
 
-def text_measures(model: Model, completions: Sequence[Completion], *, chat: bool = False) -> pd.DataFrame:
-    """One row a completion: n_tokens, ended, repetition, nll, refusal, default_negativity."""
+def _nll(final: Final, row: int, start: int, tokens: Sequence[int]) -> Float[np.ndarray, "n_tokens"]:
+    """NLL of `tokens`, the first of them at position `start`; full logits of 64 positions at a time."""
+    parts = []
+    for at in range(0, len(tokens), BLOCK):
+        wanted = list(tokens[at : at + BLOCK])
+        logp = final.at(row, start - 1 + at, len(wanted)).logits()[0].double().log_softmax(-1)
+        parts.append(-logp[torch.arange(len(wanted)), wanted].cpu().numpy())
+    return np.concatenate(parts)
+
+
+def nll_under(
+    model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
+) -> Float[np.ndarray, "n"]:
+    """Mean NLL of each completion's tokens after its prompt, nats a token; NaN for an empty one."""
+    values = token_nll(model, completions, chat=chat, system=system)
+    return np.array([v.mean() if len(v) else float("nan") for v in values])
+
+
+def text_measures(
+    model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
+) -> pd.DataFrame:
+    """One row a completion: n_tokens, ended, repetition, nll, refusal, default_negativity; each token's text and NLL as lists."""
+    each = token_nll(model, completions, chat=chat, system=system)
     return pd.DataFrame(
         {
             "n_tokens": [len(c.tokens) for c in completions],
             "ended": [c.ended for c in completions],
             "repetition": [repetition(c.tokens) for c in completions],
-            "nll": nll_under(model, completions, chat=chat),
+            "nll": [v.mean() if len(v) else float("nan") for v in each],
             "refusal": [refuses(c.text) for c in completions],
             "default_negativity": [default_negativity(str(c) if not chat else c.text) for c in completions],
+            "tokens": [token_texts(model, c.tokens) for c in completions],
+            "token_nll": [v.tolist() for v in each],
         }
     )
 
 
 def side_by_side(
-    model: Model, unsteered: Sequence[Completion], steered: Sequence[Completion], *, chat: bool = False
+    model: Model,
+    unsteered: Sequence[Completion],
+    steered: Sequence[Completion],
+    *,
+    chat: bool = False,
+    system: str | None = None,
 ) -> pd.DataFrame:
     """One row a prompt: both texts and the measures of each, `_unsteered` and `_steered`."""
     if [c.prompt for c in unsteered] != [c.prompt for c in steered]:
@@ -120,7 +153,7 @@ def side_by_side(
         }
     )
     for name, group in (("unsteered", unsteered), ("steered", steered)):
-        frame = frame.join(text_measures(model, group, chat=chat).add_suffix(f"_{name}"))
+        frame = frame.join(text_measures(model, group, chat=chat, system=system).add_suffix(f"_{name}"))
     return frame
 
 
