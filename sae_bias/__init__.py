@@ -22,6 +22,7 @@ _HOME = {
     "Probe": "probe",
     "ProbeResult": "probe",
     "run_probe": "probe",
+    "run_checks": "probe_checks",
     "SaeId": "sae",
     "FeatureRef": "sae",
     "Feature": "sae",
@@ -39,22 +40,28 @@ _HOME = {
     "ProjectOut": "interventions",
     "Reconstruct": "interventions",
     "Direction": "interventions",
+    "ridge_probe": "ridge",
+    "difference_of_means": "directions",
     "intervene": "hooks",
     "Receipt": "hooks",
     "generate": "generation",
     "Completion": "generation",
     "activation_table": "features",
     "feature_card": "cards",
+    "causal_ladder": "ladder",
     "match_features": "matching",
+    "resolve_index": "resolve",
     "rank_features": "ranking",
     "Ranking": "ranking",
     "Sweep": "sweep",
     "run_sweep": "sweep",
+    "compare_methods": "compare",
     "Scenario": "scenarios",
     "Scenarios": "scenarios",
     "load_scenarios": "scenarios",
     "score_scenarios": "measures.scenarios",
     "ScenarioResult": "measures.scenarios",
+    "specificity": "measures.specificity",
     "Judge": "judge",
     "run_judge": "judge",
     "Study": "study",
@@ -65,6 +72,8 @@ _HOME = {
 if TYPE_CHECKING:
     from sae_bias.activations import residuals as residuals
     from sae_bias.cards import feature_card as feature_card
+    from sae_bias.compare import compare_methods as compare_methods
+    from sae_bias.directions import difference_of_means as difference_of_means
     from sae_bias.errors import GateError as GateError
     from sae_bias.errors import MissingError as MissingError
     from sae_bias.errors import RequestError as RequestError
@@ -87,14 +96,17 @@ if TYPE_CHECKING:
     from sae_bias.interventions import Steer as Steer
     from sae_bias.judge import Judge as Judge
     from sae_bias.judge import run_judge as run_judge
+    from sae_bias.ladder import causal_ladder as causal_ladder
     from sae_bias.matching import match_features as match_features
     from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
     from sae_bias.measures.scenarios import score_scenarios as score_scenarios
+    from sae_bias.measures.specificity import specificity as specificity
     from sae_bias.model import Model as Model
     from sae_bias.model import load_model as load_model
     from sae_bias.probe import Probe as Probe
     from sae_bias.probe import ProbeResult as ProbeResult
     from sae_bias.probe import run_probe as run_probe
+    from sae_bias.probe_checks import run_checks as run_checks
     from sae_bias.prompts import PromptGrid as PromptGrid
     from sae_bias.prompts import PromptPair as PromptPair
     from sae_bias.prompts import PromptPairs as PromptPairs
@@ -103,6 +115,8 @@ if TYPE_CHECKING:
     from sae_bias.ranking import Ranking as Ranking
     from sae_bias.ranking import rank_features as rank_features
     from sae_bias.report import write_report as write_report
+    from sae_bias.resolve import resolve_index as resolve_index
+    from sae_bias.ridge import ridge_probe as ridge_probe
     from sae_bias.sae import Feature as Feature
     from sae_bias.sae import FeatureRef as FeatureRef
     from sae_bias.sae import Sae as Sae

@@ -82,7 +82,7 @@ class Comparison:
         return self.table.round(4).to_html(escape=True, index=False)
 
 
-def compare(
+def compare_methods(
     model: Model,
     feature: FeatureLike,
     pairs: PromptPairs,
@@ -251,25 +251,6 @@ def at_kl(kl: np.ndarray, removed: np.ndarray, level: float) -> tuple[float, boo
 
 def frontier_of(frame: pd.DataFrame) -> go.Figure:
     """Bias removed against KL, a line a method."""
-    from sae_bias.plot_style import AI, GREEN, HOVER, HUMAN, NEUTRAL, PURPLE, figure, plain, zero_line
+    from sae_bias.check_plots import methods_at_cost
 
-    colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
-    fig = figure("Bias removed at its cost", "KL in nats a token, the worst of the text kinds", "share of the bias removed", height=520)  # fmt: skip
-    dashes = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
-    for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
-        part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
-        kind = str(part["kind"].iloc[0])
-        hover = [f"<b>{plain(str(method))}</b><br>share {r.share:g}<br>reduction {r.reduction:.1%}<br>KL {r.kl:.4f}" for r in part.itertuples()]  # fmt: skip
-        fig.add_scatter(
-            x=part["kl"].clip(lower=1e-4),
-            y=part["reduction"],
-            mode="lines+markers",
-            name=plain(str(method)),
-            line={"color": colors.get(kind, GREEN), "dash": "solid" if kind == "candidate" else dashes[i % len(dashes)], "width": 3 if kind == "candidate" else 1.5},
-            opacity=0.55 if kind == "control" else 1.0,
-            customdata=hover,
-            hovertemplate=HOVER,
-        )  # fmt: skip
-    fig.update_xaxes(type="log")
-    fig.update_yaxes(tickformat=".0%")
-    return zero_line(fig, "y")
+    return methods_at_cost(frame)

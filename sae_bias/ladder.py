@@ -104,7 +104,7 @@ class Ladder:
         )
 
 
-def ladder(
+def causal_ladder(
     model: Model,
     feature: Feature | FeatureRef | str,
     pairs: PromptPairs,
@@ -273,7 +273,7 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
             final = _Frozen(model, r)
             value = weighted_score(engine, final, batch, coefficients, normaliser)
             (grad,) = torch.autograd.grad(value, r)
-        per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).double().cpu().numpy()
+        per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
     by_prompt = per_prompt.reshape(len(plan.prompts), -1).sum(1)
     place = np.asarray(engine.reading._place)
     return by_prompt[place[:, HUMAN]] - by_prompt[place[:, AI]]

@@ -65,6 +65,13 @@ class Checks:
     def to_frame(self) -> pd.DataFrame:
         return self.summary.copy()
 
+    def run_tables(self) -> dict[str, pd.DataFrame]:
+        """The tables by the name they have in a run folder: `checks` (the summary), `levels`, `word_levels`, `check_…`."""
+        named = {"subjects": "levels", "levels": "word_levels"}
+        return {"checks": self.summary} | {
+            named.get(name, f"check_{name}"): table for name, table in self.tables.items()
+        }
+
     def __repr__(self) -> str:
         text = self.summary.round(4).to_string(index=False)
         skipped = "".join(f"\nnot checked: {name} ({why})" for name, why in self.skipped.items())

@@ -34,6 +34,7 @@ from sae_bias.ordering import LEVELS, SUBJECTS, published_fit, published_order, 
 from sae_bias.probe import Probe, default_probe
 from sae_bias.prompt_residuals import last_residuals
 from sae_bias.prompts import PromptGrid, PromptPairs, load_grid
+from sae_bias.registry import release_names, sae_release
 from sae_bias.remote_sae import Confirm, RemoteTensorFile, Span, hub_place, is_cached, open_remote, w_enc_file
 from sae_bias.sae import Feature, FeatureRef, Sae, SaeId, load_sae
 from sae_bias.stats_clustered import clustered_mean
@@ -120,7 +121,7 @@ class _Candidate:
     feature: Feature | None = None
 
 
-def resolve(
+def resolve_index(
     model: Model,
     index: int,
     saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str,
@@ -169,7 +170,7 @@ def resolve(
 
 
 def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[Sae | SaeId | str]:
-    """The candidates named; a folder that is no SAE itself stands for every SAE below it.
+    """The candidates named; a folder that is no SAE itself stands for every SAE below it, a release for all of its SAEs.
 
     Raises:
         RequestError: nothing named, or a folder with no SAE in it.
@@ -178,6 +179,14 @@ def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[S
     found: list[Sae | SaeId | str] = []
     for name in given:
         folder = Path(str(name)).expanduser() if isinstance(name, str | Path) else None
+        if (
+            folder is not None
+            and not folder.exists()
+            and "/" not in str(name)
+            and str(name) in release_names()
+        ):
+            found += [f"{name}/{sae_id}" for sae_id in sae_release(str(name)).folders]
+            continue
         if folder is None or not folder.is_dir() or _holds_weights(folder):
             found.append(str(name) if isinstance(name, Path) else name)  # type: ignore[arg-type]
             continue
@@ -286,7 +295,7 @@ def _read(candidate: _Candidate, resid: dict[int, Tensor], index: int) -> None:
     else:
         blocks.append(sae.encode(x))
         candidate.feature = sae.feature(index)
-    candidate.acts = torch.cat(blocks, dim=1).double().cpu().numpy()
+    candidate.acts = torch.cat(blocks, dim=1).cpu().double().numpy()
     columns = np.concatenate([np.arange(a, b) for a, b in candidate.spans])
     candidate.place = int(np.flatnonzero(columns == index)[0])
     remote = _remote(sae)

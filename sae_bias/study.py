@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 from sae_bias.attribution import attribution, cumulative_ablation, exact_ablation
-from sae_bias.behavior import run_scenarios, run_texts
+from sae_bias.behavior import run_identity, run_scenario_arms, run_scenarios, run_texts
+from sae_bias.cards import feature_card
 from sae_bias.controls import empirical_p
 from sae_bias.directions import difference_of_means
 from sae_bias.engine import ProbeEngine
@@ -38,10 +39,12 @@ from sae_bias.provenance import manifest
 from sae_bias.ranking import Ranking, rank_features
 from sae_bias.registry import organism_folder
 from sae_bias.replication import Replication, ReplicationResult, run_replication
+from sae_bias.resolve import expand_saes
 from sae_bias.sae import FeatureRef, as_feature, load_sae
 from sae_bias.scenarios import load_scenarios
 from sae_bias.stats_design import split_templates
 from sae_bias.store import RunFolder, plain
+from sae_bias.study_checks import feature_tables, probe_tables, switch_tables
 from sae_bias.subject_checks import decompose
 from sae_bias.summary import (
     bias_summary,
@@ -71,7 +74,7 @@ class Study(BaseModel):
     model: str
     """Hub id, local folder, or organism:NAME."""
     saes: tuple[str, ...] = ()
-    """SAEs to search; empty runs the probe alone."""
+    """SAEs to search: names, folders of them, or whole releases; empty runs the probe alone."""
     pairs: str | None = None
     """Pairs file, or None for the bundled 280."""
     grid: str | None = None
@@ -85,10 +88,18 @@ class Study(BaseModel):
     strengths: tuple[float, ...] = STRENGTHS
     """Clamp values in units of the feature's largest activation on the discover prompts."""
     controls: Annotated[int, Field(ge=0, le=9999)] = 99
+    checks: bool = True
+    """Measure the probe's checks, and for the chosen feature the causal ladder, other questions' biases and its card."""
+    profile: Literal["standard", "as_published"] = "standard"
+    """`as_published` adds how each choice the published study leaves open moves the figures; ours stay the headline."""
     scenarios: str | None = None
     """Scenarios to score before and after: `scenarios` (the bundled sixty), `organism`, or a .yaml file."""
     chat: bool = False
-    """Put scenarios in the model's chat template."""
+    """Put scenarios and the identity sweep in the model's chat template."""
+    system: str | None = None
+    """System prompt of a second arm of the scenarios, beside the arm without one."""
+    identity: tuple[str, ...] | None = None
+    """Ask the model what it is, before and after; the names that are its own, such as [gemma, google], or []."""
     prompts: tuple[str, ...] = ()
     """Prompts to complete with and without the suppression."""
     seed: int = 0
@@ -165,7 +176,13 @@ class _Run:
         self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
-        self.bar = tqdm(total=7, desc="study", unit="step", disable=not progress, leave=False)
+        self.chosen: FeatureRef | None = None
+        steps = (["checks"] if study.checks else []) + (
+            ["switches"] if study.profile == "as_published" else []
+        )
+        if study.saes:
+            steps += ["rank", "table", "sweep", "joint", "behavior"] + (["feature"] if study.checks else [])
+        self.bar = tqdm(total=2 + len(steps), desc="study", unit="step", disable=not progress, leave=False)
 
     def run(self) -> dict[str, Any]:
         study = self.study
@@ -174,7 +191,7 @@ class _Run:
                 self.model = load_model(study.model, device=study.device, dtype=study.dtype)
                 self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
                 self.probe = _probe(study, self.pairs)
-                self.saes = [load_sae(s) for s in study.saes]
+                self.saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
                 self.split = _split(self.pairs, study)
                 self.fidelity = self.check()
             with self.step("probe"):
@@ -183,8 +200,16 @@ class _Run:
                 )
             self.write_base(base)
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
+            if self.study.checks:
+                with self.step("checks"):
+                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
+            if self.study.profile == "as_published":
+                with self.step("switches"):
+                    self.add(
+                        switch_tables(self.model, self.pairs, self.probe, base, self.chosen, self.study.seed)
+                    )
             summary["truth"] = _truth(self.model)
             summary["seconds"] = self.seconds
         return summary
@@ -210,7 +235,7 @@ class _Run:
         place = {t: name for name, templates in self.split.items() for t in templates}
         frame["split"] = [place.get(t, "all") for t in frame["template"]]
         self.folder.write_table("pairs", frame)
-        if self.pairs.neutral_prompts:
+        if self.pairs.neutral_prompts and not self.study.checks:  # the checks write the same table
             subjects = decompose(self.model, self.pairs, self.probe, base=base)
             self.folder.write_table("levels", subjects.frame)
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
@@ -231,7 +256,7 @@ class _Run:
             )
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
-        chosen = choose_feature(ranking)
+        self.chosen = chosen = choose_feature(ranking)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
@@ -240,7 +265,8 @@ class _Run:
         with self.step("table"):
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
-            sweep, cells = self.sweep(chosen, discover)
+            family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
+            sweep, cells = self.sweep(chosen, discover, list(family))
         summary = self.suppressed(base, chosen, sweep, cells)
         causal = (
             "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
@@ -252,7 +278,23 @@ class _Run:
         with self.step("behavior"):
             self.write_examples(base, chosen)
             summary |= self.behavior(chosen)
+        if self.study.checks:
+            with self.step("feature"):
+                report = self.pairs.select(templates=self.split["report"])
+                self.add(feature_tables(self.model, chosen, report, self.probe))
+                self.write_card(chosen)
         return summary
+
+    def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
+        tables, notes = found
+        self.write_tables(tables)
+        self.notes += notes
+
+    def write_card(self, chosen: FeatureRef) -> None:
+        """cards/INDEX.html in the run folder."""
+        page = self.folder.path / "cards" / f"{chosen.index}.html"
+        page.parent.mkdir(exist_ok=True)
+        feature_card(self.model, chosen, grid=self.grid).to_html(page)
 
     def rank(
         self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
@@ -292,7 +334,9 @@ class _Run:
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
         return pd.concat(curves, ignore_index=True)
 
-    def sweep(self, chosen: FeatureRef, discover: PromptPairs) -> tuple[SweepResult, list[Cell]]:
+    def sweep(
+        self, chosen: FeatureRef, discover: PromptPairs, family: list[str]
+    ) -> tuple[SweepResult, list[Cell]]:
         feature = as_feature(chosen)
         top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
         direction = difference_of_means(self.model, discover, feature.site)
@@ -303,7 +347,14 @@ class _Run:
         cells.append(Cell((Clamp(chosen, float(top)),), "opposite", "clamp +1 × max (opposite sign)"))
         cells.append(Cell((ProjectOut(direction),), "direction", "difference of means, projected out"))
         splits = {name: self.split[name] for name in ("tune", "report")}
-        sweep = Sweep(cells, controls=self.study.controls, costs=True, splits=splits, seed=self.study.seed)
+        sweep = Sweep(
+            cells,
+            controls=self.study.controls,
+            costs=True,
+            splits=splits,
+            seed=self.study.seed,
+            family=family,
+        )
         result = run_sweep(
             self.model,
             self.pairs,
@@ -379,8 +430,16 @@ class _Run:
             tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
             self.write_tables(tables)
         if self.study.scenarios is not None:
-            items = load_scenarios(self.study.scenarios)
-            tables, found["scenarios"] = run_scenarios(self.model, items, edits, chat=self.study.chat)
+            items, chat, system = load_scenarios(self.study.scenarios), self.study.chat, self.study.system
+            if system:
+                tables, more = run_scenario_arms(self.model, items, edits, system=system, chat=chat)
+                found |= more
+            else:
+                tables, found["scenarios"] = run_scenarios(self.model, items, edits, chat=chat)
+            self.write_tables(tables)
+        if self.study.identity is not None:
+            own = self.study.identity
+            tables, found["identity"] = run_identity(self.model, edits, own=own, chat=self.study.chat)
             self.write_tables(tables)
         return found
 

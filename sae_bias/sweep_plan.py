@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sae_bias.controls import control_edits
+from sae_bias.controls import RANDOM_RELEASE, control_edits
 from sae_bias.engine import STACK
 from sae_bias.errors import RequestError
 from sae_bias.hooks import loaded
@@ -56,6 +56,15 @@ class Cell:
         return " + ".join(dict.fromkeys(e.target for e in self.edits))
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the features and SAEs it edits, as `load_feature` and `load_sae` take them."""
+        named = (e for e in self.edits if hasattr(e, "feature") or hasattr(e, "sae"))
+        along = (e for e in self.edits if hasattr(e, "along") and not isinstance(e.along, Direction))  # type: ignore[attr-defined]
+        return tuple(
+            dict.fromkeys(e.target for e in (*named, *along) if not e.target.startswith(f"{RANDOM_RELEASE}/"))
+        )
+
+    @property
     def strength(self) -> float:
         return self.edits[0].strength if len(self.edits) == 1 else float("nan")
 
@@ -95,6 +104,8 @@ class Sweep:
     splits: Mapping[str, Sequence[str]] | None = None
     """Templates of each split, such as {"tune": …, "report": …}; None reports all pairs as split "all"."""
     seed: int = 0
+    family: Sequence[FeatureLike] = ()
+    """Features that are never controls: the others that were called."""
 
     def __init__(
         self,
@@ -104,6 +115,7 @@ class Sweep:
         costs: bool = False,
         splits: Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
+        family: Sequence[FeatureLike] = (),
     ):
         if isinstance(interventions, (Intervention, Cell)):
             interventions = [interventions]
@@ -114,6 +126,7 @@ class Sweep:
             ("costs", costs),
             ("splits", splits),
             ("seed", seed),
+            ("family", tuple(family)),
         ):
             object.__setattr__(self, name, value)
 
@@ -154,11 +167,12 @@ class Sweep:
         given = [g if isinstance(g, (Cell, tuple)) else (g,) for g in self.interventions]
         cells = [Cell((), "base", "base"), *(g if isinstance(g, Cell) else Cell(g) for g in given)]
         if self.controls:
+            family = [as_feature(f).ref for f in self.family]
             singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
             for edit in [e for e in singles if isinstance(e, FeatureEdit)][:1]:
                 cells += [
                     Cell((c,), "control", label)
-                    for c, label in control_edits(model, edit, pairs, self.controls, self.seed)
+                    for c, label in control_edits(model, edit, pairs, self.controls, self.seed, family=family)
                 ]
         return cells
 
@@ -181,6 +195,12 @@ class Plan:
     def costed(self, cell: Cell) -> bool:
         """Whether costs and the collapse test are measured for this cell."""
         return self.sweep.costs and cell.kind != "control" and not cell.needs_pairs
+
+    @property
+    def gate(self) -> str | None:
+        """The feature whose gate the random controls have: the first candidate's."""
+        edits = (c.edits[0] for c in self.cells if c.kind == "candidate" and len(c.edits) == 1)
+        return next((e.target for e in edits if isinstance(e, FeatureEdit)), None)
 
     @property
     def key(self) -> str:

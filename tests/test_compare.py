@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae_bias as sb
-from sae_bias.compare import at_kl, compare, equal_kl
+from sae_bias.compare import at_kl, equal_kl
 from sae_bias.registry import organism_folder
 
 
@@ -62,7 +62,7 @@ def comparison():
     report = tuple(dict.fromkeys(p.template for p in pairs if p.corpus is False))
     discover = tuple(t for t in pairs.templates if t not in report)
     feature = f"organism:planted/constructed#{truth['index']}"
-    return compare(model, feature, pairs, discover=discover, report=report, shares=(0.5, 1.0), k=3)
+    return compare_methods(model, feature, pairs, discover=discover, report=report, shares=(0.5, 1.0), k=3)
 
 
 def test_every_baseline_has_its_curve(comparison):
@@ -103,8 +103,8 @@ def test_a_comparison_prints_and_draws(comparison):
 
 def test_templates_are_never_in_both_splits(gemma3, pairs, probe):
     with pytest.raises(sb.SaeBiasError, match="both discover and report"):
-        compare(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"], report=["hello"])
+        compare_methods(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"], report=["hello"])
     with pytest.raises(sb.SaeBiasError, match="or neither"):
-        compare(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"])
+        compare_methods(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"])
     with pytest.raises(sb.SaeBiasError, match="at least 4"):
-        compare(gemma3.model, gemma3.feature(3), pairs, probe)
+        compare_methods(gemma3.model, gemma3.feature(3), pairs, probe)

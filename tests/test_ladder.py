@@ -11,7 +11,7 @@ import sae_bias as sb
 from sae_bias.activations import Kept, forward_with_grad
 from sae_bias.engine import ProbeEngine
 from sae_bias.interchange import AI, HUMAN, Interchange, common_suffix
-from sae_bias.ladder import direct_effect, frozen_norm, ladder
+from sae_bias.ladder import direct_effect, frozen_norm
 from sae_bias.logit_lens import norm_gain
 
 RUNGS = ["ceiling", "necessity", "resample", "sufficiency", "reverse ceiling", "all features", "error", "direct", "mediated"]  # fmt: skip
@@ -19,7 +19,7 @@ RUNGS = ["ceiling", "necessity", "resample", "sufficiency", "reverse ceiling", "
 
 @pytest.fixture
 def climbed(gemma3, pairs, probe):
-    return ladder(gemma3.model, gemma3.feature(1), pairs, probe)
+    return causal_ladder(gemma3.model, gemma3.feature(1), pairs, probe)
 
 
 def test_every_rung_has_an_interval_and_a_share(climbed):
@@ -113,14 +113,14 @@ def test_the_frozen_norm_is_the_norm_where_it_was_frozen(tiny):
 
 def test_words_of_several_tokens_and_log_odds_work(gemma3, pairs):
     probe = sb.Probe([*POSITIVE, SEVERAL_TOKENS[0]], NEGATIVE, score="logodds")
-    result = ladder(gemma3.model, gemma3.feature(1), pairs, probe, layers=[1], positions=1)
+    result = causal_ladder(gemma3.model, gemma3.feature(1), pairs, probe, layers=[1], positions=1)
     assert list(result.to_frame()["rung"]) == RUNGS
     assert len(result.words) == len(POSITIVE) + len(NEGATIVE) + 1
     assert result.ceilings["layer"].unique().tolist() == [1]
 
 
 def test_auroc_has_no_direct_path_and_says_so(gemma3, pairs):
-    result = ladder(gemma3.model, gemma3.feature(1), pairs, sb.Probe(POSITIVE, NEGATIVE, score="auroc"), layers=[1], positions=0)  # fmt: skip
+    result = causal_ladder(gemma3.model, gemma3.feature(1), pairs, sb.Probe(POSITIVE, NEGATIVE, score="auroc"), layers=[1], positions=0)  # fmt: skip
     assert "direct" not in set(result.to_frame()["rung"])
     assert "no gradient" in result.note
 
@@ -134,9 +134,9 @@ def test_the_picture_shows_every_rung(climbed):
 
 def test_bad_requests_are_refused(gemma3, pairs, probe):
     with pytest.raises(sb.RequestError, match="layers"):
-        ladder(gemma3.model, gemma3.feature(1), pairs, probe, layers=[9])
+        causal_ladder(gemma3.model, gemma3.feature(1), pairs, probe, layers=[9])
     with pytest.raises(sb.RequestError, match=str(D_SAE)):
-        ladder(gemma3.model, f"{gemma3.sae_folder}#{D_SAE}", pairs, probe)
+        causal_ladder(gemma3.model, f"{gemma3.sae_folder}#{D_SAE}", pairs, probe)
     apart = sb.PromptPairs((sb.PromptPair("a human says hello", "an AI says yes", "t", "e"),))
     with pytest.raises(sb.SaeBiasError):
-        ladder(gemma3.model, gemma3.feature(1), apart, probe)
+        causal_ladder(gemma3.model, gemma3.feature(1), apart, probe)

@@ -22,7 +22,7 @@ from sae_files import (
 import sae_bias as sb
 from sae_bias.ordering import published_fit, published_levels, published_rows
 from sae_bias.prompt_residuals import last_residuals
-from sae_bias.resolve import PAGE, expand_saes, null_spans, resolve
+from sae_bias.resolve import PAGE, expand_saes, null_spans
 
 INDEX, WIDTH = 700, 1536
 
@@ -73,7 +73,7 @@ def root(make_tiny, published, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resolved(make_tiny, root):
-    return resolve(make_tiny("llama").model, INDEX, str(root))
+    return resolve_index(make_tiny("llama").model, INDEX, str(root))
 
 
 def test_the_planted_candidate_is_found_and_the_rest_go_on(resolved, root):
@@ -109,10 +109,10 @@ def test_several_survivors_are_not_identifiable_until_suppression_tells(
     planted = fitting(model, published, 2)
     for seed in (1, 2):
         candidate(tmp_path / f"layer_2_l0_{seed}", seed, 2, planted)
-    without = resolve(model, INDEX, str(tmp_path))
+    without = resolve_index(model, INDEX, str(tmp_path))
     assert without.feature is None
     assert "not identifiable from the table: 2 candidates" in without.verdict
-    told = resolve(model, INDEX, str(tmp_path), pairs=pairs, probe=probe)
+    told = resolve_index(model, INDEX, str(tmp_path), pairs=pairs, probe=probe)
     assert told.to_frame()["removed"].notna().sum() == 2
     assert told.tie_broken == (told.feature is not None)
 
@@ -121,8 +121,8 @@ def test_nothing_fits_by_luck_and_too_few_others_are_counted(make_tiny, tmp_path
     model = make_tiny("llama").model
     for seed in range(4):
         candidate(tmp_path / f"layer_2_l0_{seed}", seed, 2)
-    assert resolve(model, INDEX, str(tmp_path)).feature is None
-    few = resolve(model, 3, [str(tmp_path / f"layer_2_l0_{s}") for s in range(4)], n_null=100)
+    assert resolve_index(model, INDEX, str(tmp_path)).feature is None
+    few = resolve_index(model, 3, [str(tmp_path / f"layer_2_l0_{s}") for s in range(4)], n_null=100)
     assert few.to_frame()["n_null"].min() >= 100
 
 
@@ -131,7 +131,7 @@ def test_under_two_percent_of_a_wide_file_is_read(make_tiny, tmp_path):
     for layer in (1, 2):
         write_sparse_gemma_scope_2(tmp_path / f"layer_{layer}", 32, 65_536, layer)
     before = _read_bytes()
-    found = resolve(model, 2511, str(tmp_path))
+    found = resolve_index(model, 2511, str(tmp_path))
     n_read = _read_bytes() - before
     total = found.to_frame()["bytes_file"].sum()
     assert n_read < 0.02 * total
@@ -163,23 +163,23 @@ def test_gemma_scope_1_files_resolve_too(make_tiny, published, tmp_path):
     weights["threshold"][INDEX] = 0.05
     for name, compressed in (("average_l0_70", False), ("average_l0_71", True)):
         write_gemma_scope_1(tmp_path / "layer_2/width_1k" / name, weights, compressed=compressed)
-    found = resolve(model, INDEX, str(tmp_path))
+    found = resolve_index(model, INDEX, str(tmp_path))
     assert (found.to_frame()["fit"] > 0.95).all()
 
 
 def test_bad_requests_are_refused(make_tiny, root, tmp_path):
     model = make_tiny("llama").model
     with pytest.raises(sb.RequestError, match="no SAE in"):
-        resolve(model, 1, str(tmp_path))
+        resolve_index(model, 1, str(tmp_path))
     with pytest.raises(sb.RequestError, match="twice"):
-        resolve(model, INDEX, [str(root / "layer_2_l0_1"), str(root / "layer_2_l0_1")])
+        resolve_index(model, INDEX, [str(root / "layer_2_l0_1"), str(root / "layer_2_l0_1")])
     with pytest.raises(sb.RequestError, match="whole number"):
-        resolve(model, -1, str(root))
+        resolve_index(model, -1, str(root))
     with pytest.raises(sb.RequestError, match="n_null"):
-        resolve(model, 1, str(root), n_null=5)
+        resolve_index(model, 1, str(root), n_null=5)
     with pytest.raises(sb.RequestError, match="no candidate"):
         expand_saes([])
-    alone = resolve(model, INDEX, [str(root / "layer_1_l0_5")])
+    alone = resolve_index(model, INDEX, [str(root / "layer_1_l0_5")])
     assert alone.verdict == "no candidate could be read"
 
 
@@ -187,14 +187,14 @@ ONLINE = """
 import json, sys, torch
 torch.set_num_threads(1)
 import sae_bias as sb
-from sae_bias.resolve import resolve
+from sae_bias.resolve import resolve_index
 model, rounds = sb.load_model(sys.argv[1]), []
 for answer in (False, True, False):
     asked = []
     def confirm(what, n):
         asked.append([what, n])
         return answer
-    found = resolve(model, int(sys.argv[2]), ["google/gemma-scope-2-12b-it/resid_post/layer_2_width_1k_l0_big"], confirm=confirm)
+    found = resolve_index(model, int(sys.argv[2]), ["google/gemma-scope-2-12b-it/resid_post/layer_2_width_1k_l0_big"], confirm=confirm)
     row = found.to_frame().iloc[0]
     rounds.append({"status": row["status"], "fit": row["fit"], "p": row["p"], "asked": asked, "read": found.bytes_read})
 print(json.dumps(rounds, default=float))
@@ -262,3 +262,11 @@ def test_the_commands_print_json(make_tiny, root, tmp_path, capsys):
     assert main(["resolve", model, "1", str(tmp_path)]) == 2
     assert main(["card", model, f"{tiny.sae_folder}#100000"]) == 2
     assert main(["match", feature, model, str(tmp_path / "absent")]) == 2
+
+
+def test_a_release_stands_for_all_of_its_saes():
+    from sae_bias.registry import sae_release
+
+    found = expand_saes(["gemma-scope-2-12b-it-res", "organism:planted/constructed"])
+    assert len(found) == len(sae_release("gemma-scope-2-12b-it-res").folders) + 1
+    assert "gemma-scope-2-12b-it-res/layer_31_width_65k_l0_medium" in found

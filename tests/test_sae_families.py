@@ -10,9 +10,9 @@ import sae_bias as sb
 from sae_bias.attribution import attribution, exact_ablation
 from sae_bias.cards import feature_card
 from sae_bias.engine import ProbeEngine
-from sae_bias.ladder import ladder
+from sae_bias.ladder import causal_ladder
 from sae_bias.matching import match_features
-from sae_bias.resolve import resolve
+from sae_bias.resolve import resolve_index
 
 LAYER, D_SAE = 1, 40
 FAMILIES = {
@@ -120,9 +120,9 @@ def test_card_ladder_resolve_and_match_take_the_full_path(gemma3, pairs, probe):
         tuple(p for p in sb.load_grid() if p.statement.startswith("published")), name="published"
     )
     assert feature_card(gemma3.model, feature, [p.human for p in pairs], grid=grid).activity.n_tokens > 0
-    rungs = ladder(gemma3.model, feature, pairs, probe, layers=[LAYER], positions=1).to_frame()["rung"]
+    rungs = causal_ladder(gemma3.model, feature, pairs, probe, layers=[LAYER], positions=1).to_frame()["rung"]
     assert {"all features", "error"} <= set(rungs)
-    assert resolve(gemma3.model, feature.index, sae).to_frame()["status"].tolist() == ["read"]
+    assert resolve_index(gemma3.model, feature.index, sae).to_frame()["status"].tolist() == ["read"]
     found = match_features(feature, gemma3.model, gemma3.model, sae, grid)
     assert found.candidates["rho"].iloc[0] == pytest.approx(1.0, abs=1e-6)
 

@@ -200,7 +200,7 @@ def many_files(folder: Path) -> None:
     with open("/proc/self/io") as file:
         before = int(file.readline().split()[1])
     start = time.perf_counter()
-    found = resolve.resolve(MODEL, 2511, str(root))
+    found = resolve.resolve_index(MODEL, 2511, str(root))
     seconds = time.perf_counter() - start
     with open("/proc/self/io") as file:
         read = int(file.readline().split()[1]) - before

@@ -16,7 +16,7 @@ import torch
 
 import sae_bias as sb
 from sae_bias.cards import feature_card
-from sae_bias.ladder import ladder
+from sae_bias.ladder import causal_ladder
 from sae_bias.organisms.sae_training import SaeRecipe, save_sae, train_sae
 from sae_bias.store import RunFolder
 from sae_bias.text_streams import token_windows
@@ -91,7 +91,7 @@ def main(data: Path, out: Path) -> None:
         card = feature_card(model, feature, held)
         card.to_html(out / "cards" / f"{feature.index}.html")
         print(card)
-    print(ladder(model, ranking.top(1)[0], pairs, WORDS))
+    print(causal_ladder(model, ranking.top(1)[0], pairs, WORDS))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def compare(
     on half of the templates, every figure is of the other half.
     """
     with Console(json, quiet) as console:
-        from sae_bias.compare import compare as run_compare
+        from sae_bias.compare import compare_methods as run_compare
         from sae_bias.model import load_model
         from sae_bias.prompts import load_pairs
         from sae_bias.sae import as_feature, load_sae

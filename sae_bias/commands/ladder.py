@@ -77,7 +77,7 @@ def ladder(
     sufficiency sets the feature to its AI value in the human prompts. Nothing here is drawn at random.
     """
     with Console(json, quiet) as console:
-        from sae_bias.ladder import ladder as climb
+        from sae_bias.ladder import causal_ladder as climb
         from sae_bias.model import load_model
         from sae_bias.prompts import load_pairs
         from sae_bias.sae import as_feature, load_sae

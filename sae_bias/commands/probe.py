@@ -104,9 +104,7 @@ def probe(
             from sae_bias.probe_checks import run_checks
 
             checked = run_checks(loaded, prompts, chosen, seed=seed)
-            named = {"subjects": "levels", "levels": "word_levels"}
-            tables |= {named.get(name, f"check_{name}"): table for name, table in checked.tables.items()}
-            tables["checks"] = checked.summary
+            tables |= checked.run_tables()
         if out is not None:
             facts = run_facts(
                 loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, score=score, chat=chat

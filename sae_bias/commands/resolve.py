@@ -40,7 +40,9 @@ Index = Annotated[
 Candidates = Annotated[
     list[str],
     typer.Argument(
-        metavar="SAE...", help="RELEASE/SAE_ID, an SAE folder, or a folder of them.", show_default=False
+        metavar="SAE...",
+        help="RELEASE/SAE_ID, an SAE folder, a folder of them, or a whole RELEASE.",
+        show_default=False,
     ),
 ]
 Null = Annotated[
@@ -91,7 +93,7 @@ def resolve(
         from sae_bias.model import load_model
         from sae_bias.prompts import load_grid, load_pairs
         from sae_bias.resolve import SCORE
-        from sae_bias.resolve import resolve as find
+        from sae_bias.resolve import resolve_index as find
 
         prompts = load_pairs(pairs) if suppress or pairs is not None else None
         used = load_grid(grid)

@@ -18,7 +18,6 @@ from sae_bias.commands.options import (
     ModelName,
     Out,
     Pairs,
-    Positions,
     Quiet,
     Seed,
     Shard,
@@ -59,7 +58,25 @@ COLUMNS = {
     "beta": "β",
 }
 
-Edit = Annotated[str, typer.Option("--edit", help=f"{', '.join(EDITS)}.")]
+IN_MAX = {"clamp": "0,-0.5,-1,-2,-4", "cap": "0,0.25,0.5,0.75", "steer": "-0.5,-1,-2,-4"}  # --unit max
+
+Edit = Annotated[
+    str, typer.Option("--edit", help=f"{', '.join(EDITS)}; several with commas between are all swept.")
+]
+Where = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        help="Where the edit acts: all, last, subject, prompt or generated (special tokens never); several with commas between.",
+    ),
+]
+Unit = Annotated[
+    str,
+    typer.Option(
+        "--unit",
+        help="What strengths count in: act (activations as they are) or max (the feature's largest on these prompts).",
+    ),
+]
 Strengths = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +101,7 @@ def register(app: typer.Typer) -> None:
         "sweep",
         epilog=example(
             'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
+            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
             "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
         ),
     )(sweep)
@@ -94,7 +112,8 @@ def sweep(
     feature: FeatureName,
     edit: Edit = "clamp",
     strengths: Strengths = None,
-    positions: Positions = "all",
+    positions: Where = "all",
+    unit: Unit = "act",
     when: When = "active",
     controls: Controls = 99,
     costs: Costs = True,
@@ -115,6 +134,7 @@ def sweep(
     kept as soon as it is done, and the same command goes on where it stopped.
     """
     with Console(json, quiet) as console:
+        from sae_bias.controls import observed_max
         from sae_bias.model import load_model
         from sae_bias.prompts import load_pairs
         from sae_bias.sae import as_feature, load_sae
@@ -125,12 +145,17 @@ def sweep(
         if part is not None and out is None:
             raise RequestError("--shard needs --out, the folder that all shards share.")
         prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
-        edits = _edits(edit, loaded_feature.ref, strengths, positions, when)
+        kinds = _kinds(edit, strengths, unit, when)
+        _edits(
+            kinds, loaded_feature.ref, positions.split(","), when, 1.0
+        )  # a wrong request is told before the model loads
         probe = read_probe(prompts, words)
         splits = _splits(prompts, seed)
         sae = load_sae(loaded_feature.ref.sae)
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, [sae], console)
+        size = observed_max(loaded, loaded_feature, prompts) if unit == "max" else 1.0
+        edits = _edits(kinds, loaded_feature.ref, positions.split(","), when, size)
         plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=seed)
         vocabulary = probe.vocabulary(loaded, [p.human for p in prompts] + [p.ai for p in prompts])
         facts = run_facts(
@@ -160,17 +185,45 @@ def sweep(
         )
 
 
-def _edits(kind: str, feature: Any, strengths: str | None, positions: str, when: str) -> "list[Intervention]":
-    if kind not in EDITS:
-        raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
-    if kind == "ablate":
-        if strengths is not None:
-            raise RequestError(
-                "--edit ablate has no strength (a' = 0); leave --strengths out, or use --edit clamp."
-            )
-        return [make_edit(kind, feature, None, positions=positions, when=when)]
-    values = parse_numbers(STRENGTHS[kind] if strengths is None else strengths, "--strengths")
-    return [make_edit(kind, feature, value, positions=positions, when=when) for value in values]
+def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
+    """Each kind of edit with its strengths, in the unit asked for."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in edit.split(",")))
+    for kind in kinds:
+        if kind not in EDITS:
+            raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    if unit not in ("act", "max"):
+        raise RequestError(f"--unit {unit!r}: expected act or max.")
+    if kinds == ["ablate"] and strengths is not None:
+        raise RequestError(
+            "--edit ablate has no strength (a' = 0); leave --strengths out, or use --edit clamp."
+        )
+    if when != "active" and "clamp" not in kinds:
+        raise RequestError(f"--when is about clamp; {edit} has no such choice.")
+    usual = STRENGTHS | (IN_MAX if unit == "max" else {})
+    return {
+        kind: (None,)
+        if kind == "ablate"
+        else parse_numbers(usual[kind] if strengths is None else strengths, "--strengths")
+        for kind in kinds
+    }
+
+
+def _edits(
+    kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
+) -> "list[Intervention]":
+    """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
+    return [
+        make_edit(
+            kind,
+            feature,
+            value if value is None or kind == "scale" else value * size,
+            positions=where.strip(),
+            when=when if kind == "clamp" else "active",
+        )
+        for kind, values in kinds.items()
+        for where in positions
+        for value in values
+    ]
 
 
 def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
