@@ -11,12 +11,12 @@ missing weight is refused.
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_bias.errors import MissingError, RequestError
+from sae_bias.placement import device_of, is_offloaded, resident, unhooked_copy
 from sae_bias.registry import is_path_like, organism_folder
 from sae_bias.sites import Site
 
@@ -49,6 +50,7 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
+        self.in_memory = False  # an object the caller has: its files, if any, do not tell its weights
         self._bridge: TransformerBridge | None = None
         self._edits: Any = None  # the active interventions, kept by intervene.py
         self.row_positions: tuple[Tensor | None, Tensor | None] = (
@@ -57,6 +59,8 @@ class Model:
         )  # see activations.row_positions
         self.row_partners: Any = None  # likewise
         self._norm32: nn.Module | None = None
+        self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
+        self.device_map: Any = None
         hf.requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -84,12 +88,12 @@ class Model:
 
     @property
     def d_vocab(self) -> int:
-        return int(self.w_unembed.shape[0])
+        return int(_innermost(self.hf.get_output_embeddings()).weight.shape[0])
 
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the embedding."""
-        return _innermost(self.hf.get_input_embeddings()).weight.device
+        return device_of(_innermost(self.hf.get_input_embeddings()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,6 +109,10 @@ class Model:
         """The list the decoder walks; its entries are bridge modules once `bridge` was used."""
         return self.base.layers  # type: ignore[return-value]
 
+    def layer_device(self, index: int) -> torch.device:
+        """Where layer `index` runs; under a `device_map` not every layer's is the embedding's."""
+        return device_of(self.layer(index))
+
     def layer(self, index: int) -> nn.Module:
         """The plain Hugging Face decoder layer, below any bridge module."""
         if not 0 <= index < self.n_layers:
@@ -115,11 +123,12 @@ class Model:
 
     @property
     def w_unembed(self) -> Float[Tensor, "d_vocab d_model"]:
-        return _innermost(self.hf.get_output_embeddings()).weight
+        return resident(_innermost(self.hf.get_output_embeddings()), "weight")
 
     @property
     def b_unembed(self) -> Float[Tensor, "d_vocab"] | None:
-        return getattr(_innermost(self.hf.get_output_embeddings()), "bias", None)
+        head = _innermost(self.hf.get_output_embeddings())
+        return None if getattr(head, "bias", None) is None else resident(head, "bias")
 
     @property
     def softcap(self) -> float | None:
@@ -138,7 +147,7 @@ class Model:
         if next(norm.parameters()).dtype == torch.float32:
             return norm
         if self._norm32 is None:
-            self._norm32 = copy.deepcopy(norm).float()
+            self._norm32 = unhooked_copy(norm, torch.float32)
         assert self._norm32 is not None
         return self._norm32
 
@@ -221,13 +230,23 @@ class Model:
 
     def rows(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Float32 unembedding rows [n, d_model] and their biases [n] (or None)."""
-        index = torch.as_tensor(list(token_ids), device=self.w_unembed.device)
-        bias = self.b_unembed
-        return self.w_unembed[index].float(), None if bias is None else bias[index].float()
+        if self._rows is None or self._rows[0] != tuple(token_ids):
+            w, bias = self.w_unembed, self.b_unembed
+            index = torch.as_tensor(list(token_ids), device=w.device)
+            rows = w[index].float(), None if bias is None else bias[index].float()
+            if not is_offloaded(_innermost(self.hf.get_output_embeddings())):
+                return rows
+            self._rows = (tuple(token_ids), rows)  # an offloaded unembedding is not read again for every batch
+        return self._rows[1]
 
 
 def load_model(
-    x: Any, *, tokenizer: Any = None, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    x: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
 ) -> Model:
     """Load a causal language model.
 
@@ -237,6 +256,7 @@ def load_model(
         tokenizer: needed for a model object whose tokenizer cannot be found from its own name.
         device: `"auto"` is CUDA where there is one, else CPU.
         dtype: `"auto"` is float32 on CPU and bfloat16 on a GPU; or `"float32"`, `"bfloat16"`.
+        device_map: how accelerate spreads a model too large for one device, such as `"auto"`; `device` is then not used.
 
     Raises:
         RequestError: unknown name, unreadable or truncated weights, a weight the checkpoint does not hold.
@@ -249,10 +269,14 @@ def load_model(
     name = str(x)
     folder = _local_folder(name)
     local = folder is not None or not hub_reachable()
-    hf = _load_hf(folder or name, torch_dtype, local=local).to(device)  # type: ignore[arg-type]
+    hf = _load_hf(folder or name, torch_dtype, local=local, device_map=device_map)
+    if device_map is None:
+        hf = hf.to(device)  # type: ignore[arg-type]
     tokenizer = tokenizer or _load_tokenizer(folder or name, local=local)
     _check_tokenizer(hf, tokenizer, name)
-    return Model(hf, tokenizer, name, source=folder)
+    model = Model(hf, tokenizer, name, source=folder)
+    model.device_map = device_map
+    return model
 
 
 def _local_folder(name: str) -> Path | None:
@@ -300,10 +324,14 @@ def _load_config(source: Path | str, *, local: bool = False) -> Any:
         raise _loading_error(source, error) from error
 
 
-def _load_hf(source: Path | str, dtype: torch.dtype, *, local: bool = False) -> PreTrainedModel:
+def _load_hf(
+    source: Path | str, dtype: torch.dtype, *, local: bool = False, device_map: Any = None
+) -> PreTrainedModel:
     """The text-only causal model at `source`, every weight of it from the checkpoint."""
     import transformers
 
+    if device_map is not None and find_spec("accelerate") is None:
+        raise MissingError("device_map needs accelerate; `pip install accelerate`.")
     config = _load_config(source, local=local)
     _refuse_remote_code(config, source)
     multimodal = config.model_type == "gemma3"
@@ -318,6 +346,7 @@ def _load_hf(source: Path | str, dtype: torch.dtype, *, local: bool = False) -> 
                 output_loading_info=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=True,
+                device_map=device_map,
                 local_files_only=local,
             )
     except Exception as error:
@@ -401,6 +430,7 @@ def _wrap(x: Any, tokenizer: Any) -> Model:
     if tokenizer is None:
         tokenizer = _stored_tokenizer(x, bridge)
     model = Model(x, tokenizer, name)
+    model.in_memory = True
     model._bridge = bridge
     return model
 

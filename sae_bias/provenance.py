@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 
 import sae_bias
+from sae_bias import hub
 from sae_bias.model import Model
+from sae_bias.placement import stored_state
 from sae_bias.prompts import PromptGrid, PromptPairs
 from sae_bias.reading import Vocabulary
+from sae_bias.run_copies import grid_copy, pairs_copy
 from sae_bias.sae import Sae
-from sae_bias.store import SCHEMA, file_digest
+from sae_bias.store import SCHEMA, digest, file_digest
 
 LIBRARIES = (
     "torch",
@@ -35,16 +39,20 @@ LIBRARIES = (
 def manifest(
     model: Model,
     *,
-    pairs: PromptPairs,
+    pairs: PromptPairs | None = None,
     grid: PromptGrid | None = None,
     vocabulary: Vocabulary | None = None,
     saes: Sequence[Sae] = (),
     seed: int = 0,
     **more: Any,
 ) -> dict[str, Any]:
-    """The manifest of a run, as plain values; `more` is added as it is."""
+    """The manifest of a run, as plain values; `more` is added as it is.
+
+    Prompts stand in it by hash and, under `copies`, in full: what was measured can be measured again without the user's files.
+    """
     words = vocabulary.words if vocabulary else ()
     kept = vocabulary.kept if vocabulary else ()
+    positive, negative = ([w.word for w in kept if w.positive == side] for side in (True, False))
     return {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -60,21 +68,26 @@ def manifest(
             "device": model.device.type,
             "digest": model_digest(model),
             "commit": getattr(model.config, "_commit_hash", None),
-            "files": folder_digests(model.source) if model.source else {},
+            "files": model_files(model),
         },
         "saes": [sae_facts(s) for s in saes],
         "prompts": {
-            "pairs": {"name": pairs.name, "digest": pairs.digest, "n": len(pairs)},
+            "pairs": None if pairs is None else {"name": pairs.name, "digest": pairs.digest, "n": len(pairs)},
             "grid": None if grid is None else {"name": grid.name, "digest": grid.digest, "n": len(grid)},
         },
         "words": {
-            "positive": [w.word for w in kept if w.positive],
-            "negative": [w.word for w in kept if not w.positive],
+            "positive": positive,
+            "negative": negative,
             "excluded": [f"{w.word} ({w.reason})" for w in words if w.reason],
+            "digest": digest(positive, negative),
         },
         "seed": seed,
         "git": git_state(),
         **more,
+        "copies": {
+            **({} if pairs is None else {"pairs": pairs_copy(pairs)}),
+            **({} if grid is None else {"grid": grid_copy(grid)}),
+        },
     }
 
 
@@ -96,12 +109,22 @@ def model_digest(model: Model) -> str:
         commit = getattr(model.config, "_commit_hash", None)
         if model.source:
             known = _join(folder_digests(model.source))
-        elif commit:
+        elif commit and not model.in_memory:
             known = _join({model.name: commit})
         else:
             known = _parameter_digest(model)
         model._digest = known  # type: ignore[attr-defined]
     return known
+
+
+def model_files(model: Model) -> dict[str, str]:
+    """sha256 of the model's files: of its folder, or of its snapshot in the hub cache; empty for an object in memory."""
+    if model.source is not None:
+        return folder_digests(model.source)
+    if model.in_memory:
+        return {}
+    found = hub.cached_file(model.name, "config.json", getattr(model.config, "_commit_hash", None))
+    return folder_digests(found.parent) if found is not None else {}
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
@@ -111,14 +134,16 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def sae_facts(sae: Sae) -> dict[str, Any]:
-    """An SAE's id, site and file hash."""
+    """An SAE's id, site, file hash and, from the hub, commit."""
     files = {sae.path.name: file_digest(sae.path)} if sae.path is not None and sae.path.is_file() else {}
+    commit = None if sae.path is None else re.search(r"/snapshots/([0-9a-f]{40})/", sae.path.as_posix())
     return {
         "id": str(sae.id),
         "layer": sae.site.layer,
         "width": sae.d_sae,
         "l0": sae.label_l0,
         "files": files,
+        "commit": commit and commit[1],
     }
 
 
@@ -140,11 +165,11 @@ def git_state() -> dict[str, Any]:
 @torch.no_grad()
 def _parameter_digest(model: Model) -> str:
     sha = hashlib.sha256()
-    for name, tensor in model.hf.state_dict().items():
+    for name, tensor in stored_state(model.hf):
         sha.update(name.encode())
         flat = tensor.detach().reshape(-1)
         sha.update(flat[:: max(1, flat.numel() // 65536)].float().cpu().numpy().tobytes())
-        sha.update(str(float(flat.double().sum())).encode())
+        sha.update(str(float(flat.cpu().double().sum())).encode())
     return sha.hexdigest()
 
 

@@ -19,13 +19,9 @@ if TYPE_CHECKING:
 
 def run_facts(model: "Model", *, pairs: Any = None, **facts: Any) -> dict[str, Any]:
     """The manifest of a run, which may have no pairs."""
-    from sae_bias.prompts import PromptPairs
     from sae_bias.provenance import manifest
 
-    made = manifest(model, pairs=PromptPairs(()) if pairs is None else pairs, **facts)
-    if pairs is None:
-        made["prompts"]["pairs"] = None
-    return made
+    return manifest(model, pairs=pairs, **facts)
 
 
 def save_run(
@@ -77,4 +73,6 @@ def _join(folder: "RunFolder", old: dict[str, Any], new: dict[str, Any]) -> dict
         kind: new["prompts"][kind] or (old.get("prompts") or {}).get(kind) for kind in ("pairs", "grid")
     }
     words = new["words"] if new["words"]["positive"] else old.get("words") or new["words"]
-    return {**old, **new, "saes": list(saes.values()), "prompts": prompts, "words": words}
+    copies = {**(old.get("copies") or {}), **(new.get("copies") or {})}
+    joined = {**old, **new, "saes": list(saes.values()), "prompts": prompts, "words": words}
+    return {**{k: v for k, v in joined.items() if k != "copies"}, "copies": copies}

@@ -1,0 +1,217 @@
+"""Copies of a run's inputs as plain values, and the inputs made from them again: prompts, words, edits and directions.
+
+A run folder holds these beside the hashes, so that `sae-bias verify` measures the same prompts under the same edits where the
+user's own files are gone or changed. A direction is stored in full (float32, base64), a feature by its reference and the hash of
+its weights, a random control by its seed and the feature whose gate it has.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_bias.controls import RANDOM_RELEASE, random_twin
+from sae_bias.errors import RequestError, SaeBiasError
+from sae_bias.interventions import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
+from sae_bias.model import load_model
+from sae_bias.probe import Probe
+from sae_bias.prompt_values import NeutralPrompt
+from sae_bias.prompts import GridPrompt, PromptGrid, PromptPair, PromptPairs
+from sae_bias.reading import Vocabulary
+from sae_bias.sae import Feature, as_feature
+from sae_bias.sites import Site
+
+_MAX_NUMBERS = 1 << 24
+
+
+# --- prompts ---
+
+
+def pairs_copy(pairs: PromptPairs) -> dict[str, Any]:
+    """Every prompt of some pairs; what equals a field's default is left out."""
+    return {
+        "name": pairs.name,
+        "sides": list(pairs.sides),
+        "pairs": [_sparse(p) for p in pairs],
+        "neutral": [_sparse(p) for p in pairs.neutral_prompts],
+    }
+
+
+def pairs_from_copy(copy: Any, where: str) -> PromptPairs:
+    """The pairs that `pairs_copy` wrote down.
+
+    Raises:
+        RequestError: it is not such a copy.
+    """
+    with _reading(f"{where}: the copy of the pairs"):
+        sides = copy.get("sides") or ("human", "AI")
+        return PromptPairs(
+            tuple(PromptPair(**_texts(p)) for p in copy["pairs"]),
+            str(copy["name"]),
+            tuple(NeutralPrompt(**_texts(p)) for p in copy["neutral"]),
+            sides=(str(sides[0]), str(sides[1])),
+        )
+
+
+def grid_copy(grid: PromptGrid) -> dict[str, Any]:
+    """Every prompt of a grid."""
+    return {"name": grid.name, "prompts": [_sparse(p) for p in grid]}
+
+
+def grid_from_copy(copy: Any, where: str) -> PromptGrid:
+    """The grid that `grid_copy` wrote down."""
+    with _reading(f"{where}: the copy of the grid"):
+        return PromptGrid(tuple(GridPrompt(**_texts(p)) for p in copy["prompts"]), str(copy["name"]))
+
+
+# --- the probe ---
+
+
+def probe_facts(probe: Probe, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The words that were read, in order, and how they are scored."""
+    return {
+        "positive": [w.word for w in vocabulary.kept if w.positive],
+        "negative": [w.word for w in vocabulary.kept if not w.positive],
+        "score": probe.score,
+        "softcap": probe.softcap,
+        "tokens": probe.tokens,
+    }
+
+
+def probe_from_facts(facts: Any, where: str) -> Probe:
+    """The probe that reads the same words in the same way."""
+    with _reading(f"{where}: the probe"):
+        return Probe(
+            list(facts["positive"]), list(facts["negative"]), facts["score"],
+            softcap=bool(facts["softcap"]), tokens=facts["tokens"],
+        )  # fmt: skip
+
+
+# --- edits ---
+
+
+def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
+    """One edit; `gate` is the feature whose gate the random controls have."""
+    facts = edit.to_dict()
+    if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
+        facts["gate"] = gate
+    return facts
+
+
+def directions_of(edits: Sequence[Intervention]) -> dict[str, Any]:
+    """The directions along which some edits act, by digest."""
+    found = (getattr(e, "along", None) for e in edits)
+    return {d.digest: _direction_copy(d) for d in found if isinstance(d, Direction)}
+
+
+def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> Intervention:
+    """The edit that `edit_facts` wrote down, with its weights loaded again.
+
+    Raises:
+        RequestError, MissingError: it cannot be made again, and why.
+    """
+    with _reading("an edit in sweep.json"):
+        data = dict(facts)
+        kind = data.get("kind")
+        gate = data.pop("gate", None)
+        if isinstance(data.get("along"), dict):
+            data["along"] = _direction(data["along"], directions)
+            return KINDS[str(data.pop("kind"))](**data)
+        if kind == "patch":
+            source = load_model(str(data["source"]), device=model.device, dtype=model.dtype)
+            return Patch(
+                data["site"],
+                source,
+                positions=data["positions"],
+                include_special=bool(data["include_special"]),
+            )
+        edit = from_dict(data)
+        if isinstance(edit, FeatureEdit) and edit.ref.sae.release == RANDOM_RELEASE:
+            data = {k: v for k, v in data.items() if k != "kind"}
+            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate)})
+        return edit
+
+
+def _twin(edit: FeatureEdit, gate: Any) -> Feature:
+    seed = re.fullmatch(r"seed-(\d{1,12})", edit.ref.sae.sae_id)
+    if gate is None or seed is None:
+        raise RequestError(f"{edit.ref}: the feature whose gate it has was not stored")
+    return random_twin(as_feature(str(gate)), int(seed[1]))
+
+
+def _direction_copy(direction: Direction) -> dict[str, Any]:
+    return {
+        "name": direction.name,
+        "site": str(direction.site),
+        "shape": list(direction.basis.shape),
+        "basis": _packed(direction.basis),
+        "mean": None if direction.mean is None else _packed(direction.mean),
+    }
+
+
+def _direction(facts: Mapping[str, Any], directions: Mapping[str, Any]) -> Direction:
+    stored = directions.get(str(facts.get("digest")))
+    if not isinstance(stored, Mapping):
+        raise RequestError(f"the direction {facts.get('direction')!r} was not stored")
+    k, width = (int(n) for n in stored["shape"])
+    if not (k > 0 and width > 0 and k * width <= _MAX_NUMBERS):
+        raise RequestError(f"the direction {facts.get('direction')!r} has the shape {[k, width]}")
+    mean = None if stored["mean"] is None else _unpacked(stored["mean"], width)
+    basis = _unpacked(stored["basis"], k * width).reshape(k, width)
+    return Direction(str(stored["name"]), Site.parse(stored["site"]), basis, mean)
+
+
+def _packed(tensor: Tensor) -> str:
+    return base64.b64encode(
+        tensor.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
+    ).decode()
+
+
+def _unpacked(text: str, n: int) -> Tensor:
+    data = base64.b64decode(text, validate=True)
+    if len(data) != 4 * n:
+        raise ValueError(f"{len(data)} bytes where {4 * n} were expected")
+    return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
+
+
+# --- small parts ---
+
+
+def _sparse(row: Any) -> dict[str, Any]:
+    """A dataclass as a dict without the fields that have their default."""
+    defaults = {f.name: f.default for f in fields(row) if f.default is not MISSING}
+    return {k: v for k, v in asdict(row).items() if k not in defaults or v != defaults[k]}
+
+
+def _texts(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict) or not all(isinstance(v, str | bool | None) for v in row.values()):
+        raise ValueError("a prompt is not a mapping of texts")
+    return row
+
+
+class _reading:
+    """Whatever is malformed in a stored copy becomes one RequestError."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SaeBiasError):
+            return
+        if isinstance(
+            error,
+            (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error, OverflowError),
+        ):
+            raise RequestError(
+                f"{self.what} cannot be read ({type(error).__name__}: {str(error)[:120]})."
+            ) from error
