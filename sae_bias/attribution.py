@@ -41,7 +41,7 @@ def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
     out = np.zeros(sae.d_sae)
     for start, acts, w_dec in acts_blocks(sae, resid, decoder=True):
         assert w_dec is not None
-        out[start : start + acts.shape[1]] = (acts * (grads @ w_dec.T)).sum(0).double().cpu().numpy()
+        out[start : start + acts.shape[1]] = (acts * (grads @ w_dec.T)).sum(0).cpu().double().numpy()
     return out
 
 

@@ -335,7 +335,7 @@ def _read(model: Model, feature: Feature, name: str, stream: Iterable[str], k: i
             x = capture_layers(model, batch.tokens, [layer])[layer].float()
             if not bool(torch.isfinite(x).all()):
                 raise RequestError(f"{model.name} has NaN or infinite residuals at layer {layer} on {name}.")
-            acts = feature.activation(x).double().cpu().numpy()
+            acts = feature.activation(x).cpu().double().numpy()
             for row, i in enumerate(batch.index):
                 place, ids = group[i]
                 tally.add(ids, acts[row], ~np.isin(ids, special), place)

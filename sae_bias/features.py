@@ -190,7 +190,7 @@ def token_acts(
     out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(ids)
     for batch in plan_batches(ids, model.device, batch_size=batch_size):
         acts = _batch_acts(model, batch, layer, feature, texts)
-        acts = acts.masked_fill(_special(model, batch.tokens).to(acts.device), torch.nan).double().cpu()
+        acts = acts.masked_fill(_special(model, batch.tokens).to(acts.device), torch.nan).cpu().double()
         for row, i in enumerate(batch.index):
             out[i] = (token_texts(model, ids[i]), acts[row])
     return out
@@ -236,7 +236,7 @@ def feature_acts(
             value = acts[:, -1]
         else:
             value = acts.masked_fill(_special(model, batch.tokens).to(acts.device), -torch.inf).amax(-1)
-        out[list(batch.index)] = value.double().cpu().numpy()
+        out[list(batch.index)] = value.cpu().double().numpy()
     return out
 
 

@@ -34,6 +34,7 @@ from sae_bias.interventions import (
     feature_ref,
 )
 from sae_bias.model import Model, ours
+from sae_bias.placement import widest_float
 from sae_bias.receipts import EditReceipt, Receipt
 from sae_bias.sae import Feature, Sae, as_feature, load_sae
 from sae_bias.shapes import PositionMask, Resid, Tokens
@@ -94,7 +95,7 @@ class SiteEdit:
         self.edits = list(edits)
         self._rows: dict[Any, Any] = {}
         for edit in self.edits:
-            self._rows[edit] = _on(model.device, _weights(edit))
+            self._rows[edit] = _on(model.layer_device(check_site(model, site).layer), _weights(edit))
 
     def delta(
         self, x: Resid, info: PassInfo, receipts: dict[Intervention, EditReceipt] | None = None
@@ -168,7 +169,7 @@ class SiteEdit:
             active = mask & (before > 0)
             sums += [active.sum(), (changed & ~active).sum(), torch.where(active, before, zero).max()]
             sums += [torch.where(changed, a, zero).sum() for a in (before, after)]
-        seen, n, marks, moved, *acts = torch.stack([v.double() for v in sums]).tolist()
+        seen, n, marks, moved, *acts = torch.stack([v.to(widest_float(v.device)) for v in sums]).tolist()
         receipt.positions_seen += int(seen)
         receipt.positions_active += int(acts[0] if acts else seen)
         receipt.positions_changed += int(n)
@@ -245,7 +246,9 @@ def _weights(edit: Intervention) -> Any:
 
 
 def _on(device: torch.device, weights: Any) -> Any:
-    """The weights on the model's device, moved once a block and not once a pass."""
+    """The weights on the device of the site's layer, moved once a block and not once a pass."""
+    if isinstance(weights, _FullPath):
+        return _FullPath(weights.sae, weights.index, weights.w_dec.to(device))
     if isinstance(weights, _OneRow):
         return _OneRow(weights.feature.to(device))
     if isinstance(weights, tuple):

@@ -155,8 +155,8 @@ class ReadingPlan:
     def read(self, final: Final) -> Read:
         """Word rows of one batch's last position."""
         last = final.last()
-        z = last.logits(self.row_ids, softcap=self.softcap)[:, 0].double().cpu()
-        norm = last.log_normaliser(softcap=self.softcap)[:, 0].double().cpu() if self.normalise else None
+        z = last.logits(self.row_ids, softcap=self.softcap)[:, 0].cpu().double()
+        norm = last.log_normaliser(softcap=self.softcap)[:, 0].cpu().double() if self.normalise else None
         return Read(z, norm)
 
     def run(self, *, progress: bool = False, describe: str = "probe") -> Reading:

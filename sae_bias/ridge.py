@@ -237,5 +237,5 @@ def _last_residuals(model: Model, texts: Sequence[str], layers: Sequence[int]) -
     for batch in plan_batches([model.encode(t) for t in texts], model.device):
         kept = capture_layers(model, batch.tokens, layers)
         for x, layer in zip(out, layers):
-            x[list(batch.index)] = kept[layer][:, -1].double().cpu().numpy()
+            x[list(batch.index)] = kept[layer][:, -1].cpu().double().numpy()
     return out

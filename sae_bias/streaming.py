@@ -87,9 +87,9 @@ def _live_block(live: Tensor, acts: Tensor, on_neutral: Tensor | None) -> LiveBl
     density = (
         torch.full((len(live),), torch.nan, dtype=torch.float64)
         if on_neutral is None
-        else (on_neutral > 0).double().mean(0)
+        else (on_neutral > 0).cpu().double().mean(0)
     )
-    return LiveBlock(live.cpu().numpy(), acts.double().cpu().numpy(), density.cpu().numpy())
+    return LiveBlock(live.cpu().numpy(), acts.cpu().double().numpy(), density.cpu().numpy())
 
 
 def _jump_relu(h: Tensor, threshold: Tensor) -> Tensor:

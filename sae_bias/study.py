@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sae_bias.attribution import attribution, cumulative_ablation, exact_ablation
 from sae_bias.behavior import run_identity, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.cards import feature_card
+from sae_bias.cluster import Cluster
 from sae_bias.controls import empirical_p
 from sae_bias.directions import difference_of_means
 from sae_bias.engine import ProbeEngine
@@ -30,7 +31,8 @@ from sae_bias.errors import RequestError
 from sae_bias.features import activation_table
 from sae_bias.interventions import Ablate, Clamp, ProjectOut
 from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.measures.fidelity import Fidelity, check_fidelity
+from sae_bias.gate import gate_model, gate_sae
+from sae_bias.measures.fidelity import Fidelity
 from sae_bias.model import Model, load_model
 from sae_bias.probe import Probe, ProbeResult, run_probe
 from sae_bias.prompt_files import read_yaml
@@ -55,6 +57,7 @@ from sae_bias.summary import (
     rejected_candidates,
 )
 from sae_bias.sweep import Cell, Sweep, SweepResult, run_sweep
+from sae_bias.sweep_work import Executor, run_here
 
 SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}
 STRENGTHS = (0.0, -0.5, -1.0, -2.0, -4.0)  # in units of the feature's largest activation on discover prompts
@@ -105,6 +108,8 @@ class Study(BaseModel):
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
+    """How accelerate spreads a model too large for one device, such as `auto`."""
 
 
 @dataclass(frozen=True)
@@ -143,26 +148,31 @@ def run_study(
     out: str | Path,
     gate: bool = True,
     shard: tuple[int, int] | None = None,
+    cluster: Cluster | None = None,
     stand_ins: bool = False,
     progress: bool = True,
 ) -> StudyResult | ReplicationResult:
     """Run every step of `study` into the run folder `out`; cells already there are not run again.
 
+    `cluster` runs the sweep's cells there; everything else, and all writing, is done in this process.
     `stand_ins` puts tiny random checkpoints in place of a replication's models: plumbing, not figures.
     """
     from sae_bias.report import write_report
 
     if isinstance(study, Replication):
-        if shard is not None:
+        if shard is not None or cluster is not None:
             raise RequestError(
-                "a study of several models has no shards; give each machine a file with its models."
+                "a study of several models has no cells to share out; give each machine a file with its models."
             )
         return run_replication(study, out=out, stand_ins=stand_ins, gate=gate, progress=progress)
     if stand_ins:
         raise RequestError("--stand-ins is for study files that name several `models:`.")
+    if shard is not None and cluster is not None:
+        raise RequestError("--shard and --cluster both share out the cells; choose one.")
     folder = RunFolder(out)
-    with folder.writing():
-        summary = _Run(study, folder, gate, shard, progress).run()
+    with cluster.connected() if cluster else nullcontext(), folder.writing():
+        executor = cluster.run if cluster else run_here
+        summary = _Run(study, folder, gate, shard, progress, executor).run()
         folder.write_json("summary", summary)
     return StudyResult(folder.path, plain(summary), write_report(folder.path))
 
@@ -171,12 +181,14 @@ class _Run:
     """The steps of one study, each writing its tables."""
 
     def __init__(
-        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool
-    ):
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor
+    ):  # fmt: skip
+        self.executor = executor
         self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.chosen: FeatureRef | None = None
+        self.logits_error: float | None = None
         steps = (["checks"] if study.checks else []) + (
             ["switches"] if study.profile == "as_published" else []
         )
@@ -188,7 +200,9 @@ class _Run:
         study = self.study
         with self.bar:
             with self.step("load"):
-                self.model = load_model(study.model, device=study.device, dtype=study.dtype)
+                self.model = load_model(
+                    study.model, device=study.device, dtype=study.dtype, device_map=study.device_map
+                )
                 self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
                 self.probe = _probe(study, self.pairs)
                 self.saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
@@ -226,7 +240,8 @@ class _Run:
         if not self.gate:
             self.notes.append("The fidelity gate was switched off (--no-gate).")
             return []
-        found = [check_fidelity(self.model, s) for s in self.saes]
+        found = [gate_sae(self.model, s) for s in self.saes]
+        self.logits_error = None if found else gate_model(self.model)
         self.notes += [w for f in found for w in f.warnings]
         return found
 
@@ -241,7 +256,7 @@ class _Run:
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
-            study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate),
+            study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate, self.logits_error),
         )  # fmt: skip
         self.folder.write_json("manifest", facts)
 
@@ -363,6 +378,7 @@ class _Run:
             out=self.folder.path / "sweep",
             progress=self.progress,
             shard=self.shard,
+            executor=self.executor,
         )
         self.folder.write_table("sweep", result.frame)
         return result, cells

@@ -248,7 +248,7 @@ def log_likelihoods(model: Model, sequences: Sequence[Sequence[int]]) -> Float[n
             )
             logits = part.logits()
             chosen = logits.gather(2, batch.tokens[rows, 1:, None].to(logits.device))[..., 0]
-            logp = (chosen - logits.logsumexp(-1)).double().sum(1)
+            logp = (chosen - logits.logsumexp(-1)).cpu().double().sum(1)
             out[list(batch.index[rows])] = logp.cpu().numpy()
     return out
 

@@ -8,6 +8,7 @@ sweep in order, so that its table can be made again from the folder alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,19 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_bias.engine import ProbeEngine
-from sae_bias.errors import RequestError
-from sae_bias.hooks import Receipt, edit_site
-from sae_bias.measures.collapse import CollapseEngine, collapse_test
-from sae_bias.measures.costs import TEXT_KINDS, CostEngine
+from sae_bias.errors import RequestError, SaeBiasError
+from sae_bias.measures.collapse import collapse_test
+from sae_bias.measures.costs import TEXT_KINDS
 from sae_bias.model import Model
-from sae_bias.probe import Probe, ProbeResult, default_probe
+from sae_bias.probe import Probe, default_probe
 from sae_bias.prompts import PromptPair, PromptPairs
 from sae_bias.provenance import manifest, model_digest
+from sae_bias.run_copies import directions_of, edit_facts, probe_facts
+from sae_bias.sae import Sae, load_sae
 from sae_bias.stats import clustered_mean, fieller_reduction
 from sae_bias.store import RunFolder, merge_shards
 from sae_bias.sweep_plan import Cell, Plan, Sweep, edit_key, feature_digest
+from sae_bias.sweep_work import Executor, Work, run_here
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +47,6 @@ __all__ = [
 ]
 
 FORMAT = 2  # of a cell's file; part of every cell's name
-PAIR_COLUMNS = ["template", "entity", "score_human", "score_ai", "bias"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def run_sweep(
     probe: Probe | None = None,
     out: str | Path | None = None,
     shard: tuple[int, int] | None = None,
+    executor: Executor = run_here,
     progress: bool = False,
 ) -> SweepResult:
     """Run the base and every cell of `sweep`; cells already in `out` are read, not run again.
@@ -160,6 +162,7 @@ def run_sweep(
     Args:
         out: run folder; None keeps everything in memory.
         shard: (i, n) runs every n-th group of cells into a folder of its own, joined by `merge_run`.
+        executor: where groups of cells are run: in this process, or on a `cluster.Cluster`.
 
     Raises:
         RequestError: another process is writing `out`, or an edit that does not fit the model.
@@ -169,12 +172,15 @@ def run_sweep(
     probe = probe or default_probe(pairs)
     runner = _Runner(model, pairs, probe, sweep)
     if out is None:
-        return runner.run(None, None, progress)
+        return runner.run(None, None, progress, executor)
     folder = RunFolder(out, shard=shard)
     with folder.writing():
-        _write_manifest(folder, manifest(model, pairs=pairs, vocabulary=runner.vocabulary, seed=sweep.seed))
+        _write_manifest(
+            folder,
+            manifest(model, pairs=pairs, vocabulary=runner.vocabulary, saes=runner.saes(), seed=sweep.seed),
+        )
         folder.write_json("sweep", runner.facts(shard))
-        result = runner.run(folder, shard, progress)
+        result = runner.run(folder, shard, progress, executor)
         folder.write_table("sweep", result.frame)
     return result
 
@@ -184,12 +190,21 @@ def _write_manifest(folder: RunFolder, new: dict[str, Any]) -> None:
     if (folder.path / "manifest.json").is_file():
         old = folder.read_json("manifest")
         if _identity(old) == _identity(new):
+            _add_saes(folder, old, new)
             return
         new["earlier"] = [
             *(old.pop("earlier", None) or []),
             {"created": old.get("created"), "model": old.get("model"), "prompts": old.get("prompts")},
         ]
     folder.write_json("manifest", new)
+
+
+def _add_saes(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Bring a kept manifest's SAEs up to date; nothing is written where they are."""
+    known = {s["id"]: s for s in old.get("saes") or []}
+    joined = {**known, **{s["id"]: s for s in new["saes"]}}
+    if joined != known:
+        folder.write_json("manifest", {**old, "saes": list(joined.values())})
 
 
 def _identity(facts: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -215,30 +230,38 @@ class _Runner:
         )
         self.plan = Plan(sweep, model, pairs, shared)
         self.splits = {k: list(v) for k, v in (sweep.splits or {"all": pairs.templates}).items()}
-        self._engines: tuple[ProbeEngine, CostEngine | None, CollapseEngine | None] | None = None
+        self.costed = tuple(self.plan.costed(cell) for cell in self.plan.cells)
 
     def facts(self, shard: tuple[int, int] | None) -> dict[str, Any]:
         """sweep.json: every cell of the sweep in order, and how its table is cut."""
-        listed = [{"cell": n, **c.facts()} for n, c in zip(self.plan.names, self.plan.cells)]
+        gate = self.plan.gate
+        listed = [
+            {"cell": n, **c.facts(), "edits": [edit_facts(e, gate) for e in c.edits]}
+            for n, c in zip(self.plan.names, self.plan.cells)
+        ]
         mine = sorted(i for group in self.plan.groups(shard) for i in group)
         return {
             "format": FORMAT,
             "key": self.plan.key,
             "costs": self.sweep.costs,
             "splits": self.splits,
+            "probe": probe_facts(self.probe, self.vocabulary),
             "cells": listed,
+            "directions": directions_of([e for c in self.plan.cells for e in c.edits]),
             "shard": None if shard is None else {"i": shard[0], "n": shard[1], "cells": [self.plan.names[i] for i in mine]},
         }  # fmt: skip
 
-    def engines(self) -> tuple[ProbeEngine, CostEngine | None, CollapseEngine | None]:
-        if self._engines is None:
-            sites = sorted({min(edit_site(e) for e in c.edits) for c in self.plan.cells if c.edits})
-            costs = CostEngine(self.model, sites=sites) if self.sweep.costs else None
-            collapse = CollapseEngine(self.model, self.probe, sites=sites) if self.sweep.costs else None
-            self._engines = ProbeEngine(self.model, self.pairs, self.probe, sites=sites), costs, collapse
-        return self._engines
+    def saes(self) -> list[Sae]:
+        """The SAEs that the edits name, where they can be found by that name."""
+        found: dict[str, Sae] = {}
+        for name in dict.fromkeys(t.partition("#")[0] for c in self.plan.cells for t in c.targets):
+            with suppress(SaeBiasError):
+                found[name] = load_sae(name)
+        return list(found.values())
 
-    def run(self, folder: RunFolder | None, shard: tuple[int, int] | None, progress: bool) -> SweepResult:
+    def run(
+        self, folder: RunFolder | None, shard: tuple[int, int] | None, progress: bool, executor: Executor
+    ) -> SweepResult:
         names, groups = self.plan.names, self.plan.groups(shard)
         done: dict[str, pd.DataFrame] = {}
         there = {
@@ -250,15 +273,17 @@ class _Runner:
             total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
         )
         with bar:
-            for group in groups:
+            # a whole group runs again if one of its cells is missing: the same company, the same bits
+            todo = [group for group in groups if any(names[i] not in there for i in group)]
+            work = Work(self.model, self.pairs, self.probe, tuple(self.plan.cells), self.costed)
+            for group, results in executor(work, todo) if todo else ():
                 missing = [i for i in group if names[i] not in there]
-                # the whole group runs again if one of its cells is missing: the same company, the same bits
-                for i, (frame, facts) in zip(group, self._group(group) if missing else []):
-                    frame.attrs = dict(facts)  # pyright: ignore[reportAttributeAccessIssue]
+                for i, result in zip(group, results):
+                    result.pairs.attrs = dict(result.facts)  # pyright: ignore[reportAttributeAccessIssue]
                     if i in missing and folder is not None:
-                        folder.write_cell(names[i], frame, facts)
+                        folder.write_cell(names[i], result.pairs, result.facts)
                     if i in missing:
-                        done[names[i]] = frame
+                        done[names[i]] = result.pairs
                 bar.update(len(missing))
         for name in there:
             assert folder is not None
@@ -267,27 +292,6 @@ class _Runner:
         listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
         frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
         return SweepResult(frame, done, None if folder is None else folder.path)
-
-    def _group(self, group: Sequence[int]) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-        """Pairs and facts of some cells, run together."""
-        cells = [self.plan.cells[i] for i in group]
-        edits = [c.edits for c in cells]
-        probe, costs, collapse = self.engines()
-        out = []
-        for cell, (after, receipt) in zip(cells, probe.run_many(edits)):
-            out.append((_pairs(after), {**cell.facts(), **_receipt_facts(receipt)}))
-        if costs is not None and collapse is not None and self.plan.costed(cells[0]):
-            for (_, facts), table in zip(out, costs.run_many(edits)):
-                facts |= _cost_facts(table)
-            for (_, facts), scores in zip(out, collapse.scores(edits)):
-                facts["bank"] = scores.tolist()
-        return out
-
-
-def _pairs(result: ProbeResult) -> pd.DataFrame:
-    templates, entities = result.clusters
-    columns = (templates, entities, result.score_human, result.score_ai, result.pair_bias)
-    return pd.DataFrame(dict(zip(PAIR_COLUMNS, columns)))
 
 
 # --- from cells to the table ---
@@ -370,11 +374,6 @@ COST_COLUMNS = [
 ]
 
 
-def _cost_facts(table: pd.DataFrame) -> dict[str, float]:
-    names = {"kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "nll": "nll_change", "fired": "changed_share"}  # fmt: skip
-    return {f"{short}_{row['kind']}": row[name] for row in table.to_dict("records") for short, name in names.items()}  # fmt: skip
-
-
 def _collapse_columns(
     before: np.ndarray,
     after: np.ndarray,
@@ -405,18 +404,6 @@ COLLAPSE_COLUMNS = [
 
 def _float(value: Any) -> float:
     return float("nan") if value is None else float(value)
-
-
-def _receipt_facts(receipt: Receipt) -> dict[str, Any]:
-    """The receipt's scalars, in one cell's facts."""
-    top = [e.max_act for e in receipt.edits if e.max_act == e.max_act]
-    return {
-        "hook_calls": receipt.hook_calls,
-        "positions_changed": receipt.positions_changed,
-        "written_inactive": sum(e.written_inactive for e in receipt.edits),
-        "max_act": max(top) if top else None,
-        "receipt": receipt.rows(),
-    }
 
 
 # --- from a folder to the table ---

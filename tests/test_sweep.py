@@ -252,7 +252,7 @@ def test_a_resumed_sweep_recomputes_nothing_and_has_the_same_bits(
     def never(*args, **kwargs):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr("sae_bias.sweep.ProbeEngine", never)
+    monkeypatch.setattr("sae_bias.sweep_work.ProbeEngine", never)
     pd.testing.assert_frame_equal(
         sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=parts).frame, again
     )

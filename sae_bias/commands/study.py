@@ -8,6 +8,7 @@ import typer
 
 from sae_bias.commands.console import Console
 from sae_bias.commands.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
+from sae_bias.errors import RequestError
 
 if TYPE_CHECKING:
     from sae_bias.replication import Replication
@@ -34,6 +35,33 @@ StandIns = Annotated[
     typer.Option(
         "--stand-ins",
         help="For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.",
+    ),
+]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="With --cluster: copies of the model; as many as fit by default.",
+        show_default=False,
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        min=0,
+        help="With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.",
+        show_default=False,
     ),
 ]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
@@ -75,6 +103,9 @@ def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
     no_gate: NoGate = False,
     shard: Shard = None,
+    cluster: ClusterAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
     stand_ins: StandIns = False,
     pairs: Pairs = None,
     words: WordsFile = None,
@@ -96,6 +127,9 @@ def run(
         Console(json, quiet),
         gate=not no_gate,
         shard=parse_shard(shard),
+        cluster=cluster,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
         stand_ins=stand_ins,
         pairs=pairs,
         words=words,
@@ -112,12 +146,18 @@ def _run(
     *,
     gate: bool = True,
     shard: tuple[int, int] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
     stand_ins: bool = False,
     **given: Any,
 ) -> None:
-    from sae_bias.study import load_study, run_study
-
     with console:
+        from sae_bias.cluster import Cluster
+        from sae_bias.study import load_study, run_study
+
+        if cluster is None and (workers, gpus_per_worker) != (None, None):
+            raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
         study = load_study(path)
         study = study.model_copy(update={key: value for key, value in given.items() if value is not None})
         result = run_study(
@@ -125,6 +165,7 @@ def _run(
             out=out or _folder(study),
             gate=gate,
             shard=shard,
+            cluster=Cluster(cluster, workers, gpus_per_worker) if cluster is not None else None,
             stand_ins=stand_ins,
             progress=console.progress,
         )

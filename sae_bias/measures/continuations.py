@@ -19,6 +19,7 @@ from sae_bias.activations import Batch, Final, forward, plan_batches, row_positi
 from sae_bias.chat import takes_system
 from sae_bias.errors import RequestError
 from sae_bias.model import Model
+from sae_bias.placement import widest_float
 from sae_bias.scenarios import LETTERS, Scenario, Scenarios
 
 BLOCK = 64  # positions whose full log-probabilities are held at once
@@ -195,7 +196,8 @@ class ContinuationPlan:
         reads.sort(key=lambda read: block_of[read[:2]])
         for number, group in itertools.groupby(reads, key=lambda read: block_of[read[:2]]):
             block, wanted = spots[number * BLOCK : (number + 1) * BLOCK], list(group)
-            logp = _picked(final, block).logits()[0].double().log_softmax(-1)
+            logits = _picked(final, block).logits()[0]
+            logp = logits.to(widest_float(logits.device)).log_softmax(-1)
             line = {spot: n for n, spot in enumerate(block)}
             picked = logp[[line[r[:2]] for r in wanted], [r[2] for r in wanted]].tolist()
             for (*_, a, o), value in zip(wanted, picked):

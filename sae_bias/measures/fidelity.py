@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from sae_bias.activations import capture_layers, plan_batches
+from sae_bias.activations import capture_layers, forward, plan_batches
 from sae_bias.bundled import load_texts
 from sae_bias.errors import GateError
 from sae_bias.model import Model
@@ -19,6 +20,7 @@ from sae_bias.sae import Sae
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 MAX_FVU = 0.5
+N_TEXTS = 24
 L0_FACTOR = 3.0
 
 
@@ -28,7 +30,7 @@ class Fidelity:
 
     sae: str
     residual_max_rel_error: float
-    """Largest |difference| over the largest |hidden state|; NaN at the last layer, which Hugging Face only gives normed."""
+    """Largest |difference| over the largest |hidden state|; after the last layer both are compared normed, as Hugging Face has it."""
     fvu: float
     """Unexplained variance share of the SAE's reconstruction."""
     l0: float
@@ -43,34 +45,62 @@ class Fidelity:
 
 
 @torch.no_grad()
-def check_fidelity(model: Model, sae: Sae, *, n_texts: int = 24) -> Fidelity:
+def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelity:
     """Measure the gate's figures.
 
     Raises:
-        GateError: the captured residual is not Hugging Face's hidden state.
+        GateError: the captured residual is not Hugging Face's hidden state, or is not finite.
     """
     layer = sae.site.layer
     special = torch.tensor(sorted(model.special_ids), device=model.device)
-    error, parts = float("nan"), []
+    errors, parts = [], []
     for batch in plan_batches([model.encode(t) for t in load_texts("neutral")[:n_texts]], model.device):
         x = capture_layers(model, batch.tokens, [layer])[layer]
-        if layer < model.n_layers - 1:
-            plain = model.hf(
-                input_ids=batch.tokens, output_hidden_states=True, use_cache=False
-            ).hidden_states[layer + 1]
-            here = float((x.float() - plain.float()).abs().max() / plain.float().abs().max())
-            error = here if error != error else max(error, here)
+        plain = model.hf(input_ids=batch.tokens, output_hidden_states=True, use_cache=False).hidden_states[
+            layer + 1
+        ]
+        own = x.float() if layer < model.n_layers - 1 else model.final_norm(x.float())
+        errors.append(float((own - plain.float().to(own.device)).abs().max() / plain.float().abs().max()))
         parts.append(x[~torch.isin(batch.tokens, special).to(x.device)].float())
-    if error > MAX_RELATIVE_ERROR.get(model.dtype, 1e-4):
+    error = float(np.max(errors))  # NaN where one is
+    allowed = MAX_RELATIVE_ERROR.get(model.dtype, 1e-4)
+    if not error <= allowed:
         raise GateError(
-            f"the residual of {model.name} at {sae.site} differs from Hugging Face's hidden state by {error:.2e} of its size; figures from it would be wrong."
+            f"the residual of {model.name} at {sae.site} differs from Hugging Face's hidden state by {error:.2e} of its size "
+            f"(allowed {allowed:.0e} in {str(model.dtype).removeprefix('torch.')}); figures from it would be wrong."
         )
     resid = torch.cat(parts)
     acts = sae.encode(resid)
     residue = resid - sae.decode(acts).to(resid.device)
     fvu = float(residue.pow(2).sum() / (resid - resid.mean(0)).pow(2).sum())
-    l0 = float((acts > 0).sum(-1).double().mean())
-    return Fidelity(str(sae.id), error, fvu, l0, sae.label_l0, tuple(_warnings(sae, fvu, l0)))
+    l0 = float((acts > 0).sum(-1).cpu().double().mean())
+    return fidelity_of(sae, error, fvu, l0)
+
+
+def fidelity_of(sae: Sae, residual_max_rel_error: float, fvu: float, l0: float) -> Fidelity:
+    """Figures that were measured, with the warnings they call for."""
+    found = tuple(_warnings(sae, fvu, l0))
+    return Fidelity(str(sae.id), residual_max_rel_error, fvu, l0, sae.label_l0, found)
+
+
+@torch.no_grad()
+def check_logits(model: Model, text: str) -> float:
+    """Largest relative difference between the logits read here and the model's own after `text`; NaN under foreign hooks.
+
+    Raises:
+        GateError: it is larger than the dtype's rounding.
+    """
+    if model.foreign_hooks():
+        return float("nan")
+    tokens = torch.tensor([model.encode(text)], device=model.device)
+    own = model.hf(input_ids=tokens, use_cache=False).logits[:, -1].float()
+    here = forward(model, tokens).last().logits()[:, 0].to(own.device)
+    error = float((own - here).abs().max() / own.abs().max())
+    if not error <= MAX_RELATIVE_ERROR.get(model.dtype, 1e-4):
+        raise GateError(
+            f"the logits read from {model.name} differ from its own by {error:.2e} of their size; figures from them would be wrong."
+        )
+    return error
 
 
 def _warnings(sae: Sae, fvu: float, l0: float) -> list[str]:

@@ -22,6 +22,7 @@ from sae_bias.errors import RequestError
 from sae_bias.features import token_texts
 from sae_bias.generation import Completion
 from sae_bias.model import Model
+from sae_bias.placement import widest_float
 
 REPEAT_N = 4
 BLOCK = 64  # positions whose full log-probabilities are held at once
@@ -102,7 +103,8 @@ def _nll(final: Final, row: int, start: int, tokens: Sequence[int]) -> Float[np.
     parts = []
     for at in range(0, len(tokens), BLOCK):
         wanted = list(tokens[at : at + BLOCK])
-        logp = final.at(row, start - 1 + at, len(wanted)).logits()[0].double().log_softmax(-1)
+        logits = final.at(row, start - 1 + at, len(wanted)).logits()[0]
+        logp = logits.to(widest_float(logits.device)).log_softmax(-1)
         parts.append(-logp[torch.arange(len(wanted)), wanted].cpu().numpy())
     return np.concatenate(parts)
 
