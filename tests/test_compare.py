@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae_bias as sb
-from sae_bias.compare import at_kl, equal_kl
+from sae_bias.compare import at_kl, compare_methods, equal_kl
 from sae_bias.registry import organism_folder
 
 

@@ -11,7 +11,7 @@ import sae_bias as sb
 from sae_bias.activations import Kept, forward_with_grad
 from sae_bias.engine import ProbeEngine
 from sae_bias.interchange import AI, HUMAN, Interchange, common_suffix
-from sae_bias.ladder import direct_effect, frozen_norm
+from sae_bias.ladder import causal_ladder, direct_effect, frozen_norm
 from sae_bias.logit_lens import norm_gain
 
 RUNGS = ["ceiling", "necessity", "resample", "sufficiency", "reverse ceiling", "all features", "error", "direct", "mediated"]  # fmt: skip

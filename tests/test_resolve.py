@@ -22,7 +22,7 @@ from sae_files import (
 import sae_bias as sb
 from sae_bias.ordering import published_fit, published_levels, published_rows
 from sae_bias.prompt_residuals import last_residuals
-from sae_bias.resolve import PAGE, expand_saes, null_spans
+from sae_bias.resolve import PAGE, expand_saes, null_spans, resolve_index
 
 INDEX, WIDTH = 700, 1536
 
