@@ -55,6 +55,7 @@ _HOME = {
     "Ranking": "ranking",
     "Sweep": "sweep",
     "run_sweep": "sweep",
+    "verify_run": "verify",
     "compare_methods": "compare",
     "Scenario": "scenarios",
     "Scenarios": "scenarios",
@@ -131,6 +132,7 @@ if TYPE_CHECKING:
     from sae_bias.study import run_study as run_study
     from sae_bias.sweep import Sweep as Sweep
     from sae_bias.sweep import run_sweep as run_sweep
+    from sae_bias.verify import verify_run as verify_run
 
 __all__ = ["__version__", *_HOME]
 

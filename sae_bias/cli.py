@@ -35,6 +35,8 @@ COMMAND_MODULES = (
     "judge",
     "report",
     "merge",
+    "plan",
+    "verify",
     "doctor",
 )
 """Modules of `sae_bias.commands` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +62,14 @@ def hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Pat
 
 
 def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Path | None:
-    """As `hub_file`, None where the repository has no such file."""
+    """As `hub_file`, None where the repository has no such file (asked once: the cache remembers that too)."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if cached_file(repo_id, filename, revision) is None and (
+        try_to_load_from_cache(repo_id, filename, revision=revision) is _CACHED_NO_EXIST
+    ):
+        return None
     try:
         return hub_file(repo_id, filename, revision=revision)
     except MissingError as error:
@@ -71,6 +77,54 @@ def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = Non
         if cause is not None and _is_absent_entry(cause) and not isinstance(cause, LocalEntryNotFoundError):
             return None
         raise
+
+
+MODEL_EXTRAS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a causal model beside its config and weights, where it has them."""
+
+
+def fetch_model(repo_id: str) -> None:
+    """Have every file of a causal language model in the cache, each fresh one checked; weights as safetensors only.
+
+    Raises:
+        MissingError: gated, no such repository, or a transfer failed; says what gets it.
+        RequestError: the repository holds no safetensors weights, or an index that names none.
+    """
+    hub_file(repo_id, "config.json")
+    index = optional_hub_file(repo_id, "model.safetensors.index.json")
+    if index is None:
+        if optional_hub_file(repo_id, "model.safetensors") is None:
+            raise RequestError(
+                f"{repo_id} has no model.safetensors; pickled weights are never loaded, convert them to safetensors."
+            )
+    else:
+        for shard in _shards(index, repo_id):
+            hub_file(repo_id, shard)
+    for name in MODEL_EXTRAS:
+        optional_hub_file(repo_id, name)
+
+
+def _shards(index: Path, repo_id: str) -> list[str]:
+    """Names of the weights files that an index lists."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{repo_id}: its model.safetensors.index.json lists no weights files.") from error
+    if not names or not all(isinstance(n, str) and n.endswith(".safetensors") for n in names):
+        raise RequestError(
+            f"{repo_id}: its model.safetensors.index.json names a file that is no .safetensors."
+        )
+    return names
 
 
 def refuse_traversal(name: str) -> None:

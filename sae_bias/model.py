@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae_bias import hub
 from sae_bias.errors import MissingError, RequestError
 from sae_bias.placement import device_of, is_offloaded, resident, unhooked_copy
 from sae_bias.registry import is_path_like, organism_folder
@@ -136,14 +137,17 @@ class Model:
         return getattr(self.config, "final_logit_softcapping", None)
 
     @property
-    def final_norm(self) -> nn.Module:
-        """The norm before the unembedding, in float32 (METHOD §4.8)."""
+    def norm_module(self) -> nn.Module:
+        """The norm before the unembedding, as the decoder runs it."""
         for attribute in ("norm", "final_layer_norm"):
             if hasattr(self.base, attribute):
-                norm = _innermost(getattr(self.base, attribute))
-                break
-        else:
-            raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
+                return getattr(self.base, attribute)
+        raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding, in float32 (METHOD §4.8)."""
+        norm = _innermost(self.norm_module)
         if next(norm.parameters()).dtype == torch.float32:
             return norm
         if self._norm32 is None:
@@ -236,7 +240,10 @@ class Model:
             rows = w[index].float(), None if bias is None else bias[index].float()
             if not is_offloaded(_innermost(self.hf.get_output_embeddings())):
                 return rows
-            self._rows = (tuple(token_ids), rows)  # an offloaded unembedding is not read again for every batch
+            self._rows = (
+                tuple(token_ids),
+                rows,
+            )  # an offloaded unembedding is not read again for every batch
         return self._rows[1]
 
 
@@ -268,11 +275,12 @@ def load_model(
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
     folder = _local_folder(name)
-    local = folder is not None or not hub_reachable()
-    hf = _load_hf(folder or name, torch_dtype, local=local, device_map=device_map)
+    if folder is None and hub_reachable():
+        hub.fetch_model(name)
+    hf = _load_hf(folder or name, torch_dtype, local=True, device_map=device_map)
     if device_map is None:
         hf = hf.to(device)  # type: ignore[arg-type]
-    tokenizer = tokenizer or _load_tokenizer(folder or name, local=local)
+    tokenizer = tokenizer or _load_tokenizer(folder or name, local=True)
     _check_tokenizer(hf, tokenizer, name)
     model = Model(hf, tokenizer, name, source=folder)
     model.device_map = device_map
@@ -528,6 +536,10 @@ def _loading_error(source: Path | str, error: Exception, what: str = "model") ->
     if {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} & names:
         return MissingError(
             f"the hub has no model {source} that you may read; check the name, or log in with `hf auth login`."
+        )
+    if "SafetensorError" in names:
+        return RequestError(
+            f"the cached weights of {source} are damaged ({first}); run `hf download {source} --force-download`."
         )
     return MissingError(
         f"{source} is not in the local cache and could not be fetched ({type(error).__name__}); "

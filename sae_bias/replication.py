@@ -26,18 +26,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
-from sae_bias.activations import forward
 from sae_bias.as_published import probe_switches, switch_range, verdict
-from sae_bias.errors import GateError, MissingError, RequestError
-from sae_bias.measures.fidelity import MAX_RELATIVE_ERROR
+from sae_bias.errors import MissingError, RequestError
+from sae_bias.gate import gate_model
 from sae_bias.model import Model, load_model
 from sae_bias.probe import Probe, ProbeResult, default_probe, run_probe
 from sae_bias.prompts import PromptPairs, load_lexicon, load_pairs
 from sae_bias.provenance import manifest, versions
 from sae_bias.registry import model_info
+from sae_bias.run_copies import probe_facts
 from sae_bias.stand_ins import describe, stand_in
 from sae_bias.stats import clustered_mean
 from sae_bias.store import SCHEMA, RunFolder, plain
+from sae_bias.summary import gate_facts
 
 NOT_MEASURED = "not re-measured here"
 PUBLISHED_TUNING = -0.114
@@ -117,17 +118,14 @@ def run_replication(
         for name in tqdm(study.models, desc=study.name, unit="model", disable=not progress, leave=False):
             runner.one(name)
         summary = runner.write()
+    report = write_report(folder.path)
     if not runner.measured:
         first = next(iter(runner.missing.values()))
         raise MissingError(
             f"none of the {len(study.models)} models could be loaded; the first: {first} To try the plumbing, add --stand-ins."
         )
-    reports = [write_report(path) for path in runner.folders.values()]
-    report = (
-        write_report(*runner.folders.values(), out=folder.path / "report.html")
-        if len(reports) > 1
-        else reports[0]
-    )
+    for path in runner.folders.values():
+        write_report(path)
     return ReplicationResult(folder.path, plain(summary), report)
 
 
@@ -159,14 +157,14 @@ class _Runner:
         """Load, check, probe and let go of one model; one that cannot be had is noted with the reason."""
         try:
             with self.loaded(name) as model:
-                if self.gate:
-                    check_logits(model, self.pairs[0].ai)
+                error = gate_model(model) if self.gate else None
                 self.measured[name] = self.measure(name, model)
                 self.facts[name] = manifest(
                     model,
                     pairs=self.pairs,
                     vocabulary=self.measured[name].forms["plain"].vocabulary,
                     seed=self.study.seed,
+                    gate=gate_facts([], self.gate, error),
                 )
         except MissingError as error:
             self.missing[name] = str(error)
@@ -298,7 +296,7 @@ class _Runner:
     def write_model(self, name: str, measured: Measured, shared: ProbeResult) -> None:
         own = RunFolder(self.folder.path / "models" / _slug(name))
         self.folders[name] = own.path
-        own.write_json("manifest", self.facts[name])
+        own.write_json("manifest", {**self.facts[name], "probe": probe_facts(self.probe, shared.vocabulary)})
         own.write_table("pairs", shared.to_frame().assign(split="all"))
         own.write_table("words", shared.words())
         own.write_table("word_levels", shared.levels())
@@ -388,26 +386,6 @@ def _tuning_quantities(before: ProbeResult, after: ProbeResult) -> dict[str, np.
 
 
 # ── small parts
-
-
-@torch.no_grad()
-def check_logits(model: Model, text: str) -> float:
-    """Largest relative difference between the logits read here and the model's own after `text`.
-
-    Raises:
-        GateError: it is larger than the dtype's rounding.
-    """
-    if model.foreign_hooks():
-        return float("nan")
-    tokens = torch.tensor([model.encode(text)], device=model.device)
-    own = model.hf(input_ids=tokens, use_cache=False).logits[:, -1].float()
-    here = forward(model, tokens).last().logits()[:, 0].to(own.device)
-    error = float((own - here).abs().max() / own.abs().max())
-    if not error <= MAX_RELATIVE_ERROR.get(model.dtype, 1e-4):
-        raise GateError(
-            f"the logits read from {model.name} differ from its own by {error:.2e} of their size; figures from them would be wrong."
-        )
-    return error
 
 
 def _stat(result: ProbeResult) -> dict[str, Any]:

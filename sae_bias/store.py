@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ import pandas as pd
 from sae_bias.errors import MissingError, RequestError
 
 SCHEMA = 1
+_CELL_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 class RunFolder:
@@ -108,6 +110,8 @@ class RunFolder:
         return _read_parquet(self._cell(cell))
 
     def _cell(self, cell: str) -> Path:
+        if not _CELL_NAME.fullmatch(cell):
+            raise RequestError(f"{cell[:60]!r} is not the name of a cell in {self.path}.")
         return self.path / "cells" / f"{cell}.parquet"
 
     def _write(self, path: Path, write: Any) -> None:

@@ -29,9 +29,9 @@ from sae_bias.directions import difference_of_means
 from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
 from sae_bias.features import activation_table
+from sae_bias.gate import gate_model, gate_sae
 from sae_bias.interventions import Ablate, Clamp, ProjectOut
 from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.gate import gate_model, gate_sae
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.model import Model, load_model
 from sae_bias.probe import Probe, ProbeResult, run_probe
@@ -42,6 +42,7 @@ from sae_bias.ranking import Ranking, rank_features
 from sae_bias.registry import organism_folder
 from sae_bias.replication import Replication, ReplicationResult, run_replication
 from sae_bias.resolve import expand_saes
+from sae_bias.run_copies import probe_facts
 from sae_bias.sae import FeatureRef, as_feature, load_sae
 from sae_bias.scenarios import load_scenarios
 from sae_bias.stats_design import split_templates
@@ -256,7 +257,7 @@ class _Run:
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
-            study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate, self.logits_error),
+            probe=probe_facts(self.probe, base.vocabulary), study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate, self.logits_error),
         )  # fmt: skip
         self.folder.write_json("manifest", facts)
 

@@ -16,6 +16,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REAL_DATA = "SAE_BIAS_REAL_DATA"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Faults injected, inputs fuzzed, mutants killed: how much the trust tests of this run covered."""
+    import tallies
+
+    if tallies.COUNTS:
+        terminalreporter.section("counted")
+        for line in tallies.lines():
+            terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What the toolkit remembers between commands (passed gates, fetched columns) stays out of the user's cache."""
+    home = os.environ.setdefault("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield home
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
 @dataclass(frozen=True, eq=False)
 class Tiny:
     """One tiny random checkpoint on disk, an SAE for it, and both loaded."""

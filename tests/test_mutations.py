@@ -1,12 +1,14 @@
 """Mistakes seen in the wild (METHOD §4), each put into a broken copy of the code, each killed by a named test.
 
 A mutant replaces one function by a deliberately wrong one; the test it names must pass on the code as it is and fail on the
-mutant. `make slow` prints the table mutant → test.
+mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of METHOD §4: each has a mutant that names its
+number, or the table's own test fails.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,32 +17,67 @@ from typing import Any
 import pytest
 import test_activations
 import test_attribution
+import test_directions
 import test_engine
+import test_gate
 import test_generation
 import test_hooks
+import test_hub_faults
 import test_interventions
+import test_judge
 import test_model
 import test_probe
+import test_sae
+import test_sweep
 import torch
 from architectures import ARCHITECTURES
+from tallies import tally
+from test_directions import drawn  # noqa: F401  (a fixture of the named tests)
+from test_gate import cache  # noqa: F401
+from test_sae import folder  # noqa: F401
 
 import sae_bias as sb
 from sae_bias import (
     activations,
     attribution,
+    directions,
     engine,
     features,
     generation,
     hooks,
+    hub,
     interventions,
+    judge_replies,
     model,
     probe,
     reading,
+    sae,
+    sae_ids,
+    sweep_plan,
 )
-
-pytestmark = pytest.mark.slow
+from sae_bias.measures import fidelity
 
 TABLE: list[tuple[str, str]] = []
+
+MISTAKES = {
+    1: "full-reconstruction hooks",
+    2: "a negative value written into inactive units",
+    3: "a mean change hides per-prompt damage",
+    4: "two BOS tokens",
+    5: "no BOS",
+    6: "SAEs applied at BOS",
+    7: "steering stops after the prompt, or skips its last token",
+    8: "bf16 logits, thresholds and norm",
+    9: "massive residual dimensions carry a difference of means",
+    10: "weight processing changes the residual",
+    11: "a hook that never fires is no error",
+    12: "random weights are only logged",
+    13: "loading a model installs something",
+    14: "the network is asked for what is cached; a config is inferred silently",
+    15: "an index without its release and SAE id",
+    16: "unparsed judge replies counted as 0",
+}
+"""METHOD §4, in its order."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +285,79 @@ def never_fired_passes(patch: pytest.MonkeyPatch) -> None:
         self.receipt.hook_calls = 1
 
     patch.setattr(hooks._Context, "__init__", mutated)
+
+
+def centred_weights(patch: pytest.MonkeyPatch) -> None:
+    """`center_writing_weights`: what writes into the residual loses its mean; logits stay, the residual does not."""
+    load = model._load_hf
+
+    def mutated(source, dtype, **options):
+        hf = load(source, dtype, **options)
+        with torch.no_grad():
+            embedding = hf.get_input_embeddings().weight
+            embedding -= embedding.mean(-1, keepdim=True)
+            for name, weight in hf.named_parameters():
+                if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
+                    weight -= weight.mean(0, keepdim=True)
+                if name.endswith(("attention.dense.bias", "mlp.dense_4h_to_h.bias")):
+                    weight -= weight.mean()
+        return hf
+
+    patch.setattr(model, "_load_hf", mutated)
+
+
+def misspelt_sites_pass(patch: pytest.MonkeyPatch) -> None:
+    """A hook name that means nothing is taken for some site, and nothing is said."""
+
+    def mutated(m, site):
+        try:
+            return sb.Site.parse(site) if not isinstance(site, sb.Site) else site
+        except sb.SaeBiasError:
+            return sb.Site(0)
+
+    patch.setattr(activations, "check_site", mutated)
+
+
+def a_bare_index_is_taken(patch: pytest.MonkeyPatch) -> None:
+    """A number alone stands for the feature of whichever SAE comes first."""
+    known = sae.as_feature
+
+    def mutated(x):
+        return known(f"organism:planted/constructed#{x}") if isinstance(x, int) else known(x)
+
+    patch.setattr(sae, "as_feature", mutated)
+    patch.setattr(test_sae, "as_feature", mutated)
+
+
+def a_reference_without_its_sae(patch: pytest.MonkeyPatch) -> None:
+    """Tables and files say "#446", of no SAE in particular."""
+    patch.setattr(sae_ids.FeatureRef, "__str__", lambda self: f"#{self.index}")
+
+
+def unparsed_is_zero(patch: pytest.MonkeyPatch) -> None:
+    """A reply that gives no rating is a rating of 0."""
+    read = judge_replies.read_rating
+
+    def mutated(reply):
+        return read(reply) or 0
+
+    patch.setattr(judge_replies, "read_rating", mutated)
+    patch.setattr(test_judge, "read_rating", mutated)
+
+
+def the_cache_is_passed_over(patch: pytest.MonkeyPatch) -> None:
+    """The hub is asked although the file is here."""
+    patch.setattr(hub, "cached_file", lambda repo_id, filename, revision=None: None)
+
+
+def inferred_silently(patch: pytest.MonkeyPatch) -> None:
+    """Layer and hook point are taken from a folder's name, and nobody is told."""
+    read = sae.read_card
+
+    def mutated(*args, **options):
+        return replace(read(*args, **options), notes=())
+
+    patch.setattr(sae, "read_card", mutated)
 
 
 G = {"architecture": "gemma3"}
@@ -538,9 +648,75 @@ MUTANTS = [
         ),
         test_activations.test_activation_table_reads_the_encoder,
     ),
+    Mutant(
+        "massive dimensions stay in the difference of means (§4.9)",
+        replace_in_source(
+            directions, directions, "_without_massive", "difference.masked_fill(massive, 0.0)", "difference"
+        ),
+        test_directions.test_massive_dimensions_are_left_out_and_counted,
+    ),
+    Mutant(
+        "no dimension is massive (§4.9)",
+        lambda patch: patch.setattr(directions, "MASSIVE", 1e9),
+        test_directions.test_massive_dimensions_are_left_out_and_counted,
+    ),
+    Mutant(
+        "weights centred while loading (§4.10)",
+        centred_weights,
+        test_gate.test_the_residual_is_that_of_the_unprocessed_checkpoint,
+        {"name": "gpt_neox"},
+    ),
+    Mutant(
+        "a misspelt hook name is taken for some site (§4.11)",
+        misspelt_sites_pass,
+        test_activations.test_sites_are_checked,
+    ),
+    Mutant(
+        "a cached SAE is asked for on the network (§4.14)",
+        the_cache_is_passed_over,
+        test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
+    ),
+    Mutant(
+        "a config is inferred silently (§4.14)",
+        inferred_silently,
+        test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
+    ),
+    Mutant(
+        "a bare index is a feature (§4.15)", a_bare_index_is_taken, test_sae.test_a_bare_index_is_no_feature
+    ),
+    Mutant(
+        "a feature is written without its SAE (§4.15)",
+        a_reference_without_its_sae,
+        test_sae.test_a_feature_is_frozen_and_names_itself,
+    ),
+    Mutant(
+        "a cell's name leaves the feature's weights out (§4.15)",
+        replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
+        test_sweep.test_a_cells_name_covers_what_determines_its_numbers,
+    ),
+    Mutant(
+        "an unreadable reply is a rating of 0 (§4.16)",
+        unparsed_is_zero,
+        test_judge.test_a_rating_is_read_or_missing,
+        {"reply": "It is good.", "rating": None},
+    ),
+    Mutant(
+        "the gate lets another residual pass",
+        replace_in_source(fidelity, fidelity, "check_fidelity", "if not error <= allowed:", "if False:"),
+        test_gate.test_a_layer_that_gives_something_else_is_caught,
+    ),
 ]
 
 
+def test_each_of_the_sixteen_mistakes_has_a_mutant():
+    """And each mutant has a name of its own and a test that exists."""
+    named = {int(n) for mutant in MUTANTS for n in re.findall(r"§4\.(\d+)", mutant.mistake)}
+    assert sorted(named) == sorted(MISTAKES) == list(range(1, 17))
+    assert len({m.mistake for m in MUTANTS}) == len(MUTANTS)
+    assert all(m.test.__name__.startswith("test_") for m in MUTANTS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.mistake)
 def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
     """The named test passes on the code and fails on the mutant, each on models loaded anew."""
@@ -574,8 +750,10 @@ def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
             run("mutant")
     assert not str(killed.value).endswith("rewrite the mutant")
     TABLE.append((mutant.mistake, mutant.killer))
+    tally(f"mutants killed (of {len(MUTANTS)}; METHOD §4 has {len(MISTAKES)} mistakes)")
 
 
+@pytest.mark.slow
 def test_the_table(capsys):
     """Printed last: each mistake and the test that kills it."""
     with capsys.disabled():

@@ -15,7 +15,8 @@ from sae_bias.cli import main
 from sae_bias.errors import MissingError
 from sae_bias.hooks import PassInfo, compile_edits
 from sae_bias.registry import STUDY_MODELS
-from sae_bias.replication import Replication, check_logits, run_replication, tuning_pairs, tuning_table
+from sae_bias.measures.fidelity import check_logits
+from sae_bias.replication import Replication, run_replication, tuning_pairs, tuning_table
 from sae_bias.study import Study, load_study
 
 STUDY = Path(__file__).resolve().parents[1] / "experiments" / "bias_probe" / "study.yaml"

@@ -27,14 +27,14 @@ def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit
 
 
 def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[Fidelity]":
-    """The fidelity gate of every SAE (METHOD §4): stops on a wrong residual, warns on a doubtful SAE.
+    """The fidelity gate of every SAE (METHOD §4), measured once: stops on a wrong residual, warns on a doubtful SAE.
 
     Raises:
         RequestError: an SAE of another width or layer than the model's.
         GateError: the captured residual is not Hugging Face's hidden state.
     """
     from sae_bias.activations import check_site
-    from sae_bias.measures.fidelity import check_fidelity
+    from sae_bias.gate import gate_sae
 
     for sae in saes:
         check_site(model, sae.site)
@@ -42,7 +42,7 @@ def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[
             raise RequestError(
                 f"{sae.id} has d_in {sae.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
             )
-    found = [check_fidelity(model, sae) for sae in saes]
+    found = [gate_sae(model, sae) for sae in saes]
     for fidelity in found:
         for warning in fidelity.warnings:
             console.warn(warning)
@@ -51,13 +51,16 @@ def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[
 
 def gate_line(found: "Sequence[Fidelity]") -> str:
     """The gate's figures in one line."""
+    if not found:
+        return "fidelity: no SAE"
+    error = max((f.residual_max_rel_error for f in found), default=0.0)
     parts = [
         f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}"
         + (f" (label {f.label_l0:.0f})" if f.label_l0 else "")
         for f in found[:4]
     ]
     more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-    return "fidelity: " + "; ".join(parts) + more
+    return f"fidelity: residual as Hugging Face's to {error:.1e} of its size; " + "; ".join(parts) + more
 
 
 def make_edit(

@@ -78,14 +78,17 @@ def probe(
     over templates and entities; where the pairs bring mundane twins, the same bias on those stands beside it.
     """
     with Console(json, quiet) as console:
+        from sae_bias.gate import gate_model
         from sae_bias.model import load_model
         from sae_bias.probe import run_probe
         from sae_bias.prompts import load_pairs
-        from sae_bias.summary import bias_summary, headline
+        from sae_bias.run_copies import probe_facts
+        from sae_bias.summary import bias_summary, gate_facts, headline
 
         prompts = load_pairs(pairs)
         chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)
         loaded = load_model(model, device=device, dtype=dtype)
+        gate = gate_facts([], True, gate_model(loaded))
         if chat:
             from sae_bias.chat import chat_pairs
 
@@ -107,8 +110,9 @@ def probe(
             tables |= checked.run_tables()
         if out is not None:
             facts = run_facts(
-                loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, score=score, chat=chat
-            )
+                loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, gate=gate, score=score, chat=chat,
+                probe=probe_facts(chosen, result.vocabulary),
+            )  # fmt: skip
             save_run(out, facts, tables, summary)
         if prompts.sides != ("human", "AI"):
             console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")

@@ -73,6 +73,8 @@ def _join(folder: "RunFolder", old: dict[str, Any], new: dict[str, Any]) -> dict
         kind: new["prompts"][kind] or (old.get("prompts") or {}).get(kind) for kind in ("pairs", "grid")
     }
     words = new["words"] if new["words"]["positive"] else old.get("words") or new["words"]
+    if (old.get("gate") or {}).get("saes") and not (new.get("gate") or {}).get("saes"):
+        new = {**new, "gate": old["gate"]}
     copies = {**(old.get("copies") or {}), **(new.get("copies") or {})}
     joined = {**old, **new, "saes": list(saes.values()), "prompts": prompts, "words": words}
     return {**{k: v for k, v in joined.items() if k != "copies"}, "copies": copies}

@@ -154,6 +154,8 @@ def _run(
 ) -> None:
     with console:
         from sae_bias.cluster import Cluster
+        from sae_bias.gate import gate_lines
+        from sae_bias.store import RunFolder
         from sae_bias.study import load_study, run_study
 
         if cluster is None and (workers, gpus_per_worker) != (None, None):
@@ -173,6 +175,8 @@ def _run(
             console.note("A calibration organism: nothing here is a finding about Gemma.")
         for line in result.headline():
             console.say(line)
+        for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
+            console.note(line)
         console.say(f"report: {result.report}")
         console.finish(
             {

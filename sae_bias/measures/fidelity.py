@@ -1,21 +1,24 @@
 """The fidelity gate: is this the residual stream, and this SAE, that we think it is?
 
-The captured residual is compared with plain Hugging Face hidden states (a mismatch stops a run), and the SAE's unexplained
-variance and L0 on ordinary tokens are measured beside the release's label (a mismatch warns). BOS is left out: SAEs were not
-trained on it, and its norm would drown everything else.
+The captured residual is compared with plain Hugging Face hidden states and with what the next module is given (a mismatch stops
+a run), and the SAE's unexplained variance and L0 on ordinary tokens are measured beside the release's label (a mismatch warns).
+BOS is left out: SAEs were not trained on it, and its norm would drown everything else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sae_bias.activations import capture_layers, forward, plan_batches
 from sae_bias.bundled import load_texts
 from sae_bias.errors import GateError
-from sae_bias.model import Model
+from sae_bias.model import Model, ours
 from sae_bias.sae import Sae
 
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -56,11 +59,10 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
     errors, parts = [], []
     for batch in plan_batches([model.encode(t) for t in load_texts("neutral")[:n_texts]], model.device):
         x = capture_layers(model, batch.tokens, [layer])[layer]
-        plain = model.hf(input_ids=batch.tokens, output_hidden_states=True, use_cache=False).hidden_states[
-            layer + 1
-        ]
+        with _received_after(model, layer) as received:
+            plain = model.hf(input_ids=batch.tokens, output_hidden_states=True, use_cache=False).hidden_states
         own = x.float() if layer < model.n_layers - 1 else model.final_norm(x.float())
-        errors.append(float((own - plain.float().to(own.device)).abs().max() / plain.float().abs().max()))
+        errors += [_relative(own, plain[layer + 1]), *(_relative(x.float(), r) for r in received)]
         parts.append(x[~torch.isin(batch.tokens, special).to(x.device)].float())
     error = float(np.max(errors))  # NaN where one is
     allowed = MAX_RELATIVE_ERROR.get(model.dtype, 1e-4)
@@ -75,6 +77,30 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
     fvu = float(residue.pow(2).sum() / (resid - resid.mean(0)).pow(2).sum())
     l0 = float((acts > 0).sum(-1).cpu().double().mean())
     return fidelity_of(sae, error, fvu, l0)
+
+
+@contextmanager
+def _received_after(model: Model, layer: int) -> Iterator[list[Tensor]]:
+    """What the module after `layer` is given: later layers read this, whatever wraps the layers."""
+    received: list[Tensor] = []
+
+    @ours
+    def keep(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        received.append(args[0] if args else kwargs["hidden_states"])
+
+    last = layer == model.n_layers - 1
+    after = model.norm_module if last else model.layer_list[layer + 1]
+    handle = after.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield received
+    finally:
+        handle.remove()
+
+
+def _relative(own: Tensor, plain: Tensor) -> float:
+    """Largest |difference| over the largest |plain|."""
+    plain = plain.float().to(own.device)
+    return float((own - plain).abs().max() / plain.abs().max())
 
 
 def fidelity_of(sae: Sae, residual_max_rel_error: float, fvu: float, l0: float) -> Fidelity:

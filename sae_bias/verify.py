@@ -1,0 +1,464 @@
+"""Re-computing a run from its folder alone: what agrees, within which tolerance, and what differs.
+
+Three kinds of checks, from the copies that stand in the folder:
+
+- hashes: the model's and the SAEs' files, the prompts and the words against what the manifest says of them;
+- the folder against itself: each row of the sweep's table against the cells it is made of, each mean against its pairs;
+- measured again: the probe of every pair, and a sample of cells (or all) with their costs, on the model as it is now.
+
+A cell is the scores of each prompt, so it is compared prompt by prompt: the largest |now - then| over max(1, |then|). Rounding
+depends on precision, device and on what is batched together, so the tolerance is the precision's, ten times as wide on another
+device. Figures of costs and of the valence banks are compared in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_bias.errors import RequestError, SaeBiasError
+from sae_bias.model import Model, load_model
+from sae_bias.probe import Probe, run_probe
+from sae_bias.prompts import PromptPairs
+from sae_bias.provenance import model_digest, model_files, sae_facts, versions
+from sae_bias.run_copies import edit_from_facts, grid_from_copy, pairs_from_copy, probe_from_facts
+from sae_bias.sae import load_sae
+from sae_bias.store import RunFolder, digest
+from sae_bias.sweep import collect, run_sweep
+from sae_bias.sweep_plan import Cell, Sweep
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest difference allowed between two measurements of one number, by precision."""
+OTHER_DEVICE = 10.0
+TABLE_TOLERANCE = 1e-9
+"""Between a table and the cells it was made of: the same arithmetic on the same numbers."""
+SAMPLE = 8
+SCORES = ("score_human", "score_ai", "bias")
+AGREES, DIFFERS, UNCHECKED, NOTE = "agrees", "differs", "not checked", "note"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared."""
+
+    what: str
+    status: str
+    """agrees | differs | not checked | note (told, and no part of the answer)"""
+    detail: str
+    difference: float | None = None
+    """The largest |now - then| over max(1, |then|), where numbers were compared."""
+    tolerance: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Every check of one run folder."""
+
+    path: Path
+    checks: list[Check] = field(repr=False)
+    n_cells: int
+    """Cells that were measured again."""
+    of_cells: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing that was checked differs."""
+        return not self.differing
+
+    @property
+    def differing(self) -> list[Check]:
+        return [c for c in self.checks if c.status == DIFFERS]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a check."""
+        return pd.DataFrame([c.row() for c in self.checks])
+
+
+def verify_run(
+    path: str | Path,
+    *,
+    cells: int | None = SAMPLE,
+    model: str | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> Verification:
+    """Check a run folder against itself, its inputs' hashes, and the model measured again.
+
+    Args:
+        cells: how many cells of a sweep to measure again (the base and the first candidate always); None for all.
+        model: where the model is now, if not under the name in the manifest.
+        device: where to run; the manifest's own by default.
+
+    Raises:
+        RequestError: no run folder, or one whose files cannot be read.
+        MissingError: the model or an SAE is not to be had here.
+    """
+    if cells is not None and cells < 0:
+        raise RequestError(f"{cells} cells: expected a number from 0.")
+    return _Verifier(RunFolder(path), cells, model, device, progress).run()
+
+
+class _Verifier:
+    def __init__(
+        self, folder: RunFolder, n_cells: int | None, model: str | None, device: str | None, progress: bool
+    ):
+        self.folder, self.wanted, self.progress = folder, n_cells, progress
+        if not folder.path.is_dir():
+            raise RequestError(f"there is no run folder {folder.path}.")
+        self.manifest = folder.read_json("manifest")
+        self.sweep_folder = next(
+            (f for f in (folder, RunFolder(folder.path / "sweep")) if (f.path / "sweep.json").is_file()), None
+        )
+        self.given_model, self.given_device = model, device
+        self.checks: list[Check] = []
+        self.n_cells = self.of_cells = 0
+        self.same_device = 0.0
+
+    def run(self) -> Verification:
+        facts = _mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
+        if not isinstance(facts.get("digest"), str):
+            raise RequestError(
+                f"{self.folder.path}/manifest.json names no measured model; give the folder of one model, such as RUN/models/NAME."
+            )
+        self.pairs = self.read_prompts()
+        self.model = self.load(facts)
+        self.tolerance = self.tolerance_of(facts)
+        self.checks += [*self.environment(), *self.model_files(facts), *self.saes()]
+        self.checks += self.words()
+        if "pairs" in self.folder.tables():
+            self.checks += self.base_table()
+        if self.sweep_folder is not None:
+            self.checks += self.sweep(self.sweep_folder)
+        return Verification(self.folder.path, self.checks, self.n_cells, self.of_cells)
+
+    def add(self, what: str, same: bool, yes: str, no: str) -> Check:
+        return Check(what, AGREES if same else DIFFERS, yes if same else no)
+
+    # --- hashes ---
+
+    def read_prompts(self) -> PromptPairs | None:
+        """The stored copies of the prompts, checked against their hashes."""
+        where = f"{self.folder.path}/manifest.json"
+        copies = _mapping(self.manifest.get("copies"), f"{where}: its copies")
+        known = _mapping(self.manifest.get("prompts"), f"{where}: its prompts")
+        found: dict[str, Any] = {}
+        for kind, read in (("pairs", pairs_from_copy), ("grid", grid_from_copy)):
+            facts = known.get(kind)
+            if not facts:
+                continue
+            if kind not in copies:
+                self.checks.append(
+                    Check(f"prompts: {kind}", UNCHECKED, "the folder holds no copy (an older sae-bias)")
+                )
+                continue
+            found[kind] = read(copies[kind], where)
+            expected = str(_mapping(facts, f"{where}: its {kind}").get("digest"))
+            self.checks.append(
+                self.add(
+                    f"prompts: {kind}",
+                    found[kind].digest == expected,
+                    f"{len(found[kind])} prompts, sha256 {expected[:12]}",
+                    f"the copy has sha256 {found[kind].digest[:12]}, the manifest says {expected[:12]}",
+                )
+            )
+        return found.get("pairs")
+
+    def words(self) -> list[Check]:
+        words = self.manifest.get("words")
+        if not isinstance(words, dict) or not words.get("positive") or "digest" not in words:
+            return []
+        now = digest(words["positive"], words.get("negative"))
+        n = len(words["positive"]) + len(words.get("negative") or [])
+        return [
+            self.add(
+                "words",
+                now == words["digest"],
+                f"{n} words, sha256 {now}",
+                f"hash {now}, not {words['digest']}",
+            )
+        ]
+
+    def model_files(self, facts: Mapping[str, Any]) -> list[Check]:
+        """Each file of the model, or its parameters where it had none."""
+        then = facts.get("files") or {}
+        now = model_files(self.model)
+        if not then and not now:
+            same = facts.get("digest") == model_digest(self.model)
+            return [
+                self.add("model", same, f"{self.model.name}, hash of its parameters", "its parameters differ")
+            ]
+        return [_files(f"model {self.model.name}", then, now)]
+
+    def saes(self) -> list[Check]:
+        """The file of each SAE in the manifests of the run and of its sweep."""
+        manifests = [self.manifest]
+        if self.sweep_folder is not None and (self.sweep_folder.path / "manifest.json").is_file():
+            manifests.append(self.sweep_folder.read_json("manifest"))
+        known = {str(s.get("id")): s for m in manifests for s in m.get("saes") or [] if isinstance(s, dict)}
+        found = []
+        for name, facts in known.items():
+            if not facts.get("files"):
+                found.append(Check(f"SAE {name}", UNCHECKED, "it was an object in memory"))
+                continue
+            found.append(_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"]))
+        return found
+
+    def environment(self) -> list[Check]:
+        """Versions and device that are others than the run's: told, because figures may differ by rounding."""
+        then, now = self.manifest.get("versions") or {}, versions()
+        other = [f"{k} {then[k]} → {now.get(k)}" for k in then if now.get(k) != then[k]]
+        device = (self.manifest.get("model") or {}).get("device")
+        if device != self.model.device.type:
+            other.append(f"device {device} → {self.model.device.type}")
+        return [Check("environment", NOTE, "; ".join(other))] if other else []
+
+    # --- measured again ---
+
+    def load(self, facts: Mapping[str, Any]) -> Model:
+        """The model in the precision of the run, on its device where there is one."""
+        device = self.given_device or str(facts.get("device") or "auto")
+        if self.given_device is None and device == "cuda" and not torch.cuda.is_available():
+            device = "auto"
+        name = self.given_model or str(facts.get("name"))
+        return load_model(name, device=device, dtype=str(facts.get("dtype") or "auto"))
+
+    def tolerance_of(self, facts: Mapping[str, Any]) -> float:
+        own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])
+        return own if facts.get("device") == self.model.device.type else own * OTHER_DEVICE
+
+    def base_table(self) -> list[Check]:
+        """tables/pairs: every pair's scores, and the summary's mean over them."""
+        table = self.folder.read_table("pairs")
+        where = f"{self.folder.path}/tables/pairs.parquet"
+        _need(table, SCORES, where)
+        found = list(self.summary_mean(table))
+        if self.pairs is None or self.manifest.get("probe") is None:
+            return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
+        probe = probe_from_facts(self.manifest["probe"], f"{self.folder.path}/manifest.json")
+        again = run_probe(self.model, self.pairs, probe)
+        values = {"score_human": again.score_human, "score_ai": again.score_ai, "bias": again.pair_bias}
+        return [self.compare("probe: every pair's scores", table, values), *found]
+
+    def summary_mean(self, table: pd.DataFrame) -> Iterator[Check]:
+        """The headline's mean against the pairs it is over."""
+        if not (self.folder.path / "summary.json").is_file():
+            return
+        bias = self.folder.read_json("summary").get("bias")
+        if not isinstance(bias, dict) or not isinstance(bias.get("mean"), float):
+            return
+        yield _same_number("summary: bias", float(table["bias"].mean()), bias["mean"])
+
+    def sweep(self, folder: RunFolder) -> list[Check]:
+        """The sweep's table against its cells, and some cells against the model."""
+        facts = folder.read_json("sweep")
+        listed = facts.get("cells")
+        where = f"{folder.path}/sweep.json"
+        if not isinstance(listed, list) or not all(isinstance(c, dict) and "cell" in c for c in listed):
+            raise RequestError(f"{where} lists no cells.")
+        self.of_cells = len(listed)
+        whole = all(folder.has_cell(str(c["cell"])) for c in listed)
+        found = self.sweep_table(folder) if whole else [
+            Check("sweep: table", UNCHECKED, "the sweep is not finished; the same command goes on")
+        ]  # fmt: skip
+        if self.pairs is None or not isinstance(facts.get("probe"), dict):
+            return [*found, Check("cells", UNCHECKED, "the folder holds no copies (an older sae-bias)")]
+        probe = probe_from_facts(facts["probe"], where)
+        return [*found, *self.cells(folder, facts, listed, probe)]
+
+    def sweep_table(self, folder: RunFolder) -> list[Check]:
+        made, stored = collect(folder.path).frame, folder.read_table("sweep")
+        if list(made["cell"]) != list(stored.get("cell", [])) or list(made["split"]) != list(stored["split"]):
+            return [Check("sweep: table", DIFFERS, "its rows are not the sweep's cells")]
+        worst, where = 0.0, ""
+        for column in made.select_dtypes("number").columns:
+            if column not in stored:
+                return [Check("sweep: table", DIFFERS, f"it has no column {column}")]
+            gap = _gap(
+                made[column].to_numpy(float), pd.to_numeric(stored[column], errors="coerce").to_numpy(float)
+            )
+            row = int(gap.argmax()) if len(gap) else 0
+            if len(gap) and not gap[row] <= worst:
+                worst, where = (
+                    float(gap[row]),
+                    f"{column} of {made['rule'].iloc[row]} ({made['split'].iloc[row]})",
+                )
+        return [
+            _verdict(
+                "sweep: table made again from its cells", worst, TABLE_TOLERANCE, where, f"{len(made)} rows"
+            )
+        ]
+
+    def cells(
+        self, folder: RunFolder, facts: Mapping[str, Any], listed: Sequence[Mapping[str, Any]], probe: Probe
+    ) -> Iterator[Check]:
+        """A sample of cells measured again, with costs where the sweep had them."""
+        assert self.pairs is not None
+        chosen = _sample(listed, self.wanted)
+        chosen = [c for c in chosen if folder.has_cell(str(c["cell"]))]
+        directions = facts.get("directions")
+        rebuilt: list[tuple[Mapping[str, Any], Cell]] = []
+        for stored in chosen:
+            try:
+                edits = tuple(
+                    edit_from_facts(e, directions if isinstance(directions, dict) else {}, self.model)
+                    for e in stored.get("edits") or []
+                )
+            except SaeBiasError as error:
+                yield Check(_cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
+                continue
+            rebuilt.append((stored, Cell(edits, str(stored.get("kind")), str(stored.get("label")))))
+        if not rebuilt:
+            return
+        # the base is always run; it is compared where it is in the sample
+        again = run_sweep(
+            self.model,
+            self.pairs,
+            Sweep([cell for _, cell in rebuilt if cell.edits], costs=bool(facts.get("costs"))),
+            probe=probe,
+            progress=self.progress,
+        )
+        by_name = {str(name): frame for name, frame in again.cells.items()}
+        names = again.frame["cell"].tolist()  # one split: a row a cell, the base first
+        order = {id(cell): names[1 + i] for i, cell in enumerate(c for _, c in rebuilt if c.edits)}
+        for stored, cell in rebuilt:
+            name = names[0] if not cell.edits else order[id(cell)]
+            self.n_cells += 1
+            yield self.compare_cell(stored, folder.read_cell(str(stored["cell"])), by_name[name], name)
+
+    def compare_cell(
+        self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str
+    ) -> Check:
+        what = _cell_name(stored)
+        _need(then, SCORES, what)
+        check = self.compare(what, then, {c: now[c].to_numpy() for c in SCORES}, extra=_facts_of(then, now))
+        here = self.given_model is None and self.tolerance == self.same_device
+        if here and check.status == AGREES and name != stored["cell"]:
+            return Check(
+                what, DIFFERS, "its scores agree, but its inputs have another hash: model, prompts, words or SAE changed",
+                check.difference, check.tolerance,
+            )  # fmt: skip
+        return check
+
+    def compare(
+        self,
+        what: str,
+        then: pd.DataFrame,
+        now: Mapping[str, np.ndarray],
+        extra: Mapping[str, tuple[float, float]] | None = None,
+    ) -> Check:
+        """Stored columns against fresh ones, pair by pair."""
+        worst, where = 0.0, ""
+        for column, values in now.items():
+            stored = pd.to_numeric(then[column], errors="coerce").to_numpy(float)
+            if len(stored) != len(values):
+                return Check(what, DIFFERS, f"{len(stored)} pairs stored, {len(values)} measured")
+            gap = _gap(values, stored)
+            row = int(gap.argmax())
+            if not gap[row] <= worst:
+                worst = float(gap[row])
+                where = f"{column} of {_pair_name(then, row)}: {stored[row]:.6g} stored, {values[row]:.6g} measured"
+        for key, (old, new) in (extra or {}).items():
+            gap = float(_gap(np.array([new]), np.array([old]))[0])
+            if not gap <= worst:
+                worst, where = gap, f"{key}: {old:.6g} stored, {new:.6g} measured"
+        return _verdict(what, worst, self.tolerance, where, f"{len(then)} pairs")
+
+
+# --- small parts ---
+
+
+def _sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
+    """The base, the first candidate, and the rest spread evenly over the list."""
+    if wanted is None or wanted >= len(listed):
+        return list(listed)
+    spread = np.linspace(0, len(listed) - 1, max(wanted - 1, 0)).round().astype(int).tolist()
+    numbers = list(dict.fromkeys([0, 1, *spread]))[:wanted]
+    return [listed[i] for i in sorted(numbers) if i < len(listed)]
+
+
+def _gap(now: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """|now - then| / max(1, |then|); 0 where both are NaN (or the same infinity), infinite where one is."""
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(now - then) / np.maximum(1.0, np.abs(then))
+    gap[(np.isnan(now) & np.isnan(then)) | (now == then)] = 0.0
+    return np.where(np.isnan(gap), np.inf, gap)
+
+
+def _verdict(what: str, worst: float, tolerance: float, where: str, n: str) -> Check:
+    if worst <= tolerance:
+        return Check(what, AGREES, n, worst, tolerance)
+    return Check(what, DIFFERS, where, worst, tolerance)
+
+
+def _same_number(what: str, now: float, then: float) -> Check:
+    gap = float(_gap(np.array([now]), np.array([then]))[0])
+    return _verdict(
+        what, gap, TABLE_TOLERANCE, f"{then:.6g} stored, {now:.6g} from its table", f"{then:+.4f}"
+    )
+
+
+def _files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) -> Check:
+    """Hashes of files, then and now."""
+    changed = sorted(name for name in then if name in now and now[name] != then[name])
+    gone = sorted(set(then) - set(now))
+    if not changed and not gone:
+        partial = sum(str(v).startswith("partial:") for v in then.values())
+        more = f" ({partial} large ones by their ends)" if partial else ""
+        return Check(what, AGREES, f"{len(then)} files have the recorded sha256{more}")
+    words = [f"{n} has another sha256 than recorded" for n in changed] + [f"{n} is gone" for n in gone]
+    return Check(what, DIFFERS, "; ".join(words[:4]))
+
+
+def _facts_of(then: pd.DataFrame, now: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Numbers kept with a cell: costs, and the scores on the valence banks."""
+    found: dict[str, tuple[float, float]] = {}
+    for key, old in then.attrs.items():
+        new = now.attrs.get(str(key))
+        if isinstance(old, float) and key != "strength":
+            found[str(key)] = (old, _number(new))
+        if key == "bank" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            gap = _gap(np.array([_number(v) for v in new]), np.array([_number(v) for v in old]))
+            row = int(gap.argmax())
+            found[f"valence bank, prompt {row + 1}"] = (_number(old[row]), _number(new[row]))
+    return found
+
+
+def _number(value: Any) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _pair_name(frame: pd.DataFrame, row: int) -> str:
+    parts = [str(frame[c].iloc[row]) for c in ("template", "entity") if c in frame]
+    return " / ".join(parts) or f"row {row + 1}"
+
+
+def _cell_name(stored: Mapping[str, Any]) -> str:
+    parts = [str(stored.get("rule") or "cell"), str(stored.get("feature") or "")]
+    return "cell " + " of ".join(p for p in parts if p)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{what} is a {type(value).__name__}; expected a mapping.")
+    return value
+
+
+def _need(frame: pd.DataFrame, columns: Sequence[str], where: str) -> None:
+    missing = [c for c in columns if c not in frame]
+    if missing or not len(frame):
+        raise RequestError(f"{where} has no {', '.join(missing) or 'rows'}.")
