@@ -230,9 +230,11 @@ class _Pool:
 
     def run(self, groups: Sequence[Group]) -> Results:
         waiting = deque(groups)
-        for _ in range(min(len(groups), self.wanted or self.room())):
+        there = len(self.idle) + len(self.busy)
+        for _ in range(there, min(len(groups), self.wanted or self.room())):
             self.start()
         while waiting or self.at_work:
+            self.hand_out(waiting)
             for call in self.next():
                 actor, group = self.busy.pop(call)
                 try:
@@ -246,11 +248,15 @@ class _Pool:
                     self.start()
                     continue
                 self.idle.append(actor)
+                self.hand_out(waiting)  # before the results are written
                 if group is not None:
                     yield group, results
-            while waiting and self.idle:
-                actor, group = self.idle.pop(), waiting.popleft()
-                self.busy[actor.run.remote(group)] = (actor, group)
+
+    def hand_out(self, waiting: deque[Group]) -> None:
+        """A group to every actor that has none."""
+        while waiting and self.idle:
+            actor, group = self.idle.pop(), waiting.popleft()
+            self.busy[actor.run.remote(group)] = (actor, group)
 
     @property
     def at_work(self) -> bool:

@@ -170,12 +170,13 @@ def run_study(
         raise RequestError("--stand-ins is for study files that name several `models:`.")
     if shard is not None and cluster is not None:
         raise RequestError("--shard and --cluster both share out the cells; choose one.")
-    folder = RunFolder(out)
+    folder = RunFolder(out, shard=shard)
     with cluster.connected() if cluster else nullcontext(), folder.writing():
         executor = cluster.run if cluster else run_here
         summary = _Run(study, folder, gate, shard, progress, executor).run()
         folder.write_json("summary", summary)
-    return StudyResult(folder.path, plain(summary), write_report(folder.path))
+    report = write_report(folder.path) if shard is None else folder.path / "summary.json"
+    return StudyResult(folder.path, plain(summary), report)
 
 
 class _Run:
@@ -215,12 +216,12 @@ class _Run:
                 )
             self.write_base(base)
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
-            if self.study.checks:
+            if self.study.checks and self.shard is None:
                 with self.step("checks"):
                     self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
-            if self.study.profile == "as_published":
+            if self.study.profile == "as_published" and self.shard is None:
                 with self.step("switches"):
                     self.add(
                         switch_tables(self.model, self.pairs, self.probe, base, self.chosen, self.study.seed)
@@ -283,6 +284,8 @@ class _Run:
         with self.step("sweep"):
             family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
             sweep, cells = self.sweep(chosen, discover, list(family))
+        if self.shard is not None:
+            return self.one_shard(chosen, sweep)
         summary = self.suppressed(base, chosen, sweep, cells)
         causal = (
             "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
@@ -300,6 +303,16 @@ class _Run:
                 self.add(feature_tables(self.model, chosen, report, self.probe))
                 self.write_card(chosen)
         return summary
+
+    def one_shard(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
+        """A shard ends with its cells; figures need all of them."""
+        assert self.shard is not None
+        i, n = self.shard
+        why = (
+            f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
+            f"sae-bias merge {self.folder.root}, then the same command without --shard"
+        )
+        return {"feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": why}}
 
     def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
         tables, notes = found
@@ -376,7 +389,7 @@ class _Run:
             self.pairs,
             sweep,
             probe=self.probe,
-            out=self.folder.path / "sweep",
+            out=self.folder.root / "sweep",
             progress=self.progress,
             shard=self.shard,
             executor=self.executor,

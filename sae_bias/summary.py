@@ -121,6 +121,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     if not feature["id"]:
         return [*lines, f"no feature is called AI-speech: {feature['why']}"]
     lines.append(f"feature {feature['id']}: {feature['why']}")
+    if "reduction" not in summary:  # one shard: its cells alone
+        return lines
     cut, specific, costs = summary["reduction"], summary["specific_reduction"], summary["costs"]
     lines.append(
         f"ablated, on report templates: bias {cut['bias_before']:+.3f} → {cut['bias_after']:+.3f}, reduction {_share(cut['estimate'])} "

@@ -55,6 +55,7 @@ def assert_same(found: sb.SweepResult, local: sb.SweepResult) -> None:
         assert found.cells[name].attrs["receipt"] == frame.attrs["receipt"]
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_local_table_also_when_one_is_lost(work, tmp_path, monkeypatch):
     """A real cluster of two; the second node is killed after three groups, the driver of another run after some cells."""
     tiny, args, probe, local = work
@@ -146,6 +147,31 @@ def test_a_study_run_on_a_cluster_has_the_local_tables(tmp_path, capsys):
         pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_shards_of_a_study_run_side_by_side_and_merge_to_the_whole(tmp_path, capsys):
+    """Two processes at once on one run folder, merged; then the command without --shard measures no cell again."""
+    (tmp_path / "study.yaml").write_text(STUDY)
+    study, here, there = str(tmp_path / "study.yaml"), tmp_path / "here", tmp_path / "there"
+    assert main(["run", study, "--out", str(here), "--quiet"]) == 0
+    command = [sys.executable, "-m", "sae_bias.cli", "run", study, "--out", str(there), "--quiet", "--shard"]
+    shards = [
+        subprocess.Popen([*command, f"{i}/2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in (1, 2)
+    ]
+    for shard in shards:
+        out, err = shard.communicate(timeout=300)
+        assert shard.returncode == 0, err
+        assert f"sae-bias merge {there}" in out
+    local = capsys.readouterr().out.splitlines()
+    assert main(["merge", str(there), "--quiet"]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (there / "sweep" / "cells").glob("*.parquet")}
+    capsys.readouterr()
+    assert main(["run", study, "--out", str(there), "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == local[:-1]
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+    pd.testing.assert_frame_equal(collect(here / "sweep").frame, collect(there / "sweep").frame)
+
+
 # --- without a cluster ---
 
 
@@ -165,7 +191,7 @@ def test_a_job_says_where_the_model_is_and_carries_features_by_value(gemma3, pai
 def test_what_cannot_be_sent_is_refused_before_a_cluster_is_asked(gemma3, pairs, probe):
     in_memory = sb.load_model(gemma3.fresh().hf)
     for work, expected in (
-        (job_of(gemma3, pairs, probe, Patch(gemma3.model, 1)), "cannot be sent"),
+        (job_of(gemma3, pairs, probe, Patch(1, gemma3.model)), "cannot be sent"),
         (Work(in_memory, pairs, probe, (), ()), "load it by name"),
     ):
         with pytest.raises(sb.RequestError, match=expected):

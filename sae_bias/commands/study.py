@@ -177,7 +177,8 @@ def _run(
             console.say(line)
         for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
             console.note(line)
-        console.say(f"report: {result.report}")
+        if shard is None:
+            console.say(f"report: {result.report}")
         console.finish(
             {
                 "study": study.name,
