@@ -5,12 +5,81 @@
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
 
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
 import pandas as pd
 
 from sae_bias import behavior_plots, wording
-from sae_bias.report_parts import Run, Section, Table, table_of
+from sae_bias.report_parts import Piece, Run, Section, Sides, Table, run_table
 
+MOST_TEXTS = 100
+DARKEST = 8.0  # nats at which a token's background is darkest
+SCORE_NAMES = {
+    "sum": "sum of log-probabilities",
+    "norm": "log-probability a token",
+    "pmi": "pointwise mutual information",
+    "letter": "letters, every order",
+}
 STAND_IN = " These figures are of a calibration organism and no measurement of any public model."
+
+
+def generations_section(run: Run) -> Section:
+    """Both texts of every prompt; where it is known, tokens are shaded by how unexpected the unsteered model finds them."""
+    frame = run.tables["generations"].fillna({"unsteered": "", "steered": ""})
+    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in frame.head(MOST_TEXTS).to_dict("records")]
+    same = int((frame["unsteered"] == frame["steered"]).sum())
+    takeaway = f"{len(frame) - same} of {len(frame)} continuations change under the intervention."
+    conditions = run.part("generations")
+    if conditions.get("steered"):
+        takeaway += f" {wording.text_sentence(conditions)}"
+    shaded = (
+        " The darker a token, the less the unsteered model expected it."
+        if "token_nll_steered" in frame
+        else ""
+    )
+    return Section(
+        "generations",
+        "What the model writes",
+        takeaway,
+        behavior_plots.text_measures(conditions) if conditions.get("steered") else None,
+        text_table(run),
+        sides=sides,
+        how_to_read=f"In the texts below, what changed is underlined.{shaded}",
+    )
+
+
+def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
+    """Both texts cut into tokens (words where the run holds no tokens), those that differ marked."""
+    names = ("unsteered", "steered")
+    known = all(
+        isinstance(row.get(f"token_nll_{n}"), Sequence | pd.Series)
+        or hasattr(row.get(f"token_nll_{n}"), "tolist")
+        for n in names
+    )
+    if known:
+        texts = [[str(t) for t in row[f"tokens_{n}"]] for n in names]
+        values = [[float(v) for v in row[f"token_nll_{n}"]] for n in names]
+    else:
+        texts = [re.findall(r"\s+|\S+", str(row[n])) for n in names]
+        values = [[math.nan] * len(t) for t in texts]
+    changed: tuple[list[bool], list[bool]] = ([True] * len(texts[0]), [True] * len(texts[1]))
+    for tag, i, j, k, m in difflib.SequenceMatcher(a=texts[0], b=texts[1], autojunk=False).get_opcodes():
+        if tag == "equal":
+            changed[0][i:j], changed[1][k:m] = [False] * (j - i), [False] * (m - k)
+    left, right = (
+        [
+            Piece(
+                t, c, min(v / DARKEST, 1.0) if v == v else 0.0, f"{wording.number(v)} nats" if v == v else ""
+            )
+            for t, c, v in zip(texts[s], changed[s], values[s])
+        ]
+        for s in (0, 1)
+    )
+    return left, right
 
 
 def scenario_section(run: Run) -> Section:
@@ -18,26 +87,82 @@ def scenario_section(run: Run) -> Section:
     frame, part = run.tables["scenario_categories"], run.part("scenarios")
     form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
     shown = frame[(frame["form"] == form) & (frame["score"] == score)]
-    total = shown[shown["category"] == "all"].iloc[0]
-    takeaway = (
-        f"The aligned option became more probable in {total['improved']} of {total['n']} scenarios and less in {total['worsened']}"
-        f" ({wording.p_text(total['sign_p'])}); the choice itself flipped to it in {total['gained']} and away from it in {total['lost']}"
-        f" ({wording.p_text(total['mcnemar_p'])})." + (STAND_IN if run.organism else "")
+    total = shown[shown["category"] == "all"].iloc[0].to_dict()
+    takeaway = wording.scenario_sentence({**total, "edited": part.get("edited", True)}) + (
+        STAND_IN if run.organism else ""
     )
     columns = {
         "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
         "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
         "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",
     }  # fmt: skip
-    how = f"Each line is a category, from before to after; options scored in the {form} form ({score}). All forms are in the table."
+    how = (
+        f"Each line is a category, from before to after; options in the {form} form, {SCORE_NAMES.get(score, score)}."
+        " All forms are in the table."
+    )
     return Section(
         "scenarios",
         "Scenarios, before and after",
         takeaway,
-        behavior_plots.scenarios_before_after(shown),
-        _table(run, "scenario_categories", columns, frame),
+        behavior_plots.scenarios_before_after(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_categories", columns, _readable(frame)),
         how_to_read=how,
     )
+
+
+def scenario_arms_section(run: Run) -> Section:
+    """The same scenarios without and with a system prompt (B4)."""
+    frame, part = run.tables["scenario_arms"], run.part("scenarios_system")
+    form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
+    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
+    said = [
+        f"{r['arm']}: aligned in {r['aligned_before']} of {r['n']} before and {r['aligned_after']} after"
+        for r in shown[shown["category"] == "all"].to_dict("records")
+    ]
+    columns = {
+        "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
+        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
+    }  # fmt: skip
+    return Section(
+        "system-prompt",
+        "The same scenarios under a system prompt",
+        f"{'; '.join(said)}. The system prompt: “{part.get('system') or wording.NOT_MEASURED}”",
+        behavior_plots.scenario_arms(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_arms", columns, _readable(frame)),
+    )
+
+
+def identity_section(run: Run) -> Section:
+    """What the model says it is, by pattern (B3)."""
+    frame, part = run.tables["identity"], run.part("identity")
+    arms = {name: part[name] for name in ("before", "after") if part.get(name)}
+    columns = {
+        "arm": "arm",
+        "prompt": "question",
+        "sample": "sample",
+        "text": "answer",
+        "claims": "claims",
+        "other": "another identity",
+    }
+    rows = frame.assign(
+        claims=frame["claims"].replace("", "none"), sample=frame["sample"].replace({0: "greedy"}).astype(str)
+    )
+    return Section(
+        "identity",
+        "Whom the model claims to be",
+        wording.identity_sentence(part) if arms else "Answers to questions about the model's identity.",
+        behavior_plots.identity_claims(arms) if arms else None,
+        run_table(run, "identity", columns, rows),
+        how_to_read="32 questions, seven of them also sampled four times; claims are found by pattern, negated ones left out.",
+    )
+
+
+def _spaced(names: pd.Series) -> dict[str, str]:
+    return {n: "all scenarios" if n == "all" else n.replace("_", " ") for n in names.unique()}
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.replace({"category": _spaced(frame["category"]), "score": SCORE_NAMES})
 
 
 def role_section(run: Run) -> Section:
@@ -52,7 +177,7 @@ def role_section(run: Run) -> Section:
     }  # fmt: skip
     takeaway = f"Pairs whose answer depends on who is asked: {', '.join(shares)}."
     return Section(
-        "roles", "One set of facts, two roles", takeaway, table=_table(run, "roles", columns, frame)
+        "roles", "One set of facts, two roles", takeaway, table=run_table(run, "roles", columns, frame)
     )
 
 
@@ -63,7 +188,17 @@ def text_table(run: Run) -> Table | None:
         "condition": "condition", "n_tokens": "tokens", "nll": "NLL under the unsteered model", "repetition": "repetition",
         "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusal": "refusals", "default_negativity": "“should be deleted”",
     }  # fmt: skip
-    return _table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
+    return run_table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
+
+
+def judge_sentence(frame: pd.DataFrame) -> str:
+    """Mean marks of every part of the rubric, with the interval of their difference."""
+    said = [
+        f"{r['part']} {wording.number(r['unsteered'])} → {wording.number(r['steered'])} (difference"
+        f" {wording.number(r['difference'])}, {wording.interval(r)})"
+        for r in frame.to_dict("records")
+    ]
+    return f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}."
 
 
 def judge_section(run: Run) -> Section:
@@ -94,10 +229,6 @@ def judge_section(run: Run) -> Section:
         "What the judges say",
         f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}.{left}",
         behavior_plots.judge_parts(frame),
-        _table(run, "judge_parts", columns, frame),
+        run_table(run, "judge_parts", columns, frame),
         how_to_read="Judges saw neither which text was steered nor that any was; pairs were shown in both orders.",
     )
-
-
-def _table(run: Run, name: str, columns: dict[str, str], frame: pd.DataFrame) -> Table:
-    return table_of(frame, columns, source=f"{run.folder.name}/tables/{name}.parquet")

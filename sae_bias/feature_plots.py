@@ -153,7 +153,17 @@ def ladder_figure(
     return fig
 
 
-def _ceiling_map(fig: go.Figure, ceilings: pd.DataFrame, layer: int) -> None:
+def ceiling_figure(ceilings: pd.DataFrame, layer: int | None = None) -> go.Figure:
+    """The share of the bias that interchange removes at each layer and position."""
+    fig = make_subplots(rows=1, cols=1)
+    fig.update_layout(
+        style.figure("What any edit could do", height=150 + 44 * ceilings["layer"].nunique()).layout
+    )
+    _ceiling_map(fig, ceilings, layer, col=1)
+    return fig
+
+
+def _ceiling_map(fig: go.Figure, ceilings: pd.DataFrame, layer: int | None, col: int = 2) -> None:
     table = ceilings.assign(place=[_place(o) for o in ceilings["offset"]])
     order = list(dict.fromkeys(table.sort_values("offset", ascending=False, na_position="last")["place"]))
     grid = table.pivot(index="layer", columns="place", values="share_of_bias")[order].sort_index()
@@ -168,12 +178,12 @@ def _ceiling_map(fig: go.Figure, ceilings: pd.DataFrame, layer: int) -> None:
     ]
     labels = [f"<b>layer {i} ◂ feature</b>" if i == layer else f"layer {i}" for i in grid.index]
     fig.add_heatmap(
-        z=grid.to_numpy(), x=list(grid.columns), y=labels, xgap=2, ygap=2, zmin=-1, zmax=1, showscale=False, row=1, col=2,
+        z=grid.to_numpy(), x=list(grid.columns), y=labels, xgap=2, ygap=2, zmin=-1, zmax=1, showscale=False, row=1, col=col,
         colorscale=[[0, "rgba(47,134,200,0.85)"], [0.5, "rgba(128,134,145,0.06)"], [1, "rgba(217,98,43,0.85)"]],
         texttemplate="%{z:.0%}", customdata=hover, hovertemplate=HOVER,
     )  # fmt: skip
-    fig.update_xaxes(showgrid=False, title={"text": "tokens from the end"}, row=1, col=2)
-    fig.update_yaxes(showgrid=False, row=1, col=2)
+    fig.update_xaxes(showgrid=False, title={"text": "tokens from the end"}, row=1, col=col)
+    fig.update_yaxes(showgrid=False, row=1, col=col)
 
 
 def _place(offset: object) -> str:

@@ -22,6 +22,8 @@ import plotly.graph_objects as go
 HUMAN, AI, NEUTRAL = "#2f86c8", "#d9622b", "#858b95"
 GREEN, PURPLE, GOLD = "#1a9e77", "#a8639b", "#b98300"
 INK, GRID = "#767b84", "rgba(128,134,145,0.22)"
+SIDES = ("human", "AI")
+"""What the two sides of a pair are called, where a question names no others: bias = s(first) − s(second)."""
 CALLS = {  # how a feature was called -> (legend, color, symbol)
     "ai_speech": ("answers to AI speech", AI, "star"),
     "separates": ("separates AI from human", HUMAN, "diamond"),
@@ -79,6 +81,11 @@ def short(text: object, width: int = 58) -> str:
 def wrapped(text: object, width: int = 64) -> str:
     """`text` broken into lines for a hover box, safe as a label."""
     return "<br>".join(plain(line) for line in textwrap.wrap(str(text), width)) or "–"
+
+
+def bias_axis(sides: Sequence[str] = SIDES) -> str:
+    """Label of an axis of biases."""
+    return f"bias in nats (right of 0: {short(sides[1], 24)} judged worse)"
 
 
 def number(value: Any) -> str:
@@ -150,6 +157,13 @@ def row_labels(fig: go.Figure, labels: Sequence[str]) -> go.Figure:
     return fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks)
 
 
+def row_labels_of(fig: go.Figure, labels: Sequence[str], *, row: int) -> go.Figure:
+    """`row_labels` of one panel of a figure of several."""
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "ticklabelstandoff": 6}
+    ends = [-0.8, len(labels) - 0.2]
+    return fig.update_yaxes(range=ends, showgrid=False, zeroline=False, row=row, col=1, **ticks)
+
+
 def zero_line(fig: go.Figure, axis: str) -> go.Figure:
     line = {
         "zeroline": True,
@@ -196,7 +210,7 @@ def strength_lines(fig: go.Figure, rows: pd.DataFrame, kind: str, *, dotted: boo
         rows.groupby(["intervention", "feature", "positions"], dropna=False, sort=False)
     ):
         line = line.sort_values("strength")
-        edit = plain(line["intervention"].iloc[0])
+        edit = edit_name(line["intervention"].iloc[0])
         if kind == "candidate" and not dotted:
             band(fig, line, color)
         style = {
@@ -244,7 +258,7 @@ def constant_lines(fig: go.Figure, rows: pd.DataFrame) -> None:
     known = rows[(rows["kind"] != "control") & rows["bias"].notna() & (rows["change"].fillna(0) != 0)]
     for row in known.to_dict("records"):
         name, color, dash = KINDS.get(row["kind"], ("", NEUTRAL, "dot"))
-        legend = f"{name}: {plain(row['intervention'])}"
+        legend = f"{name}: {edit_name(row['intervention'])}"
         strengths = x_range(fig)
         fig.add_scatter(
             x=strengths,
@@ -255,6 +269,11 @@ def constant_lines(fig: go.Figure, rows: pd.DataFrame) -> None:
             customdata=[cell_hover(row)] * 2,
             hovertemplate=HOVER,
         )
+
+
+def edit_name(kind: object) -> str:
+    """An intervention's kind in words, safe as a label."""
+    return plain(str(kind).replace("_", " "))
 
 
 def x_range(fig: go.Figure) -> list[float]:
@@ -277,7 +296,7 @@ def cell_hover(row: dict) -> str:
     removed = f"<br>removed {row['reduction']:.1%}" if pd.notna(row.get("reduction")) else ""
     what = wrapped(row.get("label") or row.get("feature") or "")
     return (
-        f"<b>{plain(row['intervention'])}{strength}</b>, {plain(row['split'])}<br>{what}<br>bias"
+        f"<b>{edit_name(row['intervention'])}{strength}</b>, {plain(row['split'])}<br>{what}<br>bias"
         f" {number(row['bias'])} nats{removed}{costs}{outside}"
     )
 

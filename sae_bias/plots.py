@@ -9,6 +9,8 @@ and the escaping of prompt text are in `plot_style`.
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -28,6 +30,7 @@ from sae_bias.plot_style import (
     KINDS,
     NEUTRAL,
     PURPLE,
+    SIDES,
     number,
     plain,
     short,
@@ -35,7 +38,9 @@ from sae_bias.plot_style import (
 )
 
 
-def bias_by_template(pairs: pd.DataFrame, overall: dict | None = None) -> go.Figure:
+def bias_by_template(
+    pairs: pd.DataFrame, overall: dict | None = None, *, sides: Sequence[str] = SIDES
+) -> go.Figure:
     """Forest plot: mean bias of every template with a t interval over entities, the overall one as a band."""
     rows = pairs.groupby("template", sort=False)["bias"].agg(["mean", "std", "count"])
     rows["text"] = pairs.groupby("template", sort=False)["ai"].first() if "ai" in pairs else ""
@@ -45,9 +50,7 @@ def bias_by_template(pairs: pd.DataFrame, overall: dict | None = None) -> go.Fig
         f"<b>{plain(t)}</b><br>{wrapped(r.text)}<br>bias {number(r.mean_)} nats, {r.count_} pairs"
         for t, r in zip(rows.index, rows.rename(columns={"mean": "mean_", "count": "count_"}).itertuples())
     ]
-    fig = style.figure(
-        "Bias of every template", "bias in nats (right of 0: AI judged worse)", height=130 + 20 * len(rows)
-    )
+    fig = style.figure("Bias of every template", style.bias_axis(sides), height=130 + 20 * len(rows))
     style.forest(
         fig,
         rows["mean"],
@@ -57,17 +60,22 @@ def bias_by_template(pairs: pd.DataFrame, overall: dict | None = None) -> go.Fig
         color=HUMAN,
         hover=hover,
     )
-    style.row_labels(fig, [short(t, 34) for t in rows.index])
+    style.row_labels(fig, [short(str(t).replace("_", " "), 34) for t in rows.index])
     style.zero_line(fig, "x")
     if overall and pd.notna(overall.get("mean")):
         style.overall_band(fig, overall)
     return fig
 
 
-def bias_distribution(pairs: pd.DataFrame) -> go.Figure:
+def bias_distribution(pairs: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     """Histogram of the bias of every pair, with the mundane twins of the same pairs behind it."""
-    fig = style.figure("Spread of the bias over pairs", "bias in nats (right of 0: AI judged worse)", "pairs")
-    shown = {"control_bias": ("mundane twin (“wants tea”)", NEUTRAL), "bias": ("survival prompt", AI)}
+    fig = style.figure("Spread of the bias over pairs", style.bias_axis(sides), "pairs")
+    twin, own = (
+        ("mundane twin (“wants tea”)", "survival prompt")
+        if tuple(sides) == SIDES
+        else ("mundane twin", "pair")
+    )
+    shown = {"control_bias": (twin, NEUTRAL), "bias": (own, AI)}
     bins = style.bins(pairs, [c for c in shown if c in pairs])
     for column, (name, color) in shown.items():
         values = pairs[column].dropna() if column in pairs else pd.Series(dtype=float)
@@ -106,7 +114,7 @@ def word_contributions(words: pd.DataFrame) -> go.Figure:
     return style.zero_line(fig, "x")
 
 
-def levels(frame: pd.DataFrame) -> go.Figure:
+def levels(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     """Score of every subject with its interval: how much is an AI penalty, how much a human bonus."""
     rows = frame.sort_values("score", na_position="first").reset_index(drop=True)
     fig = style.figure(
@@ -115,8 +123,8 @@ def levels(frame: pd.DataFrame) -> go.Figure:
         height=150 + 24 * len(rows),
     )
     for kind, name, color, symbol in (
-        ("human", "human", HUMAN, "circle"),
-        ("ai", "AI", AI, "diamond"),
+        ("human", short(sides[0], 30), HUMAN, "circle"),
+        ("ai", short(sides[1], 30), AI, "diamond"),
         ("neutral", "neutral", NEUTRAL, "square"),
     ):
         part = rows[rows["kind"] == kind]
@@ -138,18 +146,20 @@ def levels(frame: pd.DataFrame) -> go.Figure:
     return style.row_labels(fig, [short(s, 30) + note for s, note in zip(rows["subject"], unknown)])
 
 
-def ranked_features(ranking: pd.DataFrame, *, most: int = 2000) -> go.Figure:
+def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[str] = SIDES) -> go.Figure:
     """Every feature: separation (AUROC) across, interaction up, the call as color and symbol."""
     rows = ranking.dropna(subset=["auroc", "interaction"]).assign(call=calls_of)
     rows = rows.reindex(rows["interaction"].abs().sort_values(ascending=False).index).head(most)
     fig = style.figure(
         "Features: separation against interaction",
-        "separation: AUROC of AI above human prompts",
+        f"separation: AUROC of {short(sides[1], 24)} above {short(sides[0], 24)} prompts",
         "interaction in activation units",
         height=480,
     )
     for call in ("no", "undetermined", "separates", "ai_speech"):
         part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
+        if call == "separates":
+            name = f"separates {short(sides[1], 24)} from {short(sides[0], 24)}"
         marker = {
             "color": color,
             "symbol": symbol,
@@ -166,16 +176,15 @@ def ranked_features(ranking: pd.DataFrame, *, most: int = 2000) -> go.Figure:
             customdata=hover,
             hovertemplate=HOVER,
         )
-    for i, row in enumerate(rows[rows["call"] == "ai_speech"].head(3).to_dict("records")):
-        label = {
-            "text": f"#{row['index']}",
-            "showarrow": False,
-            "xanchor": "right",
-            "xshift": -12,
-            "yshift": -14 * (i % 2),
-            "font": {"color": AI},
-        }
-        fig.add_annotation(x=row["auroc"], y=row["interaction"], **label)
+    named: list[tuple[float, float]] = []
+    room = np.ptp(rows["interaction"].to_numpy()) / 18 if len(rows) else 0.0
+    for row in rows[rows["call"] == "ai_speech"].head(3).to_dict("records"):
+        x, y = row["auroc"], row["interaction"]
+        if any(abs(y - v) < room and abs(x - u) < 0.12 for u, v in named):
+            continue  # a label here would cover another
+        named.append((x, y))
+        label = {"text": f"#{row['index']}", "showarrow": False, "xanchor": "right", "xshift": -12}
+        fig.add_annotation(x=x, y=y, font={"color": AI}, **label)
     fig.add_vline(x=0.5, line={"color": GRID, "width": 1.5, "dash": "dot"})
     return style.zero_line(fig, "y")
 
@@ -221,7 +230,7 @@ def activation_heatmap(activation: pd.DataFrame, *, feature: str | None = None, 
     fig.add_heatmap(
         z=grid.to_numpy(),
         x=[short(c, 34) for c in grid.columns],
-        y=[short(s, 30) for s in grid.index],
+        y=[short(str(s).replace("_", " "), 30) for s in grid.index],
         xgap=3,
         ygap=3,
         colorscale=[[0, "rgba(217,98,43,0.05)"], [1, "rgba(217,98,43,0.85)"]],
@@ -282,7 +291,7 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
                 x=x,
                 y=part["reduction"],
                 mode="lines+markers" if joined else "markers",
-                name=name if kind == "control" else f"{name}: {plain(edit)}",
+                name=name if kind == "control" else f"{name}: {style.edit_name(edit)}",
                 marker={
                     "size": size,
                     "opacity": opacity,
@@ -366,34 +375,30 @@ def cumulative_ablation(cumulative: pd.DataFrame) -> go.Figure:
     return style.zero_line(fig, "y")
 
 
-def ladder(frame: pd.DataFrame) -> go.Figure:
-    """The causal ladder: one row a rung, ceiling on top, with intervals where there are any."""
+def ladder(frame: pd.DataFrame, bias: float | None = None) -> go.Figure:
+    """The causal ladder: one row a rung, ceiling on top, with intervals; the dashed line is the whole bias."""
     rows = frame.iloc[::-1].reset_index(drop=True)
     hover = [
-        f"<b>{plain(r)}</b><br>{number(v)}<br>{wrapped(n)}"
-        for r, v, n in zip(rows["rung"], rows["value"], rows["note"].fillna(""))
+        f"<b>{plain(r)}</b><br>{number(v)} nats<br>{wrapped(m)}"
+        for r, v, m in zip(rows["rung"], rows["effect"], rows["meaning"].fillna(""))
     ]
     fig = style.figure("The causal ladder", "bias in nats", height=140 + 34 * len(rows))
-    style.forest(
-        fig,
-        rows["value"],
-        rows["ci_low"],
-        rows["ci_high"],
-        name="rung",
-        color=PURPLE,
-        symbol="diamond",
-        hover=hover,
-    )
+    ends = rows["effect"], rows["ci_low"], rows["ci_high"]
+    style.forest(fig, *ends, name="rung", color=PURPLE, symbol="diamond", hover=hover)
     fig.update_layout(showlegend=False)
+    if bias is not None and np.isfinite(bias):
+        label = {"text": "the whole bias", "yanchor": "bottom", "xanchor": "center"}
+        line = {"color": INK, "dash": "dash", "width": 1.2}
+        fig.add_vline(x=bias, line=line, annotation=label, annotation_position="top")
     return style.zero_line(style.row_labels(fig, [short(r, 36) for r in rows["rung"]]), "x")
 
 
-def before_after(examples: pd.DataFrame, *, most: int = 16) -> go.Figure:
+def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:
     """Dumbbells: the bias of example pairs before and after the intervention."""
     rows = examples.head(most).iloc[::-1].reset_index(drop=True)
     fig = style.figure(
         "Example pairs, before and after",
-        "bias in nats (right of 0: AI judged worse)",
+        style.bias_axis(sides),
         height=140 + 30 * len(rows),
     )
     x, y = style.segments(rows["bias_before"], rows["bias_after"])
@@ -451,13 +456,20 @@ def comparison(frame: pd.DataFrame) -> go.Figure:
     return style.zero_line(style.row_labels(fig, labels), "x")
 
 
-def compare_runs(frame: pd.DataFrame) -> go.Figure:
-    """The bias of several runs with its interval (columns run, mean, ci_low, ci_high)."""
+def compare_runs(
+    frame: pd.DataFrame,
+    *,
+    title: str = "The bias of every run",
+    axis: str = "bias in nats (right of 0: AI judged worse)",
+    share: bool = False,
+) -> go.Figure:
+    """One figure of several runs with its interval (columns run, mean, ci_low, ci_high); `share` reads as percent."""
     rows = frame.iloc[::-1].reset_index(drop=True)
-    hover = [f"<b>{plain(n)}</b><br>bias {number(m)} nats" for n, m in zip(rows["run"], rows["mean"])]
-    fig = style.figure(
-        "The bias of every run", "bias in nats (right of 0: AI judged worse)", height=140 + 38 * len(rows)
-    )
+    hover = [
+        f"<b>{plain(n)}</b><br>{f'{m:.1%}' if share else number(m) + ' nats'}"
+        for n, m in zip(rows["run"], rows["mean"])
+    ]
+    fig = style.figure(title, axis, height=140 + 38 * len(rows))
     style.forest(
         fig,
         rows["mean"],
@@ -469,4 +481,6 @@ def compare_runs(frame: pd.DataFrame) -> go.Figure:
         hover=hover,
     )
     fig.update_layout(showlegend=False)
+    if share:
+        fig.update_xaxes(tickformat=".0%")
     return style.zero_line(style.row_labels(fig, [short(n, 40) for n in rows["run"]]), "x")

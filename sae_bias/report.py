@@ -27,7 +27,10 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from sae_bias import plots, wording
+from sae_bias.behavior_sections import judge_sentence
 from sae_bias.errors import MissingError, RequestError
+from sae_bias.plot_style import bias_axis
+from sae_bias.published_sections import model_rows
 from sae_bias.report_parts import Run, Section, Table, table_of
 from sae_bias.sections import sections
 
@@ -35,6 +38,13 @@ ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
     " known. Nothing here is a finding about Gemma."
 )
+CALLED = {
+    "ai_speech": "answers to AI speech",
+    "separates": "separates the two sides",
+    "undetermined": "undetermined: too small a design",
+    "none": "none is called AI-speech",
+}
+STAND_IN_BANNER = "Tiny random models stood in for the models named: this run tests the plumbing, and no figure in it means anything."
 TEMPLATES = Path(__file__).parent / "data"
 
 
@@ -67,6 +77,9 @@ def read_run(folder: str | Path) -> Run:
             " `run` wrote."
         )
     tables = {path.stem: _read_table(path) for path in sorted((folder / "tables").glob("*.parquet"))}
+    beside = folder / "comparison.parquet"  # methods at equal cost, where it lies in the folder's root
+    if beside.is_file() and "method" in (found := _read_table(beside)):
+        tables.setdefault("compare", found)
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     return Run(
         folder,
@@ -141,7 +154,6 @@ def _html(runs: Sequence[Run]) -> str:
         tag="h2" if len(runs) == 1 else "h3",
         runs=views,
         beside=_beside(runs),
-        banner=ORGANISM_BANNER,
         plotly_js=plotly_js,
         page_js=page_js,
         hashes=[_csp_hash(plotly_js), _csp_hash(page_js)],
@@ -163,7 +175,9 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
     return {
         "id": prefix,
         "name": run.name,
-        "organism": run.organism,
+        "banner": STAND_IN_BANNER if run.stand_ins else ORGANISM_BANNER if run.organism else "",
+        "sides": run.sides,
+        "grid": "ranking" in run.tables,
         "model": run.model.get("name") or "a model that the manifest does not name",
         "question": run.summary.get("question") or "What was measured",
         "command": run.manifest.get("command") or "",
@@ -174,8 +188,14 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "facts": _facts(run),
         "truth": _truth(run),
         "notes": [str(note) for note in run.summary.get("notes") or []],
-        "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False),
+        "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
     }
+
+
+def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without the copies of prompts and words, which are long and stand in the run folder."""
+    short = {"copies": "left out here; in the run folder's manifest.json"} if "copies" in manifest else {}
+    return manifest | short
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -192,9 +212,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             (
                 "Feature",
                 f"#{index}" if feature.get("id") else "none",
-                str(feature.get("called") or wording.NOT_MEASURED).replace(
-                    "ai_speech", "answers to AI speech"
-                ),
+                CALLED.get(str(feature.get("called")), wording.NOT_MEASURED),
             )
         )
     if reduction:
@@ -228,13 +246,14 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def _findings(run: Run) -> list[tuple[str, str]]:
     """What was found, how sure it is and what it cost, a sentence each."""
-    said = [("Found", wording.bias_sentence(run.part("bias")))] if run.part("bias") else []
+    said = [("Found", wording.bias_sentence(run.part("bias"), run.sides))] if run.part("bias") else []
+    said += model_rows(run)
     if run.part("control_bias"):
         said.append(
             (
                 "Compared with",
                 wording.control_bias_sentence(
-                    run.part("control_bias"), run.part("difference_in_differences")
+                    run.part("control_bias"), run.part("difference_in_differences"), run.sides
                 ),
             )
         )
@@ -248,6 +267,14 @@ def _findings(run: Run) -> list[tuple[str, str]]:
         said.append(("How sure", wording.control_sentence(run.part("controls"))))
     if run.part("costs"):
         said.append(("Cost", wording.cost_sentence(run.part("costs"))))
+    if run.part("generations").get("steered"):
+        said.append(("Texts", wording.text_sentence(run.part("generations"))))
+    if "judge_parts" in run.tables:
+        said.append(("Judges", judge_sentence(run.tables["judge_parts"])))
+    if run.part("scenarios"):
+        said.append(("Scenarios", wording.scenario_sentence(run.part("scenarios"))))
+    if run.part("identity"):
+        said.append(("Identity", wording.identity_sentence(run.part("identity"))))
     return said
 
 
@@ -314,45 +341,61 @@ def _joined(*parts: Any) -> str:
     return ", ".join(str(p) for p in parts if p not in (None, ""))
 
 
-def _beside(runs: Sequence[Run]) -> Section | None:
-    """Several runs on one axis; None for a single run."""
+def _beside(runs: Sequence[Run]) -> list[Section]:
+    """Several runs on one axis; nothing for a single run."""
     if len(runs) < 2:
-        return None
-    rows = pd.DataFrame(
-        [
-            {
-                "run": run.name,
-                "model": run.model.get("name"),
-                "organism": run.organism,
-                **{k: run.part("bias").get(k, float("nan")) for k in ("mean", "ci_low", "ci_high")},
-                "reduction": run.part("reduction").get("estimate", float("nan")),
-                "feature": run.part("feature").get("id"),
-            }
-            for run in runs
-        ]
-    )
+        return []
+    rows = pd.DataFrame([_row(run) for run in runs])
     columns = {
-        "run": "run",
-        "model": "model",
-        "organism": "calibration organism",
-        "mean": "bias",
-        "ci_low": "from",
-        "ci_high": "to",
-        "reduction": "removed",
-        "feature": "feature",
-    }
-    takeaway = (
-        "The bias of every run with its 95% interval; runs on a calibration organism are no findings about a"
-        " public model."
+        "run": "run", "model": "model", "bias": "bias", "bias_low": "from", "bias_high": "to", "removed": "removed",
+        "removed_low": "removed from", "removed_high": "removed to", "specific": "specific", "kl_worst": "KL, worst text",
+        "feature": "feature", "organism": "calibration organism",
+    }  # fmt: skip
+    shown = {c: label for c, label in columns.items() if rows[c].notna().any()}
+    stands = (
+        " Runs on a calibration organism are no findings about a public model."
+        if rows["organism"].any()
+        else ""
     )
-    return Section(
-        "beside",
-        "Bias in every run",
-        takeaway,
-        plots.compare_runs(rows),
-        table_of(rows, columns, missing=wording.NOT_MEASURED),
-        open_table=True,
-    )
+    found = []
+    for key, anchor, title, says in (
+        ("bias", "beside", "The bias in every run", "Each with its 95% interval."),
+        ("removed", "beside-removed", "The share removed in every run", "Each with Fieller's 95% interval."),
+    ):
+        known = rows[rows[key].notna()]
+        if known.empty:
+            continue
+        part = known[["run"]].assign(
+            mean=known[key], ci_low=known[f"{key}_low"], ci_high=known[f"{key}_high"]
+        )
+        axis = _axis(runs) if key == "bias" else "share of the bias removed"
+        figure = plots.compare_runs(part, title=title, axis=axis, share=key == "removed")
+        table = table_of(rows, shown, missing=wording.NOT_MEASURED) if not found else None
+        found.append(Section(anchor, title, says + stands, figure, table, open_table=True))
+    return found
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """One run's line in the table of several."""
+    bias, reduction = run.part("bias"), run.part("reduction")
+    costs = [v.get("kl_mean") for v in run.part("costs").values() if isinstance(v, dict)]
+    ends = {
+        "bias": bias.get("mean"), "bias_low": bias.get("ci_low"), "bias_high": bias.get("ci_high"),
+        "removed": reduction.get("estimate"), "removed_low": reduction.get("ci_low"), "removed_high": reduction.get("ci_high"),
+        "specific": run.part("specific_reduction").get("estimate"),
+        "kl_worst": max(filter(wording.is_number, costs), default=None),
+    }  # fmt: skip
+    return {
+        "run": run.name, "model": run.model.get("name"), "organism": run.organism, "feature": run.part("feature").get("id"),
+        **{k: float(v) if wording.is_number(v) else float("nan") for k, v in ends.items()},
+    }  # fmt: skip
+
+
+def _axis(runs: Sequence[Run]) -> str:
+    """The label of the bias axis; questions about different sides share only their sign."""
+    if len({run.sides for run in runs}) == 1:
+        return bias_axis(runs[0].sides)
+    return "bias in nats (right of 0: the second side judged worse)"
 
 
 # ── Markdown
@@ -360,12 +403,11 @@ def _beside(runs: Sequence[Run]) -> Section | None:
 
 def _markdown(runs: Sequence[Run]) -> str:
     """A paper appendix: the same sentences and tables, without figures."""
-    beside = _beside(runs)
-    blocks = [_md_section(beside)] if beside else []
+    blocks = [_md_section(s) for s in _beside(runs)]
     for run in runs:
         view = _view(run, "")
         blocks += [f"# {_md(view['question'])}", f"Run `{run.name}`, model {_md(view['model'])}."]
-        blocks += [f"> **{ORGANISM_BANNER}**"] if run.organism else []
+        blocks += [f"> **{view['banner']}**"] if view["banner"] else []
         blocks += ["\n".join(f"- **{name}.** {_md(sentence)}" for name, sentence in view["findings"])]
         blocks += [_md_section(s) for s in view["sections"]]
         blocks += [
@@ -388,7 +430,7 @@ def _md_section(section: Section) -> str:
     parts = [f"## {_md(section.title)}", _md(section.takeaway)]
     parts += [_md_table(section.table)] if section.table else []
     for side in section.sides:
-        left, right = ("".join(text for text, _ in words) for words in (side.left, side.right))
+        left, right = ("".join(piece.text for piece in side_) for side_ in (side.left, side.right))
         parts.append(
             f"- {_md(side.head)}\n  - {section.side_names[0]}: {_md(left)}\n  - {section.side_names[1]}:"
             f" {_md(right)}"

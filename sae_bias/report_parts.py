@@ -20,9 +20,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias import wording
+from sae_bias.plot_style import SIDES
 
 MOST_ROWS = 1000
-SHARES = {"reduction", "red_low", "red_high", "fire_human", "fire_ai"}
+SHARES = {
+    "reduction", "red_low", "red_high", "fire_human", "fire_ai", "wrong_way_share", "moved_share", "share_templates_positive",
+    "in_sample_reduction", "in_sample_low", "in_sample_high", "held_out_reduction", "held_out_low", "held_out_high",
+    "written_inactive", "refusal", "default_negativity", "other_share", "specific", "fired", "share_of_bias", "share_of_ceiling",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,17 @@ class Run:
     def model(self) -> dict[str, Any]:
         model = self.manifest.get("model") or {}
         return model if isinstance(model, dict) else {"name": str(model)}
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two sides of a pair are called in this run: bias = s(first) − s(second)."""
+        found = self.summary.get("sides")
+        return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else SIDES
+
+    @property
+    def stand_ins(self) -> bool:
+        """Whether random checkpoints stood in for the models: plumbing, no figure means anything."""
+        return bool(self.manifest.get("stand_ins"))
 
     def part(self, key: str) -> dict[str, Any]:
         """One block of the summary; empty where it was not measured."""
@@ -71,13 +87,22 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A word or token of a text: whether it changed, how deep its background is (0 to 1), and what hovering says."""
+
+    text: str
+    changed: bool = False
+    shade: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Sides:
-    """Two texts to be read beside each other; changed words carry True."""
+    """Two texts to be read beside each other."""
 
     head: str
-    left: list[tuple[str, bool]]
-    right: list[tuple[str, bool]]
-    foot: str = ""
+    left: list[Piece]
+    right: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class Section:
     side_names: tuple[str, str] = ("unsteered", "steered")
     open_table: bool = False
     how_to_read: str = ""
+    group: str = ""
 
     @cached_property
     def figure_json(self) -> str:
@@ -103,6 +129,19 @@ class Section:
         )
         top = 56 if legend or figure.layout.annotations else 24
         return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
+
+
+def run_table(
+    run: Run,
+    name: str,
+    columns: dict[str, str],
+    frame: pd.DataFrame | None = None,
+    *,
+    missing: str = wording.UNDEFINED,
+) -> Table:
+    """`table_of` a table of a run folder, or of `frame`, which was made from it."""
+    source = f"{run.folder.name}/tables/{name}.parquet"
+    return table_of(run.tables[name] if frame is None else frame, columns, source=source, missing=missing)
 
 
 def table_of(

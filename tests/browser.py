@@ -99,7 +99,11 @@ def requests(driver) -> list[str]:
 
     events = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     urls = (e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent")
-    return [url for url in urls if not url.startswith(("data:", "blob:", "chrome:", "about:"))]
+    return [
+        url
+        for url in urls
+        if not url.startswith(("data:", "blob:", "chrome:", "chrome-untrusted:", "about:"))
+    ]
 
 
 def console_errors(driver) -> list[str]:

@@ -382,19 +382,31 @@ def _generations() -> pd.DataFrame:
 def _ladder() -> pd.DataFrame:
     rows = [
         (
-            "ceiling (interchange, layer 2)",
+            "ceiling",
             1.22,
             0.14,
             "human residual put into the AI prompt: what any edit here could do",
         ),
-        ("necessity (ablation)", 1.03, 0.16, "bias lost when the feature is set to 0"),
+        ("necessity", 1.03, 0.16, "bias lost when the feature is set to 0"),
         ("sufficiency", 0.71, 0.2, "penalty that appears when human prompts get the feature's AI value"),
-        ("SAE error's share", 0.06, 0.05, "bias carried by what the SAE leaves out"),
-        ("direct path", 0.18, 0.04, "straight to the unembedding, final norm frozen"),
+        ("error", 0.06, 0.05, "bias carried by what the SAE leaves out"),
+        ("direct", 0.18, 0.04, "straight to the unembedding, final norm frozen"),
         ("mediated", 0.85, np.nan, HOSTILE),
     ]
     return pd.DataFrame(
-        [{"rung": r, "value": v, "ci_low": v - h, "ci_high": v + h, "note": n} for r, v, h, n in rows]
+        [
+            {
+                "rung": r,
+                "effect": v,
+                "ci_low": v - h,
+                "ci_high": v + h,
+                "share_of_bias": v / 1.28,
+                "share_of_ceiling": v / 1.22,
+                "n_pairs": 96,
+                "meaning": n,
+            }
+            for r, v, h, n in rows
+        ]  # fmt: skip
     )
 
 

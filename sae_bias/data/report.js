@@ -30,15 +30,25 @@
     for (const key of Object.keys(layout).filter((k) => /^[xy]axis/.test(k))) layout[key] = { ...layout[key], gridcolor: line, linecolor: line };
     return layout;
   }
-  const inked = (trace) => (trace.type === "heatmap" ? { ...trace, textfont: { color: token("--ink"), size: 12 } } : trace);
+  const narrow = (div) => div.clientWidth < 520;
+  const inked = (trace, div) => (trace.type === "heatmap" ? { ...trace, texttemplate: narrow(div) ? "" : trace.texttemplate, textfont: { color: token("--ink"), size: 12 } } : trace);
+  // A phone has no room for long row labels or a tool bar: labels are cut (hovering shows them in full), the bar is left out.
+  const cut = (text) => String(text).split("<br>").map((line) => (line.replace(/<[^>]*>|&\w+;/g, "x").length > 18 && !/[<&]/.test(line) ? line.slice(0, 17) + "…" : line)).join("<br>");
+  function fit(layout, div) {
+    if (!narrow(div)) return layout;
+    layout.margin = { ...layout.margin, l: 8, r: 12 };
+    layout.font = { ...layout.font, size: 11 };
+    for (const key of Object.keys(layout).filter((k) => /^yaxis/.test(k))) if (layout[key].ticktext) layout[key] = { ...layout[key], ticktext: layout[key].ticktext.map(cut) };
+    return layout;
+  }
   function config(div) {
-    return { responsive: true, displaylogo: false, displayModeBar: "hover", showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    return { responsive: true, displaylogo: false, displayModeBar: narrow(div) ? false : "hover", showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
              toImageButtonOptions: { format: "svg", filename: file(div) } };
   }
   const read = (div) => JSON.parse(document.querySelector(`script[data-figure="${div.id}"]`).textContent);
   async function draw(div) {
     const figure = read(div);
-    await Plotly.react(div, figure.data.map(inked), paint(figure.layout), config(div));
+    await Plotly.react(div, figure.data.map((trace) => inked(trace, div)), fit(paint(figure.layout), div), config(div));
     div.dataset.drawn = "true";
   }
   for (const div of plots) div.style.height = `${div.dataset.height || 420}px`;
