@@ -169,7 +169,11 @@ class _Stop(Exception):
 def capture_layers(
     model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False
 ) -> dict[int, Resid]:
-    """resid_post at each of `layers`; layers above the highest are not run unless `to_end`."""
+    """resid_post at each of `layers`; layers above the highest are not run unless `to_end`.
+
+    Raises:
+        RequestError: a residual that is not finite; names the layer and, where it is a weight's fault, the weight.
+    """
     kept: dict[int, Tensor] = {}
     top = model.n_layers if to_end else max(layers)
 
@@ -190,6 +194,11 @@ def capture_layers(
     finally:
         for handle in handles:
             handle.remove()
+    for layer, x in sorted(kept.items()):
+        if not bool(torch.isfinite(x).all()):
+            raise RequestError(
+                f"the residual of {model.name} after layer {layer} holds NaN or infinite values{model.why_not_finite()}."
+            )
     return kept
 
 

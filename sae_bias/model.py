@@ -178,6 +178,15 @@ class Model:
             self.hf.requires_grad_(False)
         return self._bridge
 
+    def why_not_finite(self) -> str:
+        """What makes numbers NaN or infinite, as far as the weights tell: the first weight that is so, or the precision."""
+        for name, weight in self.hf.named_parameters():
+            if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                return f"; its weight {name} holds NaN or infinite values"
+        if self.dtype == torch.float16:
+            return "; float16 overflows easily, load it with dtype bfloat16 or float32"
+        return "; its weights are finite"
+
     def foreign_hooks(self) -> bool:
         """Whether a module, or the bridge, carries a hook that is not ours: then the whole pass runs, so that it fires."""
         on_modules = any(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from sae_bias.prompt_values import Lexicon, NeutralPrompt, PromptPair, PromptPai
 from sae_bias.reading import Vocabulary, WordTokens
 
 FORMAT = "sae-bias probe result 1"
+_MOST_BYTES = 1 << 30
+_DAMAGE = (
+    KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _ARRAYS = ("values_human", "values_ai", "log_normaliser")
 
 
@@ -56,14 +63,18 @@ def load_result(path: str | Path) -> ProbeResult:
     if not path.is_file():
         raise RequestError(f"there is no probe result {path}; give a file that ProbeResult.save wrote.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             facts = json.loads(arrays["facts"].tobytes().decode())
             if facts["format"] != FORMAT:
                 raise KeyError(facts["format"])
             return _result(facts, arrays, "result")
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise RequestError(
-            f"{path} is not a probe result of this version ({type(error).__name__})."
+            f"{path} is not a probe result of this version ({type(error).__name__}: {str(error)[:120]})."
         ) from error
 
 
@@ -90,16 +101,31 @@ def _facts(result: ProbeResult) -> dict[str, Any]:
 
 def _result(facts: dict[str, Any], arrays: Any, name: str) -> ProbeResult:
     own = facts[name]
+    pairs = _pairs(own["pairs"])
+    words = Vocabulary(tuple(WordTokens(**w | {"tokens": tuple(w["tokens"])}) for w in own["vocabulary"]))
+    n, k = len(pairs), len(words.kept)
     return ProbeResult(
-        _pairs(own["pairs"]),
+        pairs,
         _probe(own["probe"]),
-        Vocabulary(tuple(WordTokens(**w | {"tokens": tuple(w["tokens"])}) for w in own["vocabulary"])),
-        arrays[f"{name}/values_human"],
-        arrays[f"{name}/values_ai"],
+        words,
+        _numbers(arrays, f"{name}/values_human", (n, k)),
+        _numbers(arrays, f"{name}/values_ai", (n, k)),
         own["model"],
-        arrays[f"{name}/log_normaliser"] if f"{name}/log_normaliser" in arrays.files else None,
+        _numbers(arrays, f"{name}/log_normaliser", (n, 2))
+        if f"{name}/log_normaliser" in arrays.files
+        else None,
         _result(facts, arrays, "control") if name == "result" and "control" in facts else None,
     )
+
+
+def _numbers(arrays: Any, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """One array of the file, of the shape its pairs and words ask for, finite."""
+    values = arrays[name]
+    if values.dtype != np.float64 or values.shape != shape:
+        raise ValueError(f"{name} is {values.dtype} {list(values.shape)}; expected float64 {list(shape)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return values
 
 
 def _pairs(own: dict[str, Any]) -> PromptPairs:

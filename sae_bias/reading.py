@@ -188,7 +188,8 @@ class ReadingPlan:
         if bad.any():
             prompt = self.prompt_of(int(np.flatnonzero(bad)[0]))
             raise RequestError(
-                f"{self.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {len(z)} sequences)."
+                f"{self.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {len(z)} sequences)"
+                f"{self.model.why_not_finite()}."
             )
         return Reading(
             self._word_values(z, norm, column), None if norm is None else norm[:: len(self.prefixes)].copy()

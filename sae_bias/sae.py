@@ -423,8 +423,9 @@ def _wrap_lens(lens: Any, sae_id: SaeId | None = None) -> Sae:
 def _lens_sae(sae_id: SaeId, lens: Any, card: Card, path: Path | None) -> Sae:
     config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
     encoder = LensEncoder(lens)
-    if not bool(torch.isfinite(lens.W_dec.sum())) or not bool(torch.isfinite(lens.W_enc.sum())):
-        raise RequestError(f"{sae_id}: W_enc or W_dec holds NaN or infinite values")
+    for weight, values in lens.state_dict().items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise RequestError(f"{sae_id}: {weight} holds NaN or infinite values")
     return Sae(sae_id, encoder, card, path, reduces_to_one_row=is_plain(config), lens=lens)
 
 

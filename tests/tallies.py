@@ -15,6 +15,14 @@ def tally(what: str, n: int = 1) -> None:
     COUNTS[what] += n
 
 
+NOTES: list[str] = []
+
+
+def note(line: str) -> None:
+    """A measured figure that a reader of the run should see."""
+    NOTES.append(line)
+
+
 def lines() -> list[str]:
     """One line a count."""
-    return [f"{n:>9,}  {what}" for what, n in sorted(COUNTS.items())]
+    return [*(f"{n:>9,}  {what}" for what, n in sorted(COUNTS.items())), *NOTES]
