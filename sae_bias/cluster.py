@@ -48,7 +48,8 @@ class Cluster:
     """Actors, each with a copy of the model; None is as many as the cluster has room for."""
     gpus_per_worker: float | None = None
     """GPUs of an actor; None is 1 for a model on CUDA, 0 for others."""
-    cpus_per_worker: float = 1
+    cpus_per_worker: float | None = None
+    """CPUs (and threads) of an actor; None is 1 beside a GPU, else a node's whole, or its share where `workers` are more."""
     timeout: float = 30
     """Seconds to wait for a cluster to answer."""
 
@@ -221,7 +222,8 @@ class _Pool:
         self.ray = ray
         gpus = cluster.gpus_per_worker
         self.gpus = float(job.device == "cuda") if gpus is None else gpus
-        self.cpus, self.wanted = cluster.cpus_per_worker, cluster.workers
+        self.wanted = cluster.workers
+        self.cpus = cluster.cpus_per_worker or self.share_of_cpus()
         self.job = ray.put(job)
         self.actor = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)(_Worker)
         self.busy: dict[Any, tuple[Any, Group | None]] = {}  # call -> its actor and group; None while loading
@@ -287,10 +289,20 @@ class _Pool:
                 "give each more memory (fewer workers a node), or look at the nodes' logs. What is finished is kept."
             )
 
+    def nodes(self) -> list[dict[str, float]]:
+        """Resources of the living nodes."""
+        return [n["Resources"] for n in self.ray.nodes() if n["Alive"]]
+
+    def share_of_cpus(self) -> int:
+        """CPUs of one actor: 1 beside a GPU; else all of the smallest node, or less where more actors are wanted."""
+        cpus = [int(n["CPU"]) for n in self.nodes() if n.get("CPU", 0) >= 1]
+        if self.gpus or not cpus:
+            return 1
+        return max(1, min(min(cpus), sum(cpus) // (self.wanted or 1)))
+
     def room(self) -> int:
         """How many actors the living nodes can hold."""
-        nodes = [n["Resources"] for n in self.ray.nodes() if n["Alive"]]
-        total = 0
+        nodes, total = self.nodes(), 0
         for node in nodes:
             fits = [node.get("CPU", 0) / self.cpus] if self.cpus else []
             fits += [node.get("GPU", 0) / self.gpus] if self.gpus else []
@@ -324,7 +336,6 @@ def _ray() -> Any:
     if find_spec("ray") is None:
         raise MissingError("--cluster needs Ray; `pip install 'sae-bias[ray]'`.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     return ray
