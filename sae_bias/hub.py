@@ -130,9 +130,10 @@ def _shards(index: Path, repo_id: str) -> list[str]:
 def refuse_traversal(name: str) -> None:
     """Refuse a hub file or SAE name that could leave its folder."""
     parts = name.split("/")
-    if "\\" in name or "\0" in name or name.startswith("/") or any(part in ("..", ".", "") for part in parts):
+    wrong = any(part in ("..", ".", "") or len(part.encode("utf-8", "replace")) > 200 for part in parts)
+    if wrong or "\\" in name or "\0" in name or len(name) > 1000:
         raise RequestError(
-            f"{name[:80]!r}: a name inside a repository has no '..', no empty part and no leading slash"
+            f"{name[:80]!r}: a name inside a repository has no '..', no empty or very long part and no leading slash"
         )
 
 

@@ -118,7 +118,9 @@ def fuzz(reader: Reader, n: int, seed: int = 0) -> int:
             refused += 1
             line = str(error)
             assert line.strip(), f"{reader.name}, input {i}: an empty message"
-            assert len(line) < 5000, f"{reader.name}, input {i}: {line[:200]}"
+            assert len(line) < 5000 and len(line.splitlines()) == 1, (
+                f"{reader.name}, input {i}: {line[:300]!r}"
+            )
         except Exception as error:
             shown = repr(given)
             raise AssertionError(

@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tallies import tally
 
 from sae_bias.errors import RequestError, SaeBiasError
 from sae_bias.gemma_scope import read_card, read_encoder_file, read_label
@@ -376,6 +377,7 @@ def check_damage(
     files: dict[str, bytes], folder: Path, case: tuple[str, str, list[tuple[float, bytes]]]
 ) -> None:
     name, how, edits = case
+    tally("inputs fuzzed, damaged SAE files (hypothesis)")
     folder = folder / "layer_2"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():

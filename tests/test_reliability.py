@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from killed_sweep import sweep_of
+from tallies import tally
 
 import sae_bias as sb
 from sae_bias.store import RunFolder
@@ -67,6 +68,7 @@ def test_thirty_kills_and_then_the_same_table(gemma3, pairs, tmp_path):
     assert not table.duplicated(["cell", "split"]).any()
     pd.testing.assert_frame_equal(table, _undisturbed(gemma3, tmp_path / "undisturbed"), check_exact=True)
     assert not list(tmp_path.rglob("*.partial"))
+    tally("kill -9 during a sweep, resumed to the same bits", N_KILLS)
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(gemma3, pairs, probe, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
+from tallies import tally
 
 from sae_bias import registry
 from sae_bias.errors import MissingError, RequestError, SaeBiasError
@@ -470,6 +471,7 @@ def test_every_fault_of_the_hub_is_one_line_and_never_poisons_the_cache(
     cases = [{"label": label, **case} for label, (case, _) in FAULTS.items()]
     name = f"{GEMMA_3[0]}/{GEMMA_3[1]}"
     result = run(FAULTY, {}, str(hub_root), str(tmp_path), name, json.dumps(cases))
+    tally("faults of the hub injected", len(FAULTS))
     (good,) = {found["then"] for found in result.values()}  # pyright: ignore[reportIndexIssue]
     for label, (_, message) in FAULTS.items():
         first = result[label]["first"]  # pyright: ignore[reportIndexIssue]
