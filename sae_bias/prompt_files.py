@@ -34,6 +34,7 @@ MAX_ROW_BYTES = 200_000_000
 MAX_YAML_DEPTH = 12
 MAX_TEXT = 20_000
 MAX_PROMPTS = 500_000
+MAX_COLUMNS = 500
 
 _YamlLoader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 Where = tuple[str | int, ...]
@@ -364,6 +365,8 @@ def _csv_rows(name: str, text: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [cell.strip() for cell in next(reader, [])]
+        if len(header) > MAX_COLUMNS:
+            raise RequestError(f"{name}, line 1: {len(header):,} columns; at most {MAX_COLUMNS} are read.")
         if len(header) == 1 and re.search(r"[;\t]", header[0]):
             raise RequestError(f"{name}, line 1: one column {header[0]!r}. Separate the columns with commas.")
         twice = [column for column in header if header.count(column) > 1]

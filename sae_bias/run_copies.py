@@ -8,7 +8,6 @@ its weights, a random control by its seed and the feature whose gate it has.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_bias.controls import RANDOM_RELEASE, random_twin
-from sae_bias.errors import RequestError, SaeBiasError
+from sae_bias.errors import RequestError
 from sae_bias.interventions import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
 from sae_bias.model import load_model
 from sae_bias.probe import Probe
@@ -28,6 +27,7 @@ from sae_bias.prompts import GridPrompt, PromptGrid, PromptPair, PromptPairs
 from sae_bias.reading import Vocabulary
 from sae_bias.sae import Feature, as_feature
 from sae_bias.sites import Site
+from sae_bias.store import reading
 
 _MAX_NUMBERS = 1 << 24
 
@@ -51,7 +51,7 @@ def pairs_from_copy(copy: Any, where: str) -> PromptPairs:
     Raises:
         RequestError: it is not such a copy.
     """
-    with _reading(f"{where}: the copy of the pairs"):
+    with reading(f"{where}: the copy of the pairs"):
         sides = copy.get("sides") or ("human", "AI")
         return PromptPairs(
             tuple(PromptPair(**_texts(p)) for p in copy["pairs"]),
@@ -68,7 +68,7 @@ def grid_copy(grid: PromptGrid) -> dict[str, Any]:
 
 def grid_from_copy(copy: Any, where: str) -> PromptGrid:
     """The grid that `grid_copy` wrote down."""
-    with _reading(f"{where}: the copy of the grid"):
+    with reading(f"{where}: the copy of the grid"):
         return PromptGrid(tuple(GridPrompt(**_texts(p)) for p in copy["prompts"]), str(copy["name"]))
 
 
@@ -88,7 +88,7 @@ def probe_facts(probe: Probe, vocabulary: Vocabulary) -> dict[str, Any]:
 
 def probe_from_facts(facts: Any, where: str) -> Probe:
     """The probe that reads the same words in the same way."""
-    with _reading(f"{where}: the probe"):
+    with reading(f"{where}: the probe"):
         return Probe(
             list(facts["positive"]), list(facts["negative"]), facts["score"],
             softcap=bool(facts["softcap"]), tokens=facts["tokens"],
@@ -118,7 +118,7 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
     Raises:
         RequestError, MissingError: it cannot be made again, and why.
     """
-    with _reading("an edit in sweep.json"):
+    with reading("an edit in sweep.json"):
         data = dict(facts)
         kind = data.get("kind")
         gate = data.pop("gate", None)
@@ -195,23 +195,3 @@ def _texts(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict) or not all(isinstance(v, str | bool | None) for v in row.values()):
         raise ValueError("a prompt is not a mapping of texts")
     return row
-
-
-class _reading:
-    """Whatever is malformed in a stored copy becomes one RequestError."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, SaeBiasError):
-            return
-        if isinstance(
-            error,
-            (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error, OverflowError),
-        ):
-            raise RequestError(
-                f"{self.what} cannot be read ({type(error).__name__}: {str(error)[:120]})."
-            ) from error

@@ -29,9 +29,10 @@ from typing import IO, Any
 
 import pandas as pd
 
-from sae_bias.errors import MissingError, RequestError
+from sae_bias.errors import MissingError, RequestError, SaeBiasError
 
 SCHEMA = 1
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
 _CELL_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
@@ -137,7 +138,9 @@ def merge_shards(path: str | Path) -> int:
         RequestError: no shards, shards of different sweeps, or one that is still being written.
     """
     run = RunFolder(path)
-    shards = sorted((run.root / "shards").glob("*-of-*"))
+    shards = [
+        p for p in sorted((run.root / "shards").glob("*-of-*")) if re.fullmatch(r"\d{1,6}-of-\d{1,6}", p.name)
+    ]
     if not shards:
         raise RequestError(f"{run.root} has no shards to merge.")
     plans = [RunFolder(shard).read_json("sweep") for shard in shards if (shard / "sweep.json").is_file()]
@@ -195,6 +198,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+class reading:
+    """Whatever is malformed in a stored file becomes one RequestError that names it."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _MALFORMED) and not isinstance(error, SaeBiasError):
+            why = f"{type(error).__name__}: {str(error)[:120]}"
+            raise RequestError(f"{self.what} cannot be read ({why}).") from error
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:

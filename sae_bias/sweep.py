@@ -27,9 +27,9 @@ from sae_bias.provenance import manifest, model_digest
 from sae_bias.run_copies import directions_of, edit_facts, probe_facts
 from sae_bias.sae import Sae, load_sae
 from sae_bias.stats import clustered_mean, fieller_reduction
-from sae_bias.store import RunFolder, merge_shards
+from sae_bias.store import RunFolder, merge_shards, reading
 from sae_bias.sweep_plan import Cell, Plan, Sweep, edit_key, feature_digest
-from sae_bias.sweep_work import Executor, Work, run_here
+from sae_bias.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -416,15 +416,51 @@ def collect(path: str | Path) -> SweepResult:
         RequestError: no sweep there, or cells of it missing (run the same command again to finish them).
     """
     folder = RunFolder(path)
-    facts = folder.read_json("sweep")
+    facts = read_sweep(folder)
     listed = facts["cells"]
     missing = [c["cell"] for c in listed if not folder.has_cell(c["cell"])]
     if missing:
         raise RequestError(
             f"{folder.path} lacks {len(missing)} of the sweep's {len(listed)} cells; run the same command again to finish it."
         )
-    cells = {c["cell"]: folder.read_cell(c["cell"]) for c in listed}
-    return SweepResult(cell_rows(listed, cells, facts["splits"], costs=facts["costs"]), cells, folder.path)
+    with reading(f"the sweep in {folder.path}"):
+        cells = {c["cell"]: _checked_cell(folder.read_cell(c["cell"])) for c in listed}
+        if len({len(c) for c in cells.values()}) > 1:
+            raise RequestError(f"the cells in {folder.path} are of different numbers of pairs.")
+        frame = cell_rows(listed, cells, facts["splits"], costs=facts["costs"])
+    return SweepResult(frame, cells, folder.path)
+
+
+_CELL_TEXTS = ("cell", "intervention", "rule", "feature", "positions", "kind", "label")
+
+
+def read_sweep(folder: RunFolder) -> dict[str, Any]:
+    """sweep.json, with the cells and splits that it must list.
+
+    Raises:
+        RequestError: it is not there, or not what `run_sweep` writes.
+    """
+    facts = folder.read_json("sweep")
+    listed, splits, where = facts.get("cells"), facts.get("splits"), f"{folder.path}/sweep.json"
+    if not isinstance(listed, list) or not listed or not all(isinstance(c, dict) for c in listed):
+        raise RequestError(f"{where} lists no cells.")
+    for cell in listed:
+        strength = cell.get("strength")
+        if not all(isinstance(cell.get(k), str) for k in _CELL_TEXTS) or not isinstance(
+            strength, int | float | None
+        ):
+            raise RequestError(f"{where} lists a cell without its name, rule or strength.")
+    if not isinstance(splits, dict) or not splits or not all(isinstance(t, list) for t in splits.values()):
+        raise RequestError(f"{where} names no splits.")
+    return {**facts, "costs": bool(facts.get("costs"))}
+
+
+def _checked_cell(frame: pd.DataFrame) -> pd.DataFrame:
+    """A cell's file with its columns, numbers where they belong."""
+    scores = frame[PAIR_COLUMNS[2:]].astype(float)
+    if not len(frame) or not np.isfinite(scores.to_numpy()).all():
+        raise ValueError("a cell without pairs, or with a score that is no number")
+    return frame[PAIR_COLUMNS[:2]].astype(str).join(scores) if list(frame.columns) != PAIR_COLUMNS else frame
 
 
 def merge_run(path: str | Path) -> tuple[int, SweepResult | None]:
@@ -437,7 +473,7 @@ def merge_run(path: str | Path) -> tuple[int, SweepResult | None]:
     folder = RunFolder(path)
     if not (folder.path / "sweep.json").is_file():
         return moved, None
-    listed = folder.read_json("sweep")["cells"]
+    listed = read_sweep(folder)["cells"]
     if not all(folder.has_cell(c["cell"]) for c in listed):
         return moved, None
     result = collect(path)

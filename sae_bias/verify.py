@@ -31,7 +31,7 @@ from sae_bias.provenance import model_digest, model_files, sae_facts, versions
 from sae_bias.run_copies import edit_from_facts, grid_from_copy, pairs_from_copy, probe_from_facts
 from sae_bias.sae import load_sae
 from sae_bias.store import RunFolder, digest
-from sae_bias.sweep import collect, run_sweep
+from sae_bias.sweep import collect, read_sweep, run_sweep
 from sae_bias.sweep_plan import Cell, Sweep
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -260,11 +260,8 @@ class _Verifier:
 
     def sweep(self, folder: RunFolder) -> list[Check]:
         """The sweep's table against its cells, and some cells against the model."""
-        facts = folder.read_json("sweep")
-        listed = facts.get("cells")
-        where = f"{folder.path}/sweep.json"
-        if not isinstance(listed, list) or not all(isinstance(c, dict) and "cell" in c for c in listed):
-            raise RequestError(f"{where} lists no cells.")
+        facts = read_sweep(folder)
+        listed, where = facts["cells"], f"{folder.path}/sweep.json"
         self.of_cells = len(listed)
         whole = all(folder.has_cell(str(c["cell"])) for c in listed)
         found = self.sweep_table(folder) if whole else [

@@ -44,7 +44,7 @@ from sae_bias.verify import verify_run
 
 DATA = Path(sb.__file__).parent / "data"
 SMALL = sae_files.random_sae(4, 8)
-FEW, MANY = 25, 900
+FEW, MANY = 20, 900
 
 
 def tree_of(path: Path, most: int = 3) -> Any:
@@ -213,18 +213,23 @@ def readers(run_folder, tmp_path_factory) -> list[Reader]:
 
 
 def run_all(readers: list[Reader], n: int, seed: int) -> int:
-    total = 0
+    """Every reader with its share of inputs; the leaks of all of them are told together."""
+    total, leaks = 0, []
     for reader in readers:
         some = max(2, math.ceil(n * reader.cost))
-        fuzz(reader, some, seed)
+        try:
+            fuzz(reader, some, seed)
+        except AssertionError as error:
+            leaks.append(str(error)[:700])
         tally(f"inputs fuzzed, {reader.name}", some) if n > FEW else None
         total += some
+    assert not leaks, "\n\n".join(leaks)
     tally(f"inputs fuzzed, over {len(readers)} readers", total)
     return total
 
 
 def test_only_our_errors_leave_any_reader(readers):
-    assert run_all(readers, FEW, seed=1) > 700
+    assert run_all(readers, FEW, seed=1) > 600
 
 
 @pytest.mark.slow

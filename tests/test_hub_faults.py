@@ -236,6 +236,7 @@ def test_a_cached_sae_asks_no_network_and_says_what_it_inferred(tmp_path, monkey
     assert bare.notes == ("layer and hook point taken from the folder name",)
 
 
+@pytest.mark.slow
 def test_weights_that_are_only_pickles_are_refused(hub_root, tmp_path):
     import shutil
 

@@ -223,6 +223,16 @@ print(json.dumps(out))
 """
 
 
+def test_a_second_sweep_on_a_model_loaded_anew_has_the_same_bits(gemma3, pairs, probe, edits, tmp_path):
+    sweep = sb.Sweep(edits[:1], controls=2, costs=True)
+    first, second = (sb.run_sweep(gemma3.fresh(), pairs, sweep, probe=probe, out=tmp_path / n) for n in "ab")
+    pd.testing.assert_frame_equal(first.frame, second.frame, check_exact=True)
+    for name, frame in first.cells.items():
+        pd.testing.assert_frame_equal(frame, second.cells[name], check_exact=True)
+        assert frame.attrs == second.cells[name].attrs
+
+
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_figures_to_the_last_digit(gemma3):
     """Two processes: base, edits, controls, costs, ranking and sampled text, compared as printed with 17 digits."""
     tests = Path(__file__).parent
