@@ -1,6 +1,5 @@
 """Every error a user can meet, and the exit code the command line gives it."""
 
-
 MOST_CHARACTERS = 2000
 
 

@@ -399,7 +399,9 @@ def from_dict(data: dict[str, Any]) -> Intervention:
     data = dict(data)
     kind = data.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise RequestError(f"intervention kind {str(kind)[:80]!r} is not known; expected one of {', '.join(KINDS)}.")
+        raise RequestError(
+            f"intervention kind {str(kind)[:80]!r} is not known; expected one of {', '.join(KINDS)}."
+        )
     if kind == "patch":
         raise RequestError(
             f"patch from {data.get('source')!r} is stored by name only; load that model and pass it."

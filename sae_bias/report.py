@@ -33,6 +33,7 @@ from sae_bias.plot_style import bias_axis
 from sae_bias.published_sections import model_rows
 from sae_bias.report_parts import Run, Section, Table, table_of
 from sae_bias.sections import sections
+from sae_bias.store import reading
 
 ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
@@ -64,7 +65,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
     loaded = [read_run(run) for run in runs]
     render = _html if format == "html" else _markdown
     target = _target(loaded, out, format)
-    _write(target, render(loaded))
+    with reading(f"what {', '.join(str(run) for run in runs)} holds"):
+        text = render(loaded)
+    _write(target, text)
     return target
 
 
