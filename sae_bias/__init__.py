@@ -47,6 +47,10 @@ _HOME = {
     "generate": "generation",
     "Completion": "generation",
     "activation_table": "features",
+    "token_activations": "token_views",
+    "TokenActivations": "token_views",
+    "side_by_side": "measures.text",
+    "identity_sweep": "measures.identity",
     "feature_card": "cards",
     "causal_ladder": "ladder",
     "match_features": "matching",
@@ -99,9 +103,11 @@ if TYPE_CHECKING:
     from sae_bias.judge import run_judge as run_judge
     from sae_bias.ladder import causal_ladder as causal_ladder
     from sae_bias.matching import match_features as match_features
+    from sae_bias.measures.identity import identity_sweep as identity_sweep
     from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
     from sae_bias.measures.scenarios import score_scenarios as score_scenarios
     from sae_bias.measures.specificity import specificity as specificity
+    from sae_bias.measures.text import side_by_side as side_by_side
     from sae_bias.model import Model as Model
     from sae_bias.model import load_model as load_model
     from sae_bias.probe import Probe as Probe
@@ -132,6 +138,8 @@ if TYPE_CHECKING:
     from sae_bias.study import run_study as run_study
     from sae_bias.sweep import Sweep as Sweep
     from sae_bias.sweep import run_sweep as run_sweep
+    from sae_bias.token_views import TokenActivations as TokenActivations
+    from sae_bias.token_views import token_activations as token_activations
     from sae_bias.verify import verify_run as verify_run
 
 __all__ = ["__version__", *_HOME]

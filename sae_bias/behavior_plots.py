@@ -55,7 +55,7 @@ def scenarios_before_after(categories: pd.DataFrame) -> go.Figure:
             y=rows.index,
             mode="markers",
             name=name,
-            marker=marker | {"line": {"width": 2}},
+            marker=marker | {"line": {"width": 2 if marker["symbol"].endswith("open") else 0}},
             hovertext=hover,
             hoverinfo="text",
         )
@@ -84,7 +84,10 @@ def judge_parts(parts: pd.DataFrame) -> go.Figure:
         color=AI,
         hover=hover,
     )
-    return style.zero_line(style.row_labels(fig, list(rows["part"])), "x")
+    ends = rows[["difference", "ci_low", "ci_high"]].abs().max(axis=None)
+    most = 1.15 * max(float(ends), 0.5) if ends == ends else 1.0
+    style.zero_line(style.row_labels(fig, [short(p, 30) for p in rows["part"]]), "x")
+    return fig.update_xaxes(range=[-most, most])
 
 
 def text_measures(conditions: Mapping[str, Mapping[str, Any]]) -> go.Figure:
@@ -121,7 +124,7 @@ def _dumbbells(
         ]
         fig.add_scatter(
             x=known[name], y=list(range(len(names))), mode="markers", name=name, showlegend=row == 1,
-            marker={"color": color, "symbol": symbol, "size": size, "line": {"width": 2}}, customdata=hover, hovertemplate=HOVER,
+            marker={"color": color, "symbol": symbol, "size": size, "line": {"width": 2 if symbol.endswith("open") else 0}}, customdata=hover, hovertemplate=HOVER,
             row=row, col=1,
         )  # fmt: skip
 
@@ -143,7 +146,7 @@ def scenario_arms(categories: pd.DataFrame) -> go.Figure:
             ]
             fig.add_scatter(
                 x=part[column], y=y, mode="markers", name=f"{arm}, {when}",
-                marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2}},
+                marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2 if symbol.endswith("open") else 0}},
                 customdata=hover, hovertemplate=HOVER,
             )  # fmt: skip
     fig.update_xaxes(range=[-0.02, 1.02])
@@ -163,7 +166,7 @@ def identity_claims(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         hover = [f"<b>{plain(k)}</b><br>{arm}: {v} of {n} answers" for k, v in zip(names, values)]
         fig.add_bar(
             x=[v / n for v in values], y=list(range(len(names))), orientation="h", name=arm,
-            marker={"color": color, "pattern": {"shape": shape}}, customdata=hover, hovertemplate=HOVER,
+            marker={"color": color, "pattern": {"shape": shape, "fillmode": "overlay", "solidity": 0.25}}, customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip
     fig.update_xaxes(tickformat=".0%", rangemode="tozero")
     return style.row_labels(fig, [short(n, 24) for n in names])

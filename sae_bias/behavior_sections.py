@@ -119,6 +119,7 @@ def scenario_arms_section(run: Run) -> Section:
         f"{r['arm']}: aligned in {r['aligned_before']} of {r['n']} before and {r['aligned_after']} after"
         for r in shown[shown["category"] == "all"].to_dict("records")
     ]
+    line = "; ".join(said)
     columns = {
         "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
         "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
@@ -126,7 +127,7 @@ def scenario_arms_section(run: Run) -> Section:
     return Section(
         "system-prompt",
         "The same scenarios under a system prompt",
-        f"{'; '.join(said)}. The system prompt: “{part.get('system') or wording.NOT_MEASURED}”",
+        f"{line[:1].upper()}{line[1:]}. The system prompt: “{part.get('system') or wording.NOT_MEASURED}”",
         behavior_plots.scenario_arms(shown.replace({"category": _spaced(shown["category"])})),
         run_table(run, "scenario_arms", columns, _readable(frame)),
     )

@@ -7,7 +7,7 @@ The number of prompts needed is that of a paired t-test at 80 % power with the r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,9 @@ from scipy.stats import ttest_1samp
 
 from sae_bias.judge_replies import Agreement, krippendorff
 from sae_bias.stats import needed_n, sign_test
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 SIDES = ("unsteered", "steered")
 MEANINGFUL = 0.5
@@ -74,6 +77,12 @@ class JudgeResult:
     def to_frame(self) -> pd.DataFrame:
         """One row a part: both means, the paired difference with its interval, power, agreement, noise, pairwise wins."""
         return pd.DataFrame([self._part(p) for p in dict.fromkeys(self.table["part"])])
+
+    def plot(self) -> go.Figure:
+        """Difference in mean mark of every part of the rubric, with its interval."""
+        from sae_bias.behavior_plots import judge_parts
+
+        return judge_parts(self.to_frame())
 
     def item_means(self, part: str) -> pd.DataFrame:
         """Mean rating [item × side], over repeats, then over the judges that rated both sides of an item."""

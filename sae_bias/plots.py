@@ -343,7 +343,10 @@ def controls_histogram(
                 annotation=label,
                 annotation_position="top",
             )
-    fig.update_layout(barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90})
+    below = controls["kind"].nunique() > 1
+    fig.update_layout(
+        barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
+    )
     return fig.update_xaxes(tickformat=".0%")
 
 

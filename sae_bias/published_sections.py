@@ -45,7 +45,7 @@ def models_section(run: Run) -> Section:
     if run.stand_ins:
         takeaway = f"{n} stand-ins with random weights ran in place of the models: this tests the plumbing, and no figure means anything."
     else:
-        takeaway = f"{n} of {all_} models were measured here." + (
+        takeaway = f"{n} of {all_} models measured here." + (
             f" For the others a published figure is shown as “published, {NOT_HERE}”." if n < all_ else ""
         )
     rows = frame.drop(columns=["published", "verdict"], errors="ignore") if run.organism else frame

@@ -317,6 +317,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         if isinstance(p, dict)
     ]
     facts += [(f"{split} split", f"{len(ids)} templates") for split, ids in (m.get("split") or {}).items()]
+    cards = sorted(p.name for p in (run.folder / "cards").glob("*.html"))
+    facts.append(("feature cards", cards and f"{', '.join(cards)} (in cards/ of the run folder)"))
     if gate:
         error, fvu, l0, label = (
             wording.number(gate.get(k)) for k in ("residual_max_rel_error", "fvu", "l0", "label_l0")
@@ -337,7 +339,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ]
     seconds = run.part("seconds")
     facts.append(("time", _joined(*(f"{k} {wording.number(v)} s" for k, v in seconds.items()))))
-    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+    return [(name, str(value)) for name, value in facts if value not in (None, "", [])]
 
 
 def _joined(*parts: Any) -> str:

@@ -26,7 +26,7 @@ MOST_ROWS = 1000
 SHARES = {
     "reduction", "red_low", "red_high", "fire_human", "fire_ai", "wrong_way_share", "moved_share", "share_templates_positive",
     "in_sample_reduction", "in_sample_low", "in_sample_high", "held_out_reduction", "held_out_low", "held_out_high",
-    "written_inactive", "refusal", "default_negativity", "other_share", "specific", "fired", "share_of_bias", "share_of_ceiling",
+    "written_inactive", "refusal", "default_negativity", "other_share", "removed", "removed_low", "removed_high", "specific", "fired", "share_of_bias", "share_of_ceiling",
 }  # fmt: skip
 
 
@@ -123,10 +123,8 @@ class Section:
     @cached_property
     def figure_json(self) -> str:
         figure = go.Figure(self.figure).update_layout(title=None)
-        legend = (
-            any(t.showlegend is not False and t.name for t in figure.data)
-            and figure.layout.showlegend is not False
-        )
+        named = [t for t in figure.data if t.showlegend is not False and t.name]
+        legend = len(named) > 1 and figure.layout.showlegend is not False  # plotly draws none for one trace
         top = 56 if legend or figure.layout.annotations else 24
         return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
 

@@ -143,7 +143,7 @@ def test_a_model_that_was_not_measured_is_published_not_re_measured_here(tmp_pat
     assert anchors(run) == ["models", "switches"]
     text = write_report(run).read_text()
     assert "Published: 1.37, not re-measured here." in text
-    assert "1 of 2 models were measured here" in text
+    assert "1 of 2 models measured here" in text
     assert "verdict: agrees" in text
     figure = of(run, "models").figure
     published = next(t for t in figure.data if t.name == "published")

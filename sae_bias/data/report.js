@@ -33,11 +33,16 @@
   const narrow = (div) => div.clientWidth < 520;
   const inked = (trace, div) => (trace.type === "heatmap" ? { ...trace, texttemplate: narrow(div) ? "" : trace.texttemplate, textfont: { color: token("--ink"), size: 12 } } : trace);
   // A phone has no room for long row labels or a tool bar: labels are cut (hovering shows them in full), the bar is left out.
-  const cut = (text) => String(text).split("<br>").map((line) => (line.replace(/<[^>]*>|&\w+;/g, "x").length > 18 && !/[<&]/.test(line) ? line.slice(0, 17) + "…" : line)).join("<br>");
+  const bare = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+  const safe = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const short = (line) => (line.startsWith("<") || bare(line).length <= 18 ? line : safe(bare(line).slice(0, 17)) + "…");
+  const cut = (text) => String(text).split("<br>").map(short).join("<br>");
+  const wrap = (text) => String(text).replace(/(.{24,}?)\s+/g, "$1<br>");
   function fit(layout, div) {
     if (!narrow(div)) return layout;
     layout.margin = { ...layout.margin, l: 8, r: 12 };
     layout.font = { ...layout.font, size: 11 };
+    for (const key of Object.keys(layout).filter((k) => /^xaxis/.test(k))) if (layout[key].title?.text) layout[key] = { ...layout[key], title: { ...layout[key].title, text: wrap(layout[key].title.text) } };
     for (const key of Object.keys(layout).filter((k) => /^yaxis/.test(k))) if (layout[key].ticktext) layout[key] = { ...layout[key], ticktext: layout[key].ticktext.map(cut) };
     return layout;
   }

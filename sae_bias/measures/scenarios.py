@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,9 @@ from sae_bias.measures.continuations import Ask, ContinuationPlan, Phrasing, mak
 from sae_bias.model import Model
 from sae_bias.scenarios import RolePair, Scenario, Scenarios
 from sae_bias.stats import mcnemar_exact, sign_test
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 SCORES = {"free": ("sum", "norm", "pmi"), "lettered": ("letter",)}
 PRIMARY = ("free", "norm")
@@ -155,6 +158,10 @@ class ScenarioResult:
             raise RequestError(f"form {form!r} with score {score!r} was not measured.")
         return float(frame["chose_aligned"].mean())
 
+    def __sub__(self, before: ScenarioResult) -> ScenarioComparison:
+        """`after - before`: the same scenarios side by side."""
+        return compare(before, self)
+
     def __repr__(self) -> str:
         frame = self.to_frame().groupby(["form", "score"], sort=False)["chose_aligned"]
         shares = ", ".join(f"{form}/{score} {int(g.sum())} of {len(g)}" for (form, score), g in frame)  # type: ignore[misc]
@@ -275,6 +282,13 @@ class ScenarioComparison:
         if row.empty:
             raise RequestError(f"form {form!r} with score {score!r} was not measured.")
         return dict(row.iloc[0])
+
+    def plot(self) -> go.Figure:
+        """Mean p(aligned) of every category before and after, by the score fixed beforehand."""
+        from sae_bias.behavior_plots import scenarios_before_after
+
+        table = self.by_category()
+        return scenarios_before_after(table[(table["form"] == PRIMARY[0]) & (table["score"] == PRIMARY[1])])
 
     def __repr__(self) -> str:
         s = self.summary()
