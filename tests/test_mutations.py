@@ -28,7 +28,7 @@ import test_judge
 import test_model
 import test_probe
 import test_sae
-import test_sweep
+import test_verify
 import torch
 from architectures import ARCHITECTURES
 from tallies import tally
@@ -43,6 +43,7 @@ from sae_bias import (
     directions,
     engine,
     features,
+    gate,
     generation,
     hooks,
     hub,
@@ -323,7 +324,7 @@ def a_bare_index_is_taken(patch: pytest.MonkeyPatch) -> None:
     known = sae.as_feature
 
     def mutated(x):
-        return known(f"organism:planted/constructed#{x}") if isinstance(x, int) else known(x)
+        return known(f"organism:planted/constructed#{x % 64}") if isinstance(x, int) else known(x)
 
     patch.setattr(sae, "as_feature", mutated)
     patch.setattr(test_sae, "as_feature", mutated)
@@ -692,7 +693,7 @@ MUTANTS = [
     Mutant(
         "a cell's name leaves the feature's weights out (§4.15)",
         replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
-        test_sweep.test_a_cells_name_covers_what_determines_its_numbers,
+        test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
     ),
     Mutant(
         "an unreadable reply is a rating of 0 (§4.16)",
@@ -702,7 +703,7 @@ MUTANTS = [
     ),
     Mutant(
         "the gate lets another residual pass",
-        replace_in_source(fidelity, fidelity, "check_fidelity", "if not error <= allowed:", "if False:"),
+        in_modules("check_fidelity", fidelity, gate, old="if not error <= allowed:", new="if False:"),
         test_gate.test_a_layer_that_gives_something_else_is_caught,
     ),
 ]

@@ -32,7 +32,7 @@ def copies(tmp_path_factory, make_tiny):
 
 @pytest.fixture(scope="module")
 def done(copies, pairs, probe):
-    """A sweep of every kind of edit whose weights are a feature's, a direction's or an SAE's, with costs and controls."""
+    """A sweep of every kind of edit whose weights are a feature's, a direction's or an SAE's, with controls."""
     model, feature = sb.load_model(copies / "model"), f"{copies / 'sae' / 'layer_1'}#3"
     direction = Direction(
         "a direction", sb.Site(1), torch.nn.functional.normalize(torch.randn(1, model.d_model))
@@ -45,8 +45,7 @@ def done(copies, pairs, probe):
         Cell((sb.ProjectOut(direction),), "direction", "projected out"),
         sb.Reconstruct(f"{copies / 'sae' / 'layer_1'}"),
     ]
-    sweep = sb.Sweep(cells, controls=3, costs=True)
-    sb.run_sweep(model, pairs, sweep, probe=probe, out=copies / "run")
+    sb.run_sweep(model, pairs, sb.Sweep(cells, controls=3), probe=probe, out=copies / "run")
     return copies
 
 
@@ -110,7 +109,13 @@ def test_a_changed_number_in_the_table_is_named(run):
     assert "reduction" in differing(run, cells=1)["sweep: table made again from its cells"]
 
 
-def test_a_changed_cost_is_named(run):
+def test_a_changed_cost_is_named(run, done, pairs, probe):
+    """Costs and the scores on the valence banks are measured again too."""
+    feature = f"{done / 'sae' / 'layer_1'}#3"
+    sweep = sb.Sweep([sb.Ablate(feature)], controls=1, costs=True)
+    sb.run_sweep(sb.load_model(done / "model"), pairs, sweep, probe=probe, out=run / "costs")
+    run = run / "costs"
+    assert verify_run(run, cells=None).agrees
     folder = RunFolder(run)
     cell = folder.read_json("sweep")["cells"][1]
     frame = folder.read_cell(cell["cell"])
@@ -130,6 +135,20 @@ def test_a_changed_sae_is_named(run, done):
     assert "params.safetensors has another sha256" in next(iter(named.values()))
     assert any(what.startswith("cell ablate") for what in found)
     assert not any(what.startswith("model") for what in found)
+
+
+def test_a_cells_name_changes_with_the_weights_behind_it(gemma3, pairs, probe, tmp_path):
+    """An index means nothing without its SAE: other weights under the same name are another cell."""
+    names = []
+    for factor in (1.0, 1.5):
+        folder = shutil.copytree(gemma3.sae_folder, tmp_path / "layer_1", dirs_exist_ok=True)
+        weights = load_file(folder / "params.safetensors")
+        weights["w_dec"][3] *= factor
+        save_file(weights, folder / "params.safetensors")
+        found = sb.run_sweep(gemma3.model, pairs, sb.Sweep([sb.Ablate(f"{folder}#3")]), probe=probe)
+        names.append(found.frame["cell"].tolist())
+    assert names[0][0] == names[1][0], "the base is the same"
+    assert names[0][1] != names[1][1]
 
 
 def test_changed_model_weights_are_named(run, done):
