@@ -8,9 +8,9 @@
 import difflib
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sae_bias import behavior_plots, wording
@@ -55,11 +55,7 @@ def generations_section(run: Run) -> Section:
 def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
     """Both texts cut into tokens (words where the run holds no tokens), those that differ marked."""
     names = ("unsteered", "steered")
-    known = all(
-        isinstance(row.get(f"token_nll_{n}"), Sequence | pd.Series)
-        or hasattr(row.get(f"token_nll_{n}"), "tolist")
-        for n in names
-    )
+    known = all(isinstance(row.get(f"token_nll_{n}"), np.ndarray | list) for n in names)
     if known:
         texts = [[str(t) for t in row[f"tokens_{n}"]] for n in names]
         values = [[float(v) for v in row[f"token_nll_{n}"]] for n in names]

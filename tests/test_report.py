@@ -369,7 +369,3 @@ def test_a_thousand_rows_show_two_hundred_sort_all_and_filter_all(tmp_path):
         )
         opened.execute_script("document.querySelector('[data-all=features-table]').click()")
         assert opened.execute_script(state) == [1000, "1,000 rows"]
-        took = opened.execute_script(
-            f"const t = performance.now(); {smallest}.click(); return performance.now() - t"
-        )
-        assert took < 2000  # wall time on a shared machine; the sort itself takes about 40 ms

@@ -2,6 +2,7 @@
 
 import json
 
+import browser
 import pandas as pd
 import pytest
 from report_fixture import replication_run, study_run, switches
@@ -194,3 +195,37 @@ def test_the_manifest_on_the_page_leaves_long_copies_out(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"copies": {"pairs": ["x" * 50] * 1000}}))
     assert "left out here" in write_report(run).read_text()
     assert "xxxxx" not in write_report(run).read_text().split("<script>")[0]
+
+
+# ── in a browser
+
+
+@pytest.mark.browser
+def test_a_deep_link_unfolds_its_table_and_the_keyboard_sorts_it(run):
+    from selenium.webdriver.common.keys import Keys
+
+    with browser.chromium() as driver:
+        browser.open_page(driver, write_report(run), anchor="#checks-table")
+        table = driver.find_element("id", "checks-table")
+        assert table.is_displayed()
+        value = driver.execute_script("return document.querySelectorAll('#checks-table th button')[1]")
+        for order in ("descending", "ascending"):
+            value.send_keys(Keys.ENTER)
+            shown = driver.execute_script(
+                "return [...document.querySelectorAll('#checks-table tbody tr')].map(r => Number(r.cells[1].textContent))"
+            )
+            assert shown == sorted(shown, reverse=order == "descending")
+        assert driver.execute_script("return window.hacked") is None
+        assert browser.console_errors(driver) == []
+
+
+@pytest.mark.browser
+def test_every_figure_has_a_description_and_every_link_a_place(run):
+    with browser.chromium(dark=True) as driver:
+        browser.open_page(driver, write_report(run))
+        described = "return [...document.querySelectorAll('.plot')].map(d => [d.getAttribute('role'), d.ariaLabel.length])"
+        assert all(role == "img" and n > 20 for role, n in driver.execute_script(described))
+        lost = "return [...document.querySelectorAll('a[href^=\"#\"]')].filter(a => !document.getElementById(a.hash.slice(1))).length"
+        assert driver.execute_script(lost) == 0
+        assert driver.execute_script("return document.documentElement.lang") == "en"
+        assert set(browser.requests(driver)) == {(run / "report.html").resolve().as_uri()}
