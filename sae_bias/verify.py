@@ -13,8 +13,7 @@ device. Figures of costs and of the valence banks are compared in the same way.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,31 +32,30 @@ from sae_bias.sae import load_sae
 from sae_bias.store import RunFolder, digest
 from sae_bias.sweep import collect, read_sweep, run_sweep
 from sae_bias.sweep_plan import Cell, Sweep
+from sae_bias.verify_checks import (
+    AGREES,
+    DIFFERS,
+    NOTE,
+    UNCHECKED,
+    Check,
+    as_mapping,
+    cell_name,
+    compare_files,
+    compare_number,
+    compare_tables,
+    kept_numbers,
+    need_columns,
+    pair_name,
+    relative_gap,
+    sample,
+    verdict,
+)
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference allowed between two measurements of one number, by precision."""
 OTHER_DEVICE = 10.0
-TABLE_TOLERANCE = 1e-9
-"""Between a table and the cells it was made of: the same arithmetic on the same numbers."""
 SAMPLE = 8
 SCORES = ("score_human", "score_ai", "bias")
-AGREES, DIFFERS, UNCHECKED, NOTE = "agrees", "differs", "not checked", "note"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was compared."""
-
-    what: str
-    status: str
-    """agrees | differs | not checked | note (told, and no part of the answer)"""
-    detail: str
-    difference: float | None = None
-    """The largest |now - then| over max(1, |then|), where numbers were compared."""
-    tolerance: float | None = None
-
-    def row(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -116,29 +114,28 @@ class _Verifier:
         if not folder.path.is_dir():
             raise RequestError(f"there is no run folder {folder.path}.")
         self.manifest = folder.read_json("manifest")
-        self.sweep_folder = next(
-            (f for f in (folder, RunFolder(folder.path / "sweep")) if (f.path / "sweep.json").is_file()), None
-        )
+        places = [p.parent for p in sorted(folder.path.rglob("sweep.json"))]
+        self.sweeps = [RunFolder(p) for p in places if "shards" not in p.relative_to(folder.path).parts]
         self.given_model, self.given_device = model, device
         self.checks: list[Check] = []
         self.n_cells = self.of_cells = 0
         self.same_device = 0.0
 
     def run(self) -> Verification:
-        facts = _mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
+        facts = as_mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
         if not isinstance(facts.get("digest"), str):
             raise RequestError(
                 f"{self.folder.path}/manifest.json names no measured model; give the folder of one model, such as RUN/models/NAME."
             )
-        self.pairs = self.read_prompts()
+        self.pairs = self.read_prompts(self.folder, self.manifest)
         self.model = self.load(facts)
         self.tolerance = self.tolerance_of(facts)
         self.checks += [*self.environment(), *self.model_files(facts), *self.saes()]
         self.checks += self.words()
         if "pairs" in self.folder.tables():
             self.checks += self.base_table()
-        if self.sweep_folder is not None:
-            self.checks += self.sweep(self.sweep_folder)
+        for folder in self.sweeps:
+            self.checks += self.sweep(folder)
         return Verification(self.folder.path, self.checks, self.n_cells, self.of_cells)
 
     def add(self, what: str, same: bool, yes: str, no: str) -> Check:
@@ -146,32 +143,31 @@ class _Verifier:
 
     # --- hashes ---
 
-    def read_prompts(self) -> PromptPairs | None:
-        """The stored copies of the prompts, checked against their hashes."""
-        where = f"{self.folder.path}/manifest.json"
-        copies = _mapping(self.manifest.get("copies"), f"{where}: its copies")
-        known = _mapping(self.manifest.get("prompts"), f"{where}: its prompts")
+    def read_prompts(self, folder: RunFolder, manifest: Mapping[str, Any]) -> PromptPairs | None:
+        """The stored copies of the prompts, checked against their hashes; the pairs among them."""
+        where = f"{folder.path}/manifest.json"
+        copies = as_mapping(manifest.get("copies"), f"{where}: its copies")
+        known = as_mapping(manifest.get("prompts"), f"{where}: its prompts")
         found: dict[str, Any] = {}
         for kind, read in (("pairs", pairs_from_copy), ("grid", grid_from_copy)):
-            facts = known.get(kind)
-            if not facts:
+            if not known.get(kind):
                 continue
+            what = f"{self.name_of(folder)}prompts: {kind}"
+            expected = str(as_mapping(known[kind], f"{where}: its {kind}").get("digest"))
             if kind not in copies:
-                self.checks.append(
-                    Check(f"prompts: {kind}", UNCHECKED, "the folder holds no copy (an older sae-bias)")
-                )
+                self.checks.append(Check(what, UNCHECKED, "the folder holds no copy (an older sae-bias)"))
                 continue
             found[kind] = read(copies[kind], where)
-            expected = str(_mapping(facts, f"{where}: its {kind}").get("digest"))
-            self.checks.append(
-                self.add(
-                    f"prompts: {kind}",
-                    found[kind].digest == expected,
-                    f"{len(found[kind])} prompts, sha256 {expected[:12]}",
-                    f"the copy has sha256 {found[kind].digest[:12]}, the manifest says {expected[:12]}",
-                )
-            )
+            own = found[kind].digest
+            good = f"{len(found[kind])} prompts, sha256 {expected[:12]}"
+            bad = f"the copy has sha256 {own[:12]}, the manifest says {expected[:12]}"
+            self.checks.append(self.add(what, own == expected, good, bad))
         return found.get("pairs")
+
+    def name_of(self, folder: RunFolder) -> str:
+        """What a sweep's checks are called: nothing for the run's own, the subfolder for another."""
+        inside = folder.path.relative_to(self.folder.path).as_posix()
+        return "" if inside == "." else f"{inside}: "
 
     def words(self) -> list[Check]:
         words = self.manifest.get("words")
@@ -197,20 +193,18 @@ class _Verifier:
             return [
                 self.add("model", same, f"{self.model.name}, hash of its parameters", "its parameters differ")
             ]
-        return [_files(f"model {self.model.name}", then, now)]
+        return [compare_files(f"model {self.model.name}", then, now)]
 
     def saes(self) -> list[Check]:
         """The file of each SAE in the manifests of the run and of its sweep."""
-        manifests = [self.manifest]
-        if self.sweep_folder is not None and (self.sweep_folder.path / "manifest.json").is_file():
-            manifests.append(self.sweep_folder.read_json("manifest"))
+        manifests = [self.manifest, *(m for f in self.sweeps if (m := _own_manifest(f)) is not None)]
         known = {str(s.get("id")): s for m in manifests for s in m.get("saes") or [] if isinstance(s, dict)}
         found = []
         for name, facts in known.items():
             if not facts.get("files"):
                 found.append(Check(f"SAE {name}", UNCHECKED, "it was an object in memory"))
                 continue
-            found.append(_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"]))
+            found.append(compare_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"]))
         return found
 
     def environment(self) -> list[Check]:
@@ -240,7 +234,7 @@ class _Verifier:
         """tables/pairs: every pair's scores, and the summary's mean over them."""
         table = self.folder.read_table("pairs")
         where = f"{self.folder.path}/tables/pairs.parquet"
-        _need(table, SCORES, where)
+        need_columns(table, SCORES, where)
         found = list(self.summary_mean(table))
         if self.pairs is None or self.manifest.get("probe") is None:
             return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
@@ -256,51 +250,41 @@ class _Verifier:
         bias = self.folder.read_json("summary").get("bias")
         if not isinstance(bias, dict) or not isinstance(bias.get("mean"), float):
             return
-        yield _same_number("summary: bias", float(table["bias"].mean()), bias["mean"])
+        yield compare_number("summary: bias", float(table["bias"].mean()), bias["mean"])
 
     def sweep(self, folder: RunFolder) -> list[Check]:
         """The sweep's table against its cells, and some cells against the model."""
-        facts = read_sweep(folder)
+        facts, own, name = read_sweep(folder), _own_manifest(folder), self.name_of(folder)
         listed, where = facts["cells"], f"{folder.path}/sweep.json"
-        self.of_cells = len(listed)
+        pairs = self.pairs
+        if own is not None and folder.path != self.folder.path:
+            if (own.get("model") or {}).get("digest") != (self.manifest.get("model") or {}).get("digest"):
+                return [
+                    Check(f"{name}sweep", UNCHECKED, "it is of another model; verify that folder by itself")
+                ]
+            pairs = self.read_prompts(folder, own)
+        self.of_cells += len(listed)
         whole = all(folder.has_cell(str(c["cell"])) for c in listed)
         found = self.sweep_table(folder) if whole else [
-            Check("sweep: table", UNCHECKED, "the sweep is not finished; the same command goes on")
+            Check(f"{name}sweep: table", UNCHECKED, "the sweep is not finished; the same command goes on")
         ]  # fmt: skip
-        if self.pairs is None or not isinstance(facts.get("probe"), dict):
-            return [*found, Check("cells", UNCHECKED, "the folder holds no copies (an older sae-bias)")]
+        if pairs is None or not isinstance(facts.get("probe"), dict):
+            return [
+                *found,
+                Check(f"{name}cells", UNCHECKED, "the folder holds no copies (an older sae-bias)"),
+            ]
         probe = probe_from_facts(facts["probe"], where)
-        return [*found, *self.cells(folder, facts, listed, probe)]
+        return [*found, *self.cells(folder, facts, pairs, probe)]
 
     def sweep_table(self, folder: RunFolder) -> list[Check]:
-        made, stored = collect(folder.path).frame, folder.read_table("sweep")
-        if list(made["cell"]) != list(stored.get("cell", [])) or list(made["split"]) != list(stored["split"]):
-            return [Check("sweep: table", DIFFERS, "its rows are not the sweep's cells")]
-        worst, where = 0.0, ""
-        for column in made.select_dtypes("number").columns:
-            if column not in stored:
-                return [Check("sweep: table", DIFFERS, f"it has no column {column}")]
-            gap = _gap(
-                made[column].to_numpy(float), pd.to_numeric(stored[column], errors="coerce").to_numpy(float)
-            )
-            row = int(gap.argmax()) if len(gap) else 0
-            if len(gap) and not gap[row] <= worst:
-                worst, where = (
-                    float(gap[row]),
-                    f"{column} of {made['rule'].iloc[row]} ({made['split'].iloc[row]})",
-                )
-        return [
-            _verdict(
-                "sweep: table made again from its cells", worst, TABLE_TOLERANCE, where, f"{len(made)} rows"
-            )
-        ]
+        what = f"{self.name_of(folder)}sweep: table made again from its cells"
+        return [compare_tables(what, collect(folder.path).frame, folder.read_table("sweep"))]
 
     def cells(
-        self, folder: RunFolder, facts: Mapping[str, Any], listed: Sequence[Mapping[str, Any]], probe: Probe
+        self, folder: RunFolder, facts: Mapping[str, Any], pairs: PromptPairs, probe: Probe
     ) -> Iterator[Check]:
         """A sample of cells measured again, with costs where the sweep had them."""
-        assert self.pairs is not None
-        chosen = _sample(listed, self.wanted)
+        chosen = sample(facts["cells"], self.wanted)
         chosen = [c for c in chosen if folder.has_cell(str(c["cell"]))]
         directions = facts.get("directions")
         rebuilt: list[tuple[Mapping[str, Any], Cell]] = []
@@ -311,7 +295,7 @@ class _Verifier:
                     for e in stored.get("edits") or []
                 )
             except SaeBiasError as error:
-                yield Check(_cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
+                yield Check(cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
                 continue
             rebuilt.append((stored, Cell(edits, str(stored.get("kind")), str(stored.get("label")))))
         if not rebuilt:
@@ -319,7 +303,7 @@ class _Verifier:
         # the base is always run; it is compared where it is in the sample
         again = run_sweep(
             self.model,
-            self.pairs,
+            pairs,
             Sweep([cell for _, cell in rebuilt if cell.edits], costs=bool(facts.get("costs"))),
             probe=probe,
             progress=self.progress,
@@ -335,9 +319,11 @@ class _Verifier:
     def compare_cell(
         self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str
     ) -> Check:
-        what = _cell_name(stored)
-        _need(then, SCORES, what)
-        check = self.compare(what, then, {c: now[c].to_numpy() for c in SCORES}, extra=_facts_of(then, now))
+        what = cell_name(stored)
+        need_columns(then, SCORES, what)
+        check = self.compare(
+            what, then, {c: now[c].to_numpy() for c in SCORES}, extra=kept_numbers(then, now)
+        )
         here = self.given_model is None and self.tolerance == self.same_device
         if here and check.status == AGREES and name != stored["cell"]:
             return Check(
@@ -359,103 +345,17 @@ class _Verifier:
             stored = pd.to_numeric(then[column], errors="coerce").to_numpy(float)
             if len(stored) != len(values):
                 return Check(what, DIFFERS, f"{len(stored)} pairs stored, {len(values)} measured")
-            gap = _gap(values, stored)
+            gap = relative_gap(values, stored)
             row = int(gap.argmax())
             if not gap[row] <= worst:
                 worst = float(gap[row])
-                where = f"{column} of {_pair_name(then, row)}: {stored[row]:.6g} stored, {values[row]:.6g} measured"
+                where = f"{column} of {pair_name(then, row)}: {stored[row]:.6g} stored, {values[row]:.6g} measured"
         for key, (old, new) in (extra or {}).items():
-            gap = float(_gap(np.array([new]), np.array([old]))[0])
+            gap = float(relative_gap(np.array([new]), np.array([old]))[0])
             if not gap <= worst:
                 worst, where = gap, f"{key}: {old:.6g} stored, {new:.6g} measured"
-        return _verdict(what, worst, self.tolerance, where, f"{len(then)} pairs")
+        return verdict(what, worst, self.tolerance, where, f"{len(then)} pairs")
 
 
-# --- small parts ---
-
-
-def _sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
-    """The base, the first candidate, and the rest spread evenly over the list."""
-    if wanted is None or wanted >= len(listed):
-        return list(listed)
-    spread = np.linspace(0, len(listed) - 1, max(wanted - 1, 0)).round().astype(int).tolist()
-    numbers = list(dict.fromkeys([0, 1, *spread]))[:wanted]
-    return [listed[i] for i in sorted(numbers) if i < len(listed)]
-
-
-def _gap(now: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """|now - then| / max(1, |then|); 0 where both are NaN (or the same infinity), infinite where one is."""
-    with np.errstate(invalid="ignore"):
-        gap = np.abs(now - then) / np.maximum(1.0, np.abs(then))
-    gap[(np.isnan(now) & np.isnan(then)) | (now == then)] = 0.0
-    return np.where(np.isnan(gap), np.inf, gap)
-
-
-def _verdict(what: str, worst: float, tolerance: float, where: str, n: str) -> Check:
-    if worst <= tolerance:
-        return Check(what, AGREES, n, worst, tolerance)
-    return Check(what, DIFFERS, where, worst, tolerance)
-
-
-def _same_number(what: str, now: float, then: float) -> Check:
-    gap = float(_gap(np.array([now]), np.array([then]))[0])
-    return _verdict(
-        what, gap, TABLE_TOLERANCE, f"{then:.6g} stored, {now:.6g} from its table", f"{then:+.4f}"
-    )
-
-
-def _files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) -> Check:
-    """Hashes of files, then and now."""
-    changed = sorted(name for name in then if name in now and now[name] != then[name])
-    gone = sorted(set(then) - set(now))
-    if not changed and not gone:
-        partial = sum(str(v).startswith("partial:") for v in then.values())
-        more = f" ({partial} large ones by their ends)" if partial else ""
-        return Check(what, AGREES, f"{len(then)} files have the recorded sha256{more}")
-    words = [f"{n} has another sha256 than recorded" for n in changed] + [f"{n} is gone" for n in gone]
-    return Check(what, DIFFERS, "; ".join(words[:4]))
-
-
-def _facts_of(then: pd.DataFrame, now: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Numbers kept with a cell: costs, and the scores on the valence banks."""
-    found: dict[str, tuple[float, float]] = {}
-    for key, old in then.attrs.items():
-        new = now.attrs.get(str(key))
-        if isinstance(old, float) and key != "strength":
-            found[str(key)] = (old, _number(new))
-        if key == "bank" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            gap = _gap(np.array([_number(v) for v in new]), np.array([_number(v) for v in old]))
-            row = int(gap.argmax())
-            found[f"valence bank, prompt {row + 1}"] = (_number(old[row]), _number(new[row]))
-    return found
-
-
-def _number(value: Any) -> float:
-    try:
-        return math.nan if value is None else float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _pair_name(frame: pd.DataFrame, row: int) -> str:
-    parts = [str(frame[c].iloc[row]) for c in ("template", "entity") if c in frame]
-    return " / ".join(parts) or f"row {row + 1}"
-
-
-def _cell_name(stored: Mapping[str, Any]) -> str:
-    parts = [str(stored.get("rule") or "cell"), str(stored.get("feature") or "")]
-    return "cell " + " of ".join(p for p in parts if p)
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise RequestError(f"{what} is a {type(value).__name__}; expected a mapping.")
-    return value
-
-
-def _need(frame: pd.DataFrame, columns: Sequence[str], where: str) -> None:
-    missing = [c for c in columns if c not in frame]
-    if missing or not len(frame):
-        raise RequestError(f"{where} has no {', '.join(missing) or 'rows'}.")
+def _own_manifest(folder: RunFolder) -> dict[str, Any] | None:
+    return folder.read_json("manifest") if (folder.path / "manifest.json").is_file() else None
