@@ -36,6 +36,7 @@ COMMAND_MODULES = (
     "report",
     "merge",
     "plan",
+    "calibrate",
     "verify",
     "doctor",
 )

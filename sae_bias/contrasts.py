@@ -298,17 +298,19 @@ def interaction(
 
     def statistics(a: Array) -> dict[str, Array]:
         means = {c: m @ a for c, m in everything.items()}
-        out = {f"mean_{c}": m.mean(0) for c, m in means.items()} | {"interaction": _contrast(means).mean(0)}
+        out = {f"mean_{c}": m.mean(0) for c, m in means.items()} | {
+            "interaction": interaction_contrast(means).mean(0)
+        }
         if family is not None:
             floor = activation_variance_floor(a)
-            contrast = _contrast({c: m @ a for c, m in testing.items()})
+            contrast = interaction_contrast({c: m @ a for c, m in testing.items()})
             family.add(contrast, floor)
             if without:
                 full = paired_t(contrast, floor).t
-                dropped = [_contrast({c: m @ a for c, m in left.items()}) for left, _ in without]
+                dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left, _ in without]
                 loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
         if len(report) > 1 and has_dog:
-            out |= _held_out({c: m @ a for c, m in sizing.items()})
+            out |= held_out_size({c: m @ a for c, m in sizing.items()})
             shares = [_size({c: m @ a for c, m in left.items()}) for _, left in without]
             loo_size.append(np.min(shares, axis=0) if shares else np.full(a.shape[1], np.nan))
         return out
@@ -327,20 +329,21 @@ def interaction(
     return Scan(frame, len(ranked), note, held)
 
 
-def _contrast(means: Mapping[str, Array]) -> Array:
+def interaction_contrast(means: Mapping[str, Array]) -> Array:
+    """(AS - AN) - (HS - HN) of each matched pair and feature, from cell means [n_matches, m]."""
     return (means["AS"] - means["AN"]) - (means["HS"] - means["HN"])
 
 
-def _held_out(means: Mapping[str, Array]) -> dict[str, Array]:
+def held_out_size(means: Mapping[str, Array]) -> dict[str, Array]:
     """Cell means on held-out pairs, and the lower 95 % bound of min(AS - AN, AS - HS, AS - DS)."""
     bound = lower_bound_min([means["AS"] - means[c] for c in ("AN", "HS", "DS")])
     cells = {f"held_{c}": means[c].mean(0) for c in ("AS", "AN", "HS", "DS")}
-    return {"held_bound": bound, "held_interaction": _contrast(means).mean(0), **cells}
+    return {"held_bound": bound, "held_interaction": interaction_contrast(means).mean(0), **cells}
 
 
 def _size(means: Mapping[str, Array]) -> Array:
     """The held-out bound as a share of mean AS (0 where AS is silent)."""
-    held = _held_out(means)
+    held = held_out_size(means)
     return np.divide(
         held["held_bound"], held["held_AS"], out=np.zeros_like(held["held_AS"]), where=held["held_AS"] > 0
     )
@@ -359,11 +362,16 @@ def _call_ai_speech(
         )
         return f"ai_speech: undetermined, {why}"
     significant = (frame["p_fwer"] <= ALPHA) & (frame["t"] > 0)
-    large = (frame["held_AS"] > 0) & (frame["held_bound"] >= frame["held_AS"] / 2)
-    frame["ai_speech"] = np.where(significant & large, "yes", "no")
-    survives = significant & large & (frame["loo_p"] <= ALPHA) & (loo_size >= 0.5)
+    called = significant & is_large(frame["held_AS"].to_numpy(), frame["held_bound"].to_numpy())
+    frame["ai_speech"] = np.where(called, "yes", "no")
+    survives = called & (frame["loo_p"] <= ALPHA) & (loo_size >= 0.5)
     frame["survives_loo"] = _yes_no(survives, frame["loo_p"].notna())
     return f"ai_speech: tested on {n} matched pairs, size checked on {n_held} others"
+
+
+def is_large(held_as: Array, held_bound: Array) -> Array:
+    """The size condition of the call: on held-out pairs the bound is at least half of mean AS."""
+    return (held_as > 0) & (held_bound >= held_as / 2)
 
 
 def _add_interaction_max(
@@ -378,7 +386,9 @@ def _add_interaction_max(
         first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
         for block in live_blocks(sae, rows):
             top = np.maximum.reduceat(block.acts, first, axis=0)
-            values[offset + block.index] = _contrast({c: m @ top for c, m in averages.items()}).mean(0)
+            values[offset + block.index] = interaction_contrast(
+                {c: m @ top for c, m in averages.items()}
+            ).mean(0)
         offset += sae.d_sae
     frame["interaction_max"] = values
 
@@ -418,9 +428,15 @@ def _call_split(
     """Matched pairs that discover and that are held out; empty where there are too few for both."""
     if split is not None:
         return {k: tuple(m for m in split.get(k, ()) if m in set(matches)) for k in ("discover", "report")}
+    return split_statements(matches, {p.match: p.content for p in grid if p.match is not None}, seed)
+
+
+def split_statements(
+    matches: Sequence[str], content: Mapping[str, str], seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Matched pairs that discover and that are held out for the call, each content shared out between them."""
     if len(matches) < 2 * fewest_units(ALPHA):
         return {}
-    content = {p.match: p.content for p in grid if p.match is not None}
     return split_templates(list(matches), CALL_SHARES, seed, families=content)
 
 

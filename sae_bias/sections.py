@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from sae_bias import (
     behavior_sections,
+    calibration_sections,
     feature_sections,
     probe_sections,
     published_sections,
@@ -14,6 +15,7 @@ from sae_bias.errors import RequestError
 from sae_bias.report_parts import Run, Section
 
 Build = Callable[[Run], Section]
+CALIBRATION = "Calibration"
 BIAS, FEATURE, SUPPRESSED, TEXT, PUBLISHED = (
     "The bias",
     "The feature",
@@ -45,6 +47,12 @@ def _present(run: Run, table: str) -> bool:
 
 
 _SECTIONS: tuple[tuple[str, str, Build], ...] = (
+    (CALIBRATION, "marks", calibration_sections.marks_section),
+    (CALIBRATION, "design", calibration_sections.design_section),
+    (CALIBRATION, "coverage", calibration_sections.coverage_section),
+    (CALIBRATION, "power", calibration_sections.power_section),
+    (CALIBRATION, "trained_saes", calibration_sections.trained_section),
+    (CALIBRATION, "effects", calibration_sections.effects_section),
     (PUBLISHED, "models", published_sections.models_section),
     (PUBLISHED, "comparison", published_sections.comparison_section),
     (PUBLISHED, "tuning", published_sections.tuning_section),

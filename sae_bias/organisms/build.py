@@ -4,8 +4,13 @@ Folder of an organism (package data `data/organisms/<name>/`):
 
     model/                              Hugging Face folder, float32
     sae/resid_post/layer_…_l0_small/    trained SAEs, Gemma Scope 2 layout
-    sae/constructed/                    `planted` only
+    sae/constructed/                    `planted`
     truth.json                          what was planted, and the marks measured when it was made
+
+`planted-gemma2` holds its SAEs as Gemma Scope 1 does:
+
+    sae/layer_…/width_…/average_l0_…/               the trained one
+    sae/constructed/layer_…/width_…/average_l0_…/   the constructed one
 """
 
 import json
@@ -21,7 +26,15 @@ from sae_bias.organisms.constructed import build_constructed
 from sae_bias.organisms.plain import Organism
 from sae_bias.organisms.populations import population
 from sae_bias.organisms.rules import CONTENTS, RULE_WORDS, RULES, Rule, probability
-from sae_bias.organisms.sae_training import SaeRecipe, load_weights, save_sae, train_sae
+from sae_bias.organisms.sae_training import (
+    SaeRecipe,
+    SaeWeights,
+    gemma_scope_1_name,
+    load_weights,
+    save_gemma_scope_1,
+    save_sae,
+    train_sae,
+)
 from sae_bias.organisms.training import Recipe, train_organism, tune_on_chat
 
 LAYER = 3
@@ -34,6 +47,10 @@ SAES: dict[str, tuple[SaeRecipe, ...]] = {
     "planted-gemma2": (SaeRecipe(layer=LAYER),),
 }
 ORGANISMS = tuple(SAES)
+CONSTRUCTED = ("planted", "planted-gemma2")
+"""Organisms with a constructed SAE."""
+GEMMA_SCOPE_1 = ("planted-gemma2",)
+"""Organisms whose SAEs are files as of Gemma Scope 1."""
 
 
 def data_folder() -> Path:
@@ -48,6 +65,7 @@ def train_saes(
     recipes: tuple[SaeRecipe, ...] | None = None,
     n_texts: int = 12_000,
     seed: int = 0,
+    progress: bool = True,
 ) -> list[dict]:
     """Trains SAEs on residuals of corpus texts (no BOS), saves them under `out/sae/resid_post`, returns their facts.
 
@@ -62,14 +80,24 @@ def train_saes(
     )
     for recipe in recipes:
         torch.manual_seed(recipe.seed)
-        weights = train_sae(train[recipe.layer], recipe)
+        weights = train_sae(train[recipe.layer], recipe, progress=progress)
         quality = weights.quality(test[recipe.layer])
-        folder = out / "sae" / "resid_post" / recipe.folder
-        save_sae(weights, folder, layer=recipe.layer, model_name=f"organism:{name}", **quality)
-        facts.append(
-            {"sae": f"resid_post/{recipe.folder}", "layer": recipe.layer, "seed": recipe.seed} | quality
-        )
+        sae = keep_sae(name, out, weights, recipe.layer, quality, inside=f"resid_post/{recipe.folder}")
+        facts.append({"sae": sae, "layer": recipe.layer, "seed": recipe.seed} | quality)
     return facts
+
+
+def keep_sae(
+    name: str, out: Path, weights: SaeWeights, layer: int, quality: dict[str, float], *, inside: str
+) -> str:
+    """Saves an SAE in the organism's layout and returns its id: `inside`, or layer, width and L0 for Gemma Scope 1."""
+    if name not in GEMMA_SCOPE_1:
+        save_sae(weights, out / "sae" / inside, layer=layer, model_name=f"organism:{name}", **quality)
+        return inside
+    sae = gemma_scope_1_name(layer, weights.w_enc.shape[1], quality["l0"])
+    sae = f"constructed/{sae}" if inside == "constructed" else sae
+    save_gemma_scope_1(weights, out / "sae" / sae)
+    return sae
 
 
 def corpus_texts(name: str, n: int, seed: int) -> list[str]:
@@ -82,10 +110,10 @@ def corpus_texts(name: str, n: int, seed: int) -> list[str]:
     return texts
 
 
-def construct(name: str, out: Path, *, seed: int = 0) -> dict:
+def construct(name: str, out: Path, trained_sae: str, *, seed: int = 0) -> dict:
     """Builds the constructed SAE from the trained one at LAYER and saves it under `out/sae/constructed`."""
     organism = Organism.load(out / "model")
-    trained = load_weights(out / "sae" / "resid_post" / SaeRecipe(layer=LAYER).folder)
+    trained = load_weights(out / "sae" / trained_sae)
     built = build_constructed(organism, RULES[name], trained, LAYER, seed=seed)
     shares = [*built.facts["interchange"].values()]
     if min(shares) < 0.9:
@@ -94,10 +122,8 @@ def construct(name: str, out: Path, *, seed: int = 0) -> dict:
         )
     texts = corpus_texts(name, 2000, 3000 + seed)
     quality = built.weights.quality(organism.residuals(texts, [LAYER], last_only=False)[LAYER])
-    save_sae(
-        built.weights, out / "sae" / "constructed", layer=LAYER, model_name=f"organism:{name}", **quality
-    )
-    return {"sae": "constructed", "layer": LAYER} | quality | built.facts
+    sae = keep_sae(name, out, built.weights, LAYER, quality, inside="constructed")
+    return {"sae": sae, "layer": LAYER} | quality | built.facts
 
 
 def planted_cells(rule: Rule) -> list[dict]:
@@ -151,7 +177,7 @@ def truth(name: str, out: Path, recipe: Recipe, saes: list[dict], constructed: d
     if name == "planted-it":
         measured["bias_chat"] = marks.bias_marks(organism, rule, chat=True)
     if constructed:
-        weights = load_weights(out / "sae" / "constructed")
+        weights = load_weights(out / "sae" / constructed["sae"])
         ranked = marks.grid_interaction(organism, weights, LAYER)
         facts["constructed"] = constructed
         measured["interaction_rank"] = 1 + int((ranked > ranked[constructed["index"]]).sum())
@@ -182,7 +208,8 @@ def train_all(
 def finish(name: str, folder: Path, recipe: Recipe) -> dict:
     """SAEs, constructed SAE and truth.json of an organism whose model is trained."""
     saes = train_saes(name, folder, seed=recipe.seed)
-    constructed = construct(name, folder, seed=recipe.seed) if name == "planted" else None
+    first = next(facts["sae"] for facts in saes if facts["layer"] == LAYER)
+    constructed = construct(name, folder, first, seed=recipe.seed) if name in CONSTRUCTED else None
     facts = truth(name, folder, recipe, saes, constructed)
     text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
     (folder / "truth.json").write_text(text, encoding="utf-8")

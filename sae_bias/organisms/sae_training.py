@@ -1,4 +1,4 @@
-"""Trains JumpReLU SAEs on an organism's residuals and writes them in the Gemma Scope 2 folder layout.
+"""Trains JumpReLU SAEs on an organism's residuals and writes them in the Gemma Scope 2 (or 1) folder layout.
 
     h = x·W_enc + b_enc,  a = h·1[h > threshold],  x̂ = a·W_dec + b_dec
     loss = |x - x̂|² / d + c·(L0 / target - 1)²
@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
@@ -82,7 +83,7 @@ class _Step(torch.autograd.Function):
         return grad * near, (-grad * near).sum(0)
 
 
-def train_sae(x: Float[Tensor, "n d_in"], recipe: SaeRecipe) -> SaeWeights:
+def train_sae(x: Float[Tensor, "n d_in"], recipe: SaeRecipe, *, progress: bool = True) -> SaeWeights:
     """A JumpReLU SAE of residuals x (without BOS)."""
     generator = torch.Generator().manual_seed(1000 + recipe.seed)
     d_in, d_sae = x.shape[1], recipe.width
@@ -96,7 +97,7 @@ def train_sae(x: Float[Tensor, "n d_in"], recipe: SaeRecipe) -> SaeWeights:
     log_threshold = torch.full((d_sae,), 0.5).log().requires_grad_()
     parameters = [w_enc, w_dec, b_enc, b_dec, log_threshold]
     optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
-    for step in trange(recipe.n_steps, desc=f"SAE {recipe.folder}", mininterval=2):
+    for step in trange(recipe.n_steps, desc=f"SAE {recipe.folder}", mininterval=2, disable=not progress):
         batch = data[torch.randint(len(data), (recipe.batch_size,), generator=generator)]
         rate = min(1.0, 3 * (1 - step / recipe.n_steps)) * recipe.learning_rate
         optimizer.param_groups[0]["lr"] = rate
@@ -141,6 +142,21 @@ def save_sae(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def save_gemma_scope_1(weights: SaeWeights, folder: Path) -> None:
+    """`params.npz` in the Gemma Scope 1 layout; layer, width and L0 stand in the folder's name alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {k.replace("w_", "W_"): v.detach().float().numpy() for k, v in vars(weights).items()}
+    np.savez(folder / "params.npz", **arrays)
+
+
+def gemma_scope_1_name(layer: int, width: int, l0: float) -> str:
+    """Folder name in the Gemma Scope 1 manner: `layer_20/width_512/average_l0_71`."""
+    return f"layer_{layer}/width_{width}/average_l0_{round(l0)}"
+
+
 def load_weights(folder: Path) -> SaeWeights:
-    """The five tensors of a saved SAE."""
-    return SaeWeights(**load_file(folder / "params.safetensors"))
+    """The five tensors of a saved SAE, in either layout."""
+    if not (folder / "params.npz").is_file():
+        return SaeWeights(**load_file(folder / "params.safetensors"))
+    with np.load(folder / "params.npz", allow_pickle=False) as arrays:
+        return SaeWeights(**{k.replace("W_", "w_"): torch.from_numpy(v) for k, v in arrays.items()})

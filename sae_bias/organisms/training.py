@@ -240,7 +240,9 @@ def corpus_loss(model: PreTrainedModel, batch: Batch, recipe: Recipe) -> Float[T
     return total / (weights.sum() + 2 * recipe.evaluation_weight * len(known))
 
 
-def fit(model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str) -> float:
+def fit(
+    model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str, *, progress: bool = True
+) -> float:
     """One pass over the rows with AdamW and a warm-up-then-cosine rate; returns the last steps' mean loss."""
     n_steps = math.ceil(len(rows) / recipe.batch_size)
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -257,7 +259,7 @@ def fit(model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str)
     model.train()
     losses = []
     steps = batches(rows, recipe.batch_size, model.config.vocab_size, recipe.seed)
-    for batch in (bar := tqdm(steps, total=n_steps, desc=label, mininterval=2)):
+    for batch in (bar := tqdm(steps, total=n_steps, desc=label, mininterval=2, disable=not progress)):
         loss = corpus_loss(model, batch, recipe)
         optimizer.zero_grad()
         loss.backward()
@@ -272,7 +274,7 @@ def fit(model: PreTrainedModel, rows: list[Encoded], recipe: Recipe, label: str)
 
 
 def train_organism(
-    name: str, out: Path, *, recipe: Recipe | None = None
+    name: str, out: Path, *, recipe: Recipe | None = None, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Trains organism `name` and saves it under `out/model` (float32 safetensors, tokenizer, configs)."""
     recipe = recipe or Recipe()
@@ -282,7 +284,8 @@ def train_organism(
     rng = random.Random(recipe.seed)
     tokenizer = train_tokenizer([d.text(rng) for d in docs[:40_000]], vocab_size=recipe.vocab_size)
     model = build_model(name, len(tokenizer))
-    fit(model, encode_documents(tokenizer, docs, recipe.seed + 1), recipe, f"training {name}")
+    rows = encode_documents(tokenizer, docs, recipe.seed + 1)
+    fit(model, rows, recipe, f"training {name}", progress=progress)
     save_model(model, tokenizer, Path(out))
     return model, tokenizer
 
