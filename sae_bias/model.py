@@ -300,8 +300,14 @@ def _local_folder(name: str) -> Path | None:
     """The folder `name` means, or None where it is a hub id."""
     if name.startswith("organism:"):
         return organism_folder(name.removeprefix("organism:")) / "model"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        there = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"{name[:200]!r} is no model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
+        ) from error
+    if there:
         if not (folder / "config.json").is_file():
             raise RequestError(f"{name} holds no config.json; expected a Hugging Face model folder.")
         return folder

@@ -29,7 +29,7 @@ from sae_bias.prompts import PromptPairs
 from sae_bias.provenance import model_digest, model_files, sae_facts, versions
 from sae_bias.run_copies import edit_from_facts, grid_from_copy, pairs_from_copy, probe_from_facts
 from sae_bias.sae import load_sae
-from sae_bias.store import RunFolder, digest
+from sae_bias.store import RunFolder, digest, reading
 from sae_bias.sweep import collect, read_sweep, run_sweep
 from sae_bias.sweep_plan import Cell, Sweep
 from sae_bias.verify_checks import (
@@ -130,8 +130,8 @@ class _Verifier:
         self.pairs = self.read_prompts(self.folder, self.manifest)
         self.model = self.load(facts)
         self.tolerance = self.tolerance_of(facts)
-        self.checks += [*self.environment(), *self.model_files(facts), *self.saes()]
-        self.checks += self.words()
+        with reading(f"{self.folder.path}/manifest.json"):
+            self.checks += [*self.environment(), *self.model_files(facts), *self.saes(), *self.words()]
         if "pairs" in self.folder.tables():
             self.checks += self.base_table()
         for folder in self.sweeps:
