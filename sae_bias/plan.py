@@ -30,7 +30,6 @@ from sae_bias.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_s
 from sae_bias.prompts import PromptGrid, PromptPairs, load_grid, load_pairs
 from sae_bias.replication import Replication
 from sae_bias.stats_design import split_templates
-from sae_bias.streaming import BLOCK_BYTES
 from sae_bias.study import MOST_JOINT, SHARES, Study
 
 NEW_TOKENS = 40
@@ -227,7 +226,7 @@ def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
     widest = max(s.d_sae for s in saes)
     parts = {
         "activations": c.activations(c.batch(neutral), neutral.mean),
-        "SAE slices": c.slices(saes, 1) + 4.0 * neutral.tokens * widest,
+        "SAE slices": 4.0 * neutral.tokens * widest + c.slices(saes, neutral.tokens, decoder=False, copies=2),
     }
     return c.step("gate", passes, parts, f32=encode, read=sum(s.n_bytes for s in saes) / 2)
 
@@ -250,7 +249,7 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
     parts = {
         "kept residuals": c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
         "gradients": c.gradients(batch, m.n_layers - min(layers) - 1),
-        "SAE slices": c.slices(saes, 3) + min(BLOCK_BYTES, 4.0 * rows * max(s.d_sae for s in saes)),
+        "SAE slices": c.slices(saes, pairs.tokens, decoder=True, copies=3),
     }
     read = sum(s.n_bytes / 2 * 2 + s.n_bytes for s in saes)  # columns twice, then columns and rows
     return c.step(
@@ -280,7 +279,7 @@ def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape],
         "kept residuals": c.kept(prompts.tokens + 2 * texts.tokens + bank.tokens, 1),
         "activations": c.activations(stacked, prompts.mean),
         "logits": c.logits(COST_BLOCK, COST_COPIES),
-        "SAE slices": c.slices(saes, 2),
+        "SAE slices": c.slices(saes, prompts.tokens // 2, decoder=True, copies=3),
     }
     read = max(s.n_bytes for s in saes)  # the search for matched controls
     return c.step("sweep", base + candidates + controls, parts, f32=unembed, read=read)

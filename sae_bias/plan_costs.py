@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from sae_bias.activations import BATCH_TOKENS
 from sae_bias.hardware import DISK_BYTES_PER_SECOND, Hardware
 from sae_bias.plan_shapes import BYTES, ModelShape, SaeShape
-from sae_bias.streaming import BLOCK_BYTES
+from sae_bias.streaming import block_width
+
+HELD = ("kept residuals", "key-value cache")
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,15 @@ class Step:
     flops: float
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
-    """Bytes on the device at its peak, by part, without the weights."""
+    """Bytes on the device by part, without the weights: those of `HELD` last, of the others the largest counts."""
     read_bytes: float = 0.0
     host_bytes: float = 0.0
     """Bytes of the process's own memory for tables."""
 
     @property
     def device_bytes(self) -> float:
-        return sum(self.parts.values())
+        held = sum(size for name, size in self.parts.items() if name in HELD)
+        return held + max((size for name, size in self.parts.items() if name not in HELD), default=0.0)
 
 
 def token_estimate(text: str) -> int:
@@ -103,12 +106,11 @@ class Costs:
         whole = 0.0 if self.dtype == "float32" else 4.0 * self.model.d_vocab * self.model.d_model
         return block + whole
 
-    def slices(self, saes: Sequence[SaeShape], blocks: int) -> float:
-        """Blocks of an SAE's columns or rows held at once; a small SAE is one block."""
-        if not saes:
-            return 0.0
-        widest = max(s.d_sae for s in saes)
-        return blocks * min(BLOCK_BYTES, 4.0 * widest * self.model.d_model)
+    def slices(self, saes: Sequence[SaeShape], rows: int, *, decoder: bool, copies: int) -> float:
+        """One block of an SAE: encoder columns (and decoder rows), and `copies` of its activations on so many rows."""
+        d, widest = self.model.d_model, max((s.d_sae for s in saes), default=0)
+        width = min(widest, block_width(d, rows))
+        return 4.0 * width * (d * (2 if decoder else 1) + copies * rows)
 
     def step(
         self, name: str, flops: float, parts: dict[str, float], *, f32: float = 0.0, read: float = 0.0, host: float = 0.0, extra: float = 0.0

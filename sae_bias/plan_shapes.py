@@ -20,7 +20,7 @@ from sae_bias.gemma_scope import read_label
 from sae_bias.hub import cached_file
 from sae_bias.registry import is_path_like, model_info, organism_folder
 from sae_bias.resolve import expand_saes
-from sae_bias.sae_ids import SaeId
+from sae_bias.sae_ids import HUB_NAME
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -197,11 +197,11 @@ def _sae_shape(name: str, d_model: int) -> SaeShape | None:
         sae = load_sae(name)  # reads the header only
         size = sae.path.stat().st_size if sae.path is not None else 0
         return SaeShape(name, sae.site.layer, sae.d_sae, size, local=True)
-    sae_id = SaeId.parse(name)
-    if sae_id.release in registry.release_names():
-        label = read_label(f"x/{registry.sae_release(sae_id.release).folder(sae_id.sae_id)}")
-    else:
+    if HUB_NAME.fullmatch(name):
         label = read_label(name)
+    else:
+        release, _, sae_id = name.partition("/")
+        label = read_label(f"x/{registry.sae_release(release).folder(sae_id)}")
     width = None if label.width is None else width_of(label.width)
     if label.layer is None or width is None:
         return None

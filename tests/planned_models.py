@@ -14,7 +14,7 @@ import transformers
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-VOCAB, N_LAYERS, LAYER = 24_000, 6, 2
+VOCAB, N_LAYERS, LAYER = 24_000, 4, 2
 
 
 def texts() -> list[str]:
@@ -62,7 +62,7 @@ def model_of(name: str, d_model: int, d_mlp: int, vocab: int) -> Any:
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape))
 
 
-def save(root: Path, name: str, *, d_model: int = 512, d_sae: int = 8192) -> Path:
+def save(root: Path, name: str, *, d_model: int = 512, d_sae: int = 4096) -> Path:
     """root/model and root/sae, and root/tiny and root/tiny_sae to warm a process up with."""
     tokenizer = word_tokenizer()
     for prefix, width, features in (("", d_model, d_sae), ("tiny", 32, 64)):

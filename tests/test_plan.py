@@ -55,21 +55,20 @@ def test_only_the_config_of_a_folder_is_read(gemma3, tmp_path):
     assert replace(model_shape(str(tmp_path)), name="") == replace(model_shape(str(gemma3.folder)), name="")
 
 
-def test_operations_of_a_pass_are_those_torch_counts(make_tiny):
-    """Against torch's own counter on the meta device, at a real width."""
+def test_operations_of_a_pass_are_those_torch_counts():
+    """Against torch's own counter."""
     import torch
     import transformers
     from torch.utils.flop_counter import FlopCounterMode
 
     config = transformers.Gemma3TextConfig(
-        hidden_size=512, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
-        intermediate_size=2048, vocab_size=1000,
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=1024, vocab_size=1000,
     )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.Gemma3ForCausalLM(config)
+    model = transformers.Gemma3ForCausalLM(config)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model.model(input_ids=torch.zeros(3, 20, dtype=torch.long, device="meta"), use_cache=False)
+        model.model(input_ids=torch.zeros(3, 20, dtype=torch.long), use_cache=False)
     shape = shape_of_config("x", {**config.to_dict(), "tie_word_embeddings": True})
     assert shape.flops(60, 6, 20) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -177,8 +176,8 @@ def planned(tmp_path_factory):
                 "saes": [str(root / "sae")],
                 "pairs": str(root / "pairs.csv"),
                 "checks": False,
-                "controls": 4,
-                "strengths": [-1.0, -2.0],
+                "controls": 2,
+                "strengths": [],
             }
             (root / "study.yaml").write_text(yaml.safe_dump(study))
             made[name] = root
