@@ -58,18 +58,14 @@ def hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Pat
     with hub_errors(f"{repo_id}/{filename}", repo_id):
         path = Path(hf_hub_download(repo_id, filename, revision=revision))
     _check_download(path, f"{repo_id}/{filename}")
+    _forget_absence(path, filename)
     return path
 
 
 def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Path | None:
-    """As `hub_file`, None where the repository has no such file (asked once: the cache remembers that too)."""
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+    """As `hub_file`, None where the repository has no such file."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if cached_file(repo_id, filename, revision) is None and (
-        try_to_load_from_cache(repo_id, filename, revision=revision) is _CACHED_NO_EXIST
-    ):
-        return None
     try:
         return hub_file(repo_id, filename, revision=revision)
     except MissingError as error:
@@ -79,39 +75,55 @@ def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = Non
         raise
 
 
-MODEL_EXTRAS = (
-    "generation_config.json",
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+MODEL_FILES = (
+    *TOKENIZERS,
     "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 """Files of a causal model beside its config and weights, where it has them."""
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def fetch_model(repo_id: str) -> None:
     """Have every file of a causal language model in the cache, each fresh one checked; weights as safetensors only.
 
+    What is whole in the cache is not asked for again. The config comes last, so that a fetch that broke off is taken up again.
+
     Raises:
         MissingError: gated, no such repository, or a transfer failed; says what gets it.
         RequestError: the repository holds no safetensors weights, or an index that names none.
     """
-    hub_file(repo_id, "config.json")
-    index = optional_hub_file(repo_id, "model.safetensors.index.json")
-    if index is None:
-        if optional_hub_file(repo_id, "model.safetensors") is None:
-            raise RequestError(
-                f"{repo_id} has no model.safetensors; pickled weights are never loaded, convert them to safetensors."
-            )
-    else:
-        for shard in _shards(index, repo_id):
-            hub_file(repo_id, shard)
-    for name in MODEL_EXTRAS:
-        optional_hub_file(repo_id, name)
+    if _is_whole(repo_id):
+        return
+    from huggingface_hub import HfApi
+
+    with hub_errors(repo_id, repo_id):
+        there = set(HfApi().list_repo_files(repo_id))
+    if not there & {_WEIGHTS, _INDEX}:
+        raise RequestError(
+            f"{repo_id} has no {_WEIGHTS}; pickled weights are never loaded, convert them to safetensors."
+        )
+    for name in MODEL_FILES:
+        if name in there:
+            hub_file(repo_id, name)
+    shards = _shards(hub_file(repo_id, _INDEX), repo_id) if _INDEX in there else [_WEIGHTS]
+    for name in (*shards, "config.json"):
+        hub_file(repo_id, name)
+
+
+def _is_whole(repo_id: str) -> bool:
+    """Whether config, weights and tokenizer are in the cache."""
+    if cached_file(repo_id, "config.json") is None:
+        return False
+    index = cached_file(repo_id, _INDEX)
+    weights = [_WEIGHTS] if index is None else _shards(index, repo_id)
+    tokenizer = any(cached_file(repo_id, name) for name in TOKENIZERS)
+    return tokenizer and all(cached_file(repo_id, name) for name in weights)
 
 
 def _shards(index: Path, repo_id: str) -> list[str]:
@@ -209,6 +221,14 @@ def _is_absent_entry(error: BaseException) -> bool:
     from huggingface_hub.errors import EntryNotFoundError
 
     return isinstance(error, EntryNotFoundError)
+
+
+def _forget_absence(path: Path, filename: str) -> None:
+    """Take away the cache's note that the file does not exist: it came, so an earlier 404 was wrong."""
+    snapshot = path.parents[filename.count("/")]
+    note = snapshot.parents[1] / ".no_exist" / snapshot.name / filename
+    with contextlib.suppress(OSError):
+        note.unlink()
 
 
 def _check_download(path: Path, what: str) -> None:

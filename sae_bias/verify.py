@@ -3,7 +3,8 @@
 Three kinds of checks, from the copies that stand in the folder:
 
 - hashes: the model's and the SAEs' files, the prompts and the words against what the manifest says of them;
-- the folder against itself: each row of the sweep's table against the cells it is made of, each mean against its pairs;
+- the folder against itself: each row of the sweep's table against the cells it is made of, each mean against its pairs (pairs of no
+  split are in no table: they are compared where their cell is measured again);
 - measured again: the probe of every pair, and a sample of cells (or all) with their costs, on the model as it is now.
 
 A cell is the scores of each prompt, so it is compared prompt by prompt: the largest |now - then| over max(1, |then|). Rounding

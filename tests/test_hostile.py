@@ -236,7 +236,8 @@ def test_an_index_of_shards_cannot_leave_its_repository(shard, tmp_path, monkeyp
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    (repo / "snapshots" / commit / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (repo / "snapshots" / commit / name).write_text("{}")
     index = repo / "snapshots" / commit / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

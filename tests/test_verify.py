@@ -296,9 +296,10 @@ def test_the_demo_is_verified_and_a_second_one_has_the_same_figures(tmp_path, mo
     told = json.loads(capsys.readouterr().out)
     assert told["of_cells"] > 100
     assert np.isfinite([c["difference"] for c in told["checks"] if c["difference"] is not None]).all()
-    cell = next((one.path / "sweep/cells").glob("*.parquet"))
-    frame = RunFolder("one/sweep").read_cell(cell.stem)
-    frame.loc[0, "score_human"] += 0.001
-    frame.loc[0, "bias"] += 0.001
-    RunFolder("one/sweep").write_cell(cell.stem, frame, frame.attrs)
+    sweep = RunFolder("one/sweep")
+    cell = sorted((sweep.path / "cells").glob("*.parquet"))[0].stem
+    frame = sweep.read_cell(cell)
+    row = frame.index[frame["template"] == sweep.read_json("sweep")["splits"]["report"][0]][0]
+    frame.loc[row, "bias"] += 0.001
+    sweep.write_cell(cell, frame, frame.attrs)
     assert main(["verify", "one", "--cells", "1"]) == 4
