@@ -6,12 +6,15 @@ The study's honest finding was that logits improved while text got worse: both s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sae_bias.errors import SaeBiasError
 from sae_bias.generation import generate
 from sae_bias.interventions import Intervention
+from sae_bias.judge import Confirm, Judge, run_judge
 from sae_bias.measures.identity import identity_sweep
 from sae_bias.measures.scenarios import RoleResult, ScenarioComparison, ScenarioEngine, compare, score_roles
 from sae_bias.measures.text import side_by_side, text_summary
@@ -138,6 +141,17 @@ def run_texts(
     steered = generate(model, prompts, interventions=edits, chat=chat, system=system, **options)
     frame = side_by_side(model, plain, steered, chat=chat, system=system)
     return {"generations": frame}, text_summary(plain, steered, frame)
+
+
+def run_judges(
+    texts: pd.DataFrame, judges: Sequence[Judge], out: Path, *, seed: int, confirm: Confirm | None
+) -> tuple[Tables, dict[str, Any] | None, str]:
+    """Tables judge and judge_parts and the summary of a run's texts; where no judge could be asked, none, and why."""
+    try:
+        result = run_judge(texts, judges, out=out, seed=seed, confirm=confirm)
+    except SaeBiasError as error:
+        return {}, None, f"the texts were not judged: {error}"
+    return {"judge": result.table, "judge_parts": result.to_frame()}, result.summary(), ""
 
 
 def run_identity(

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm.auto import tqdm
 
 from sae_bias.attribution import attribution, cumulative_ablation, exact_ablation
-from sae_bias.behavior import run_identity, run_scenario_arms, run_scenarios, run_texts
+from sae_bias.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.cards import feature_card
 from sae_bias.cluster import Cluster
 from sae_bias.controls import empirical_p
@@ -31,6 +31,7 @@ from sae_bias.errors import RequestError
 from sae_bias.features import activation_table
 from sae_bias.gate import gate_model, gate_sae
 from sae_bias.interventions import Ablate, Clamp, ProjectOut
+from sae_bias.judge import Confirm, Judge
 from sae_bias.measures.collapse import CollapseEngine
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.model import Model, load_model
@@ -106,6 +107,10 @@ class Study(BaseModel):
     """Ask the model what it is, before and after; the names that are its own, such as [gemma, google], or []."""
     prompts: tuple[str, ...] = ()
     """Prompts to complete with and without the suppression."""
+    judges: tuple[str, ...] = ()
+    """Judges of the completed prompts, PROVIDER/MODEL each; paid ones need a yes. Without an answer the run goes on and says so."""
+    judge_url: str | None = None
+    """Server of the judges, such as http://127.0.0.1:8000/v1; its key comes from the provider's own variable."""
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -151,11 +156,13 @@ def run_study(
     shard: tuple[int, int] | None = None,
     cluster: Cluster | None = None,
     stand_ins: bool = False,
+    confirm: Confirm | None = None,
     progress: bool = True,
 ) -> StudyResult | ReplicationResult:
     """Run every step of `study` into the run folder `out`; cells already there are not run again.
 
     `cluster` runs the sweep's cells there; everything else, and all writing, is done in this process.
+    `confirm` is asked before paid judge requests, with the estimate; without it they are refused.
     `stand_ins` puts tiny random checkpoints in place of a replication's models: plumbing, not figures.
     """
     from sae_bias.report import write_report
@@ -173,7 +180,7 @@ def run_study(
     folder = RunFolder(out, shard=shard)
     with cluster.connected() if cluster else nullcontext(), folder.writing():
         executor = cluster.run if cluster else run_here
-        summary = _Run(study, folder, gate, shard, progress, executor).run()
+        summary = _Run(study, folder, gate, shard, progress, executor, confirm).run()
         folder.write_json("summary", summary)
     report = write_report(folder.path) if shard is None else folder.path / "summary.json"
     return StudyResult(folder.path, plain(summary), report)
@@ -183,9 +190,10 @@ class _Run:
     """The steps of one study, each writing its tables."""
 
     def __init__(
-        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor,
+        confirm: Confirm | None,
     ):  # fmt: skip
-        self.executor = executor
+        self.executor, self.confirm = executor, confirm
         self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -459,6 +467,8 @@ class _Run:
         if self.study.prompts:
             tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
             self.write_tables(tables)
+            if self.study.judges:
+                found |= self.judge(tables["generations"])
         if self.study.scenarios is not None:
             items, chat, system = load_scenarios(self.study.scenarios), self.study.chat, self.study.system
             if system:
@@ -472,6 +482,15 @@ class _Run:
             tables, found["identity"] = run_identity(self.model, edits, own=own, chat=self.study.chat)
             self.write_tables(tables)
         return found
+
+    def judge(self, texts: pd.DataFrame) -> dict[str, Any]:
+        judges = [Judge(name, self.study.judge_url) for name in self.study.judges]
+        tables, summary, why = run_judges(
+            texts, judges, self.folder.path, seed=self.study.seed, confirm=self.confirm
+        )
+        self.write_tables(tables)
+        self.notes += [why] if why else []
+        return {"judge": summary} if summary else {}
 
     def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
         for name, frame in tables.items():

@@ -351,3 +351,23 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "--judge" in capsys.readouterr().err
     assert main(["judge", str(tmp_path), "--judge", "mockllm/x"]) == 2
     assert "manifest.json" in capsys.readouterr().err
+
+
+def test_a_study_has_its_texts_judged_and_goes_on_without_an_answer(serve, tmp_path, monkeypatch):
+    """`judges:` of a study file: agreement in the summary; a server that is gone leaves a note, not a lost run."""
+    from sae_bias.study import Study, run_study
+
+    monkeypatch.setenv("LOCAL_API_KEY", "none")
+    server = serve("rating", "3")
+    study = Study(
+        model="organism:planted", saes=("organism:planted/constructed",), prompts=("An AI says hello. This is",), strengths=(0.0,),
+        controls=0, checks=False, judges=("openai-api/local/a",), judge_url=server.url,
+    )  # fmt: skip
+    judged = run_study(study, out=tmp_path / "judged", progress=False)
+    parts = judged.summary["judge"]["parts"]
+    assert {(p["unsteered"], p["steered"], p["alpha"]) for p in parts} == {(3.0, 3.0, None)}  # always 3: α is undefined
+    assert (judged.path / "tables" / "judge.parquet").is_file()
+    server.stop()
+    alone = run_study(study, out=tmp_path / "alone", progress=False)
+    assert "judge" not in alone.summary
+    assert any("not judged" in note for note in alone.summary["notes"])

@@ -1,7 +1,10 @@
 """From a command's arguments to the library's objects."""
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from sae_bias.commands.console import Console
 from sae_bias.errors import RequestError
@@ -79,3 +82,11 @@ def make_edit(
         raise RequestError(f"--edit {kind} needs a strength.")
     options = {"when": when} if kind == "clamp" else {}
     return KINDS[kind](feature, strength, positions=positions, **options)  # type: ignore[call-arg]
+
+
+def ask_to_send(cost: Any) -> bool:
+    """A yes to paid requests typed at a terminal; none where there is no terminal."""
+    print(str(cost), file=sys.stderr)
+    if not sys.stdin.isatty():
+        return False
+    return typer.confirm("Send them?", err=True)

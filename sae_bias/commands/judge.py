@@ -1,12 +1,12 @@
 """`sae-bias judge`: one or more judges rate a run's steered against its unsteered texts, blind and in both orders."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sae_bias.commands.console import Console
+from sae_bias.commands.inputs import ask_to_send
 from sae_bias.commands.options import Json, Out, Quiet, Seed, example
 from sae_bias.commands.run_files import add_summary
 from sae_bias.errors import MissingError, RequestError
@@ -140,7 +140,7 @@ def judge(
         with folder.writing():
             result = run_judge(
                 texts, chosen, out=folder.path, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed,
-                confirm=lambda cost: yes or _asked(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=console.progress,
+                confirm=lambda cost: yes or ask_to_send(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=console.progress,
             )  # fmt: skip
             folder.write_table("judge", result.table)
             folder.write_table("judge_parts", result.to_frame())
@@ -158,11 +158,3 @@ def judge(
                 f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); what came is kept, "
                 "and the same command goes on from there."
             )
-
-
-def _asked(cost: Any) -> bool:
-    """A yes typed at a terminal; none where there is no terminal."""
-    print(str(cost), file=sys.stderr)
-    if not sys.stdin.isatty():
-        return False
-    return typer.confirm("Send them?", err=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae_bias.commands.console import Console
+from sae_bias.commands.inputs import ask_to_send
 from sae_bias.commands.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
 from sae_bias.errors import RequestError
 
@@ -64,6 +65,9 @@ GpusPerWorker = Annotated[
         show_default=False,
     ),
 ]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Send the study's paid judge requests without asking.")
+]
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
 
 
@@ -107,6 +111,7 @@ def run(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     stand_ins: StandIns = False,
+    yes: Yes = False,
     pairs: Pairs = None,
     words: WordsFile = None,
     seed: SeedChoice = None,
@@ -131,6 +136,7 @@ def run(
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         stand_ins=stand_ins,
+        yes=yes,
         pairs=pairs,
         words=words,
         seed=seed,
@@ -150,6 +156,7 @@ def _run(
     workers: int | None = None,
     gpus_per_worker: float | None = None,
     stand_ins: bool = False,
+    yes: bool = False,
     **given: Any,
 ) -> None:
     with console:
@@ -169,6 +176,7 @@ def _run(
             shard=shard,
             cluster=Cluster(cluster, workers, gpus_per_worker) if cluster is not None else None,
             stand_ins=stand_ins,
+            confirm=lambda cost: yes or ask_to_send(cost),
             progress=console.progress,
         )
         if str(study.model).startswith("organism:"):
