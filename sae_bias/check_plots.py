@@ -152,7 +152,6 @@ def specificity(frame: pd.DataFrame) -> go.Figure:
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
     """Bias removed against KL, a line a method (table `compare_curves`)."""
     colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
-    names = {"direction": "a direction", "opposite": "the opposite sign", "control": "a control"}
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
     fig = style.figure(
         "Bias removed at its cost", "KL in nats a token, the worst of the text kinds", "share of the bias removed", height=560,
@@ -169,7 +168,6 @@ def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
         fig.add_scatter(
             x=part["kl"].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
-            legendgroup=kind, legendgrouptitle_text=None if lead else names.get(kind),
             customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip
     ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]

@@ -39,10 +39,7 @@ def test_checks_switches_other_questions_and_methods_have_their_sections(run):
 
 
 def test_a_check_whose_interval_holds_zero_is_not_counted_as_agreeing(run):
-    assert (
-        "Of 2 other ways to measure it that have an interval, 1 give one that excludes 0"
-        in of(run, "checks").takeaway
-    )
+    assert "In 1 of 2 other ways of measuring it the interval excludes 0" in of(run, "checks").takeaway
 
 
 def test_checks_without_an_interval_are_no_mark_in_the_figure(run):
