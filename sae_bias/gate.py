@@ -63,7 +63,7 @@ def gate_model(model: Model) -> float:
 
 
 def gate_lines(facts: Mapping[str, Any]) -> list[str]:
-    """A manifest's gate in a line or two."""
+    """A manifest's gate in a line, and one for each warning."""
     status = facts.get("status")
     if status == "skipped":
         return ["fidelity gate: skipped (--no-gate)"]
@@ -81,7 +81,8 @@ def gate_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
     more = [f"and {len(saes) - 4} more"] if len(saes) > 4 else []
     error = f"residual as Hugging Face's to {facts['residual_max_rel_error']:.1e} of its size"
-    return [f"fidelity gate {status}: " + "; ".join([error, *shown, *more])]
+    warnings = [f"warning: {w}" for s in saes for w in s["warnings"]]
+    return [f"fidelity gate {status}: " + "; ".join([error, *shown, *more]), *warnings]
 
 
 # --- the cache ---

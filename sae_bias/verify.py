@@ -261,13 +261,17 @@ class _Verifier:
         if own is not None and folder.path != self.folder.path:
             if (own.get("model") or {}).get("digest") != (self.manifest.get("model") or {}).get("digest"):
                 return [
-                    Check(f"{name}sweep", UNCHECKED, "it is of another model; verify that folder by itself")
+                    Check(
+                        f"{name or 'sweep: '}cells",
+                        UNCHECKED,
+                        "it is of another model; verify that folder by itself",
+                    )
                 ]
             pairs = self.read_prompts(folder, own)
         self.of_cells += len(listed)
         whole = all(folder.has_cell(str(c["cell"])) for c in listed)
         found = self.sweep_table(folder) if whole else [
-            Check(f"{name}sweep: table", UNCHECKED, "the sweep is not finished; the same command goes on")
+            Check(f"{name or 'sweep: '}table", UNCHECKED, "the sweep is not finished; the same command goes on")
         ]  # fmt: skip
         if pairs is None or not isinstance(facts.get("probe"), dict):
             return [
@@ -278,7 +282,7 @@ class _Verifier:
         return [*found, *self.cells(folder, facts, pairs, probe)]
 
     def sweep_table(self, folder: RunFolder) -> list[Check]:
-        what = f"{self.name_of(folder)}sweep: table made again from its cells"
+        what = f"{self.name_of(folder) or 'sweep: '}table made again from its cells"
         return [compare_tables(what, collect(folder.path).frame, folder.read_table("sweep"))]
 
     def cells(

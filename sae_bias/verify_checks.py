@@ -89,7 +89,8 @@ def compare_files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) ->
     if not changed and not gone:
         partial = sum(str(v).startswith("partial:") for v in then.values())
         more = f" ({partial} large ones by their ends)" if partial else ""
-        return Check(what, AGREES, f"{len(then)} files have the recorded sha256{more}")
+        count = "1 file has" if len(then) == 1 else f"{len(then)} files have"
+        return Check(what, AGREES, f"{count} the recorded sha256{more}")
     words = [f"{n} has another sha256 than recorded" for n in changed] + [f"{n} is gone" for n in gone]
     return Check(what, DIFFERS, "; ".join(words[:4]))
 

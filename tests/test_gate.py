@@ -244,7 +244,8 @@ def test_the_gate_in_words(gemma3, cache):
     from sae_bias.summary import gate_facts
 
     found = gate_sae(gemma3.model, gemma3.sae)
-    (line,) = gate_lines(gate_facts([found], True))
+    line, *warnings = gate_lines(gate_facts([found], True))
+    assert warnings == [f"warning: {w}" for w in found.warnings]
     assert f"unexplained variance {found.fvu:.3f}" in line
     assert f"{found.residual_max_rel_error:.1e}" in line
     assert gate_lines(gate_facts([], False)) == ["fidelity gate: skipped (--no-gate)"]

@@ -244,6 +244,31 @@ def test_a_probe_run_is_measured_again(gemma3, tmp_path, pairs, monkeypatch, cap
     capsys.readouterr()
 
 
+def test_a_study_and_a_comparison_below_it_are_measured_again(gemma3, tmp_path, pairs, probe):
+    """`run` on a file, and a sweep on other pairs in a subfolder of the same run: each with its own copies."""
+    from architectures import NEGATIVE, POSITIVE
+
+    from sae_bias.study import Study, run_study
+
+    pairs.to_frame().to_csv(tmp_path / "pairs.csv", index=False)
+    words = f"positive: [{', '.join(POSITIVE)}]\nnegative: [{', '.join(NEGATIVE)}]\n"
+    (tmp_path / "words.yaml").write_text(words)
+    study = Study(
+        model=str(gemma3.folder), pairs=str(tmp_path / "pairs.csv"), words=str(tmp_path / "words.yaml"), checks=False
+    )  # fmt: skip
+    run_study(study, out=tmp_path / "run", progress=False)
+    fewer = pairs.select(templates=["survive", "hello"])
+    sweep = sb.Sweep([sb.Ablate(gemma3.feature(3))])
+    sb.run_sweep(gemma3.model, fewer, sweep, probe=probe, out=tmp_path / "run" / "compare")
+    found = verify_run(tmp_path / "run")
+    assert found.agrees, found.differing
+    names = [c.what for c in found.checks]
+    assert "probe: every pair's scores" in names
+    assert "summary: bias" in names
+    assert "compare: prompts: pairs" in names
+    assert found.n_cells == found.of_cells == 2
+
+
 def test_copies_come_back_with_their_hash():
     pairs, grid = sb.load_pairs(), sb.load_grid()
     again = pairs_from_copy(json.loads(json.dumps(pairs_copy(pairs))), "here")
