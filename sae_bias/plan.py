@@ -35,12 +35,15 @@ from sae_bias.study import MOST_JOINT, SHARES, Study
 NEW_TOKENS = 40
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
 LOGIT_COPIES = 3  # logits, their exponentials, one temporary
-COST_COPIES = 7  # both log-probabilities, and what their KL is made of
-TABLE_BYTES = 1400  # of host memory a ranked feature takes at its peak, tables of both rankings and their merge (measured)
-DISK_TABLE_BYTES = 60  # of ranking.parquet a feature (measured)
-CELL_BYTES = 25_000  # of one cell's file of 280 pairs (measured)
-CHECK_PASSES = 6.0  # passes of all pairs that a study's `checks` take beside the probe (measured)
-SWITCH_PASSES = 8.0  # and the switches of `as_published`
+COST_COPIES = 9  # both log-probabilities, and what their KL is made of
+TABLE_BYTES = 1600  # of host memory a ranked feature takes at its peak, tables of both rankings and their merge (measured)
+DISK_TABLE_BYTES = 110  # of ranking.parquet a feature (measured)
+CELL_BYTES = 15_000  # of one cell's file of 280 pairs (measured)
+CHECK_PASSES = (
+    9.5  # passes of all pairs that a study's `checks` take beside the probe (counted on the bundled study)
+)
+FEATURE_PASSES = 15.4  # and the chosen feature's ladder and specificity
+SWITCH_PASSES, EDIT_SWITCH_PASSES = 4.1, 56.5  # and the switches of `as_published`: of the probe, of the edit
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,19 @@ class ModelPlan:
         return float(self.model.n_params * BYTES[self.dtype])
 
     @property
+    def resident(self) -> float:
+        """Bytes of the weights that are in memory: on a CPU the file is mapped, and an embedding of its own is read by rows."""
+        mapped = self.hardware.is_cpu and self.dtype == self.model.dtype and not self.model.tied
+        return self.weights - (self.model.d_vocab * self.model.d_model * BYTES[self.dtype] if mapped else 0)
+
+    @property
     def peak(self) -> Step:
         """The step that holds most on the device."""
         return max(self.steps, key=lambda s: s.device_bytes)
 
     @property
     def device_bytes(self) -> float:
-        return self.weights + self.peak.device_bytes
+        return self.resident + self.peak.device_bytes
 
     @property
     def host_bytes(self) -> float:
@@ -76,7 +85,7 @@ class ModelPlan:
         tables = max(s.host_bytes for s in self.steps)
         if not self.hardware.is_cpu:
             return tables
-        return self.weights + max(s.device_bytes + s.host_bytes for s in self.steps)
+        return self.resident + max(s.device_bytes + s.host_bytes for s in self.steps)
 
     @property
     def seconds(self) -> float:
@@ -214,6 +223,11 @@ def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
         steps.append(_sweep(c, study, pairs, saes, cells))
         steps.append(_joint(c, pairs.select(templates=split["report"]), saes))
         steps.append(_behavior(c, study, pairs))
+        beside = FEATURE_PASSES * study.checks + EDIT_SWITCH_PASSES * profile
+        if beside:
+            plain = _pair_texts(pairs, controls=False)
+            flops = beside * model.flops(plain.tokens, model.n_layers, plain.mean)
+            steps.append(c.step("feature", flops, steps[2].parts))
     disk = cells * CELL_BYTES * len(pairs) / 280 + sum(s.d_sae for s in saes) * DISK_TABLE_BYTES + 5e6
     return ModelPlan(model, c.dtype, c.kind, tuple(saes), tuple(unknown), tuple(steps), cells, hardware, disk)
 
@@ -248,6 +262,7 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
     batch = c.batch(pairs)
     parts = {
         "kept residuals": c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
+        "activations": max(c.activations(c.batch(t), t.mean) for t in (cells, pairs, neutral)),
         "gradients": c.gradients(batch, m.n_layers - min(layers) - 1),
         "SAE slices": c.slices(saes, pairs.tokens, decoder=True, copies=3),
     }

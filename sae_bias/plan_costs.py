@@ -87,9 +87,9 @@ class Costs:
         """Bytes at the widest point of one layer."""
         m = self.model
         heads = (m.n_heads + 2 * m.n_kv) * m.d_head
-        mlp = 3 * m.d_mlp if m.gated else 2 * m.d_mlp
+        mlp, residual = (3 * m.d_mlp, 5 * m.d_model) if m.gated else (2 * m.d_mlp, 3 * m.d_model)
         attention = 2 * heads + m.n_heads * (m.d_head + 2 * length)
-        return tokens * self.size * (4 * m.d_model + max(mlp, attention))
+        return tokens * self.size * (residual + max(mlp, attention))
 
     def gradients(self, tokens: float, layers: float) -> float:
         """Bytes that a backward pass through so many layers keeps of the forward pass."""

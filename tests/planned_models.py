@@ -56,8 +56,8 @@ def model_of(name: str, d_model: int, d_mlp: int, vocab: int) -> Any:
         return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**shape, **gemma))
     if name == "gemma2":
         return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape, **gemma))
-    if name == "qwen2":
-        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, num_key_value_heads=2))
+    if name == "mistral":
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**shape, num_key_value_heads=2))
     assert name == "gpt_neox"
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**shape))
 
@@ -75,7 +75,7 @@ def save(root: Path, name: str, *, d_model: int = 512, d_sae: int = 4096) -> Pat
 
 
 def write_sae(folder: Path, d_model: int, d_sae: int) -> None:
-    """An SAE about a quarter of whose features fire."""
+    """An SAE with 64 live features: a feature of a trained one has few that fire where it does."""
     weights = random_sae(d_model, d_sae, 0)
-    weights["threshold"] = torch.full_like(weights["threshold"], 0.7)
+    weights["threshold"][64:] = 1e6
     write_gemma_scope_2(folder, weights, gemma_scope_2_config(LAYER, d_sae))

@@ -125,7 +125,7 @@ def test_the_five_models_and_the_488_saes():
         assert model.fits and model.device_bytes > model.weights
         assert any("of the host's memory" in line for line in model.advice())
         names = [s.name for s in model.steps]
-        assert names == ["load", "gate", "probe", "checks", "rank", "sweep", "joint", "behavior"]
+        assert names == ["load", "gate", "probe", "checks", "rank", "sweep", "joint", "behavior", "feature"]
 
 
 def test_what_does_not_fit_says_what_to_change():
@@ -153,14 +153,14 @@ def test_time_follows_the_hardware_and_the_study():
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """Checkpoints of 90 to 160 MB with an SAE and a study file of ten templates, made once each."""
+    """Checkpoints of about 100 MB with an SAE and a study file of four templates, made once each."""
     import csv
 
     from planned_models import save
 
     made: dict[str, Path] = {}
 
-    def make(name: str, n_templates: int = 10) -> Path:
+    def make(name: str, n_templates: int = 4) -> Path:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             save(root, name)
@@ -189,7 +189,7 @@ def planned(tmp_path_factory):
 def planned_mb(root: Path, step: str) -> float:
     (plan,) = plan_study(load_study(root / "study.yaml"), hardware("cpu", flops=1e11)).models
     found = next(s for s in plan.steps if s.name == step)
-    return (plan.weights + found.device_bytes + found.host_bytes) / 2**20
+    return (plan.resident + found.device_bytes + found.host_bytes) / 2**20
 
 
 def measured_mb(root: Path, step: str) -> float:
@@ -201,7 +201,7 @@ def measured_mb(root: Path, step: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["probe", "rank", "sweep"])
-@pytest.mark.parametrize("name", ["gemma3", "gemma2", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma2", "mistral", "gpt_neox"])
 def test_memory_is_within_15_percent_of_what_a_process_takes(planned, name, step):
     root = planned(name)
     assert planned_mb(root, step) == pytest.approx(measured_mb(root, step), rel=0.15)

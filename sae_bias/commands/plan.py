@@ -184,7 +184,7 @@ def _steps(models: "list[ModelPlan]") -> "pd.DataFrame":
                 "step": s.name,
                 "operations": f"{s.flops:.1e}" if s.flops else "",
                 "time": _time(s.seconds),
-                "device": _size(m.weights + s.device_bytes),
+                "device": _size(m.resident + s.device_bytes),
                 "parts": ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()),
                 "read": _size(s.read_bytes) if s.read_bytes else "",
                 "host": _size(s.host_bytes) if s.host_bytes else "",
