@@ -98,7 +98,7 @@ def fetch_model(repo_id: str) -> None:
         MissingError: gated, no such repository, or a transfer failed; says what gets it.
         RequestError: the repository holds no safetensors weights, or an index that names none.
     """
-    if _is_whole(repo_id):
+    if is_whole(repo_id):
         return
     from huggingface_hub import HfApi
 
@@ -116,8 +116,8 @@ def fetch_model(repo_id: str) -> None:
         hub_file(repo_id, name)
 
 
-def _is_whole(repo_id: str) -> bool:
-    """Whether config, weights and tokenizer are in the cache."""
+def is_whole(repo_id: str) -> bool:
+    """Whether a model's config, weights and tokenizer are in the cache: then no network is asked."""
     if cached_file(repo_id, "config.json") is None:
         return False
     index = cached_file(repo_id, _INDEX)

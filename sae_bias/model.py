@@ -284,7 +284,7 @@ def load_model(
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
     folder = _local_folder(name)
-    if folder is None and hub_reachable():
+    if folder is None and not hub.is_whole(name) and hub_reachable():
         hub.fetch_model(name)
     hf = _load_hf(folder or name, torch_dtype, local=True, device_map=device_map)
     if device_map is None:
