@@ -54,7 +54,7 @@ def unhooked_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
         for name, _ in list(module.named_parameters(recurse=False)):
             setattr(twin, name, nn.Parameter(resident(module, name).clone(), requires_grad=False))
-        twin._hf_hook = _NoHook()  # the copied hook would offload the copy when it is taken off
+        setattr(twin, "_hf_hook", _NoHook())  # noqa: B010 - the copied hook would offload the copy when it is taken off
         remove_hook_from_module(twin)
     return twin.to(dtype)
 

@@ -143,7 +143,7 @@ def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         RequestError: it lacks a dimension.
     """
     text = config.get("text_config") or config
-    dims = [text.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")]  # fmt: skip
+    dims: list[Any] = [text.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")]  # fmt: skip
     if not all(isinstance(d, int) and d > 0 for d in dims):
         raise RequestError(
             f"the config.json of {name} states no num_hidden_layers, hidden_size, num_attention_heads, intermediate_size or vocab_size."

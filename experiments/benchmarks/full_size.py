@@ -42,7 +42,7 @@ from sae_bias.gemma_scope import Card, Columns
 from sae_bias.model import Model
 from sae_bias.plan_shapes import ModelShape, model_shape
 from sae_bias.registry import MODELS
-from sae_bias.resolve import resolve
+from sae_bias.resolve import resolve_index
 from sae_bias.sae import Sae
 from sae_bias.stand_ins import _TOKENIZERS
 
@@ -253,7 +253,7 @@ def rehearse(rehearsal: Rehearsal, device: str, repeats: int, folder: Path, n_pa
     feature = firing_feature(model, layer, sb.residuals(model, texts, layer, positions="all"))
     rows.append(_sweep(model, shape, layer, pairs, feature, meter, one, flops))
     root = write_files(folder / "candidates", layer, shape.d_model, rehearsal.file_width)
-    seconds, peak = meter(lambda: resolve(model, 2511, str(root)))
+    seconds, peak = meter(lambda: resolve_index(model, 2511, str(root)))
     rows.append(Row(f"resolve over 4 files of {rehearsal.file_width:,}", seconds, peak, None))
     plainly, _ = meter(lambda: sb.generate(model, texts[:N_GENERATED], max_new_tokens=NEW_TOKENS))
     edits = [sb.Clamp(feature, -1.0)]
