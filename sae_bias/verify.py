@@ -44,6 +44,7 @@ from sae_bias.verify_checks import (
     compare_files,
     compare_number,
     compare_tables,
+    compare_within,
     kept_numbers,
     need_columns,
     pair_name,
@@ -282,8 +283,11 @@ class _Verifier:
         return [*found, *self.cells(folder, facts, pairs, probe)]
 
     def sweep_table(self, folder: RunFolder) -> list[Check]:
-        what = f"{self.name_of(folder) or 'sweep: '}table made again from its cells"
-        return [compare_tables(what, collect(folder.path).frame, folder.read_table("sweep"))]
+        name, made = self.name_of(folder) or "sweep: ", collect(folder.path)
+        return [
+            compare_tables(f"{name}table made again from its cells", made.frame, folder.read_table("sweep")),
+            compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
+        ]
 
     def cells(
         self, folder: RunFolder, facts: Mapping[str, Any], pairs: PromptPairs, probe: Probe

@@ -54,6 +54,18 @@ def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame) -> Check
     return verdict(what, worst, TABLE_TOLERANCE, where, f"{len(made)} rows")
 
 
+def compare_within(what: str, cells: Mapping[str, pd.DataFrame]) -> Check:
+    """Each pair's bias against its own two scores, in every cell: needs no model."""
+    worst, where, n = 0.0, "", 0
+    for name, frame in cells.items():
+        human, ai, bias = (frame[c].to_numpy(float) for c in ("score_human", "score_ai", "bias"))
+        gap = relative_gap(human - ai, bias)
+        row, n = int(gap.argmax()), n + len(frame)
+        if not gap[row] <= worst:
+            worst, where = float(gap[row]), f"{pair_name(frame, row)} of cell {name}"
+    return verdict(what, worst, TABLE_TOLERANCE, where, f"{n:,} pairs of {len(cells)} cells")
+
+
 def sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
     """The base, the first candidate, and the rest spread evenly over the list."""
     if wanted is None or wanted >= len(listed):

@@ -99,6 +99,11 @@ def test_a_changed_number_in_a_cell_is_named(run):
     table = differing(run, cells=1)
     assert list(table) == ["sweep: table made again from its cells"]
     assert "clamp" in table["sweep: table made again from its cells"]
+    frame.loc[3, "score_human"] += 0.01
+    folder.write_cell(cell["cell"], frame, frame.attrs)
+    within = differing(run, cells=1)["sweep: bias of every pair = score_human - score_ai"]
+    assert cell["cell"] in within
+    assert f"{frame['template'][3]} / {frame['entity'][3]}" in within
 
 
 def test_a_changed_number_in_the_table_is_named(run):
