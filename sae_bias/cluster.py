@@ -34,6 +34,7 @@ from sae_bias.sweep_work import CellResult, Group, Results, Work
 
 MAX_LOSSES = 3
 """So many actors may be lost on one group of cells before it is given up: it may be what ends them."""
+LOADING = -1  # stands for no group where losses are counted: an actor that was lost before it had its model
 LOOK = 10.0
 """Seconds between two looks at a cluster on which nothing is running yet."""
 
@@ -251,7 +252,9 @@ class _Pool:
                     continue
                 self.idle.append(actor)
                 self.hand_out(waiting)  # before the results are written
-                if group is not None:
+                if group is None:
+                    self.losses[LOADING] = 0
+                else:
                     yield group, results
 
     def hand_out(self, waiting: deque[Group]) -> None:
@@ -279,7 +282,7 @@ class _Pool:
                 self.room()
 
     def lost(self, group: Group | None, error: Exception) -> None:
-        key = -1 if group is None else group[0]
+        key = LOADING if group is None else group[0]
         self.losses[key] += 1
         if self.losses[key] > MAX_LOSSES:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -211,6 +211,100 @@ def test_the_local_executor_runs_groups_in_order(gemma3, pairs, probe):
     assert [group for group, _ in run_here(work, [[0, 1], [2, 3]])] == [[0, 1], [2, 3]]
 
 
+# --- who does what, against a Ray of a few lines: actors that die when told to ---
+
+
+class FakeRay:
+    """Actors in this process; the n-th calls named in `dies` end their actor in place of answering."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            def __init__(self, cause: Exception):
+                super().__init__(str(cause))
+                self.cause = cause
+
+    def __init__(self, dies: set[int] = frozenset(), nodes: tuple[float, ...] = (1.0, 1.0), fails: int = -1):
+        self.dies, self.fails, self.cpus, self.calls, self.killed = dies, fails, nodes, 0, 0
+        self.sent: dict[int, tuple[str, tuple]] = {}
+
+    def remote(self, **options: object):
+        ray = self
+
+        class Method:
+            def __init__(self, name: str, actor: object):
+                self.name, self.actor = name, actor
+
+            def remote(self, *args: object):
+                ray.calls += 1
+                ray.sent[ray.calls] = self.name, args
+                return ray.calls
+
+        class Actor:
+            def __init__(self, job: object):
+                self.ready, self.run = Method("ready", self), Method("run", self)
+
+        return lambda kind: type("Handle", (), {"remote": staticmethod(Actor)})
+
+    def put(self, value: object) -> object:
+        return value
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": n}} for n in self.cpus]
+
+    def wait(self, calls, num_returns: int, timeout: float):
+        return calls[:1], calls[1:]
+
+    def get(self, call):
+        name, args = self.sent[call]
+        if call in self.dies:
+            raise self.exceptions.RayError("the actor died")
+        if call == self.fails:
+            raise self.exceptions.RayTaskError(sb.RequestError("not the same here"))
+        return "node" if name == "ready" else [f"results of {args[0]}"]
+
+    def kill(self, actor: object) -> None:
+        self.killed += 1
+
+
+GROUPS = [[0], [1, 2], [3, 4], [5]]
+
+
+def pool_of(ray, **options) -> _Pool:
+    return _Pool(ray, Cluster(**options), type("Job", (), {"device": "cpu"}))
+
+
+@pytest.mark.parametrize("dies", [set(), {1}, {3}, {4, 5}, {1, 2, 4, 7}])
+def test_every_group_comes_back_once_whatever_dies(dies):
+    found = list(pool_of(FakeRay(dies)).run(GROUPS))
+    assert sorted(group for group, _ in found) == GROUPS
+    assert all(results == [f"results of {group}"] for group, results in found)
+
+
+def test_a_group_that_ends_every_worker_is_given_up():
+    with pytest.raises(sb.MissingError, match=r"workers were lost while the cells \[0\] ran"):
+        list(pool_of(FakeRay(set(range(2, 60, 2))), workers=1).run([[0]]))
+
+
+def test_an_error_in_a_worker_is_read_as_it_was_raised_there():
+    with pytest.raises(sb.RequestError, match="on a worker of the cluster: not the same here"):
+        list(pool_of(FakeRay(fails=1)).run(GROUPS))
+
+
+def test_workers_take_the_nodes_cpus_and_are_all_ended():
+    ray = FakeRay(nodes=(8.0, 4.0))
+    pool = pool_of(ray)
+    assert (pool.cpus, pool.room()) == (4, 3)
+    assert (pool_of(ray, workers=6).cpus, pool_of(ray, gpus_per_worker=1).cpus) == (2, 1)
+    list(pool.run(GROUPS))
+    pool.close()
+    assert ray.killed == 3
+    with pytest.raises(sb.MissingError, match="none of the cluster's 2 nodes has room"):
+        pool_of(ray, gpus_per_worker=1).room()
+
+
 # --- what a user reads ---
 
 
