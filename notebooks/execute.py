@@ -24,10 +24,11 @@ def run(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", store_widget_state=False, record_timing=False,
+            notebook, timeout=600, kernel_name="python3", record_timing=False,
             resources={"metadata": {"path": folder}},
         )  # fmt: skip
         client.execute()
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -81,6 +82,7 @@ def main() -> None:
     for path in paths:
         print(path.name)
         notebooks.append(run(path))
+        nbformat.write(notebooks[-1], path)
     add_pictures(notebooks)
     for path, notebook in zip(paths, notebooks, strict=True):
         nbformat.write(notebook, path)

@@ -116,7 +116,7 @@ def test_markdown_holds_the_same_sentences_and_no_live_html(run):
 def test_two_runs_stand_side_by_side(run, tmp_path):
     other = build_run(tmp_path / "other", seed=1)
     text = write_report(run, other, out=tmp_path / "both.html").read_text()
-    assert "Bias in every run" in text
+    assert "The bias in every run" in text
     assert 'id="run1-bias"' in text
     assert 'id="run2-bias"' in text
     ids = re.findall(r' id="([^"]+)"', text[: text.index("<script>")])
