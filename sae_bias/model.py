@@ -357,6 +357,7 @@ def _load_hf(
         raise MissingError("device_map needs accelerate; `pip install accelerate`.")
     config = _load_config(source, local=local)
     _refuse_remote_code(config, source)
+    _refuse_sizes(config, source)
     multimodal = config.model_type == "gemma3"
     auto: Any = (
         transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
@@ -401,6 +402,28 @@ def _refuse_incomplete(info: dict[str, Any], source: Path | str) -> None:
             f"{source} lacks {len(bad)} of the model's weights (first: {bad[0]}); they would be random. "
             "Check that the checkpoint is whole and of this architecture."
         )
+
+
+LARGEST = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 24,
+    "intermediate_size": 1 << 20,
+    "head_dim": 1 << 14,
+}
+"""Beyond any model there is: a config that says more is damaged, and building it would never end."""
+
+
+def _refuse_sizes(config: Any, source: Path | str) -> None:
+    text = getattr(config, "text_config", config)
+    for name, most in LARGEST.items():
+        value = getattr(text, name, None)
+        if isinstance(value, list):  # one a layer, in some architectures
+            continue
+        if value is not None and not (isinstance(value, int) and 0 < value <= most):
+            raise RequestError(
+                f"the config of {source} says {name} {str(value)[:40]!r}; expected a whole number from 1 to {most:,}."
+            )
 
 
 def _refuse_remote_code(config: Any, source: Path | str) -> None:

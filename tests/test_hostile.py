@@ -164,6 +164,17 @@ def test_a_models_lying_header_is_one_plain_line(kind, tmp_path, gemma3):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("value", [2**31, 2**70, -1, 0, "many", 0.5, None, [], True])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_config_of_impossible_sizes_is_refused_before_anything_is_built(name, value, tmp_path, gemma3):
+    folder = shutil.copytree(gemma3.folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(sb.RequestError) as error:
+        sb.load_model(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
 # ── YAML, in every file that is YAML
 
 BOMBS = {
