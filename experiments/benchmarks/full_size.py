@@ -185,34 +185,35 @@ def _status(line: str) -> float:
 
 
 class Meter:
-    """Seconds on the wall (the median of repeats after one warm-up) and peak bytes above what is held."""
+    """Seconds on the wall (the median of repeats after one warm-up) and peak bytes above the weights."""
 
     def __init__(self, device: torch.device, repeats: int):
         self.cuda, self.repeats = device.type == "cuda", repeats
+        self.weights = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
 
-    def _start(self) -> float:
+    def _start(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            return float(torch.cuda.memory_allocated())
+            return
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
-        return _status("VmRSS")
 
     def _peak(self) -> float:
-        return float(torch.cuda.max_memory_allocated()) if self.cuda else _status("VmHWM")
+        return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.weights
 
     def __call__(self, run: Callable[[], Any], *, warm: bool = True) -> tuple[float, float]:
         if warm:
             run()
-        times, held = [], self._start()
+        times = []
+        self._start()
         for _ in range(self.repeats):
             start = time.perf_counter()
             run()
             if self.cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return statistics.median(times), self._peak() - held
+        return statistics.median(times), self._peak()
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _sweep(
     sweep = sb.Sweep([sb.Clamp(feature, -0.5 * k) for k in range(N_STRENGTHS)])
     share = (layer + 1 + N_STRENGTHS * (shape.n_layers - layer - 1)) / shape.n_layers
     seconds, peak = meter(lambda: sb.run_sweep(model, pairs, sweep))
-    note = f"floor {share:.2f} passes; {flops * share / TFLOPS:.2f} s at {TFLOPS / 1e12:.0f} TFLOP/s"
+    note = f"floor {share:.2f} passes; {flops * share / TFLOPS:.3f} s at {TFLOPS / 1e12:.0f} TFLOP/s"
     return Row(f"sweep of {N_STRENGTHS} strengths at layer {layer}", seconds, peak, share * one, note)
 
 

@@ -140,9 +140,11 @@ def _checked(dtype: str) -> str:
 def _show(console: Console, plans: "list[StudyPlan]") -> None:
     models = [m for p in plans for m in p.models]
     for study in plans:
-        largest = max(study.models, key=lambda m: m.device_bytes)
+        machine = study.models[0].hardware
+        most = max(m.host_bytes if machine.is_cpu else m.device_bytes for m in study.models)
+        where = machine.label if machine.is_cpu else f"one {machine.label}"
         console.say(
-            f"{study.name}: {_time(study.seconds)} on one {study.models[0].hardware.label}, {_size(largest.device_bytes)} of memory at most, "
+            f"{study.name}: {_time(study.seconds)} on {where}, {_size(most)} of memory at most, "
             f"{_size(study.download_bytes)} to download, {_size(study.disk_bytes)} for the run folder"
         )
         for model in study.models:
@@ -165,7 +167,7 @@ def _totals(models: "list[ModelPlan]") -> "pd.DataFrame":
                 "step": m.peak.name,
                 "fits": "yes" if m.fits else "no",
                 "time": _time(m.seconds),
-                "saes": f"{len(m.saes)} ({sum(s.d_sae for s in m.saes) / 1e6:.2f} M features)" if m.saes else "none",
+                "saes": f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
                 "download": _size(m.download_bytes),
                 "disk": _size(m.disk_bytes),
             }
