@@ -154,8 +154,6 @@ def fault(kind: str, name: str, fault: str, path: str = "", **more: Any) -> dict
 QUICK = [
     fault("model", MODEL, "gated"),
     fault("model", MODEL, "checksum", "model-00001", method="GET"),
-    fault("model", MODEL, "truncated", "model-00002", method="GET"),
-    fault("model", MODEL, "429", "model-00001", times=1, method="GET", cured=True),
     fault("sae", SAE_1, "checksum", "params"),
     fault("remote", SAE_2, "500", "params"),
 ]
