@@ -32,8 +32,19 @@ def run(path: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [clean(o) for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = joined([clean(o) for o in cell.outputs if o.get("name") != "stderr"])
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """What was printed in one piece; the kernel cuts it where it happens to."""
+    kept: list[Any] = []
+    for output in outputs:
+        if kept and output["output_type"] == kept[-1]["output_type"] == "stream":
+            kept[-1]["text"] += output["text"]
+        else:
+            kept.append(output)
+    return kept
 
 
 def clean(output: Any) -> Any:
