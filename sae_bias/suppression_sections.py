@@ -171,20 +171,18 @@ def methods_section(run: Run) -> Section:
     middle = levels[len(levels) // 2]
     best = frame.sort_values(middle, ascending=False).iloc[0]
     own = frame.loc[frame["method"] == "feature", middle]
+    lead = "the feature" if best["method"] == "feature" else best["method"]
     takeaway = (
-        f"At {middle.removeprefix('kl_')} nats a token, {best['method']} removes most: {wording.percent(best[middle])}"
-        + (
-            f"; the feature removes {wording.percent(own.iloc[0])}."
-            if len(own) and best["method"] != "feature"
-            else "."
-        )
+        f"At {middle.removeprefix('kl_')} nats a token, {lead} removes most: {wording.percent(best[middle])}"
     )
+    if len(own) and best["method"] != "feature":
+        takeaway += f"; the feature removes {wording.percent(own.iloc[0])}"
     columns = {"method": "method"} | {level: f"at KL {level.removeprefix('kl_')}" for level in levels}
     curves = run.tables.get("compare_curves")
     return Section(
         "methods",
         "Other methods at the same cost",
-        takeaway,
+        f"{takeaway}.",
         None if curves is None else check_plots.methods_at_cost(curves),
         run_table(run, "compare", columns, rows),
         open_table=True,

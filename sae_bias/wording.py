@@ -189,7 +189,7 @@ def cost_sentence(costs: Mapping[str, Any]) -> str:
     shares = [f"{TEXT_KINDS.get(k, k)} {percent(v)}" for k, v in fired.items()]
     tail += f" Texts on which the feature fired at all: {', '.join(shares)}." if shares else ""
     if not known[worst]:
-        return f"The model's predictions do not shift on any text measured (mean KL 0).{tail}"
+        return f"The model's predictions of the texts themselves do not shift at all (mean KL 0).{tail}"
     return (
         f"The largest average shift in the model's predictions is {number(known[worst])} nats a token (KL),"
         f" on {TEXT_KINDS.get(worst, worst)}.{tail}"
