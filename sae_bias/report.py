@@ -26,7 +26,7 @@ import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from sae_bias import plots, wording
+from sae_bias import calibration_sections, plots, wording
 from sae_bias.behavior_sections import judge_sentence
 from sae_bias.errors import MissingError, RequestError
 from sae_bias.plot_style import bias_axis
@@ -241,7 +241,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             (
                 "Cost",
                 f"{wording.number(costs[worst])} KL",
-                f"nats a token, {wording.TEXT_KINDS.get(worst, worst)}",
+                f"nats a token, {wording.TEXT_KINDS.get(worst, worst) if costs[worst] else 'on every text measured'}",
             )
         )
     return tiles
@@ -250,6 +250,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 def _findings(run: Run) -> list[tuple[str, str]]:
     """What was found, how sure it is and what it cost, a sentence each."""
     said = [("Found", wording.bias_sentence(run.part("bias"), run.sides))] if run.part("bias") else []
+    said += calibration_sections.findings(run.part("calibration"))
     said += model_rows(run)
     if run.part("control_bias"):
         said.append(

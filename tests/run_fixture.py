@@ -406,7 +406,7 @@ def _ladder() -> pd.DataFrame:
                 "meaning": n,
             }
             for r, v, h, n in rows
-        ]  # fmt: skip
+        ]
     )
 
 
