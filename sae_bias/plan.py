@@ -30,7 +30,7 @@ from sae_bias.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_s
 from sae_bias.prompts import PromptGrid, PromptPairs, load_grid, load_pairs
 from sae_bias.replication import Replication
 from sae_bias.stats_design import split_templates
-from sae_bias.study import MOST_JOINT, SHARES, Study
+from sae_bias.study_file import MOST_JOINT, SHARES, Study
 
 NEW_TOKENS = 40
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
@@ -177,7 +177,7 @@ def _probe_steps(
     m, every, plain = c.model, _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False)
     parts = {
         "activations": c.activations(c.batch(every), every.mean),
-        "logits": c.logits(NORM_BLOCK, LOGIT_COPIES),
+        "logits": c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES),
     }
     flops = m.flops(every.tokens, m.n_layers, every.mean) + m.unembed_flops(every.n)
     steps = [c.step("probe", forms * flops, parts)]

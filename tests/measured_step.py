@@ -17,7 +17,8 @@ def status(line: str) -> float:
 
 def run(folder: Path, study_file: str, step: str, sae: str) -> None:
     import sae_bias as sb
-    from sae_bias.study import SHARES, load_study
+    from sae_bias.study import load_study
+    from sae_bias.study_file import SHARES
 
     study = load_study(study_file)
     model, pairs = sb.load_model(folder, dtype=study.dtype), sb.load_pairs(study.pairs)
