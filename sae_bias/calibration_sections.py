@@ -5,6 +5,8 @@
 # pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
 # pyright: reportOperatorIssue=false
 
+from typing import Any
+
 import pandas as pd
 
 from sae_bias import calibration_plots, wording
@@ -15,6 +17,17 @@ MARK_COLUMNS = {
     "mark": "mark", "organism": "organism", "required": "required", "measured": "measured", "verdict": "verdict", "n": "over",
     "note": "note",
 }  # fmt: skip
+
+
+def findings(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary's sentences, from its block `calibration`; none for a run that is no calibration."""
+    if not part:
+        return []
+    met, missed = part["n_marks"] - len(part["missed"]), part["missed"]
+    said = [("Marks", f"{met} of {part['n_marks']} pass marks are met.")]
+    if missed:
+        said.append(("Missed", f"{'; '.join(map(str, missed))}."))
+    return said
 
 
 def marks_section(run: Run) -> Section:
@@ -81,6 +94,8 @@ def power_sentence(frame: pd.DataFrame, power: float = 0.8) -> str:
         )
         if enough is not None:
             said.append(words.format(enough))
+    if not said:
+        return "Nothing was planted here: a design of any size should find nothing."
     return f"Of the sizes drawn, {wording.percent(power)} of the designs find the planted effect from {', '.join(said)}."
 
 

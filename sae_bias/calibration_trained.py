@@ -3,7 +3,8 @@
 A trained SAE splits a concept, so the causally largest feature is not all there is. For every SAE of every further `planted`:
 
     exact       B_0 - B_s of each feature ablated alone, on all pairs and on those that discover
-    first       place by interaction (on the grid, which the ablations never saw) of the feature of largest exact effect
+    first       place by interaction (on the grid, which the ablations never saw) of the feature of largest exact effect; a
+                feature that falls silent where an AI speaks has a negative interaction and stands last
     joint       the ten of largest effect on discover, ablated together, measured on the report split
     attributed  the first-order prediction, compared with exact by Spearman's ρ over effects above 0.5 % of the bias
 
@@ -21,12 +22,13 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from sae_bias import __version__
 from sae_bias.attribution import MATTERS, attribution, attribution_agreement
 from sae_bias.calibrate import Calibration, Draws, call_mark, coverage_mark
 from sae_bias.calibration_features import bias_marks
 from sae_bias.calibration_grids import read_statements
 from sae_bias.calibration_marks import Mark
-from sae_bias.calibration_populations import coverage_row, score_population
+from sae_bias.calibration_populations import STEM, ScoredPopulation, coverage_row, score_population
 from sae_bias.engine import ProbeEngine
 from sae_bias.interchange import AI, Interchange
 from sae_bias.interventions import Ablate
@@ -36,9 +38,11 @@ from sae_bias.organisms.further import further_organism, further_saes
 from sae_bias.organisms.sae_training import SaeRecipe
 from sae_bias.probe import Probe
 from sae_bias.prompts import load_grid, load_pairs
+from sae_bias.provenance import model_digest
 from sae_bias.ranking import rank_features
 from sae_bias.sae import FeatureRef, Sae, load_sae
 from sae_bias.stats_design import split_templates
+from sae_bias.store import RunFolder, digest, file_digest
 
 TOP, JOINT = 3, 10
 SHARE_OF_SAES, REMOVED, RHO, FEWEST = 0.95, 0.6, 0.8, 20
@@ -141,17 +145,20 @@ def calibrate_trained(
         label = f"planted, seed {s}"
         folders = further_saes("planted", s, cache, progress=progress)
         model = load_model(cache / f"seed_{s}" / "planted" / "model")
-        marks += _organism_marks(model, "planted", label, draws, seed, progress)
+        marks += _organism_marks(
+            model, "planted", label, cache / f"seed_{s}" / "planted", draws, seed, progress
+        )
         engine = ProbeEngine(model, load_pairs(), Probe())
         for folder in folders:
             facts = {"organism_seed": s, "sae": folder.name, **_label(folder)}
-            found = measure_sae(engine, load_sae(folder), seed=seed, progress=progress)
+            found = kept_sae(folder, engine, seed=seed, progress=progress)
             saes.append(facts | found.facts)
             effects.append(found.effects.assign(organism_seed=s, sae=folder.name))
         for name in ("null", "identity"):
             (sae,) = further_saes(name, s, cache, (SaeRecipe(layer=LAYER),), progress=progress)
             model = load_model(further_organism(name, s, cache) / "model")
-            marks += _organism_marks(model, name, f"{name}, seed {s}", draws, seed, progress)
+            place = cache / f"seed_{s}" / name
+            marks += _organism_marks(model, name, f"{name}, seed {s}", place, draws, seed, progress)
             statements = read_statements(model, name, [load_sae(sae)], n_pairs=draws.pairs)
             marks.append(
                 call_mark(statements, draws.grids, label=f"{name}, seed {s}", seed=seed, progress=progress)
@@ -163,11 +170,50 @@ def calibrate_trained(
 
 
 def _organism_marks(
-    model: Model, name: str, label: str, draws: Draws, seed: int, progress: bool
+    model: Model, name: str, label: str, folder: Path, draws: Draws, seed: int, progress: bool
 ) -> list[Mark]:
-    scored = score_population(model, name, n_templates=draws.templates, progress=progress)
+    scored = kept_population(folder, model, name, draws.templates, progress)
     row = coverage_row(scored, draws.studies, seed)
     return [*bias_marks(model, name, label=label), coverage_mark(row, scored, label)]
+
+
+def kept_sae(folder: Path, engine: ProbeEngine, *, seed: int = 0, progress: bool = False) -> TrainedSae:
+    """`measure_sae`, kept beside the SAE's weights: an interrupted run goes on with the next SAE."""
+    sae = load_sae(folder)
+    assert sae.path is not None
+    prompts = engine.reading.pairs.digest, load_grid().digest
+    key = digest(__version__, model_digest(engine.model), file_digest(sae.path), prompts, seed)
+    store = RunFolder(folder / "measured")
+    if _has(store, key):
+        facts = {
+            k: float("nan") if v is None else v for k, v in store.read_json("facts").items() if k != "key"
+        }
+        return TrainedSae(facts, store.read_table("effects"))
+    found = measure_sae(engine, sae, seed=seed, progress=progress)
+    store.write_table("effects", found.effects)
+    store.write_json("facts", found.facts | {"key": key})
+    return found
+
+
+def kept_population(
+    folder: Path, model: Model, name: str, n_templates: int, progress: bool = False
+) -> ScoredPopulation:
+    """`score_population`, kept beside the organism's weights."""
+    key = digest(__version__, model_digest(model), name, n_templates, STEM)
+    store = RunFolder(folder / "measured")
+    if _has(store, key):
+        bias = store.read_table("population").to_numpy()
+        return ScoredPopulation(name, bias, float(store.read_json("facts")["analytic"]))
+    scored = score_population(model, name, n_templates=n_templates, progress=progress)
+    columns = [str(i) for i in range(scored.bias.shape[1])]
+    store.write_table("population", pd.DataFrame(scored.bias, columns=columns))
+    store.write_json("facts", {"analytic": scored.analytic, "key": key})
+    return scored
+
+
+def _has(store: RunFolder, key: str) -> bool:
+    """Whether what is kept there was measured with the same weights, prompts and version."""
+    return (store.path / "facts.json").is_file() and store.read_json("facts").get("key") == key
 
 
 def _label(folder: Path) -> dict[str, object]:
@@ -188,7 +234,7 @@ def sae_marks(saes: pd.DataFrame, effects: pd.DataFrame) -> list[Mark]:
             float(first.mean()),
             low=SHARE_OF_SAES,
             n=over,
-            note=f"{int(first.sum())} of {len(saes)}; worst place {int(saes['first_place'].max())}",
+            note=f"{int(first.sum())} of {len(saes)}; {_by_size(effects)} of {len(saes)} by the interaction's size, whatever its sign",
         ),
         Mark(
             f"trained SAEs whose {JOINT} best of discover remove {REMOVED:.0%} on report",
@@ -218,6 +264,15 @@ def sae_marks(saes: pd.DataFrame, effects: pd.DataFrame) -> list[Mark]:
         ),
     ]
     return marks
+
+
+def _by_size(effects: pd.DataFrame) -> int:
+    """SAEs whose most causal feature is in the top by |I|: it may be one that falls silent where an AI speaks."""
+    found = 0
+    for _, rows in effects.groupby(["organism_seed", "sae"]):
+        place = rows["interaction"].abs().rank(ascending=False)
+        found += int(place[rows["exact"].idxmax()] <= TOP)
+    return found
 
 
 def _notes(saes: pd.DataFrame) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """The calibration finds what is there and nothing where nothing is, and fails a toolkit that does not (METHOD §6)."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -134,6 +133,8 @@ def run_small(monkeypatch, capsys, tmp_path, *organisms: str, folder: str = "out
 
 
 def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypatch, capsys, tmp_path):
+    scored = calibrate.score_population(load_model("organism:null"), "null", n_templates=SMALL.templates)
+    monkeypatch.setattr(calibrate, "score_population", lambda *_, **__: scored)
     with monkeypatch.context() as patch:
         _, found, _ = run_small(patch, capsys, tmp_path, "null")
     by_mark = {m["mark"]: m for m in found["marks"]}
@@ -141,11 +142,8 @@ def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypat
     assert by_mark["whole bias interval near 0"]["verdict"] == "met"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "nothing where nothing is" in page
-    assert (
-        pd.read_parquet(tmp_path / "out" / "tables" / "marks.parquet")["verdict"]
-        .isin(["met", "missed"])
-        .all()
-    )
+    kept = pd.read_parquet(tmp_path / "out" / "tables" / "marks.parquet")
+    assert kept["verdict"].tolist() == [m["verdict"] for m in found["marks"]]
 
     def always(statements, chosen, *, seed=0):
         n = len(statements.features)
@@ -168,7 +166,9 @@ def trained(places: list[int], removed: list[float]) -> pd.DataFrame:
 
 def test_nineteen_of_twenty_trained_saes_are_enough_and_eighteen_are_not():
     x = np.linspace(0.01, 0.3, 30)
-    effects = pd.DataFrame({"attributed": x, "exact": x**2})
+    effects = pd.DataFrame(
+        {"organism_seed": 1, "sae": "a", "attributed": x, "exact": x**2, "interaction": -x}
+    )
     for wrong, verdict in ((1, "met"), (2, "missed")):
         places, removed = [1] * (20 - wrong) + [4] * wrong, [0.9] * 20
         marks = {m.mark: m for m in sae_marks(trained(places, removed), effects)}
@@ -176,6 +176,10 @@ def test_nineteen_of_twenty_trained_saes_are_enough_and_eighteen_are_not():
     rho = marks["attribution against exact ablation, Spearman's ρ"]
     assert rho.value == pytest.approx(1)
     assert "30 features" in rho.n
+    first = next(m for name, m in marks.items() if "most causal" in name)
+    assert (
+        "1 of 20 by the interaction's size" in first.note
+    )  # the largest effect has the most negative interaction
     few = {m.mark: m for m in sae_marks(trained([1] * 20, [0.5] * 20), effects[-10:])}
     assert few["trained SAEs of which both hold"].value == 0
     assert not few["attribution against exact ablation, Spearman's ρ"].passed  # ten features are too few
@@ -190,8 +194,8 @@ def test_words_the_organism_never_read():
 
 
 def test_a_design_of_one_entity_has_no_power(monkeypatch, planted):
-    crossed_small = partial(calibration_populations.score_population, n_templates=40)
-    monkeypatch.setattr("sae_bias.calibration_design.score_population", crossed_small)
+    scored = calibration_populations.score_population(planted, "planted", n_templates=40)
+    monkeypatch.setattr("sae_bias.calibration_design.score_population", lambda *_, **__: scored)
     pairs = load_pairs().select(entities=["human"])
     found = pairs_power(planted, pairs, n_draws=50)
     assert [m.verdict for m in found.marks] == ["missed", "missed"]

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 Full = Annotated[
     bool,
-    typer.Option("--full", help="Train further organisms and SAEs too (about an hour a seed; needs --out)."),
+    typer.Option(
+        "--full",
+        help="Train further organisms and SAEs too (half an hour a seed on one free core; needs --out).",
+    ),
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="With --full: how many further seeds.")]
 PairsFile = Annotated[
@@ -42,6 +45,20 @@ COLUMNS = {
     "verdict": "verdict",
     "n": "over",
     "note": "note",
+}
+SAE_COLUMNS = {
+    "organism_seed": "seed",
+    "sae": "SAE",
+    "fvu": "unexplained",
+    "l0": "L0",
+    "live": "features that fire",
+    "called": "called AI-speech",
+    "ceiling": "ceiling",
+    "first_exact": "most causal removes",
+    "first_place": "its place",
+    "joint_report": "ten best remove",
+    "rho": "ρ",
+    "n_matter": "n",
 }
 
 
@@ -101,7 +118,7 @@ def calibrate(
             console.table("Power by size", shown, {c: c for c in shown.columns})
         if "saes" in found.tables:
             shown = found.tables["saes"]
-            console.table("Trained SAEs", shown, {c: c.replace("_", " ") for c in SAE_COLUMNS})
+            console.table("Trained SAEs", shown, SAE_COLUMNS)
         if out is not None:
             page = _save(out, found, question, lines, seed)
             console.note(f"written: {page}")
@@ -121,22 +138,6 @@ def calibrate(
             + "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
             + (" …" if len(missed) > 5 else ".")
         )
-
-
-SAE_COLUMNS = (
-    "organism_seed",
-    "sae",
-    "fvu",
-    "l0",
-    "live",
-    "called",
-    "ceiling",
-    "first_exact",
-    "first_place",
-    "joint_report",
-    "rho",
-    "n_matter",
-)
 
 
 def _toolkit(

@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "match",
         epilog=example(
-            "sae-bias match organism:planted/constructed#0 organism:planted-gemma2 organism:planted-gemma2/constructed",
+            "sae-bias match organism:planted/constructed#0 organism:planted-gemma2 organism:planted-gemma2/SAE",
             "sae-bias match SAE_FOLDER#446 google/gemma-2-9b gemma-scope-9b-pt-res/layer_20/width_16k/average_l0_68 --of google/gemma-3-12b-pt --causal",
         ),
     )(match)
