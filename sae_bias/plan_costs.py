@@ -65,6 +65,11 @@ class Texts:
     def mean(self) -> float:
         return self.tokens / max(1, self.n)
 
+    @property
+    def alike(self) -> int:
+        """The most prompts of one length."""
+        return max(Counter(self.lengths).values(), default=0)
+
     def largest_batch(self, budget: int) -> int:
         """Tokens of the largest batch of equal length."""
         groups = Counter(self.lengths)
@@ -102,7 +107,7 @@ class Costs:
         return tokens * self.model.d_model * self.size * sites
 
     def logits(self, rows: int, copies: int) -> float:
-        block = 4.0 * rows * self.model.d_vocab * (copies + (2 if self.model.softcap else 0))
+        block = 4.0 * rows * self.model.d_vocab * (copies + (4 if self.model.softcap else 0))
         whole = 0.0 if self.dtype == "float32" else 4.0 * self.model.d_vocab * self.model.d_model
         return block + whole
 

@@ -246,7 +246,7 @@ def rehearse(rehearsal: Rehearsal, device: str, repeats: int, folder: Path, n_pa
 
     one, one_peak = meter(plain)
     flops = shape.flops(tokens, shape.n_layers, tokens / len(texts))
-    rows = [Row("plain passes of the layers", one, one_peak, None, f"{flops / one / 1e12:.1f} TFLOP/s")]
+    rows = [Row("plain passes of the layers", one, one_peak, None, f"{flops / one / 1e12:.2g} TFLOP/s")]
     seconds, peak = meter(lambda: sb.run_probe(model, pairs, levels=True))
     rows.append(Row("probe with levels", seconds, peak, one))
     resid = sb.residuals(model, texts[:64], layer, positions="all")
@@ -288,7 +288,7 @@ def _sweep(
     sweep = sb.Sweep([sb.Clamp(feature, -0.5 * k) for k in range(N_STRENGTHS)])
     share = (layer + 1 + N_STRENGTHS * (shape.n_layers - layer - 1)) / shape.n_layers
     seconds, peak = meter(lambda: sb.run_sweep(model, pairs, sweep))
-    note = f"floor {share:.2f} passes; {flops * share / TFLOPS:.3f} s at {TFLOPS / 1e12:.0f} TFLOP/s"
+    note = f"floor {share:.2f} passes; {flops * share / TFLOPS:.2g} s at {TFLOPS / 1e12:.0f} TFLOP/s"
     return Row(f"sweep of {N_STRENGTHS} strengths at layer {layer}", seconds, peak, share * one, note)
 
 
