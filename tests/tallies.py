@@ -1,6 +1,6 @@
 """What the trust tests counted: faults injected, inputs fuzzed, mutants killed; printed at the end of a run.
 
-    tally("hub faults injected", 1)
+tally("hub faults injected", 1)
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from sae_bias.as_published import intervention_switches, probe_switches, switch_
 from sae_bias.cli import main
 from sae_bias.errors import MissingError
 from sae_bias.hooks import PassInfo, compile_edits
-from sae_bias.registry import STUDY_MODELS
 from sae_bias.measures.fidelity import check_logits
+from sae_bias.registry import STUDY_MODELS
 from sae_bias.replication import Replication, run_replication, tuning_pairs, tuning_table
 from sae_bias.study import Study, load_study
 
