@@ -161,8 +161,7 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
             beaten,
             low=0.95,
             n=f"{len(facts.controls)} controls",
-            note=f"removes {facts.removed:.3f} nats, {facts.removed / max(float(np.median(facts.controls)), 1e-9):.0f} times "
-            f"the controls' median; p = {facts.p:.3f}",
+            note=f"removes {facts.removed:.3f} nats, the controls' median {np.median(facts.controls):+.3f}; p = {facts.p:.3f}",
         )
     )
     return marks
@@ -191,7 +190,8 @@ def identity_marks(model: Model, sae: Sae | str, *, name: str = "identity", seed
             "features called AI-speech",
             name,
             called,
-            high=0,
+            0,
+            0,
             unit="count",
             n=f"{ranking.family_size} features",
         ),
