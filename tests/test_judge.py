@@ -365,7 +365,9 @@ def test_a_study_has_its_texts_judged_and_goes_on_without_an_answer(serve, tmp_p
     )  # fmt: skip
     judged = run_study(study, out=tmp_path / "judged", progress=False)
     parts = judged.summary["judge"]["parts"]
-    assert {(p["unsteered"], p["steered"], p["alpha"]) for p in parts} == {(3.0, 3.0, None)}  # always 3: α is undefined
+    assert {(p["unsteered"], p["steered"], p["alpha"]) for p in parts} == {
+        (3.0, 3.0, None)
+    }  # always 3: α is undefined
     assert (judged.path / "tables" / "judge.parquet").is_file()
     server.stop()
     alone = run_study(study, out=tmp_path / "alone", progress=False)
