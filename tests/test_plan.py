@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,11 +205,9 @@ def measured_mb(root: Path, step: str) -> float:
 @pytest.mark.parametrize("name", ["gemma3", "gemma2", "mistral", "gpt_neox"])
 def test_memory_is_within_15_percent_of_what_a_process_takes(planned, name, step):
     root = planned(name)
-    found, taken = planned_mb(root, step), measured_mb(root, step)
-    if (
-        taken < found / 1.15
-    ):  # a kernel that takes mapped pages back from a slow process makes it look smaller
-        taken = max(taken, measured_mb(root, step))
+    found = planned_mb(root, step)
+    # one measurement alone varies by a fifth on a busy machine
+    taken = statistics.median(measured_mb(root, step) for _ in range(3))
     print(f"{name} {step}: {found:.0f} MB planned, {taken:.0f} MB measured")
     assert found == pytest.approx(taken, rel=0.15)
 
