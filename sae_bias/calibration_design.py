@@ -158,7 +158,7 @@ def grid_power(
     usable = ranking.n_units
     row = ranking.frame.set_index("feature").loc[str(feature)]
     place = 1 + ranking.frame["feature"].tolist().index(str(feature))
-    possible = row["ai_speech"] != "undetermined"
+    possible = str(row["ai_speech"]) != "undetermined"
     power = call_share(statements, str(feature), usable, n_draws, seed, progress) if possible else 0.0
     needed = pairs_needed(statements, str(feature), n_draws, seed)
     over = f"{n_draws:,} grids of {usable} pairs"

@@ -80,7 +80,7 @@ def measure_sae(engine: ProbeEngine, sae: Sae, *, seed: int = 0, progress: bool 
             "interaction_place": [place[str(ref)] for ref in live],
         }
     )
-    best = effects["exact"].idxmax()
+    best = int(effects["exact"].to_numpy().argmax())
     ten = effects.nlargest(JOINT, "exact_discover").index
     joint, _ = engine.run([Ablate(live[i]) for i in ten])
     removed = joint.select(split["report"]).reduction_from(base.select(split["report"]))
@@ -92,9 +92,9 @@ def measure_sae(engine: ProbeEngine, sae: Sae, *, seed: int = 0, progress: bool 
         "ceiling": _ceiling(engine, sae.site.layer),
         "live": len(live),
         "called": len(ranking.called("ai_speech")),
-        "first_feature": int(effects.at[best, "feature"]),
-        "first_exact": float(effects.at[best, "exact"]),
-        "first_place": int(effects.at[best, "interaction_place"]),
+        "first_feature": live[best].index,
+        "first_exact": float(effects["exact"].to_numpy()[best]),
+        "first_place": place[str(live[best])],
         "joint_report": removed.estimate,
         "joint_low": removed.ci_low,
         "joint_high": removed.ci_high,
@@ -185,7 +185,7 @@ def kept_sae(folder: Path, engine: ProbeEngine, *, seed: int = 0, progress: bool
     key = digest(__version__, model_digest(engine.model), file_digest(sae.path), prompts, seed)
     store = RunFolder(folder / "measured")
     if _has(store, key):
-        facts = {
+        facts: dict[str, object] = {
             k: float("nan") if v is None else v for k, v in store.read_json("facts").items() if k != "key"
         }
         return TrainedSae(facts, store.read_table("effects"))
@@ -271,7 +271,7 @@ def _by_size(effects: pd.DataFrame) -> int:
     found = 0
     for _, rows in effects.groupby(["organism_seed", "sae"]):
         place = rows["interaction"].abs().rank(ascending=False)
-        found += int(place[rows["exact"].idxmax()] <= TOP)
+        found += int(place.to_numpy()[rows["exact"].to_numpy().argmax()] <= TOP)
     return found
 
 

@@ -238,6 +238,6 @@ def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     import math
 
     return [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        {str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in frame.to_dict(orient="records")
     ]
