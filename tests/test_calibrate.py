@@ -7,17 +7,27 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from sae_bias import calibrate, calibration_grids, calibration_populations, load_model, load_pairs, load_sae
+from sae_bias import (
+    Probe,
+    calibrate,
+    calibration_grids,
+    calibration_populations,
+    load_model,
+    load_pairs,
+    load_sae,
+)
 from sae_bias.calibrate import Draws
 from sae_bias.calibration_design import pairs_power, unknown_words
-from sae_bias.calibration_features import constructed_feature
+from sae_bias.calibration_features import constructed_feature, organism_truth
 from sae_bias.calibration_grids import GridCalls, call_grid, read_statements, statement_grid
 from sae_bias.calibration_marks import Mark, marks_frame
 from sae_bias.calibration_populations import ScoredPopulation, draw_studies, templates_needed
-from sae_bias.calibration_trained import sae_marks
+from sae_bias.calibration_trained import measure_sae, sae_marks
 from sae_bias.cli import main
 from sae_bias.contrasts import interaction
+from sae_bias.engine import ProbeEngine
 from sae_bias.errors import RequestError
+from sae_bias.interventions import Ablate
 from sae_bias.organisms import matched_statements
 
 SMALL = Draws(studies=60, grids=40, power=20, controls=19, templates=36, pairs=45)
@@ -183,6 +193,26 @@ def test_nineteen_of_twenty_trained_saes_are_enough_and_eighteen_are_not():
     few = {m.mark: m for m in sae_marks(trained([1] * 20, [0.5] * 20), effects[-10:])}
     assert few["trained SAEs of which both hold"].value == 0
     assert not few["attribution against exact ablation, Spearman's ρ"].passed  # ten features are too few
+
+
+@pytest.mark.slow
+def test_measuring_an_sae_finds_the_planted_feature(planted):
+    """On the constructed SAE the answer is known: first by interaction, and its ablation removes nearly everything."""
+    feature = constructed_feature()
+    pairs = load_pairs().select(entities=["human", "person"])
+    engine = ProbeEngine(planted, pairs, Probe())
+    found = measure_sae(engine, load_sae(str(feature.sae)))
+    both = organism_truth("planted")["constructed"]
+    assert found.facts["first_feature"] in (
+        both["index"],
+        both["valence_index"],
+    )  # the read-out flattens everything
+    assert found.facts["joint_report"] > 0.8
+    alone = engine.base.bias - engine.run([Ablate(feature)])[0].bias
+    row = found.effects.set_index("feature").loc[feature.index]
+    assert row["interaction_place"] == 1
+    assert row["exact"] > 0.8
+    assert row["exact"] * engine.base.bias == pytest.approx(alone, rel=1e-6)
 
 
 # --- a user's own design
