@@ -1,6 +1,6 @@
 """Two Ray workers pinned to one core each, against one such worker, on the same sweep; prints the ratio.
 
-    python experiments/benchmarks/scaling.py [--cells 64]
+    python experiments/benchmarks/scaling.py [--cells 108]
 
 Each worker is the one CPU of a Ray node of its own (a raylet in processes pinned to one core), with a copy of a model in the shapes of
 Gemma 3 270M and a vocabulary of 4,096. Timed on the wall, from the moment every worker has its model until the last cell is back: each
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cells", type=int, default=64)
+    parser.add_argument("--cells", type=int, default=108)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cores", nargs=2, default=["0", "1"], metavar="CORE")
     given = parser.parse_args()
