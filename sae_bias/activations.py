@@ -195,9 +195,11 @@ def capture_layers(
         for handle in handles:
             handle.remove()
     for layer, x in sorted(kept.items()):
-        if not bool(torch.isfinite(x).all()):
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bool(bad.any()):
+            text = model.tokenizer.decode(tokens[int(bad.nonzero()[0])], skip_special_tokens=True)
             raise RequestError(
-                f"the residual of {model.name} after layer {layer} holds NaN or infinite values{model.why_not_finite()}."
+                f"the residual of {model.name} after layer {layer} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
             )
     return kept
 

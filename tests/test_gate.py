@@ -105,10 +105,10 @@ def test_the_commands_stop_on_a_broken_model_with_exit_4(
 
 
 def test_a_study_stops_and_no_gate_is_recorded(gemma3, cache, asked, monkeypatch, capsys, tmp_path):
-    from sae_bias import model, study
+    from sae_bias import model, study_steps
 
     load = model.load_model
-    monkeypatch.setattr(study, "load_model", lambda *args, **options: broken(load(*args, **options)))
+    monkeypatch.setattr(study_steps, "load_model", lambda *args, **options: broken(load(*args, **options)))
     file = tmp_path / "study.yaml"
     file.write_text(f"name: gate\nmodel: {gemma3.folder}\nchecks: false\n")
     words = ["--pairs", asked[1], "--words", asked[3]]

@@ -261,7 +261,7 @@ def test_nan_residuals_name_the_prompt(make_tiny, pairs):
     model = tiny.fresh()
     token = next(iter(set(model.encode(pairs[2].human)) - set(model.encode(pairs[0].human))))
     model.hf.get_input_embeddings().weight[token] = float("nan")
-    with pytest.raises(sb.RequestError, match="NaN or infinite residuals at layer 1 on 'Today"):
+    with pytest.raises(sb.RequestError, match="after layer 1 holds NaN or infinite values on 'Today"):
         sb.rank_features(model, tiny.sae, pairs)
 
 
