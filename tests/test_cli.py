@@ -705,18 +705,6 @@ def test_a_reader_that_leaves_early_is_no_defect(gemma3, tmp_path):
 
 
 @needs_organism
-def test_demo_runs_the_whole_chain(sae_bias, tmp_path):
-    code, out, err = sae_bias("demo", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["bias"]["ci_low"] > 0
-    assert found["reduction"]["estimate"] >= 0.8
-    assert (tmp_path / "runs/demo/report.html").is_file()
-    assert found["report"].endswith("runs/demo/report.html")
-    assert "calibration organism" in (tmp_path / "runs/demo/report.html").read_text()
-
-
-@needs_organism
 def test_the_constructed_feature_is_first_and_its_removal_shows(sae_bias):
     feature = json.loads(
         sae_bias("rank", PLANTED, CONSTRUCTED, "--by", "interaction", "--top", "1", "--json")[1]

@@ -4,8 +4,11 @@ Expected values are read from truth.json, which says what was planted (analytic 
 copied from the code under test.
 """
 
+import contextlib
+import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,13 +32,25 @@ def truth(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return run_study(load_study(), out=tmp_path_factory.mktemp("demo"), progress=False)
+    """`sae-bias demo` in an empty folder, as a user runs it: its run folder, and what it printed."""
+    from sae_bias.cli import main
+
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        assert main(["demo", "--json"]) == 0
+    path = folder / "runs" / "demo"
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        path=path, summary=summary, report=path / "report.html", printed=printed.getvalue()
+    )
 
 
 @pytest.fixture(scope="module")
 def null_run(tmp_path_factory):
     saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
-    study = load_study().model_copy(update={"name": "null", "model": "organism:null", "saes": tuple(saes)})
+    study = load_study().model_copy(
+        update={"name": "null", "model": "organism:null", "saes": tuple(saes), "checks": False}
+    )
     return run_study(study, out=tmp_path_factory.mktemp("null"), progress=False)
 
 
@@ -48,6 +63,25 @@ def analytic(corpus: bool) -> float:
     }
     pairs = sb.load_pairs().select(corpus=corpus)
     return float(np.mean([cells["human", p.act, "survival"] - cells["ai", p.act, "survival"] for p in pairs]))
+
+
+def test_the_command_prints_one_object_and_writes_the_report(demo):
+    printed = json.loads(demo.printed)
+    assert printed["reduction"]["estimate"] == demo.summary["reduction"]["estimate"] >= 0.8
+    assert printed["report"].endswith("runs/demo/report.html")
+    assert demo.report.is_file()
+    assert (demo.path / "cards" / f"{demo.summary['feature']['index']}.html").is_file()
+
+
+def test_a_study_writes_its_checks_the_ladder_and_the_biases_that_should_not_move(demo):
+    """METHOD §1 and §2 beside the headline; no other question's bias moves by a tenth of what the feature removes."""
+    tables = {
+        t: pd.read_parquet(demo.path / "tables" / f"{t}.parquet") for t in ("checks", "ladder", "specificity")
+    }
+    assert tables["checks"]["check"].iloc[0] == "bias"
+    ladder = tables["ladder"].set_index("rung")["effect"]
+    assert ladder["direct"] + ladder["mediated"] == pytest.approx(ladder["necessity"], abs=1e-4)
+    assert tables["specificity"]["change"].abs().max() < 0.1 * ladder["necessity"]
 
 
 def test_the_bias_is_the_planted_one(demo):
@@ -113,7 +147,7 @@ def test_the_report_says_it_is_an_organism(demo):
 def test_resuming_a_study_gives_the_same_figures(demo, tmp_path):
     before = pd.read_parquet(demo.path / "tables" / "sweep.parquet")
     stamps = {p: p.stat().st_mtime_ns for p in (demo.path / "sweep" / "cells").glob("*.parquet")}
-    run_study(load_study(), out=demo.path, progress=False)
+    run_study(load_study().model_copy(update={"checks": False}), out=demo.path, progress=False)
     after = pd.read_parquet(demo.path / "tables" / "sweep.parquet")
     pd.testing.assert_frame_equal(before, after)
     assert stamps == {p: p.stat().st_mtime_ns for p in (demo.path / "sweep" / "cells").glob("*.parquet")}
