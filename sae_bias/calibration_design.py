@@ -141,7 +141,7 @@ def _given_line(facts: dict[str, object], pairs: PromptPairs) -> str:
     unknown = facts["given_unknown_words"]
     return (
         f"Your own {len(pairs)} pairs put to `planted`: bias {facts['given_bias']:+.2f} nats "
-        f"({facts['given_ci_low']:+.2f} to {facts['given_ci_high']:+.2f}); it never read {unknown:.0%} of their words."
+        f"({facts['given_ci_low']:+.2f} to {facts['given_ci_high']:+.2f}); {unknown:.0%} of their words never stood in its training text."
     )
 
 

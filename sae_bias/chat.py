@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jinja2 import TemplateError
+
 from sae_bias.errors import RequestError
 from sae_bias.model import Model
 from sae_bias.prompts import PromptPairs
@@ -66,7 +68,7 @@ def takes_system(model: Model) -> bool:
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
     try:
         return "x" in str(model.tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:
+    except TemplateError:  # what a template's own raise_exception raises
         return False
 
 

@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "resolve",
         epilog=example(
-            "sae-bias resolve organism:planted 446 organism:planted/constructed organism:planted/resid_post/layer_2_width_512_l0_small",
+            "sae-bias resolve organism:planted 0 organism:planted/constructed organism:planted/resid_post/layer_2_width_512_l0_small",
             "sae-bias resolve google/gemma-3-12b-it 2511 saes/resid_post --null 5000",
         ),
     )(resolve)

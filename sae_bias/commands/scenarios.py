@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "scenarios",
         epilog=example(
-            "sae-bias scenarios organism:planted --scenarios organism --feature organism:planted/constructed#320",
+            "sae-bias scenarios organism:planted --scenarios organism --feature organism:planted/constructed#0",
             "sae-bias scenarios google/gemma-3-12b-it --chat",
         ),
     )(scenarios)
