@@ -122,7 +122,7 @@ def questions() -> tuple[str, ...]:
 
 
 def fill_subject(text: str, subject: str) -> str:
-    """`text` with {subject} replaced, capitalised where it begins a sentence."""
+    """`text` with {subject} replaced, capitalized where it begins a sentence."""
     head, *rest = text.split("{subject}")
     for part in rest:
         starts = _SENTENCE_START.search(head) is not None
