@@ -230,7 +230,11 @@ def run_judge(
 
 
 def judge_task(
-    requests: Sequence[Request], store: ReplyStore, *, pace: Pace, on_reply: Callable[[], object] = lambda: None
+    requests: Sequence[Request],
+    store: ReplyStore,
+    *,
+    pace: Pace,
+    on_reply: Callable[[], object] = lambda: None,
 ) -> Task:
     """One judge's open questions as an Inspect task: a sample a question, its reply kept in `store` the moment it is there.
 

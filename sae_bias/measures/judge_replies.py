@@ -224,5 +224,5 @@ def krippendorff(
     from inspect_ai.scorer import SampleScore, Score, krippendorff_alpha
 
     units = [SampleScore(score=Score(value=unit[~np.isnan(unit)].tolist())) for unit in table.T]
-    alpha = krippendorff_alpha(metric)(units)  # type: ignore[operator]
+    alpha: Any = krippendorff_alpha(metric)(units)
     return Agreement(float(alpha), "", n_units, len(names))
