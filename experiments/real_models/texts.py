@@ -31,7 +31,7 @@ PARAGRAPH = 2400
 class TextPlan:
     """How much text of each kind is collected."""
 
-    n_statements: int = 9000
+    n_statements: int = 11_500
     n_samples: int = 640
     """Texts the model writes itself, at temperature 1 from the 100 likeliest tokens."""
     sample_tokens: int = 160
