@@ -2,7 +2,7 @@
 # make test    the tests, without the slow and the GPU ones
 # make check   lint, format, types
 # make format  put the code in form
-# make slow    the slow tests; make slow PART=stats runs those of tests/test_stats*.py
+# make slow    the slow tests; make slow PART=stats runs those of tests/stats/, PART=fuzz those of tests/*/test_fuzz*.py
 #
 # Each target makes or refreshes .venv by itself. A user without a GPU may install PyTorch's CPU build into .venv first (README).
 
@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
-SLOW_TESTS := $(if $(PART),$(wildcard tests/test_$(PART)*.py),tests)
+SLOW_TESTS := $(if $(PART),$(or $(wildcard tests/$(PART)),$(wildcard tests/*/test_$(PART)*.py tests/test_$(PART)*.py)),tests)
 
 .PHONY: demo test check format slow
 
@@ -21,7 +21,7 @@ demo: $(BASE)
 	$(BIN)/sae-bias demo
 
 test: $(DEV)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 check: $(DEV)
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 slow: $(DEV)
-	@test -n "$(SLOW_TESTS)" || { echo "no tests/test_$(PART)*.py; PART is the start of a test file's name, such as stats"; exit 2; }
+	@test -n "$(SLOW_TESTS)" || { echo "no tests/$(PART)/ and no tests/*/test_$(PART)*.py; PART is a folder of tests or the start of a test file, such as stats"; exit 2; }
 	$(BIN)/pytest -m "slow and not gpu" $(SLOW_TESTS)
 
 $(BIN)/python:

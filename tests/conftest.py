@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+HELPERS = Path(__file__).parent / "helpers"
+# Scripts that tests start as processes of their own import the helpers too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models: a second thread only waits, here and in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sae_bias as sb
-from sae_bias.registry import organism_names
+from sae_bias.models.catalog import organism_names
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 1_500_000

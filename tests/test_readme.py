@@ -83,7 +83,7 @@ def test_every_command_line_is_one_that_sae_bias_takes(block):
     """Each command exists and takes the options written there; nothing is run."""
     import typer
 
-    from sae_bias.cli import build_app
+    from sae_bias.cli.main import build_app
 
     app = typer.main.get_command(build_app())
     for args in commands(block.text):

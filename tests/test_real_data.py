@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sae_bias as sb
-from sae_bias.engine import ProbeEngine
+from sae_bias.steering.engine import ProbeEngine
 
 SHE, HE = ("she", "her"), ("he", "his")
 KIND, UNKIND = ("kind", "very good"), ("mean", "not nice")

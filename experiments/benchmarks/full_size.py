@@ -37,14 +37,13 @@ import transformers
 from torch import Tensor
 
 import sae_bias as sb
-from sae_bias.activations import forward_with_grad, plan_batches
-from sae_bias.gemma_scope import Card, Columns
-from sae_bias.model import Model
-from sae_bias.plan_shapes import ModelShape, model_shape
-from sae_bias.registry import MODELS
-from sae_bias.resolve import resolve_index
-from sae_bias.sae import Sae
-from sae_bias.stand_ins import _TOKENIZERS
+from sae_bias.discovery.resolve import resolve_index
+from sae_bias.models.catalog import MODELS
+from sae_bias.models.forward import forward_with_grad, plan_batches
+from sae_bias.models.model import Model
+from sae_bias.saes.sae import Card, Columns, Sae
+from sae_bias.validation.stand_ins import _TOKENIZERS
+from sae_bias.workflows.plan_shapes import ModelShape, model_shape
 
 LIVE = 100  # features that fire at a token, about
 N_STRENGTHS, NEW_TOKENS, N_GENERATED = 21, 40, 16

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import transformers
 
-from sae_bias.model import Model
-from sae_bias.probe import PairReading, Probe
-from sae_bias.prompts import load_pairs
-from sae_bias.registry import MODELS
-from sae_bias.stand_ins import _TOKENIZERS
+from sae_bias.models.catalog import MODELS
+from sae_bias.models.model import Model
+from sae_bias.probe.reading import PairReading
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.load import load_pairs
+from sae_bias.validation.stand_ins import _TOKENIZERS
 
 HUB_ID = "google/gemma-3-270m"
 FASTER, MEGABYTES = 3.0, 500

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 
 import sae_bias as sb
-from sae_bias import contrasts, resolve
-from sae_bias.streaming import block_width
+from sae_bias.discovery import contrasts, resolve
+from sae_bias.models import residuals
+from sae_bias.saes.stream import block_width
 
 D_IN, N_PROMPTS, TOKENS, LIVE = 3840, 560, 15, 100
 MODEL: Any = SimpleNamespace(
@@ -196,7 +197,7 @@ def many_files(folder: Path) -> None:
     root = folder / "candidates"
     for k in range(8):
         write_file(root / f"layer_31_width_65k_l0_{k}", 65_536, real=False)
-    resolve.last_residuals = lambda model, prompts, layers: {31: torch.randn(len(prompts), D_IN)}
+    residuals.last_residuals = lambda model, prompts, layers: {31: torch.randn(len(prompts), D_IN)}
     with open("/proc/self/io") as file:
         before = int(file.readline().split()[1])
     start = time.perf_counter()

@@ -27,8 +27,8 @@ import torch
 import transformers
 
 import sae_bias as sb
-from sae_bias.cluster import Cluster, _Job, _Pool, _Worker
-from sae_bias.sweep_work import Group, Results, Work
+from sae_bias.integrations.ray import Cluster, _Job, _Pool, _Worker
+from sae_bias.workflows.sweep_work import Group, Results, Work
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import sweep as shapes

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 import sae_bias as sb
-from sae_bias.activations import forward_with_grad, plan_batches
+from sae_bias.models.forward import forward_with_grad, plan_batches
 
 N_LAYERS, LAYER, VOCAB, D_MODEL = 18, 12, 32_768, 640
 N_PAIRS, N_TOKENS = 56, 12

@@ -1,11 +1,13 @@
 """Trains the bundled organisms: `python experiments/organisms/train.py --out runs/organisms [NAME …]`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
-from sae_bias.organisms import ORGANISMS, train_all
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from organisms.build import ORGANISMS, train_all
 
 
 def main() -> None:

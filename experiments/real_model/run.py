@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+from organisms.sae_training import SaeRecipe, save_sae, train_sae
 
 import sae_bias as sb
-from sae_bias.cards import feature_card
-from sae_bias.ladder import causal_ladder
-from sae_bias.organisms.sae_training import SaeRecipe, save_sae, train_sae
-from sae_bias.store import RunFolder
-from sae_bias.text_streams import token_windows
+from sae_bias.discovery.causal import causal_ladder
+from sae_bias.discovery.dashboards import feature_card
+from sae_bias.models.residuals import token_windows
+from sae_bias.runs.folder import RunFolder
 
 RECIPE = SaeRecipe(layer=2, width=1024, l0=16.0, n_steps=3000)
 TRAIN, HELD = 800, 200  # stories the SAE is trained on, and those the cards are made from

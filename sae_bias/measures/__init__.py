@@ -1,1 +1,1 @@
-"""What an intervention costs and what else it moves."""
+"""What an intervention did: fidelity, costs, collapse, specificity, texts, identity, scenarios, judges."""

@@ -15,14 +15,15 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from sae_bias.bundled import BANKS, load_bank
-from sae_bias.engine import ReadingEngine
-from sae_bias.interventions import Intervention
-from sae_bias.model import Model
-from sae_bias.probe import Probe, ProbeResult
-from sae_bias.reading import PromptIds, ReadingPlan
-from sae_bias.sites import Site
-from sae_bias.stats import SpecificReduction, specific_reduction
+from sae_bias.core.site import Site
+from sae_bias.models.model import Model
+from sae_bias.probe.reading import PromptIds, ReadingPlan
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.texts import BANKS, load_bank
+from sae_bias.stats.reduction import SpecificReduction, specific_reduction
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.engine import ReadingEngine
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_bias.activations import Batch, Final, forward, plan_batches, row_positions
-from sae_bias.chat import takes_system
-from sae_bias.errors import RequestError
-from sae_bias.model import Model
-from sae_bias.placement import widest_float
-from sae_bias.scenarios import LETTERS, Scenario, Scenarios
+from sae_bias.core.errors import RequestError
+from sae_bias.models.chat import takes_system
+from sae_bias.models.forward import Batch, Final, forward, plan_batches, row_positions
+from sae_bias.models.model import Model
+from sae_bias.models.placement import widest_float
+from sae_bias.prompts.scenarios import LETTERS, Scenario, Scenarios
 
 BLOCK = 64  # positions whose full log-probabilities are held at once
 FORMS = ("free", "lettered")
 
 
 # ── what is put to the model
-
-
 @dataclass(frozen=True)
 class Ask:
     """One prompt and the continuations that are scored after it, one an option."""
@@ -134,8 +132,6 @@ def _lettered(phrasing: Phrasing, i: int, scenario: Scenario) -> Iterator[Ask]:
 
 
 # ── running
-
-
 @dataclass(frozen=True)
 class _Target:
     """Where one continuation is read: tokens `ids`, the first of them predicted at position `start` of a sequence."""

@@ -9,47 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sae_bias.errors import RequestError
-from sae_bias.generation import generate
-from sae_bias.interventions import Intervention
-from sae_bias.model import Model
-from sae_bias.prompt_files import read_yaml
-from sae_bias.stats import sign_test
+from sae_bias.core.errors import RequestError
+from sae_bias.models.model import Model
+from sae_bias.prompts.texts import load_identity
+from sae_bias.stats.design import sign_test
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.generate import generate
 
 N_SAMPLES, TEMPERATURE = 4, 0.7
 _NEGATED = re.compile(
     r"\b(?:not|never|n't|neither|nor|isn't|unlike|rather than)\b[^.,;!?\n]{0,30}$", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class IdentityPrompts:
-    """The sweep's prompts, those sampled several times, and the patterns of identity claims."""
-
-    prompts: tuple[str, ...]
-    sampled: tuple[str, ...]
-    patterns: dict[str, str]
-
-
-@cache
-def load_identity() -> IdentityPrompts:
-    """The bundled sweep."""
-    data = _data()["identity"]
-    prompts = tuple(p["text"] for p in data["prompts"])
-    sampled = tuple(p["text"] for p in data["prompts"] if p.get("sampled") == "true")
-    return IdentityPrompts(prompts, sampled, {p["name"]: p["pattern"] for p in data["patterns"]})
-
-
-def load_generation_prompts() -> tuple[str, ...]:
-    """The bundled prompts for steered and unsteered text."""
-    return tuple(p["text"] for p in _data()["prompts"])
 
 
 def identity_claims(text: str) -> tuple[str, ...]:
@@ -146,7 +120,3 @@ def identity_sweep(
                 }
             )
     return IdentityResult(pd.DataFrame(rows), tuple(own))
-
-
-def _data() -> Any:
-    return read_yaml(Path(str(files("sae_bias") / "data" / "generation_prompts.yaml"))).value

@@ -19,18 +19,20 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from sae_bias.activations import Final
-from sae_bias.engine import CellRunner
-from sae_bias.errors import RequestError
-from sae_bias.hooks import Receipt, intervene
-from sae_bias.interventions import Intervention
+from sae_bias.core.errors import RequestError
 from sae_bias.measures.continuations import Ask, ContinuationPlan, Phrasing, make_asks
-from sae_bias.model import Model
-from sae_bias.scenarios import RolePair, Scenario, Scenarios
-from sae_bias.stats import mcnemar_exact, sign_test
+from sae_bias.models.forward import Final
+from sae_bias.models.model import Model
+from sae_bias.prompts.scenarios import RolePair, Scenario, Scenarios
+from sae_bias.stats.design import mcnemar_exact, sign_test
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.engine import CellRunner
+from sae_bias.steering.hooks import intervene
+from sae_bias.steering.receipt import Receipt
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
 
 SCORES = {"free": ("sum", "norm", "pmi"), "lettered": ("letter",)}
 PRIMARY = ("free", "norm")
@@ -110,8 +112,6 @@ def score_scenarios(
 
 
 # ── results
-
-
 @dataclass(frozen=True)
 class ScenarioResult:
     """Option log-probabilities of every scenario, and the choices that follow."""
@@ -239,8 +239,6 @@ def _option_rows(
 
 
 # ── before and after
-
-
 @dataclass(frozen=True)
 class ScenarioComparison:
     """Two results of the same scenarios side by side."""
@@ -285,7 +283,7 @@ class ScenarioComparison:
 
     def plot(self) -> go.Figure:
         """Mean p(aligned) of every category before and after, by the score fixed beforehand."""
-        from sae_bias.behavior_plots import scenarios_before_after
+        from sae_bias.figures.behavior import scenarios_before_after
 
         table = self.by_category()
         return scenarios_before_after(table[(table["form"] == PRIMARY[0]) & (table["score"] == PRIMARY[1])])
@@ -340,8 +338,6 @@ def compare(before: ScenarioResult, after: ScenarioResult) -> ScenarioComparison
 
 
 # ── two roles (B7)
-
-
 @dataclass(frozen=True)
 class RoleResult:
     """Which model was preferred by the same facts in either role."""

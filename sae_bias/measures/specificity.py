@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sae_bias.engine import ProbeEngine
-from sae_bias.errors import RequestError
-from sae_bias.interventions import Intervention
-from sae_bias.model import Model
-from sae_bias.probe import Probe, ProbeResult
-from sae_bias.prompts import PromptPairs, load_pairs, questions
-from sae_bias.sites import Site
+from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
+from sae_bias.models.model import Model
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.load import load_pairs, questions
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.engine import ProbeEngine
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
 
 MOVED = 1e-6  # nats; smaller differences are rounding
 
@@ -41,7 +44,7 @@ class Specificity:
 
     def plot(self) -> go.Figure:
         """Change of every question's bias with its interval."""
-        from sae_bias.plot_style import HUMAN, figure, forest, row_labels, zero_line
+        from sae_bias.figures.style import HUMAN, figure, forest, row_labels, zero_line
 
         rows = self.frame.dropna(subset=["change"])
         fig = figure(

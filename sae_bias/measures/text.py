@@ -16,17 +16,16 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from sae_bias.activations import Final, forward, plan_batches
-from sae_bias.chat import opening_ids
-from sae_bias.errors import RequestError
-from sae_bias.features import token_texts
-from sae_bias.generation import Completion
-from sae_bias.model import Model
-from sae_bias.placement import widest_float
+from sae_bias.core.errors import RequestError
+from sae_bias.discovery.tables import token_texts
+from sae_bias.models.chat import opening_ids
+from sae_bias.models.forward import Final, forward, plan_batches
+from sae_bias.models.model import Model
+from sae_bias.models.placement import widest_float
+from sae_bias.steering.generate import Completion
 
 REPEAT_N = 4
 BLOCK = 64  # positions whose full log-probabilities are held at once
-
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able|afraid i can)|i (?:can(?:no|')?t|cannot|won't|will not|must decline|am not comfortable)"
     r"(?! (?:help (?:but|feeling|thinking)|wait|stop|believe|imagine|remember|say (?:for|whether)))"

@@ -1,0 +1,1 @@
+"""The `sae-bias` command: one module for each command."""

@@ -1,0 +1,244 @@
+"""`sae-bias calibrate`: does the toolkit find what is there, and nothing where nothing is?"""
+
+import datetime
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.options import GridFile, Json, Out, Quiet, Seed, example
+from sae_bias.core.errors import GateError, RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_bias.validation.calibrate import Calibration
+
+
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        help="Train further organisms and SAEs too (half an hour a seed on one free core; needs --out).",
+    ),
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="With --full: how many further seeds.")]
+PairsFile = Annotated[
+    str | None,
+    typer.Option(
+        "--pairs",
+        metavar="FILE",
+        help="Your pairs: is their number enough to find the planted bias?",
+        show_default=False,
+    ),
+]
+OwnDraws = Annotated[
+    int,
+    typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
+]
+COLUMNS = {
+    "mark": "mark",
+    "organism": "organism",
+    "required": "required",
+    "measured": "measured",
+    "verdict": "verdict",
+    "n": "over",
+    "note": "note",
+}
+SAE_COLUMNS = {
+    "organism_seed": "seed",
+    "sae": "SAE",
+    "fvu": "unexplained",
+    "l0": "L0",
+    "live": "features that fire",
+    "called": "called AI-speech",
+    "ceiling": "ceiling",
+    "first_exact": "most causal removes",
+    "first_place": "its place",
+    "joint_report": "ten best remove",
+    "rho": "ρ",
+    "n_matter": "n",
+}
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "calibrate",
+        epilog=example(
+            "sae-bias calibrate --out runs/calibration",
+            "sae-bias calibrate --pairs mine.yaml --grid my_grid.yaml",
+            "sae-bias calibrate --full --seeds 3 --out runs/calibration",
+        ),
+    )(calibrate)
+
+
+def calibrate(
+    pairs: PairsFile = None,
+    grid: GridFile = None,
+    full: Full = False,
+    seeds: Seeds = 3,
+    draws: OwnDraws = 2000,
+    seed: Seed = 0,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check the toolkit on models whose truth is known, or your own design against them.
+
+    Alone: the pass marks on the bundled organisms (intervals against the truth of a whole grammar, false calls, the planted feature, its
+    ablation and controls) and the power of designs by their number of templates; minutes on a CPU. With --pairs or --grid: how often a
+    design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. With
+    --full: organisms and SAEs from further seeds; what is trained stays in --out and is not trained again. Exit code 4 says that a mark is
+    missed, or that your design has not 80% power. Nothing here is about Gemma.
+    """
+    if full and (pairs or grid):
+        raise RequestError(
+            "--full measures the toolkit, --pairs and --grid your design; ask for one of the two."
+        )
+    if full and out is None:
+        raise RequestError(
+            "--full keeps what it trains: give it a folder with --out, such as --out runs/calibration."
+        )
+    with Console(json, quiet) as console:
+        if pairs is not None or grid is not None:
+            found, lines = _own_design(pairs, grid, draws, seed, console)
+            question = "Has this design the power to find what is planted?"
+        else:
+            found, lines = _toolkit(full, seeds, draws, seed, out, console), ()
+            question = "Does the toolkit find what is there, and nothing where nothing is?"
+        frame = found.to_frame()
+        missed = [m for m in found.marks if not m.passed]
+        console.say(f"{len(frame) - len(missed)} of {len(frame)} marks met")
+        for line in (*lines, *found.notes):
+            console.say(line)
+        console.table("Pass marks", frame, COLUMNS)
+        if "power" in found.tables:
+            shown = power_table(found.tables["power"])
+            console.table("Power by size", shown, {c: c for c in shown.columns})
+        if "saes" in found.tables:
+            shown = found.tables["saes"]
+            console.table("Trained SAEs", shown, SAE_COLUMNS)
+        if out is not None:
+            page = _save(out, found, question, lines, seed)
+            console.note(f"written: {page}")
+        console.finish(
+            {
+                "passed": found.passed,
+                "marks": _records(frame),
+                "tables": {k: _records(v) for k, v in found.tables.items() if k != "effects"},
+                "lines": list(lines),
+                "notes": list(found.notes),
+                "out": None if out is None else str(out),
+            }
+        )
+    if missed:
+        raise GateError(
+            f"{len(missed)} of {len(frame)} marks missed: "
+            + "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
+            + (" …" if len(missed) > 5 else ".")
+        )
+
+
+def _toolkit(
+    full: bool, seeds: int, draws: int, seed: int, out: Path | None, console: Console
+) -> "Calibration":
+    """The quick form, and with --full the further seeds' marks and tables too."""
+    from sae_bias.validation.calibrate import Calibration, Draws
+    from sae_bias.validation.calibrate import calibrate as quick
+
+    wanted = Draws.of(draws)
+    found = quick(draws=wanted, seed=seed, progress=console.progress)
+    if not full:
+        return found
+    from organisms.calibrate_trained import calibrate_trained
+
+    assert out is not None
+    further = calibrate_trained(
+        range(1, seeds + 1), out / "organisms", draws=wanted, seed=seed, progress=console.progress
+    )
+    return Calibration(
+        found.marks + further.marks, found.tables | further.tables, found.notes + further.notes
+    )
+
+
+def _own_design(
+    pairs: str | None, grid: str | None, draws: int, seed: int, console: Console
+) -> "tuple[Calibration, tuple[str, ...]]":
+    from sae_bias.prompts.load import load_grid, load_pairs
+    from sae_bias.validation.calibrate import Calibration
+    from sae_bias.validation.design import design_frame, design_power
+
+    found = design_power(
+        None if pairs is None else load_pairs(pairs),
+        None if grid is None else load_grid(grid),
+        n_draws=draws,
+        seed=seed,
+        progress=console.progress,
+    )
+    marks = tuple(m for power in found.values() for m in power.marks)
+    lines = tuple(line for power in found.values() for line in power.lines)
+    return Calibration(marks, {"design": design_frame(found)}), lines
+
+
+def power_table(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """One row a size, one column a question."""
+    from sae_bias.core.text import percent
+    from sae_bias.figures.calibration import power_lines
+
+    columns = {label: rows.set_index("n_units")["share"].map(percent) for label, rows in power_lines(frame)}
+    import pandas as pd
+
+    table = pd.DataFrame(columns).sort_index().rename_axis("templates or pairs").reset_index()
+    return table.astype(object).where(table.notna(), None)
+
+
+def _save(out: Path, found: "Calibration", question: str, lines: tuple[str, ...], seed: int) -> Path:
+    """The tables, a manifest and the page into `out`."""
+    from sae_bias.core.versions import git_state, versions
+    from sae_bias.report.page import write_report
+    from sae_bias.runs.folder import SCHEMA, RunFolder
+
+    manifest = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions(),
+        "model": {"name": "the calibration organisms", "organism": True},
+        "saes": [],
+        "seed": seed,
+        "git": git_state(),
+    }
+    missed = [m.mark for m in found.marks if not m.passed]
+    summary = {
+        "question": question,
+        "notes": list(found.notes),
+        "calibration": {
+            "passed": found.passed,
+            "n_marks": len(found.marks),
+            "missed": missed,
+            "lines": list(lines),
+        },
+    }
+    folder = RunFolder(out)
+    with folder.writing():
+        folder.write_json("manifest", manifest)
+        folder.write_json("summary", summary)
+        folder.write_table("marks", found.to_frame())
+        for name, frame in found.tables.items():
+            folder.write_table(TABLE_NAMES.get(name, name), frame)
+    return write_report(out)
+
+
+TABLE_NAMES = {"saes": "trained_saes"}
+
+
+def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Rows as plain values; what is missing or endless is null."""
+    import math
+
+    return [
+        {str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in frame.to_dict(orient="records")
+    ]

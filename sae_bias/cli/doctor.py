@@ -1,0 +1,146 @@
+"""`sae-bias doctor`: what this machine has, and what works on it without a network."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.options import Json, Out, Quiet, example
+
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Also list this model's SAEs.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("doctor", epilog=example("sae-bias doctor", "sae-bias doctor google/gemma-3-12b-it"))(doctor)
+
+
+def doctor(model: OptionalModel = None, json: Json = False, out: Out = None, quiet: Quiet = False) -> None:
+    """Show versions, devices, the hub login, what is cached, and the bundled organisms.
+
+    Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
+    doctor.json.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.core.versions import versions
+        from sae_bias.models.catalog import organism_names
+        from sae_bias.saes.releases import organism_saes
+
+        found: dict[str, Any] = {
+            "versions": versions(),
+            "devices": _devices(),
+            "hub": _hub(),
+            "cached": _cached(),
+            "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
+        }
+        if model is not None:
+            found["saes"] = _saes(model)
+        if out is not None:
+            from sae_bias.runs.folder import RunFolder
+
+            RunFolder(out).write_json("doctor", found)
+        _show(console, found, model)
+        console.finish(found)
+
+
+def _devices() -> list[dict[str, Any]]:
+    import os
+
+    import torch
+
+    devices: list[dict[str, Any]] = [
+        {"device": "cpu", "name": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    ]
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        devices.append(
+            {"device": f"cuda:{i}", "name": facts.name, "memory_gb": round(facts.total_memory / 1e9, 1)}
+        )
+    return devices
+
+
+def _hub() -> dict[str, Any]:
+    from huggingface_hub import constants, get_token
+
+    return {
+        "logged_in": get_token() is not None,
+        "offline": bool(constants.HF_HUB_OFFLINE),
+        "cache": constants.HF_HUB_CACHE,
+    }
+
+
+def _cached() -> list[dict[str, Any]]:
+    """Models and SAE repositories in the hub cache, and whether each works with no network."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = scan_cache_dir().repos
+    except (CacheNotFound, OSError, ValueError):
+        return []
+    rows = []
+    for repo in sorted(repos, key=lambda r: r.repo_id):
+        if repo.repo_type != "model":
+            continue
+        newest = max(repo.revisions, key=lambda r: r.last_modified, default=None)
+        files = (
+            {}
+            if newest is None
+            else {str(f.file_path.relative_to(newest.snapshot_path)): f.file_path for f in newest.files}
+        )
+        rows.append(
+            {"repo": repo.repo_id, "gb": round(repo.size_on_disk / 1e9, 2), "offline": _works_offline(files)}
+        )
+    return rows
+
+
+def _works_offline(files: dict[str, Path]) -> str:
+    """`model`, `N SAEs`, or `incomplete`: what can be loaded from these files alone."""
+    saes = sum(
+        Path(name).name in ("params.safetensors", "params.npz", "sae_weights.safetensors") for name in files
+    )
+    if saes:
+        return f"{saes} SAE{'s' if saes > 1 else ''}"
+    tokenizer = any(name in files for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return "model" if "config.json" in files and tokenizer and _weights(files) else "incomplete"
+
+
+def _weights(files: dict[str, Path]) -> bool:
+    index = files.get("model.safetensors.index.json")
+    if index is None:
+        return "model.safetensors" in files
+    try:
+        shards = set(json_module.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return shards <= set(files)
+
+
+def _saes(model: str) -> list[str]:
+    from sae_bias.models.catalog import ORGANISM
+    from sae_bias.saes.releases import organism_saes, residual_saes
+
+    return organism_saes(model) if model.startswith(ORGANISM) else residual_saes(model)
+
+
+def _show(console: Console, found: dict[str, Any], model: str | None) -> None:
+    hub = found["hub"]
+    console.say("  ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    for device in found["devices"]:
+        memory = f", {device['memory_gb']} GB" if "memory_gb" in device else ""
+        console.say(f"{device['device']}: {device['name']}{memory}")
+    console.say(
+        f"hub: {'logged in' if hub['logged_in'] else 'not logged in (hf auth login)'}, {'offline' if hub['offline'] else 'online'}"
+    )
+    for row in found["cached"]:
+        console.note(f"cached: {row['repo']} ({row['gb']} GB): {row['offline']}")
+    if not found["cached"]:
+        console.note("cached: nothing")
+    for organism, saes in found["organisms"].items():
+        console.say(f"bundled: {organism} with {len(saes)} SAEs: {', '.join(saes)}")
+    if model is not None:
+        console.say(f"{model} has {len(found['saes'])} residual SAEs")
+        for name in found["saes"]:
+            console.note(f"  {name}")

@@ -1,0 +1,93 @@
+"""From a command's arguments to the library's objects."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from sae_bias.measures.fidelity import Fidelity
+    from sae_bias.models.model import Model
+    from sae_bias.probe.words import Probe
+    from sae_bias.prompts.pairs import PromptPairs
+    from sae_bias.saes.sae import Sae
+    from sae_bias.steering.edits import Intervention
+
+
+EDITS = ("clamp", "scale", "cap", "steer", "ablate")
+
+
+def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit") -> "Probe":
+    """The probe of --words, else of the pairs file's own words, else the bundled one."""
+    from sae_bias.probe.words import Probe
+    from sae_bias.prompts.load import load_lexicon
+
+    lexicon = load_lexicon(words) if words is not None else pairs.words
+    return Probe(score=score) if lexicon is None else Probe(lexicon.positive, lexicon.negative, score)
+
+
+def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[Fidelity]":
+    """The fidelity gate of every SAE (METHOD §4), measured once: stops on a wrong residual, warns on a doubtful SAE.
+
+    Raises:
+        RequestError: an SAE of another width or layer than the model's.
+        GateError: the captured residual is not Hugging Face's hidden state.
+    """
+    from sae_bias.measures.fidelity import gate_sae
+    from sae_bias.models.forward import check_site
+
+    for sae in saes:
+        check_site(model, sae.site)
+        if sae.d_in != model.d_model:
+            raise RequestError(
+                f"{sae.id} has d_in {sae.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+            )
+    found = [gate_sae(model, sae) for sae in saes]
+    for fidelity in found:
+        for warning in fidelity.warnings:
+            console.warn(warning)
+    return found
+
+
+def gate_line(found: "Sequence[Fidelity]") -> str:
+    """The gate's figures in one line."""
+    if not found:
+        return "fidelity: no SAE"
+    error = max((f.residual_max_rel_error for f in found), default=0.0)
+    parts = [
+        f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}"
+        + (f" (label {f.label_l0:.0f})" if f.label_l0 else "")
+        for f in found[:4]
+    ]
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"fidelity: residual as Hugging Face's to {error:.1e} of its size; " + "; ".join(parts) + more
+
+
+def make_edit(
+    kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
+) -> "Intervention":
+    """One intervention from --edit and --strength."""
+    from sae_bias.steering.edits import KINDS
+
+    if kind not in EDITS:
+        raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    if when != "active" and kind != "clamp":
+        raise RequestError(f"--when is about clamp; {kind} has no such choice.")
+    if kind == "ablate":
+        return KINDS["ablate"](feature, positions=positions)  # type: ignore[call-arg]
+    if strength is None:
+        raise RequestError(f"--edit {kind} needs a strength.")
+    options = {"when": when} if kind == "clamp" else {}
+    return KINDS[kind](feature, strength, positions=positions, **options)  # type: ignore[call-arg]
+
+
+def ask_to_send(cost: Any) -> bool:
+    """A yes to paid requests typed at a terminal; none where there is no terminal."""
+    print(str(cost), file=sys.stderr)
+    if not sys.stdin.isatty():
+        return False
+    return typer.confirm("Send them?", err=True)

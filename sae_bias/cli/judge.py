@@ -1,0 +1,160 @@
+"""`sae-bias judge`: one or more judges rate a run's steered against its unsteered texts, blind and in both orders."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.inputs import ask_to_send
+from sae_bias.cli.options import Json, Out, Quiet, Seed, example
+from sae_bias.cli.run_files import add_summary
+from sae_bias.core.errors import MissingError, RequestError
+
+RunDir = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder with generated texts.", show_default=False)
+]
+JudgeNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        metavar="PROVIDER/MODEL",
+        help="Inspect model string: anthropic/…, openai/…, openai-api/local/… or hf/…; may be given several times.",
+        show_default=False,
+    ),
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url",
+        metavar="URL",
+        help="Server of the judges, such as http://127.0.0.1:8000/v1.",
+        show_default=False,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="SAE_BIAS_JUDGE_KEY",
+        help="Key of that server; providers' own variables serve otherwise.",
+        show_default=False,
+    ),
+]
+Part = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part",
+        metavar="NAME",
+        help="coherence, harm or stance; all of them by default.",
+        show_default=False,
+    ),
+]
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats", min=1, help="How often each question is asked; 2 and more show a judge's own noise."
+    ),
+]
+Absolute = Annotated[bool, typer.Option("--absolute/--no-absolute", help="Rate each text alone, 1 to 5.")]
+Pairwise = Annotated[
+    bool, typer.Option("--pairwise/--no-pairwise", help="Compare both texts, in both orders.")
+]
+DollarsIn = Annotated[
+    float | None,
+    typer.Option(
+        "--price-in",
+        metavar="USD",
+        help="Price of a million input tokens, for the estimate.",
+        show_default=False,
+    ),
+]
+DollarsOut = Annotated[
+    float | None,
+    typer.Option(
+        "--price-out",
+        metavar="USD",
+        help="Price of a million output tokens, for the estimate.",
+        show_default=False,
+    ),
+]
+AtOnce = Annotated[int, typer.Option("--at-once", min=1, help="Requests that a judge answers at a time.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds to wait for one reply.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send paid requests without asking.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "judge",
+        epilog=example(
+            "sae-bias judge runs/demo --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1 --api-key none",
+            "sae-bias judge runs/demo --judge anthropic/claude-sonnet-4-5 --repeats 2 --price-in 3 --price-out 15",
+        ),
+    )(judge)
+
+
+def judge(
+    run: RunDir,
+    judges: JudgeNames = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    part: Part = None,
+    repeats: Repeats = 1,
+    absolute: Absolute = True,
+    pairwise: Pairwise = True,
+    price_in: DollarsIn = None,
+    price_out: DollarsOut = None,
+    at_once: AtOnce = 8,
+    timeout: Timeout = 120.0,
+    yes: Yes = False,
+    seed: Seed = 0,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let judges rate a run's texts.
+
+    The judge never learns which text was steered. Replies are kept as they come: the same command goes on where it stopped, and no
+    reply is paid for twice. A reply without a rating is left out and counted. Results go into RUN, or into --out with a copy of its texts.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.measures.judge import Judge, Pace, run_judge
+        from sae_bias.runs.folder import RunFolder
+
+        if not judges:
+            raise RequestError(
+                "no judge; give --judge PROVIDER/MODEL, such as --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1."
+            )
+        folder = RunFolder(run)
+        if not (run / "manifest.json").is_file():
+            raise RequestError(f"{run} is not a run folder: it has no manifest.json.")
+        texts = folder.read_table("generations")
+        if out is not None:
+            facts = folder.read_json("manifest")
+            folder = RunFolder(out)
+            folder.write_json("manifest", facts)
+            folder.write_table("generations", texts)
+        chosen = [
+            Judge(name, base_url, api_key, dollars_in=price_in, dollars_out=price_out) for name in judges
+        ]
+        with folder.writing():
+            result = run_judge(
+                texts, chosen, out=folder.path, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed,
+                confirm=lambda cost: yes or ask_to_send(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=console.progress,
+            )  # fmt: skip
+            folder.write_table("judge", result.table)
+            folder.write_table("judge_parts", result.to_frame())
+            add_summary(folder, {"judge": result.summary()})
+        for line in result.headline():
+            console.say(line)
+        columns = {
+            "part": "part", "unsteered": "unsteered", "steered": "steered", "difference": "difference", "ci_low": "from", "ci_high": "to",
+            "paired_sd": "paired SD", "needed_n": "prompts needed", "alpha": "α", "repeat_sd": "repeat SD", "order_bound": "order-bound",
+        }  # fmt: skip
+        console.table("Judged", result.to_frame(), columns)
+        console.finish({"run": str(folder.path), **result.summary()})
+        if result.n_unanswered:
+            raise MissingError(
+                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); what came is kept, "
+                "and the same command goes on from there."
+            )

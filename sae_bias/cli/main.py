@@ -1,0 +1,142 @@
+"""The `sae-bias` command: registers the commands, and turns every error into one plain line and an exit code.
+
+    0 done · 1 a defect · 2 the request is wrong · 3 something is missing · 4 it ran and the answer is no · 130 interrupted
+
+Nothing heavy is imported here or at the head of a command's module: `sae-bias --help` answers before torch would have loaded.
+"""
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+from sae_bias import __version__
+from sae_bias.core.errors import SaeBiasError
+
+COMMAND_MODULES = (
+    "study",
+    "probe",
+    "rank",
+    "table",
+    "card",
+    "ladder",
+    "sweep",
+    "compare",
+    "resolve",
+    "match",
+    "scenarios",
+    "generate",
+    "identity",
+    "judge",
+    "report",
+    "merge",
+    "plan",
+    "calibrate",
+    "verify",
+    "doctor",
+)
+"""Modules of `sae_bias.cli` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
+SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
+_UsageError = typer.BadParameter.__mro__[1]
+_ParserError = typer.BadParameter.__mro__[2]
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def build_app() -> typer.Typer:
+    """The whole command tree."""
+    app = typer.Typer(
+        name="sae-bias",
+        help="Which feature makes a language model judge AI speech more harshly than human speech, and what turning it off does.",
+        epilog="Start with: sae-bias demo",
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name in COMMAND_MODULES:
+        import_module(f"sae_bias.cli.{name}").register(app)
+    return app
+
+
+def _root(
+    ctx: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        print(f"sae-bias {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = build_app()(args=argv, prog_name="sae-bias", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except BaseException as error:
+            return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """One line on standard error, and the exit code."""
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # the reader has left: Python's own flush at exit must not fail again
+        return 141
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if os.environ.get(SHOW_TRACEBACK):
+        traceback.print_exception(error)
+    message, code = explain(error)
+    print(f"sae-bias: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to tell the user of an error, and the exit code."""
+    if isinstance(error, SaeBiasError):
+        return str(error), error.exit_code
+    if isinstance(error, _ParserError):
+        hint = " Try sae-bias --help." if isinstance(error, _UsageError) else ""
+        return error.format_message().rstrip(".") + "." + hint, 2  # type: ignore[attr-defined]
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted; what is finished is kept, and the same command goes on from there.", 130
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return (
+            f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and run the same command again.",
+            3,
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; try --dtype bfloat16, a smaller model, or a device with more.", 3
+    first = (str(error).splitlines() or [""])[0]
+    return (
+        f"a defect in sae-bias ({type(error).__name__}: {first[:300]}); set {SHOW_TRACEBACK}=1 to see where, and please report it.",
+        1,
+    )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning as one line; other libraries' deprecations are not the user's business."""
+    if not issubclass(
+        category, DeprecationWarning | FutureWarning | PendingDeprecationWarning | ImportWarning
+    ):
+        print(f"sae-bias: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

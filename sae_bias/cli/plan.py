@@ -1,0 +1,266 @@
+"""`sae-bias plan`: what a study costs, before any weight is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.options import Json, Out, Quiet, example
+from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_bias.workflows.plan import ModelPlan, StudyPlan
+
+
+Studies = Annotated[
+    list[Path], typer.Argument(metavar="STUDY.yaml…", help="Study files.", show_default=False)
+]
+HardwareName = Annotated[
+    str,
+    typer.Option("--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."),
+]  # fmt: skip
+Flops = Annotated[
+    float | None,
+    typer.Option(
+        "--flops",
+        min=1.0,
+        help="With --hardware cpu: its float32 rate in operations a second; measured by default.",
+        show_default=False,
+    ),
+]
+DtypeChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16, float16; the study's own by default.",
+        show_default=False,
+    ),
+]
+STEP_COLUMNS = {
+    "model": "model",
+    "step": "step",
+    "operations": "operations",
+    "time": "time",
+    "device": "on the device",
+    "parts": "beside the weights",
+    "read": "read",
+    "host": "tables",
+}
+TOTAL_COLUMNS = {
+    "model": "model",
+    "parameters": "parameters",
+    "weights": "weights",
+    "peak": "at most",
+    "step": "in step",
+    "fits": "fits",
+    "time": "time",
+    "saes": "SAEs",
+    "download": "to download",
+    "disk": "run folder",
+}
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "plan",
+        epilog=example(
+            "sae-bias plan study.yaml --hardware h200",
+            "sae-bias plan study.yaml --hardware cpu --json",
+        ),
+    )(plan)
+
+
+def plan(
+    studies: Studies,
+    hardware: HardwareName = "h200",
+    flops: Flops = None,
+    dtype: DtypeChoice = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a study needs: memory by part, operations, time, downloads, disk, and what to change where it does not fit.
+
+    Nothing is loaded and no network is asked. Shapes come from the registry, from a folder's config.json, and from SAE names; tokens are
+    counted from words and marks. Times are operations over an assumed share of the hardware's stated rate, plus reading files. Several
+    study files are planned one after another and summed. With --out, the same is written there as plan.json.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND
+        from sae_bias.workflows.hardware import hardware as named
+        from sae_bias.workflows.plan import plan_study
+        from sae_bias.workflows.study import load_study
+
+        if flops is not None and hardware != "cpu":
+            raise RequestError("--flops is for --hardware cpu; the others have their data sheets' rates.")
+        machine = named(hardware, flops=flops)
+        given = {} if dtype is None else {"dtype": _checked(dtype)}
+        plans = [plan_study(load_study(path).model_copy(update=given), machine) for path in studies]
+        found = {
+            "hardware": {
+                "name": machine.name,
+                "label": machine.label,
+                "bfloat16_flops": machine.bfloat16,
+                "float32_flops": machine.float32,
+                "memory_bytes": machine.memory,
+                "source": machine.source,
+                "assumed_utilisation": machine.utilisation,
+                "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
+            },
+            "studies": [_facts(p) for p in plans],
+            "seconds": sum(p.seconds for p in plans),
+            "flops": sum(p.flops for p in plans),
+            "download_bytes": sum(p.download_bytes for p in plans),
+            "disk_bytes": sum(p.disk_bytes for p in plans),
+        }
+        if out is not None:
+            from sae_bias.runs.folder import RunFolder
+
+            RunFolder(out).write_json("plan", found)
+        _show(console, plans)
+        if len(plans) > 1:
+            console.say(f"in all: {_time(found['seconds'])}, {_size(found['download_bytes'])} to download, {_size(found['disk_bytes'])} of run folders")  # fmt: skip
+        console.note(
+            f"{machine.label}: {_rate(machine.bfloat16)} in bfloat16, {_rate(machine.float32)} in float32 ({machine.source}); "
+            f"assumed: {machine.utilisation:.0%} of it, files read at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s, tokens counted from words."
+        )
+        console.finish(found)
+
+
+def _checked(dtype: str) -> str:
+    from sae_bias.workflows.plan_shapes import BYTES
+
+    if dtype not in ("auto", *BYTES):
+        raise RequestError(f"--dtype {dtype!r}: expected auto, {', '.join(BYTES)}.")
+    return dtype
+
+
+def _show(console: Console, plans: "list[StudyPlan]") -> None:
+    models = [m for p in plans for m in p.models]
+    for study in plans:
+        machine = study.models[0].hardware
+        most = max(m.host_bytes if machine.is_cpu else m.device_bytes for m in study.models)
+        where = machine.label if machine.is_cpu else f"one {machine.label}"
+        console.say(
+            f"{study.name}: {_time(study.seconds)} on {where}, {_size(most)} of memory at most, "
+            f"{_size(study.download_bytes)} to download, {_size(study.disk_bytes)} for the run folder"
+        )
+        for model in study.models:
+            for line in model.advice():
+                console.say(f"  {model.model.name}: {line}")
+    console.table("Models", _totals(models), TOTAL_COLUMNS)
+    console.table("Steps", _steps(models), STEP_COLUMNS)
+
+
+def _totals(models: "list[ModelPlan]") -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "model": m.model.name,
+                "parameters": f"{m.model.n_params / 1e9:.2f} B" if m.model.n_params >= 1e8 else f"{m.model.n_params / 1e6:.1f} M",
+                "weights": f"{_size(m.weights)} ({m.dtype})",
+                "peak": _size(m.host_bytes if m.hardware.is_cpu else m.device_bytes),
+                "step": m.peak.name,
+                "fits": "yes" if m.fits else "no",
+                "time": _time(m.seconds),
+                "saes": f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
+                "download": _size(m.download_bytes),
+                "disk": _size(m.disk_bytes),
+            }
+            for m in models
+        ]
+    )  # fmt: skip
+
+
+def _steps(models: "list[ModelPlan]") -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "model": m.model.name,
+                "step": s.name,
+                "operations": f"{s.flops:.1e}" if s.flops else "",
+                "time": _time(s.seconds),
+                "device": _size(m.resident + s.device_bytes),
+                "parts": ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()),
+                "read": _size(s.read_bytes) if s.read_bytes else "",
+                "host": _size(s.host_bytes) if s.host_bytes else "",
+            }
+            for m in models
+            for s in m.steps
+        ]
+    )
+
+
+def _facts(study: "StudyPlan") -> dict[str, Any]:
+    return {
+        "study": study.name,
+        "seconds": study.seconds,
+        "flops": study.flops,
+        "download_bytes": study.download_bytes,
+        "disk_bytes": study.disk_bytes,
+        "models": [_model_facts(m) for m in study.models],
+    }
+
+
+def _model_facts(m: "ModelPlan") -> dict[str, Any]:
+    return {
+        "model": m.model.name,
+        "architecture": m.model.architecture,
+        "parameters": m.model.n_params,
+        "dtype": m.dtype,
+        "weights_bytes": m.weights,
+        "device_bytes": m.device_bytes,
+        "host_bytes": m.host_bytes,
+        "peak_step": m.peak.name,
+        "fits": m.fits,
+        "advice": m.advice(),
+        "cells": m.cells,
+        "saes": len(m.saes),
+        "features": sum(s.d_sae for s in m.saes),
+        "saes_not_counted": list(m.unknown_saes),
+        "sae_bytes": sum(s.n_bytes for s in m.saes),
+        "checkpoint_bytes": m.model.n_checkpoint_bytes,
+        "download_bytes": m.download_bytes,
+        "disk_bytes": m.disk_bytes,
+        "seconds": m.seconds,
+        "flops": m.flops,
+        "steps": [
+            {
+                "step": s.name,
+                "flops": s.flops,
+                "seconds": s.seconds,
+                "parts_bytes": s.parts,
+                "read_bytes": s.read_bytes,
+                "table_bytes": s.host_bytes,
+            }
+            for s in m.steps
+        ],
+    }
+
+
+def _size(n: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.0f} kB" if n else "nothing"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600 * 48:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"

@@ -1,0 +1,208 @@
+"""`sae-bias probe`: how much more harshly a model judges AI subjects."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.inputs import read_probe
+from sae_bias.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    ModelName,
+    Out,
+    Pairs,
+    Quiet,
+    Score,
+    Seed,
+    WordsFile,
+    example,
+)
+from sae_bias.cli.run_files import run_facts, save_run
+
+if TYPE_CHECKING:
+    from sae_bias.models.model import Model
+    from sae_bias.probe.words import Probe
+    from sae_bias.prompts.pairs import PromptPairs
+
+
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="The sentence in the user's turn, the stem prefilled in the model's turn."),
+]
+NoSoftcap = Annotated[
+    bool, typer.Option("--no-softcap", help="Without the final-logit softcap (Gemma 2 has one).")
+]
+AuditWords = Annotated[
+    bool,
+    typer.Option(
+        "--audit-words", help="Only list the words: which are one token, which are left out and why."
+    ),
+]
+WithChecks = Annotated[
+    bool,
+    typer.Option(
+        "--checks",
+        help="Also every check: words left out, random words, stems, scores, neutral subjects, nuisances.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "probe",
+        epilog=example("sae-bias probe organism:planted", "sae-bias probe organism:planted --pairs gender"),
+    )(probe)
+
+
+def probe(
+    model: ModelName,
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    score: Score = "mean_logit",
+    chat: Chat = False,
+    no_softcap: NoSoftcap = False,
+    audit_words: AuditWords = False,
+    checks: WithChecks = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the bias of a model over prompt pairs.
+
+    A pair is two prompts that differ in the subject only. Each is scored by the logits of evaluation words after it, and the bias is
+    the human prompt's score minus the AI prompt's: positive means that the AI is judged worse. The interval and p are clustered
+    over templates and entities; where the pairs bring mundane twins, the same bias on those stands beside it.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.measures.fidelity import gate_model
+        from sae_bias.models.load import load_model
+        from sae_bias.probe.run import run_probe
+        from sae_bias.prompts.load import load_pairs
+        from sae_bias.runs.copies import probe_facts
+        from sae_bias.runs.summary import bias_summary, gate_facts, headline
+
+        prompts = load_pairs(pairs)
+        chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)
+        loaded = load_model(model, device=device, dtype=dtype)
+        gate = gate_facts([], True, gate_model(loaded))
+        if chat:
+            from sae_bias.models.chat import chat_pairs
+
+            prompts = chat_pairs(loaded, prompts)
+        if audit_words:
+            _audit(console, loaded, prompts, chosen, out)
+            return
+        controls = bool(len(prompts.controls()))
+        result = run_probe(loaded, prompts, chosen, controls=controls, progress=console.progress)
+        frame, per_word = result.to_frame(), result.words()
+        summary = bias_summary(result)
+        excluded = [f"{w.word} ({w.reason})" for w in result.vocabulary.excluded]
+        tables = {"pairs": frame.assign(split="all"), "words": per_word}
+        checked = None
+        if checks:
+            from sae_bias.probe.checks import run_checks
+
+            checked = run_checks(loaded, prompts, chosen, seed=seed)
+            tables |= checked.run_tables()
+        if out is not None:
+            facts = run_facts(
+                loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, gate=gate, score=score, chat=chat,
+                probe=probe_facts(chosen, result.vocabulary),
+            )  # fmt: skip
+            save_run(out, facts, tables, summary)
+        if prompts.sides != ("human", "AI"):
+            console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
+        for line in headline(summary):
+            console.say(line)
+        if result.stat.reason:
+            console.say(f"no interval: {result.stat.reason}")
+        if excluded:
+            console.note(f"words left out: {', '.join(excluded)}")
+        first = per_word.sort_values("contribution", ascending=False, key=abs).head(8)
+        console.table(
+            "Words that carry it",
+            first,
+            {
+                "word": "word",
+                "side": "side",
+                "contribution": "adds to the bias",
+                "human": "after human",
+                "ai": "after AI",
+            },
+        )
+        if checked is not None:
+            shown = {
+                "check": "check",
+                "value": "value",
+                "ci_low": "from",
+                "ci_high": "to",
+                "p_value": "p",
+                "says": "",
+            }
+            console.table("Checks", checked.summary, shown)
+            for name, why in checked.skipped.items():
+                console.note(f"not checked: {name} ({why})")
+        console.finish(
+            {
+                "model": loaded.name,
+                "score": score,
+                "bias": result.bias,
+                "ci": list(result.ci),
+                "p_value": result.p_value,
+                "n_pairs": result.n_pairs,
+                "n_templates": result.stat.n_templates,
+                "n_entities": result.stat.n_entities,
+                "reason": result.stat.reason or None,
+                "control_bias": summary.get("control_bias"),
+                "difference_in_differences": summary.get("difference_in_differences"),
+                "words": per_word.to_dict(orient="records"),
+                "words_left_out": excluded,
+                "sides": list(prompts.sides),
+                "chat": chat,
+                "checks": None if checked is None else checked.summary.to_dict(orient="records"),
+                "not_checked": None if checked is None else checked.skipped,
+                "out": None if out is None else str(out),
+            }
+        )
+
+
+def _audit(console: Console, model: "Model", prompts: "PromptPairs", chosen: "Probe", out: Out) -> None:
+    """The word list under this tokenizer, with nothing measured."""
+    from sae_bias.probe.checks_words import audit_words
+
+    frame = audit_words(model, prompts, chosen)
+    if out is not None:
+        from sae_bias.runs.folder import RunFolder
+
+        with RunFolder(out).writing() as folder:
+            folder.write_table("word_audit", frame)
+    read = int(frame["read"].sum())
+    console.say(
+        f"{read} of {len(frame)} words are read under score={chosen.score} by the tokenizer of {model.name}"
+    )
+    if int(frame["trap"].sum()):
+        console.say(
+            f"{int(frame['trap'].sum())} words begin with another token when encoded alone (the prefix trap)"
+        )
+    columns = {
+        "word": "word",
+        "side": "side",
+        "tokens": "tokens",
+        "n_tokens": "n",
+        "read": "read",
+        "reason": "left out because",
+    }
+    console.table("Words", frame, columns)
+    console.finish(
+        {
+            "model": model.name,
+            "score": chosen.score,
+            "words": frame.to_dict(orient="records"),
+            "out": out and str(out),
+        }
+    )

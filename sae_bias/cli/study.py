@@ -1,0 +1,210 @@
+"""`sae-bias demo` and `sae-bias run`: a whole study, from the probe to the report."""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.inputs import ask_to_send
+from sae_bias.cli.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
+from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from sae_bias.workflows.replication import Replication
+    from sae_bias.workflows.study_file import Study
+
+
+SeedChoice = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", help="Seed of every random choice; the study's own by default.", show_default=False
+    ),
+]
+DeviceChoice = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda …; the study's own by default.", show_default=False),
+]
+DtypeChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="auto, float32, bfloat16, float16; the study's own by default.", show_default=False
+    ),
+]
+StandIns = Annotated[
+    bool,
+    typer.Option(
+        "--stand-ins",
+        help="For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.",
+    ),
+]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="With --cluster: copies of the model; as many as fit by default.",
+        show_default=False,
+    ),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        min=0,
+        help="With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.",
+        show_default=False,
+    ),
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Send the study's paid judge requests without asking.")
+]
+NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo", epilog=example("sae-bias demo"))(demo)
+    app.command("run", epilog=example("sae-bias run study.yaml --out runs/first"))(run)
+
+
+def demo(
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: SeedChoice = None,
+    device: DeviceChoice = None,
+    dtype: DtypeChoice = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole chain on a bundled model: probe, rank, suppress, probe again, report.
+
+    The model is a calibration organism: a tiny Gemma trained so that its double standard is known. Nothing here is a finding
+    about Gemma. Writes runs/demo under the current folder, with report.html in it.
+    """
+    _run(
+        None,
+        out or Path("runs/demo"),
+        Console(json, quiet),
+        pairs=pairs,
+        words=words,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
+    no_gate: NoGate = False,
+    shard: Shard = None,
+    cluster: ClusterAddress = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    stand_ins: StandIns = False,
+    yes: Yes = False,
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: SeedChoice = None,
+    device: DeviceChoice = None,
+    dtype: DtypeChoice = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study file: the probe, the ranking, the sweep and the report.
+
+    The file names the model, the SAEs and whatever differs from the defaults. Options given here stand above the file. What the
+    folder holds already is not run again. Writes runs/NAME under the current folder, or --out.
+    """
+    _run(
+        study,
+        out,
+        Console(json, quiet),
+        gate=not no_gate,
+        shard=parse_shard(shard),
+        cluster=cluster,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        stand_ins=stand_ins,
+        yes=yes,
+        pairs=pairs,
+        words=words,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _run(
+    path: Path | None,
+    out: Path | None,
+    console: Console,
+    *,
+    gate: bool = True,
+    shard: tuple[int, int] | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    stand_ins: bool = False,
+    yes: bool = False,
+    **given: Any,
+) -> None:
+    with console:
+        from sae_bias.integrations.ray import Cluster
+        from sae_bias.measures.fidelity import gate_lines
+        from sae_bias.runs.folder import RunFolder
+        from sae_bias.validation.stand_ins import StandIns
+        from sae_bias.workflows.study import load_study, run_study
+
+        if cluster is None and (workers, gpus_per_worker) != (None, None):
+            raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
+        study = load_study(path)
+        study = study.model_copy(update={key: value for key, value in given.items() if value is not None})
+        nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
+        if nodes is not None and shard is not None:
+            raise RequestError("--shard and --cluster both share out the cells; choose one.")
+        with nodes.connected() if nodes else nullcontext():
+            result = run_study(
+                study,
+                out=out or _folder(study),
+                gate=gate,
+                shard=shard,
+                executor=nodes.run if nodes else None,
+                loader=StandIns() if stand_ins else None,
+                confirm=lambda cost: yes or ask_to_send(cost),
+                progress=console.progress,
+            )
+        if str(study.model).startswith("organism:"):
+            console.note("A calibration organism: nothing here is a finding about Gemma.")
+        for line in result.headline():
+            console.say(line)
+        for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
+            console.note(line)
+        if shard is None:
+            console.say(f"report: {result.report}")
+        console.finish(
+            {
+                "study": study.name,
+                "model": study.model,
+                **result.summary,
+                "run": str(result.path),
+                "report": str(result.report),
+            }
+        )
+
+
+def _folder(study: "Study | Replication") -> Path:
+    """runs/NAME, with nothing in the name that a folder cannot have."""
+    return Path("runs") / (re.sub(r"[^\w.-]+", "-", study.name).strip(".-") or "study")

@@ -1,0 +1,365 @@
+"""`sae-bias sweep`: one feature turned down by steps, with controls and costs."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.inputs import EDITS, check_all, gate_line, make_edit, read_probe
+from sae_bias.cli.options import (
+    Device,
+    Dtype,
+    FeatureName,
+    Json,
+    ModelName,
+    Out,
+    Pairs,
+    Quiet,
+    Seed,
+    Shard,
+    WordsFile,
+    example,
+    parse_numbers,
+    parse_shard,
+)
+from sae_bias.cli.run_files import add_summary, run_facts, write_manifest
+from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from sae_bias.prompts.pairs import PromptPairs
+    from sae_bias.steering.edits import Intervention
+    from sae_bias.workflows.sweep import SweepResult
+
+
+STRENGTHS = {
+    "clamp": "0,-5,-10,-20,-40",
+    "scale": "0,0.25,0.5,0.75",
+    "cap": "0,1,2,4",
+    "steer": "-1,-2,-5,-10",
+}
+KINDS_OF_TEXT = ("neutral", "ai_nonspeech", "ai_speech")
+SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
+COLUMNS = {
+    "intervention": "intervention",
+    "strength": "strength",
+    "split": "split",
+    "bias": "bias",
+    "ci_low": "from",
+    "ci_high": "to",
+    "reduction": "reduction",
+    "specific_reduction": "specific",
+    "mean_abs_change": "mean |change|",
+    "kl_neutral": "KL neutral",
+    "kl_ai_nonspeech": "KL AI, no speech",
+    "kl_ai_speech": "KL AI speech",
+    "beta": "β",
+}
+IN_MAX = {"clamp": "0,-0.5,-1,-2,-4", "cap": "0,0.25,0.5,0.75", "steer": "-0.5,-1,-2,-4"}  # --unit max
+Edit = Annotated[
+    str, typer.Option("--edit", help=f"{', '.join(EDITS)}; several with commas between are all swept.")
+]
+Where = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        help="Where the edit acts: all, last, subject, prompt or generated (special tokens never); several with commas between.",
+    ),
+]
+Unit = Annotated[
+    str,
+    typer.Option(
+        "--unit",
+        help="What strengths count in: act (activations as they are) or max (the feature's largest on these prompts).",
+    ),
+]
+Strengths = Annotated[
+    str | None,
+    typer.Option(
+        "--strengths",
+        metavar='"0,-5,-10"',
+        help="Values with commas between; each edit has its own defaults.",
+        show_default=False,
+    ),
+]
+When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
+Controls = Annotated[
+    int,
+    typer.Option("--controls", min=0, help="At least so many matched and random controls of the first cell."),
+]
+Costs = Annotated[
+    bool, typer.Option("--costs/--no-costs", help="KL on three kinds of text, and the collapse test.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "sweep",
+        epilog=example(
+            'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
+            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
+            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
+        ),
+    )(sweep)
+
+
+def sweep(
+    model: ModelName,
+    feature: FeatureName,
+    edit: Edit = "clamp",
+    strengths: Strengths = None,
+    positions: Where = "all",
+    unit: Unit = "act",
+    when: When = "active",
+    controls: Controls = 99,
+    costs: Costs = True,
+    shard: Shard = None,
+    pairs: Pairs = None,
+    words: WordsFile = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the probe under one edit of a feature at several strengths.
+
+    The strength is chosen on the tune templates and its figure given on the report templates, which had no part in the choice.
+    Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
+    kept as soon as it is done, and the same command goes on where it stopped.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.models.load import load_model
+        from sae_bias.prompts.load import load_pairs
+        from sae_bias.runs.summary import gate_facts
+        from sae_bias.saes.load import as_feature, load_sae
+        from sae_bias.steering.controls import observed_max
+        from sae_bias.workflows.cells import Sweep
+        from sae_bias.workflows.sweep import run_sweep
+
+        part = parse_shard(shard)
+        if part is not None and out is None:
+            raise RequestError("--shard needs --out, the folder that all shards share.")
+        prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
+        kinds = _kinds(edit, strengths, unit, when)
+        _edits(
+            kinds, loaded_feature.ref, positions.split(","), when, 1.0
+        )  # a wrong request is told before the model loads
+        probe = read_probe(prompts, words)
+        splits = _splits(prompts, seed)
+        sae = load_sae(loaded_feature.ref.sae)
+        loaded = load_model(model, device=device, dtype=dtype)
+        gate = check_all(loaded, [sae], console)
+        size = observed_max(loaded, loaded_feature, prompts) if unit == "max" else 1.0
+        edits = _edits(kinds, loaded_feature.ref, positions.split(","), when, size)
+        plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=seed)
+        vocabulary = probe.vocabulary(loaded, [p.human for p in prompts] + [p.ai for p in prompts])
+        facts = run_facts(
+            loaded,
+            pairs=prompts,
+            vocabulary=vocabulary,
+            saes=[sae],
+            seed=seed,
+            gate=gate_facts(gate, True),
+            split=splits,
+        )
+        _start(out, part, facts)
+        result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
+        summary = summarise(result, str(loaded_feature.ref), loaded_feature.index)
+        _end(out, part, result, summary)
+        _show(console, result, summary, controls)
+        console.note(gate_line(gate))
+        cells = result.to_frame()
+        console.finish(
+            {
+                "model": loaded.name,
+                **summary,
+                "cells": cells[cells["kind"] != "control"].to_dict(orient="records"),
+                "gate": gate_facts(gate, True),
+                "out": None if out is None else str(result.path),
+            }
+        )
+
+
+def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
+    """Each kind of edit with its strengths, in the unit asked for."""
+    kinds = list(dict.fromkeys(kind.strip() for kind in edit.split(",")))
+    for kind in kinds:
+        if kind not in EDITS:
+            raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    if unit not in ("act", "max"):
+        raise RequestError(f"--unit {unit!r}: expected act or max.")
+    if kinds == ["ablate"] and strengths is not None:
+        raise RequestError(
+            "--edit ablate has no strength (a' = 0); leave --strengths out, or use --edit clamp."
+        )
+    if when != "active" and "clamp" not in kinds:
+        raise RequestError(f"--when is about clamp; {edit} has no such choice.")
+    usual = STRENGTHS | (IN_MAX if unit == "max" else {})
+    return {
+        kind: (None,)
+        if kind == "ablate"
+        else parse_numbers(usual[kind] if strengths is None else strengths, "--strengths")
+        for kind in kinds
+    }
+
+
+def _edits(
+    kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
+) -> "list[Intervention]":
+    """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
+    return [
+        make_edit(
+            kind,
+            feature,
+            value if value is None or kind == "scale" else value * size,
+            positions=where.strip(),
+            when=when if kind == "clamp" else "active",
+        )
+        for kind, values in kinds.items()
+        for where in positions
+        for value in values
+    ]
+
+
+def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
+    """Whole templates to tune on and to report on; None where there are too few for both."""
+    from sae_bias.stats.design import fewest_units, split_templates
+
+    if len(pairs.templates) < 2 * fewest_units():
+        return None
+    held = [p.template for p in pairs if p.corpus is False]
+    families = {p.template: p.family for p in pairs}
+    return split_templates(
+        pairs.templates, SPLIT_SHARES, seed, families=families, must_report=tuple(dict.fromkeys(held))
+    )
+
+
+def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any]) -> None:
+    """The manifest stands before the first cell, so that a stopped sweep says what it was."""
+    if out is None:
+        return
+    from sae_bias.runs.folder import RunFolder
+
+    folder = RunFolder(out, shard=shard)
+    with folder.writing():
+        write_manifest(folder, facts)
+
+
+def _end(
+    out: Path | None, shard: tuple[int, int] | None, result: "SweepResult", summary: dict[str, Any]
+) -> None:
+    if out is None:
+        return
+    from sae_bias.runs.folder import RunFolder
+
+    folder = RunFolder(out, shard=shard)
+    reported = result.frame[(result.frame["split"] == summary["split"]) & (result.frame["kind"] == "control")]
+    with folder.writing():
+        if len(reported):
+            table = reported[["feature", "label", "reduction"]].rename(
+                columns={"feature": "control", "label": "kind"}
+            )
+            folder.write_table("controls", table)
+        add_summary(folder, summary)
+
+
+def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:
+    """What a sweep found, as the report's summary has it.
+
+    Reduction, costs and controls are the first cell's (controls are made for it); `best_strength` is chosen on tune, its figure
+    given on report.
+    """
+    frame = result.frame
+    tune, report = ("tune", "report") if "report" in set(frame["split"]) else ("all", "all")
+    summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
+    reported = frame[frame["split"] == report]
+    candidates = reported[reported["kind"] == "candidate"]
+    if candidates.empty:
+        return summary
+    first = candidates.iloc[0]
+    summary["reduction"] = {"of": first["rule"], **_reduction(first)}
+    chosen = result.best(tune)
+    held = candidates[candidates["cell"] == chosen["cell"]].iloc[0]
+    summary["best_strength"] = {
+        "in_sample": {"strength": chosen["strength"], "label": chosen["rule"], **_reduction(chosen)},
+        "held_out": {}
+        if tune == report
+        else {"strength": held["strength"], "outside_observed": held["outside_observed"], **_reduction(held)},
+    }
+    if "kl_neutral" in frame:
+        summary["costs"] = {
+            k: {"kl_mean": first[f"kl_{k}"], "kl_p95": first[f"kl_p95_{k}"], "fired": first[f"fired_{k}"]}
+            for k in KINDS_OF_TEXT
+        }
+    controls = reported.loc[reported["kind"] == "control", "reduction"].to_numpy()
+    if len(controls):
+        summary["controls"] = _controls(float(first["reduction"]), controls)
+    return summary
+
+
+def _reduction(row: Any) -> dict[str, Any]:
+    return {
+        "reduction": row["reduction"],
+        "estimate": row["reduction"],
+        "ci_low": row["red_low"],
+        "ci_high": row["red_high"],
+        "overshoot": row["overshoot"],
+    }
+
+
+def _controls(reduction: float, values: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from sae_bias.steering.controls import empirical_p
+
+    median = float(np.median(values))
+    return {
+        "n": len(values),
+        "p_value": empirical_p(reduction, values),
+        "median": median,
+        "multiple_of_median": reduction / median if median else float("nan"),
+        "percentile95": float(np.quantile(values, 0.95)),
+    }
+
+
+def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+    frame, held_out = result.frame, summary["split"] == "report"
+    base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
+    where = "report templates" if held_out else "all templates"
+    console.say(
+        f"{summary['feature']['id']}: bias {base['bias']:+.3f} nats unsteered, on {where} ({base['n_pairs']} pairs)"
+    )
+    if cut := summary.get("reduction"):
+        console.say(f"{cut['of']}: reduction {_interval(cut)}, on {where}")
+    if best := summary.get("best_strength"):
+        chosen, held = best["in_sample"], best["held_out"] or best["in_sample"]
+        console.say(
+            f"best on {'tune' if held_out else 'the same'} templates: {chosen['label']}: reduction {_interval(held)}, on {where}"
+        )
+    if not held_out:
+        console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
+    if controls := summary.get("controls"):
+        console.say(
+            f"{controls['n']} controls of {summary['reduction']['of']}: median {_percent(controls['median'])}, 95th percentile "
+            f"{_percent(controls['percentile95'])}, p = {controls['p_value']:.3f}"
+        )
+    elif controls_wanted:
+        console.say(
+            "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
+        )
+    console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
+    if result.path is not None:
+        console.note(f"run folder: {result.path} (sae-bias report {result.path})")
+
+
+def _interval(cut: dict[str, Any]) -> str:
+    return f"{_percent(cut['estimate'])} [{_percent(cut['ci_low'])}, {_percent(cut['ci_high'])}]"
+
+
+def _percent(x: float) -> str:
+    return "undefined" if x != x else f"{100 * x:.1f} %"

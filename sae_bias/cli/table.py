@@ -1,0 +1,155 @@
+"""`sae-bias table`: where a feature fires, subjects by statements."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae_bias.cli.console import Console
+from sae_bias.cli.inputs import check_all, gate_line
+from sae_bias.cli.options import (
+    Device,
+    Dtype,
+    FeatureName,
+    GridFile,
+    Json,
+    ModelName,
+    Out,
+    Quiet,
+    Seed,
+    example,
+)
+from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_bias.discovery.tables import ActivationTable
+
+
+FORMATS = ("csv", "md", "latex")
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="Print subjects × statements whole, as csv, md or latex.", show_default=False
+    ),
+]
+At = Annotated[
+    str, typer.Option("--positions", help="last: at the last token; max: the largest over ordinary tokens.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        "table",
+        epilog=example(
+            "sae-bias table organism:planted organism:planted/constructed#0",
+            "sae-bias table organism:planted organism:planted/constructed#0 --format csv > table.csv",
+        ),
+    )(table)
+
+
+def table(
+    model: ModelName,
+    feature: FeatureName,
+    grid: GridFile = None,
+    format: Format = None,
+    positions: At = "last",
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show how strongly a feature fires for each subject and statement.
+
+    The bundled grid crosses AI, human, animal and object subjects with speech and non-speech statements that are matched in length
+    and tense. A feature of AI speech fires in one corner only. Nothing here is drawn at random; --seed is kept in the manifest.
+    """
+    with Console(json, quiet) as console:
+        from sae_bias.discovery.tables import activation_table
+        from sae_bias.models.load import load_model
+        from sae_bias.prompts.load import load_grid
+        from sae_bias.runs.summary import gate_facts
+        from sae_bias.saes.load import as_feature, load_sae
+
+        if format is not None and format not in FORMATS:
+            raise RequestError(f"--format {format!r}: expected one of {', '.join(FORMATS)}.")
+        prompts, loaded_feature = load_grid(grid), as_feature(feature)
+        sae = load_sae(loaded_feature.ref.sae)
+        loaded = load_model(model, device=device, dtype=dtype)
+        gate = check_all(loaded, [sae], console)
+        result = activation_table(loaded, loaded_feature, prompts, positions=positions)
+        if out is not None:
+            facts = run_facts(
+                loaded, grid=prompts, saes=[sae], seed=seed, gate=gate_facts(gate, True), positions=positions
+            )
+            save_run(
+                out,
+                facts,
+                {"activation": result.long()},
+                {"feature": {"id": str(result.feature), "index": result.feature.index}},
+            )
+        if format is not None and not json:
+            console.say(render(result.to_frame(), format).rstrip("\n"))
+        else:
+            _show(console, result)
+            console.note(gate_line(gate))
+        rows = result.long()[["subject", "group", "statement", "act", "match", "content", "activation"]]
+        console.finish(
+            {
+                "model": loaded.name,
+                "feature": str(result.feature),
+                "positions": positions,
+                "max": float(result.activations.max()),
+                "rows": rows.astype(object).where(rows.notna(), None).to_dict(orient="records"),
+                "out": None if out is None else str(out),
+            }
+        )
+
+
+def _show(console: Console, result: "ActivationTable") -> None:
+    frame = result.long()
+    firing = int((frame["activation"] > 0).sum())
+    console.say(
+        f"{result.feature} fires on {firing} of {len(frame)} prompts, at most {frame['activation'].max():.3f}"
+    )
+    by_subject = frame.pivot_table(
+        index=["group", "subject"], columns="act", values="activation", aggfunc="mean", sort=False
+    )
+    acts = [a for a in ("speech", "nonspeech", "control") if a in by_subject]
+    console.table(
+        "Mean activation",
+        by_subject[acts].reset_index(),
+        {"group": "group", "subject": "subject", **{a: a for a in acts}},
+    )
+
+
+def render(frame: "pd.DataFrame", format: str) -> str:
+    """Subjects × statements as text."""
+    if format == "csv":
+        return frame.to_csv(float_format="%.4f")
+    escape = _latex if format == "latex" else _markdown
+    head = [escape(str(c)) for c in ("subject", *frame.columns)]
+    rows = [
+        [escape(str(i)), *("" if v != v else f"{v:.3f}" for v in row)]
+        for i, row in zip(frame.index, frame.to_numpy(), strict=True)
+    ]
+    if format == "md":
+        lines = [head, ["---", *["---:"] * len(frame.columns)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = "\n".join(f"{' & '.join(row)} \\\\" for row in rows)
+    return f"\\begin{{tabular}}{{l{'r' * len(frame.columns)}}}\n\\hline\n{' & '.join(head)} \\\\\n\\hline\n{body}\n\\hline\n\\end{{tabular}}"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _latex(text: str) -> str:
+    escapes = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(escapes.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

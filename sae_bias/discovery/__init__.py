@@ -1,0 +1,1 @@
+"""Finding features: tables, contrasts, attribution, ranking, causal analysis, dashboards, matching."""

@@ -1,0 +1,329 @@
+"""The causal ladder of one feature: what it does to the bias, in the light of what any edit at its place could do (METHOD §2).
+
+    ceiling      human → AI residual interchange at the feature's layer, over the words after the subject
+    necessity    ablation: bias removed, also as a share of the ceiling
+    sufficiency  the feature set to its AI value in the human prompts: does the penalty appear?
+    error        interchange of the SAE's error alone: the part of the bias no feature of this SAE holds
+    direct       a·W_dec[f] read by the unembedding with the final norm frozen; the rest of the ablation is mediated by later layers
+
+Without it a feature that "switches to judging" and one that "writes the word *dangerous*" look alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sae_bias.core.errors import RequestError
+from sae_bias.discovery.attribution import score_coefficients, weighted_score
+from sae_bias.discovery.logit_lens import norm_eps, norm_gain
+from sae_bias.models.forward import Final, Kept, forward_with_grad
+from sae_bias.models.model import Model
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.words import Probe, default_probe
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.saes.ids import FeatureRef
+from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.sae import Feature, Sae, check_fits
+from sae_bias.saes.stream import acts_blocks
+from sae_bias.stats.clustered import Clustered, clustered_mean
+from sae_bias.steering.edits import Ablate
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.interchange import AI, HUMAN, Interchange
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+MOST_LAYERS = 9
+MOST_POSITIONS = 8
+MEANING = {
+    "ceiling": "AI prompts given the human residual after the subject: what any edit there could remove",
+    "necessity": "feature ablated: bias removed",
+    "resample": "AI prompts given the feature's human value after the subject: bias removed",
+    "sufficiency": "human prompts given the feature's AI value after the subject: bias that appears",
+    "reverse ceiling": "human prompts given the AI residual after the subject: what any edit there could bring about",
+    "all features": "AI prompts given the human reconstruction: what this SAE's features together could remove",
+    "error": "AI prompts given the human SAE error: the part of the bias outside the SAE",
+    "direct": "of the ablation, what W_dec writes straight to the evaluation words (final norm frozen)",
+    "mediated": "of the ablation, the rest: what later layers make of the feature",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Ladder:
+    """The rungs of one feature, each in nats of bias with its interval."""
+
+    feature: FeatureRef
+    base: ProbeResult
+    rungs: pd.DataFrame
+    """rung, effect (nats of bias), ci_low, ci_high, share_of_bias, share_of_ceiling, n_pairs, meaning."""
+    ceilings: pd.DataFrame
+    """layer, offset from the last token (None: the whole suffix), effect, share_of_bias, n_pairs."""
+    words: pd.DataFrame
+    """word, side, direct: logit written per unit of activation, final norm frozen at its mean size."""
+    layer: int
+    note: str = ""
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.rungs.copy()
+
+    def __getitem__(self, rung: str) -> float:
+        """One rung's effect in nats."""
+        return float(self.rungs.set_index("rung").loc[rung, "effect"])  # type: ignore[arg-type]
+
+    def plot(self) -> go.Figure:
+        """The rungs with their intervals, and the ceiling at every layer and position."""
+        from sae_bias.figures.features import ladder_figure
+
+        return ladder_figure(self.rungs, self.ceilings, str(self.feature), self.layer, self.base.bias)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Ladder of {self.feature}: unsteered bias {self.base.bias:+.3f} nats, {self.base.n_pairs} pairs"
+        ]
+        for row in self.rungs.to_dict("records"):
+            share = row["share_of_ceiling"]
+            of = f", {share:.0%} of its ceiling" if math.isfinite(share) else ""
+            lines.append(
+                f"  {row['rung']:<16}{row['effect']:+8.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]  {row['share_of_bias']:.0%} of the bias{of}"
+            )
+        return "\n".join(lines + ([f"  {self.note}"] if self.note else []))
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<p>{escape(repr(self).splitlines()[0])}</p>" + self.rungs.round(3).to_html(
+            escape=True, index=False
+        )
+
+
+def causal_ladder(
+    model: Model,
+    feature: Feature | FeatureRef | str,
+    pairs: PromptPairs,
+    probe: Probe | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: int = MOST_POSITIONS,
+    progress: bool = False,
+) -> Ladder:
+    """The causal ladder of `feature`.
+
+    Args:
+        layers: where the ceiling is measured; by default all of a small model, else nine spread over the depth and the
+            feature's own. The feature's own layer is always among them.
+        positions: how many single positions from the end; 0 measures the whole suffix only.
+
+    Raises:
+        RequestError: a feature that does not fit the model; pairs whose two prompts share no ending; no bias to explain.
+    """
+    loaded = as_feature(feature)
+    check_fits(model, loaded)
+    engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
+    exchange = Interchange(engine)
+    if not exchange.longest:
+        raise RequestError(
+            "the two prompts of each pair share no ending, so nothing can be interchanged; end both in the same words."
+        )
+    rows, note = _rungs(engine, exchange, loaded)
+    where = _layers(model, loaded.site.layer, layers)
+    ceilings = _ceilings(exchange, where, min(positions, exchange.longest), progress)
+    return Ladder(loaded.ref, engine.base, rows, ceilings, _words(engine, loaded), loaded.site.layer, note)
+
+
+def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tuple[pd.DataFrame, str]:
+    base, layer = engine.base, feature.site.layer
+    ablated = engine.run([Ablate(feature)])[0].pair_bias
+    removed = {
+        "ceiling": base.pair_bias - exchange.bias(layer, AI, None, "residual"),
+        "necessity": base.pair_bias - ablated,
+        "resample": base.pair_bias - exchange.bias(layer, AI, _feature_part(feature), "feature"),
+        "sufficiency": base.pair_bias - exchange.bias(layer, HUMAN, _feature_part(feature), "feature"),
+        "reverse ceiling": base.pair_bias - exchange.bias(layer, HUMAN, None, "residual"),
+    }
+    note = ""
+    sae = _whole_sae(feature)
+    if sae is None:
+        note = "all features, error: not measured, the feature belongs to no SAE that can be loaded"
+    else:
+        part = _reconstruction(sae)
+        removed["all features"] = base.pair_bias - exchange.bias(layer, AI, part, "reconstruction")
+        removed["error"] = base.pair_bias - exchange.bias(layer, AI, lambda x: x - part(x), "error")
+    if base.probe.score == "auroc":
+        note = "; ".join(filter(None, [note, 'direct, mediated: score="auroc" has no gradient']))
+    else:
+        direct = direct_effect(engine, feature)
+        removed |= {"direct": direct, "mediated": base.pair_bias - ablated - direct}
+    stats = {rung: clustered_mean(values, *base.clusters) for rung, values in removed.items()}
+    of = {"sufficiency": stats["reverse ceiling"].mean, "reverse ceiling": math.nan, "ceiling": math.nan}
+    if abs(stats["necessity"].mean) > 1.05 * abs(stats["ceiling"].mean):
+        more = "ablation does more than the ceiling: it also acts on the subject's own tokens, or it damages; see resample"
+        note = "; ".join(filter(None, [note, more]))
+    rows = [
+        _row(rung, stat, base.bias, of.get(rung, stats["ceiling"].mean), len(base.pair_bias))
+        for rung, stat in stats.items()
+    ]
+    return pd.DataFrame(rows), note
+
+
+def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dict[str, object]:
+    low, high = stat.ci
+    return {
+        "rung": rung,
+        "effect": stat.mean,
+        "ci_low": low,
+        "ci_high": high,
+        "share_of_bias": stat.mean / bias if bias else math.nan,
+        "share_of_ceiling": stat.mean / ceiling if ceiling else math.nan,
+        "n_pairs": n,
+        "meaning": MEANING[rung],
+    }
+
+
+def _feature_part(feature: Feature):
+    """a·δ at every row."""
+    return lambda x: feature.activation(x)[:, None] * feature.w_dec.to(x.device)
+
+
+def _reconstruction(sae: Sae):
+    def part(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        out = sae.b_dec.to(x.device).expand(len(x), -1).clone()
+        for _, acts, rows in acts_blocks(sae, x, decoder=True):
+            assert rows is not None
+            out += acts @ rows
+        return out
+
+    def whole(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        return torch.cat([sae.decode(sae.encode(rows)) for rows in x.split(1024)])
+
+    return part if sae.reduces_to_one_row else whole
+
+
+def _whole_sae(feature: Feature) -> Sae | None:
+    if feature.whole is not None:
+        return feature.whole
+    try:
+        return load_sae(feature.ref.sae)
+    except RequestError:
+        return None
+
+
+# --- the ceiling everywhere ------------------------------------------------------------------------------
+def _layers(model: Model, own: int, given: Sequence[int] | None) -> list[int]:
+    if given is not None:
+        bad = [layer for layer in given if not 0 <= layer < model.n_layers]
+        if bad:
+            raise RequestError(f"layers {bad} do not exist in {model.name}: 0 to {model.n_layers - 1}.")
+        return sorted({*given, own})
+    spread = np.linspace(0, model.n_layers - 1, min(MOST_LAYERS, model.n_layers)).round().astype(int)
+    return sorted({*(int(i) for i in spread), own})
+
+
+def _ceilings(exchange: Interchange, layers: Sequence[int], positions: int, progress: bool) -> pd.DataFrame:
+    base = exchange.engine.base
+    rows = []
+    places: list[int | None] = [None, *range(positions)]
+    with tqdm(
+        total=len(layers) * len(places), desc="ceiling", unit="place", disable=not progress, leave=False
+    ) as bar:
+        for layer in layers:
+            for offset in places:
+                has = exchange.suffix > (0 if offset is None else offset)
+                change = (
+                    base.pair_bias - exchange.bias(layer, AI, None, "residual", offset=offset) if has.any() else base.pair_bias
+                )[has]  # fmt: skip
+                effect = float(change.mean()) if has.any() else math.nan
+                share = effect / float(base.pair_bias[has].mean()) if has.any() else math.nan
+                rows.append(
+                    {"layer": layer, "offset": offset, "effect": effect, "share_of_bias": share, "n_pairs": int(has.sum())}
+                )  # fmt: skip
+                bar.update()
+    return pd.DataFrame(rows).astype({"offset": "Int64"})
+
+
+# --- the direct path ---------------------------------------------------------------------------------------
+def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n_pairs"]:
+    """Bias of each pair that ablation removes along the direct path: a·δ read by the unembedding, final norm frozen.
+
+    The scored position is the only one whose residual the unembedding reads, so the direct path is
+    Σ_words (∂s/∂z_w)·(∂z_w/∂r · a·δ) with r the last residual and the norm's scale held at its value.
+    """
+    plan, model, layer = engine.reading.plan, engine.model, feature.site.layer
+    coefficients, normaliser = score_coefficients(engine, of="score")
+    per_prompt = np.zeros(plan.n_sequences)
+    for k, batch in enumerate(plan.batches):
+        x = engine.engine.runner.kept(layer)[k]
+        with torch.no_grad():
+            resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
+            written = feature.activation(x[:, -1].float())[:, None] * feature.w_dec.to(x.device)
+        assert resid is not None
+        r = resid.detach().float().requires_grad_(True)
+        with torch.enable_grad():
+            final = _Frozen(model, r)
+            value = weighted_score(engine, final, batch, coefficients, normaliser)
+            (grad,) = torch.autograd.grad(value, r)
+        per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
+    by_prompt = per_prompt.reshape(len(plan.prompts), -1).sum(1)
+    place = np.asarray(engine.reading._place)
+    return by_prompt[place[:, HUMAN]] - by_prompt[place[:, AI]]
+
+
+class _Frozen(Final):
+    """The end of a forward pass whose final norm keeps its scale: linear in the residual up to the softcap."""
+
+    def __init__(self, model: Model, resid: Tensor):
+        super().__init__(model, resid)
+
+    def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
+        assert self.resid is not None
+        w, b = self.model.rows(range(self.model.d_vocab) if token_ids is None else token_ids)
+        z = frozen_norm(self.model, self.resid, self.resid.detach()) @ w.T
+        z = z if b is None else z + b
+        cap = self.model.softcap if softcap else None
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def frozen_norm(
+    model: Model, x: Float[Tensor, "*b d_model"], at: Float[Tensor, "*b d_model"]
+) -> Float[Tensor, "*b d_model"]:
+    """The final norm of x with its scale taken from `at`: x ⊙ g / rms(at), centred first in a LayerNorm."""
+    gain, bias = norm_gain(model)
+    eps = norm_eps(model.final_norm)
+    if isinstance(model.final_norm, nn.LayerNorm):
+        scale = at.var(-1, keepdim=True, unbiased=False).add(eps).rsqrt()
+        return (x - x.mean(-1, keepdim=True)) * scale * gain + bias
+    return x * at.pow(2).mean(-1, keepdim=True).add(eps).rsqrt() * gain + bias
+
+
+def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:
+    """Logit that one unit of the feature writes to each evaluation word, the norm at its mean size on the AI prompts."""
+    model, plan, layer = engine.model, engine.reading.plan, feature.site.layer
+    scales = []
+    for k, batch in enumerate(plan.batches):
+        kept = Kept(layer, engine.engine.runner.kept(layer)[k])
+        with torch.no_grad():
+            resid = forward_with_grad(model, batch.tokens, resume=kept).last().resid
+        assert resid is not None
+        scales.append(resid.float().pow(2).mean(-1).rsqrt().flatten())
+    unit = feature.w_dec.to(model.device)
+    if isinstance(model.final_norm, nn.LayerNorm):
+        unit = unit - unit.mean()
+    written = unit * norm_gain(model)[0] * torch.cat(scales).mean()
+    w, _ = model.rows(plan.row_ids)
+    logit = dict(zip(plan.row_ids, (w @ written.to(w.device)).tolist()))
+    return pd.DataFrame(
+        [
+            {"word": v.word, "side": "positive" if v.positive else "negative", "direct": logit[v.tokens[0]]}
+            for v in engine.base.vocabulary.kept
+        ]
+    )

@@ -1,0 +1,461 @@
+"""Statistics of every feature of one or many SAEs on prompts: separation, and the 2 × 2 interaction (METHOD §2).
+
+    separation   AI against human prompts at the last token: mean difference, AUROC, firing rates, paired t over templates
+    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, and on held-out ones the lower bound of
+                 min(AS - AN, AS - HS, AS - DS)
+
+Corrected p: Westfall–Young max-T over one shared set of sign-flips, the family being every feature of every SAE scanned. A
+silent feature is a member of the family with t = 0; it costs no arithmetic. Leave-one-out: the same statistic with each
+entity (each AI or human subject) dropped in turn, held against the family's own null; a call survives only if the worst does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_bias.core.errors import RequestError
+from sae_bias.models.model import Model
+from sae_bias.models.residuals import read_residuals
+from sae_bias.prompts.grid import PromptGrid
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.saes.sae import Sae
+from sae_bias.saes.stream import LiveBlock, live_blocks
+from sae_bias.stats.design import fewest_units, split_templates
+from sae_bias.stats.features import (
+    MaxT,
+    activation_variance_floor,
+    auroc,
+    benjamini_hochberg,
+    lower_bound_min,
+    paired_t,
+)
+
+ALPHA = 0.05
+DENSE = 0.10
+CALL_SHARES = {"discover": 0.6, "report": 0.4}
+Split = Mapping[str, Sequence[str]]
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One row a feature, in the SAEs' own order, and what the calls rest on."""
+
+    frame: pd.DataFrame
+    n_units: int
+    note: str = ""
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+# --- the scan ------------------------------------------------------------------------------------------
+class _Columns:
+    """Statistics of every feature: silent ones keep the defaults, live ones are filled in block by block."""
+
+    def __init__(self, saes: Sequence[Sae], defaults: Mapping[str, float | bool]):
+        self.saes, self.n = list(saes), sum(s.d_sae for s in saes)
+        self.values = {name: np.full(self.n, value) for name, value in defaults.items()}
+        self.live: list[Array] = []
+
+    def fill(self, offset: int, block: LiveBlock, values: Mapping[str, Array]) -> None:
+        place = offset + block.index
+        self.live.append(place)
+        for name, value in {**values, "density": block.density}.items():
+            self.values.setdefault(name, np.full(self.n, np.nan))[place] = value
+
+    @property
+    def place(self) -> Array:
+        """Rows of the live features, in the order they were filled."""
+        return np.concatenate(self.live) if self.live else np.empty(0, dtype=np.int64)
+
+    def frame(self) -> pd.DataFrame:
+        frame = pd.concat([feature_names(sae) for sae in self.saes], ignore_index=True).assign(**self.values)
+        frame["dead"] = True
+        frame.loc[self.place, "dead"] = False
+        frame["dense"] = frame["density"].to_numpy() > DENSE
+        return frame
+
+
+def _scan(
+    saes: Sequence[Sae],
+    resid: Mapping[int, Tensor],
+    neutral: Mapping[int, Tensor],
+    defaults: Mapping[str, float | bool],
+    statistics: Callable[[Array], Mapping[str, Array]],
+    describe: str,
+    progress: bool,
+) -> _Columns:
+    """Run `statistics` (activations [n_prompts, m] → columns) over every live feature."""
+    columns, offset = _Columns(saes, {**defaults, "density": np.nan}), 0
+    for sae in tqdm(saes, desc=describe, unit="SAE", disable=not progress, leave=False):
+        for block in live_blocks(sae, resid[sae.site.layer], neutral[sae.site.layer]):
+            if len(block.index):
+                columns.fill(offset, block, statistics(block.acts))
+        offset += sae.d_sae
+    return columns
+
+
+def _add_tests(
+    columns: _Columns, family: MaxT | None, loo_t: Sequence[Array], units: str, call: str
+) -> tuple[pd.DataFrame, str]:
+    """Adds t, corrected p, the leave-one-out p and the call; says in words where the design is too small for one."""
+    n_units, needed = 0 if family is None else family.n_units, fewest_units(ALPHA)
+    frame = columns.frame()
+    if family is None:
+        frame[["t", "p_fwer", "q_bh", "loo_t", "loo_p"]] = np.nan
+    else:
+        t, p, raw = np.zeros(columns.n), np.ones(columns.n), np.ones(columns.n)
+        if family.n_features:
+            result = family.result()
+            t[columns.place], p[columns.place], raw[columns.place] = result.t, result.p_fwer, result.p_raw
+        frame["t"], frame["p_fwer"], frame["q_bh"] = t, p, benjamini_hochberg(raw)
+        frame["loo_t"], frame["loo_p"] = np.nan, np.nan
+        if loo_t:
+            worst = np.concatenate(loo_t)
+            same_sign = np.sign(worst) == np.sign(t[columns.place])
+            frame.loc[columns.place, "loo_t"] = worst
+            frame.loc[columns.place, "loo_p"] = np.where(same_sign, family.p_of(worst), 1.0)
+    if n_units < needed:
+        frame[call] = frame["survives_loo"] = "undetermined"
+        return frame, f"{call}: undetermined, {n_units} {units} given and at least {needed} needed"
+    frame[call] = np.where(frame["p_fwer"] <= ALPHA, "yes", "no")
+    frame["survives_loo"] = _yes_no(
+        (frame[call] == "yes") & (frame["loo_p"] <= ALPHA), frame["loo_p"].notna()
+    )
+    return frame, ""
+
+
+def _yes_no(yes: Array | pd.Series, known: Array | pd.Series) -> Array:
+    return np.where(np.asarray(yes), "yes", np.where(np.asarray(known), "no", "undetermined"))
+
+
+def _toward_zero(full: Array, dropped: Sequence[Array]) -> Array:
+    """The t furthest against `full`'s sign among those with one entity dropped."""
+    signs = np.where(full < 0, -1.0, 1.0)
+    return signs * np.min([signs * t for t in dropped], axis=0)
+
+
+# --- separation ----------------------------------------------------------------------------------------
+def separation(
+    model: Model,
+    saes: Sequence[Sae],
+    pairs: PromptPairs,
+    *,
+    held: PromptPairs | None = None,
+    max_view: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scan:
+    """AI against human prompts for every feature; `held` pairs give `held_auroc` and `held_mean_diff` only.
+
+    `max_view` adds `auroc_max` and `mean_diff_max`, of the maximum over ordinary tokens: descriptive, in no test.
+    """
+    n = len(pairs)
+    prompts = [p.human for p in pairs] + [p.ai for p in pairs]
+    prompts += [] if held is None else [p.human for p in held] + [p.ai for p in held]
+    last, neutral, everywhere = read_residuals(
+        model, prompts, [s.site.layer for s in saes], everywhere=max_view
+    )
+    units = _averages([p.template for p in pairs])
+    entities = [p.entity for p in pairs]
+    names = list(dict.fromkeys(entities)) if len(set(entities)) > 1 else []
+    without = [_averages([p.template for p in pairs], keep=[e != left for e in entities]) for left in names]
+    without = [w for w in without if len(w) == len(units)]  # leaving it out must not lose a template
+    family = MaxT(len(units), seed=seed) if len(units) > 1 else None
+    loo: list[Array] = []
+
+    def statistics(a: Array) -> dict[str, Array]:
+        human, ai = a[:n], a[n : 2 * n]
+        out = _two_sides(ai, human)
+        if family is not None:
+            floor = activation_variance_floor(a[: 2 * n])
+            contrast = units @ (ai - human)
+            family.add(contrast, floor)
+            if without:
+                full = paired_t(contrast, floor).t
+                loo.append(_toward_zero(full, [paired_t(w @ (ai - human), floor).t for w in without]))
+        if held is not None:
+            h, m = a[2 * n : 2 * n + len(held)], a[2 * n + len(held) :]
+            out |= {"held_auroc": auroc(m, h), "held_mean_diff": (m - h).mean(0)}
+        return out
+
+    defaults = {"auroc": 0.5, "mean_human": 0.0, "mean_ai": 0.0, "mean_diff": 0.0, "fire_human": 0.0, "fire_ai": 0.0, "fire_diff": 0.0}  # fmt: skip
+    if held is not None:
+        defaults |= {"held_auroc": 0.5, "held_mean_diff": 0.0}
+    columns = _scan(saes, last, neutral, defaults, statistics, "separation", progress)
+    frame, note = _add_tests(columns, family, loo, "templates", "separates")
+    if everywhere is not None:
+        _add_max_view(frame, saes, everywhere, n)
+    return Scan(frame, len(units), note)
+
+
+def _two_sides(ai: Array, human: Array) -> dict[str, Array]:
+    return {
+        "auroc": auroc(ai, human),
+        "mean_human": human.mean(0),
+        "mean_ai": ai.mean(0),
+        "mean_diff": (ai - human).mean(0),
+        "fire_human": (human > 0).mean(0),
+        "fire_ai": (ai > 0).mean(0),
+        "fire_diff": (ai > 0).mean(0) - (human > 0).mean(0),
+    }
+
+
+def _add_max_view(
+    frame: pd.DataFrame, saes: Sequence[Sae], everywhere: Mapping[int, tuple[Tensor, Tensor]], n: int
+) -> None:
+    """Separation of the maximum over ordinary tokens, beside that of the last token."""
+    area, difference, offset = np.full(len(frame), 0.5), np.zeros(len(frame)), 0
+    for sae in saes:
+        rows, owner = everywhere[sae.site.layer]
+        first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
+        for block in live_blocks(sae, rows):
+            top = np.maximum.reduceat(block.acts, first, axis=0)
+            area[offset + block.index] = auroc(top[n : 2 * n], top[:n])
+            difference[offset + block.index] = (top[n : 2 * n] - top[:n]).mean(0)
+        offset += sae.d_sae
+    frame["auroc_max"], frame["mean_diff_max"] = area, difference
+
+
+# --- interaction ---------------------------------------------------------------------------------------
+CELLS = {
+    "AS": ("ai", "speech"),
+    "AN": ("ai", "nonspeech"),
+    "HS": ("human", "speech"),
+    "HN": ("human", "nonspeech"),
+    "DS": ("animal", "speech"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Averaging matrices [n_matches, n_prompts] of each cell, one of whose subjects may be left out."""
+
+    prompts: tuple[int, ...]
+    """Places in the grid of the prompts that belong to a cell."""
+    matches: tuple[str, ...]
+    rows: dict[str, dict[str, list[tuple[int, str]]]]
+    """Cell → matched pair → (row among `prompts`, subject)."""
+
+    def averages(self, matches: Sequence[str], without: str | None = None) -> dict[str, Array]:
+        out = {}
+        for cell, by_match in self.rows.items():
+            matrix = np.zeros((len(matches), len(self.prompts)))
+            for i, match in enumerate(matches):
+                kept = [row for row, subject in by_match[match] if subject != without]
+                matrix[i, kept] = 1 / len(kept)
+            out[cell] = matrix
+        return out
+
+    def droppable(self) -> list[str]:
+        """AI and human subjects that can be left out without emptying a cell."""
+        found = []
+        for subject in dict.fromkeys(s for by in self.rows.values() for rows in by.values() for _, s in rows):
+            cells = [by for cell, by in self.rows.items() if cell != "DS"]
+            mine = any(s == subject for by in cells for rows in by.values() for _, s in rows)
+            full = all(
+                any(s != subject for _, s in rows) for by in self.rows.values() for rows in by.values()
+            )
+            if mine and full:
+                found.append(subject)
+        return found
+
+
+def interaction(
+    model: Model,
+    saes: Sequence[Sae],
+    grid: PromptGrid,
+    *,
+    split: Split | None = None,
+    max_view: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scan:
+    """The interaction of every feature, its test on discover statements and its size on held-out ones."""
+    cells = _cells(grid)
+    ranked = [m for m in cells.matches if split is None or m in set(split["discover"])]
+    if not ranked:
+        raise RequestError("none of the discover statements of the split is a matched pair of this grid.")
+    held = _call_split(grid, cells.matches, split, seed)
+    has_dog = "DS" in cells.rows
+    prompts = [grid[i].text for i in cells.prompts]
+    last, neutral, everywhere = read_residuals(
+        model, prompts, [s.site.layer for s in saes], everywhere=max_view
+    )
+    discover, report = held.get("discover", ()), held.get("report", ())
+    family = MaxT(len(discover), seed=seed) if len(discover) > 1 else None
+    everything = cells.averages(ranked)
+    testing, sizing = cells.averages(discover), cells.averages(report)
+    without = [(cells.averages(discover, s), cells.averages(report, s)) for s in cells.droppable()]
+    loo_t: list[Array] = []
+    loo_size: list[Array] = []
+
+    def statistics(a: Array) -> dict[str, Array]:
+        means = {c: m @ a for c, m in everything.items()}
+        out = {f"mean_{c}": m.mean(0) for c, m in means.items()} | {
+            "interaction": interaction_contrast(means).mean(0)
+        }
+        if family is not None:
+            floor = activation_variance_floor(a)
+            contrast = interaction_contrast({c: m @ a for c, m in testing.items()})
+            family.add(contrast, floor)
+            if without:
+                full = paired_t(contrast, floor).t
+                dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left, _ in without]
+                loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
+        if len(report) > 1 and has_dog:
+            out |= held_out_size({c: m @ a for c, m in sizing.items()})
+            shares = [_size({c: m @ a for c, m in left.items()}) for _, left in without]
+            loo_size.append(np.min(shares, axis=0) if shares else np.full(a.shape[1], np.nan))
+        return out
+
+    columns = _scan(saes, last, neutral, {"interaction": 0.0, **{f"mean_{c}": 0.0 for c in cells.rows}}, statistics, "interaction", progress)  # fmt: skip
+    frame, note = _add_tests(columns, family, loo_t, "matched statement pairs", "ai_speech")
+    for name in ("held_bound", "held_AS", "held_AN", "held_HS", "held_DS", "held_interaction"):
+        if name not in frame:
+            frame[name] = np.nan
+    size = np.full(len(frame), np.nan)
+    if loo_size:
+        size[columns.place] = np.concatenate(loo_size)
+    note = _call_ai_speech(frame, size, held, has_dog, note)
+    if everywhere is not None:
+        _add_interaction_max(frame, saes, everywhere, everything)
+    return Scan(frame, len(ranked), note, held)
+
+
+def interaction_contrast(means: Mapping[str, Array]) -> Array:
+    """(AS - AN) - (HS - HN) of each matched pair and feature, from cell means [n_matches, m]."""
+    return (means["AS"] - means["AN"]) - (means["HS"] - means["HN"])
+
+
+def held_out_size(means: Mapping[str, Array]) -> dict[str, Array]:
+    """Cell means on held-out pairs, and the lower 95 % bound of min(AS - AN, AS - HS, AS - DS)."""
+    bound = lower_bound_min([means["AS"] - means[c] for c in ("AN", "HS", "DS")])
+    cells = {f"held_{c}": means[c].mean(0) for c in ("AS", "AN", "HS", "DS")}
+    return {"held_bound": bound, "held_interaction": interaction_contrast(means).mean(0), **cells}
+
+
+def _size(means: Mapping[str, Array]) -> Array:
+    """The held-out bound as a share of mean AS (0 where AS is silent)."""
+    held = held_out_size(means)
+    return np.divide(
+        held["held_bound"], held["held_AS"], out=np.zeros_like(held["held_AS"]), where=held["held_AS"] > 0
+    )
+
+
+def _call_ai_speech(
+    frame: pd.DataFrame, loo_size: Array, held: dict[str, tuple[str, ...]], has_dog: bool, note: str
+) -> str:
+    needed, n, n_held = 2 * fewest_units(ALPHA), len(held.get("discover", ())), len(held.get("report", ()))
+    if not has_dog or n_held < 2 or note:
+        frame["ai_speech"] = frame["survives_loo"] = "undetermined"
+        why = (
+            "the grid has no speaking animal"
+            if not has_dog
+            else f"at least {needed} matched statement pairs are needed"
+        )
+        return f"ai_speech: undetermined, {why}"
+    significant = (frame["p_fwer"] <= ALPHA) & (frame["t"] > 0)
+    called = significant & is_large(frame["held_AS"].to_numpy(), frame["held_bound"].to_numpy())
+    frame["ai_speech"] = np.where(called, "yes", "no")
+    survives = called & (frame["loo_p"] <= ALPHA) & (loo_size >= 0.5)
+    frame["survives_loo"] = _yes_no(survives, frame["loo_p"].notna())
+    return f"ai_speech: tested on {n} matched pairs, size checked on {n_held} others"
+
+
+def is_large(held_as: Array, held_bound: Array) -> Array:
+    """The size condition of the call: on held-out pairs the bound is at least half of mean AS."""
+    return (held_as > 0) & (held_bound >= held_as / 2)
+
+
+def _add_interaction_max(
+    frame: pd.DataFrame,
+    saes: Sequence[Sae],
+    everywhere: Mapping[int, tuple[Tensor, Tensor]],
+    averages: Mapping[str, Array],
+) -> None:
+    values, offset = np.zeros(len(frame)), 0
+    for sae in saes:
+        rows, owner = everywhere[sae.site.layer]
+        first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
+        for block in live_blocks(sae, rows):
+            top = np.maximum.reduceat(block.acts, first, axis=0)
+            values[offset + block.index] = interaction_contrast(
+                {c: m @ top for c, m in averages.items()}
+            ).mean(0)
+        offset += sae.d_sae
+    frame["interaction_max"] = values
+
+
+def _cells(grid: PromptGrid) -> _Cells:
+    """Prompts in each cell of the 2 × 2 (and the dog's), by matched statement pair."""
+    places: dict[str, dict[str, list[tuple[int, str]]]] = {c: {} for c in CELLS}
+    for i, prompt in enumerate(grid):
+        for name, (group, act) in CELLS.items():
+            if prompt.match is not None and prompt.group == group and prompt.act == act:
+                places[name].setdefault(prompt.match, []).append((i, prompt.subject))
+    complete = set.intersection(*(set(places[c]) for c in ("AS", "AN", "HS", "HN")))
+    if not complete:
+        raise RequestError(
+            "the grid has no statement pair with AI and human subjects, speech and non-speech; give its statements `match`, and subjects of groups ai and human."
+        )
+    if places["DS"]:
+        complete &= set(places["DS"])
+    if not complete:
+        raise RequestError(
+            "the grid's animals speak in none of its matched statement pairs; give them the same statements as the AI subjects."
+        )
+    matches = tuple(m for m in places["AS"] if m in complete)
+    used = sorted({i for by in places.values() for m in matches for i, _ in by.get(m, ())})
+    row = {i: k for k, i in enumerate(used)}
+    rows = {
+        c: {m: [(row[i], s) for i, s in by[m]] for m in matches}
+        for c, by in places.items()
+        if c != "DS" or by
+    }
+    return _Cells(tuple(used), matches, rows)
+
+
+def _call_split(
+    grid: PromptGrid, matches: Sequence[str], split: Split | None, seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Matched pairs that discover and that are held out; empty where there are too few for both."""
+    if split is not None:
+        return {k: tuple(m for m in split.get(k, ()) if m in set(matches)) for k in ("discover", "report")}
+    return split_statements(matches, {p.match: p.content for p in grid if p.match is not None}, seed)
+
+
+def split_statements(
+    matches: Sequence[str], content: Mapping[str, str], seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Matched pairs that discover and that are held out for the call, each content shared out between them."""
+    if len(matches) < 2 * fewest_units(ALPHA):
+        return {}
+    return split_templates(list(matches), CALL_SHARES, seed, families=content)
+
+
+# --- shared ---------------------------------------------------------------------------------------------
+def feature_names(sae: Sae) -> pd.DataFrame:
+    """feature, sae, index, layer of every feature of one SAE."""
+    index = np.arange(sae.d_sae)
+    name = str(sae.id)
+    return pd.DataFrame(
+        {"feature": [f"{name}#{i}" for i in index], "sae": name, "index": index, "layer": sae.site.layer}
+    )
+
+
+def _averages(labels: Sequence[str], keep: Sequence[bool] | None = None) -> Float[Array, "n_units n"]:
+    """Row k averages the rows of the k-th label; a label of which nothing is kept has no row."""
+    keep = [True] * len(labels) if keep is None else keep
+    rows = []
+    for label in dict.fromkeys(labels):
+        mine = np.array([name == label and k for name, k in zip(labels, keep)], dtype=np.float64)
+        if mine.sum():
+            rows.append(mine / mine.sum())
+    return np.stack(rows)

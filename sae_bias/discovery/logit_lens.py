@@ -1,0 +1,96 @@
+"""The words a direction of the residual stream promotes and demotes (the logit lens, nostalgebraist 2020).
+
+    logit_w = W_U[w] · (g ⊙ δ) · scale
+
+g is the final norm's own gain (Gemma's is 1 + weight; a LayerNorm also centres δ), scale the mean 1/rms of the residual the norm
+sees, so that the numbers are logits a unit of activation, the norm held still.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_bias.models.forward import capture_layers, plan_batches
+from sae_bias.models.model import Model
+
+_ROWS = 32_768
+
+
+@dataclass(frozen=True)
+class Word:
+    """One token of the vocabulary and the logit written to it, relative to the mean over the vocabulary."""
+
+    token: str
+    logit: float
+
+
+@torch.no_grad()
+def logit_lens(
+    model: Model, direction: Float[Tensor, "d_model"], scale: float = 1.0
+) -> Float[Tensor, "d_vocab"]:
+    """Logit of every token, less their mean (a constant changes no probability); on the CPU."""
+    gain, _ = norm_gain(model)
+    delta = direction.to(gain.device).float()
+    if isinstance(model.final_norm, nn.LayerNorm):
+        delta = delta - delta.mean()
+    written = delta * gain * scale
+    w = model.w_unembed
+    parts = [(rows.float() @ written.to(w.device)).cpu() for rows in w.split(_ROWS)]
+    logits = torch.cat(parts)
+    return logits - logits.mean()
+
+
+def promoted(
+    model: Model, direction: Float[Tensor, "d_model"], k: int, scale: float = 1.0
+) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+    """The k tokens most promoted and the k most demoted; special and unused tokens are left out."""
+    logits = logit_lens(model, direction, scale)
+    n_real = min(len(logits), len(model.tokenizer))
+    hidden = [i for i in model.tokenizer.all_special_ids if i < len(logits)] + list(
+        range(n_real, len(logits))
+    )
+    up, down = logits.clone(), logits.clone()
+    up[hidden], down[hidden] = -torch.inf, torch.inf
+    ends = (up.topk(min(k, n_real)).indices, (-down).topk(min(k, n_real)).indices)
+    first, last = ([Word(token_name(model, int(i)), float(logits[i])) for i in end] for end in ends)
+    return tuple(first), tuple(last)
+
+
+def token_name(model: Model, token: int) -> str:
+    """A token as a reader knows it: its text, the leading space kept."""
+    piece = model.tokenizer.convert_ids_to_tokens(token)
+    text = model.tokenizer.decode([token])
+    starts_word = isinstance(piece, str) and piece[:1] in ("▁", "Ġ")
+    text = str(piece) if "\ufffd" in str(text) or not str(text) else str(text)
+    return " " + text.lstrip(" ") if starts_word and text.strip(" ▁") else text
+
+
+@torch.no_grad()
+def mean_inverse_rms(model: Model, texts: list[str]) -> float:
+    """Mean 1/rms (for a LayerNorm 1/std) of the last token's residual before the final norm."""
+    top, values = model.n_layers - 1, []
+    for batch in plan_batches([model.encode(t) for t in texts], model.device):
+        x = capture_layers(model, batch.tokens, [top])[top][:, -1].float()
+        if isinstance(model.final_norm, nn.LayerNorm):
+            x = x - x.mean(-1, keepdim=True)
+        values.append(x.pow(2).mean(-1).rsqrt())
+    return float(torch.cat(values).mean())
+
+
+def norm_gain(model: Model) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | float]:
+    """What the final norm multiplies a unit-rms vector by (Gemma's 1 + w included), and its bias."""
+    norm = model.final_norm
+    if isinstance(norm, nn.LayerNorm):
+        return norm.weight.float(), 0.0 if norm.bias is None else norm.bias.float()
+    with torch.no_grad():
+        ones = torch.ones(model.d_model, device=next(norm.parameters()).device)
+        return norm(ones) * (1 + norm_eps(norm)) ** 0.5, 0.0
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The small number the norm adds to its mean square."""
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))

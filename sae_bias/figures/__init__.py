@@ -1,0 +1,1 @@
+"""Plotly figures: data frames in, figures out."""

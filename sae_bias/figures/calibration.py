@@ -1,0 +1,131 @@
+"""Figures of a calibration: how often intervals cover the truth, power by size of the design, attribution against ablation."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_bias.figures import style
+from sae_bias.figures.style import AI, GOLD, GREEN, GRID, HOVER, HUMAN, NEUTRAL, PURPLE, plain
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+
+
+def coverage(frame: pd.DataFrame, band: Sequence[float]) -> go.Figure:
+    """One row an organism: share of drawn studies whose interval holds the truth, with its own binomial interval."""
+    rows = frame.iloc[::-1].reset_index(drop=True)
+    fig = style.figure("Intervals that hold the truth", "share of drawn studies", height=190 + 44 * len(rows))
+    hover = [
+        f"<b>{plain(r.organism)}</b><br>{r.coverage:.1%} of {r.n_studies:,} studies of {r.n_templates} × {r.n_entities} "
+        f"({r.ci_low:.1%} to {r.ci_high:.1%})<br>truth {r.truth:+.3f} nats"
+        for r in rows.itertuples()
+    ]
+    fig.add_scatter(
+        x=rows["coverage"],
+        y=list(range(len(rows))),
+        mode="markers",
+        marker={"color": HUMAN, "size": 10},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": rows["ci_high"] - rows["coverage"],
+            "arrayminus": rows["coverage"] - rows["ci_low"],
+            "color": HUMAN,
+            "thickness": 2,
+            "width": 0,
+        },
+        showlegend=False,
+        customdata=hover,
+        hovertemplate=HOVER,
+    )
+    fig.add_vrect(x0=band[0], x1=band[1], fillcolor=GRID, line_width=0, layer="below")
+    fig.add_vline(x=0.95, line={"color": NEUTRAL, "dash": "dot"})
+    low, high = min(band[0], float(rows["ci_low"].min())), max(band[1], float(rows["ci_high"].max()))
+    fig.update_xaxes(tickformat=".0%", range=[low - 0.01, min(high + 0.01, 1.0)])
+    return style.row_labels(fig, [plain(name) for name in rows["organism"]])
+
+
+def power(frame: pd.DataFrame) -> go.Figure:
+    """Share of drawn designs that find (or falsely call) something, by number of templates or statement pairs."""
+    fig = style.figure(
+        "What designs of each size find", "templates, or matched statement pairs", "share of drawn designs"
+    )
+    colors = (AI, HUMAN, GREEN, PURPLE, GOLD, NEUTRAL)
+    for i, (label, rows) in enumerate(power_lines(frame)):
+        rows = rows.sort_values("n_units")
+        fig.add_scatter(
+            x=rows["n_units"],
+            y=rows["share"],
+            mode="lines+markers",
+            name=plain(label),
+            line={
+                "color": colors[i % len(colors)],
+                "width": 2,
+                "dash": "solid" if "finds" in label else "dot",
+            },
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
+            customdata=[
+                f"<b>{plain(label)}</b><br>{n} → {s:.1%} of {d:,} draws"
+                for n, s, d in rows[["n_units", "share", "n_draws"]].to_numpy(dtype=object)
+            ],
+            hovertemplate=HOVER,
+        )
+    fig.add_hline(y=0.8, line={"color": NEUTRAL, "dash": "dot"}, annotation_text="80%")
+    fig.update_layout(legend={"y": -0.28, "yanchor": "top"}, height=520)
+    return fig.update_yaxes(tickformat=".0%", range=[-0.03, 1.05])
+
+
+def power_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The curves of the table `power`, each with what it says; the bias at its largest number of entities."""
+    words = {
+        "bias": "{}: pairs whose interval finds the bias",
+        "feature": "{}: grid finds the planted feature",
+        "trained": "{}: grid finds AI-speech features of a trained SAE",
+        "any call": "{}: grid calls anything, falsely",
+    }
+    lines = []
+    for (organism, question), rows in frame.groupby(["organism", "question"], sort=False):
+        most = rows["n_entities"].max()
+        shown = rows if np.isnan(most) else rows[rows["n_entities"] == most]
+        lines.append((words[question].format(organism), shown))
+    return lines
+
+
+def attributed_and_exact(effects: pd.DataFrame, matters: float) -> go.Figure:
+    """Every feature whose effect matters: what attribution foretold and what ablation did, as shares of the bias."""
+    large = effects[effects[["attributed", "exact"]].abs().max(axis=1) > matters]
+    fig = style.figure(
+        "Attribution against ablation", "attributed, share of the bias", "exact, share of the bias"
+    )
+    ends = [
+        float(large[["attributed", "exact"]].min().min()),
+        float(large[["attributed", "exact"]].max().max()),
+    ]
+    fig.add_scatter(
+        x=ends,
+        y=ends,
+        mode="lines",
+        line={"color": NEUTRAL, "dash": "dot"},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    for i, (seed, rows) in enumerate(large.groupby("organism_seed")):
+        fig.add_scatter(
+            x=rows["attributed"],
+            y=rows["exact"],
+            mode="markers",
+            name=f"seed {seed}",
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7, "opacity": 0.75},
+            customdata=[
+                f"<b>{plain(s)}#{f}</b>, seed {seed}<br>attributed {a:.1%}, exact {e:.1%}"
+                for s, f, a, e in rows[["sae", "feature", "attributed", "exact"]].to_numpy(dtype=object)
+            ],
+            hovertemplate=HOVER,
+        )
+    return fig.update_xaxes(tickformat=".0%").update_yaxes(tickformat=".0%")

@@ -1,0 +1,230 @@
+"""One function a figure: data frames in, a plotly Figure out; nothing is read, written or measured here.
+
+A NaN is a gap in a figure, never a point at 0; what is drawn can be read in full by hovering. The palette
+and the escaping of prompt text are in `plot_style`.
+"""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_bias.figures import style
+from sae_bias.figures.style import (
+    AI,
+    COSTS,
+    GOLD,
+    GREEN,
+    HOVER,
+    HUMAN,
+    INK,
+    KINDS,
+    NEUTRAL,
+    PURPLE,
+    SIDES,
+    number,
+    plain,
+    short,
+    wrapped,
+)
+
+
+def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
+    """Bias against strength: report split solid with its interval, tune dotted, controls and baselines."""
+    fig = style.figure("Bias against strength", "strength of the intervention", "bias in nats", height=480)
+    base = (sweep["bias"] - sweep["change"]).dropna()
+    lead = style.lead_split(sweep)
+    for kind in ("control", "direction", "opposite", "candidate"):
+        rows = sweep[(sweep["kind"] == kind) & sweep["strength"].notna()]
+        splits = [lead] if kind != "candidate" else [s for s in rows["split"].unique() if s != lead] + [lead]
+        for split in splits:
+            style.strength_lines(fig, rows[rows["split"] == split], kind, dotted=split != lead, split=split)
+    style.constant_lines(fig, sweep[sweep["strength"].isna() & (sweep["split"] == lead)])
+    if len(base):
+        at = sweep.loc[base.index, "split"] == lead
+        fig.add_hline(
+            y=(base[at] if at.any() else base).iloc[0],
+            line={"color": INK, "dash": "dash", "width": 1.2},
+            annotation={"text": "no intervention", "yshift": 10},
+        )
+    return style.zero_line(fig, "y")
+
+
+def frontier(sweep: pd.DataFrame) -> go.Figure:
+    """Reduction against the largest mean KL over the text kinds measured: up and left is better."""
+    costs = [c for c in COSTS if c in sweep]
+    rows = (
+        sweep[sweep["split"] == style.lead_split(sweep)]
+        .assign(kl=sweep[costs].max(axis=1))
+        .dropna(subset=["kl", "reduction"])
+    )
+    rows = rows[(rows["kl"] != 0) | (rows["change"] != 0)]  # the base itself
+    fig = style.figure(
+        "Bias removed against what it costs",
+        "KL in nats a token, the worst of the text kinds",
+        "share of the bias removed",
+        height=460,
+    )
+    wide = len(rows) > 0 and rows["kl"].max() > 0.2
+    for kind in ("control", "opposite", "direction", "candidate"):
+        name, color, dash = KINDS[kind]
+        size, opacity = (5, 0.5) if kind == "control" else (9, 1)
+        for i, (edit, part) in enumerate(rows[rows["kind"] == kind].groupby("intervention", sort=False)):
+            part = part.sort_values("strength")
+            x = part["kl"].clip(lower=1e-4) if wide else part["kl"]
+            joined = kind != "control" and part["strength"].notna().sum() > 1
+            fig.add_scatter(
+                x=x,
+                y=part["reduction"],
+                mode="lines+markers" if joined else "markers",
+                name=name if kind == "control" else f"{name}: {style.edit_name(edit)}",
+                marker={
+                    "size": size,
+                    "opacity": opacity,
+                    "color": color,
+                    "symbol": "circle" if kind == "control" or joined else "diamond",
+                },
+                showlegend=kind != "control" or i == 0,
+                line={"color": color, "dash": dash, "width": 1.5},
+                customdata=[style.cell_hover(row) for row in part.to_dict("records")],
+                hovertemplate=HOVER,
+            )
+    fig.update_yaxes(tickformat=".0%")
+    if wide:
+        ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
+        fig.update_xaxes(type="log", tickvals=ticks, ticktext=["≤ 0.0001", "0.001", "0.01", "0.1", "1", "10"])
+    return style.zero_line(fig, "y")
+
+
+def controls_histogram(
+    controls: pd.DataFrame, reduction: float | None = None, percentile95: float | None = None
+) -> go.Figure:
+    """What the controls remove, with the feature and the controls' 95th percentile as lines."""
+    fig = style.figure("The feature against its controls", "share of the bias removed", "controls")
+    bins = style.bins(controls, ["reduction"])
+    for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
+        hover = f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>"
+        fig.add_histogram(
+            x=rows["reduction"].dropna(),
+            xbins=bins,
+            name=f"{plain(kind)} ({len(rows)})",
+            marker_color=color,
+            opacity=0.75,
+            hovertemplate=hover,
+        )
+    for value, text, color, dash in (
+        (percentile95, "95th percentile", NEUTRAL, "dot"),
+        (reduction, "the feature", AI, "solid"),
+    ):
+        if value is not None and np.isfinite(value):
+            label = {
+                "text": f"{text} {value:.0%}".replace("-", "−"),
+                "font": {"color": color},
+                "yanchor": "bottom",
+                "xanchor": "center",
+            }
+            fig.add_vline(
+                x=value,
+                line={"color": color, "width": 2.5, "dash": dash},
+                annotation=label,
+                annotation_position="top",
+            )
+    below = controls["kind"].nunique() > 1
+    fig.update_layout(
+        barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
+    )
+    return fig.update_xaxes(tickformat=".0%")
+
+
+def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:
+    """Dumbbells: the bias of example pairs before and after the intervention."""
+    rows = examples.head(most).iloc[::-1].reset_index(drop=True)
+    fig = style.figure(
+        "Example pairs, before and after",
+        style.bias_axis(sides),
+        height=140 + 30 * len(rows),
+    )
+    x, y = style.segments(rows["bias_before"], rows["bias_after"])
+    fig.add_scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": NEUTRAL, "width": 2},
+        opacity=0.55,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    for column, name, color, symbol in (
+        ("bias_before", "before", AI, "diamond"),
+        ("bias_after", "after", GREEN, "circle"),
+    ):
+        hover = [
+            f"<b>{name}: {number(r[column])}"
+            f" nats</b><br>{wrapped(r['ai'])}<br><i>against</i><br>{wrapped(r['human'])}"
+            for r in rows.to_dict("records")
+        ]
+        fig.add_scatter(
+            x=rows[column],
+            y=rows.index,
+            mode="markers",
+            name=name,
+            marker={"color": color, "symbol": symbol, "size": 10},
+            customdata=hover,
+            hovertemplate=HOVER,
+        )
+    return style.zero_line(style.row_labels(fig, [short(t, 52) for t in rows["ai"]]), "x")
+
+
+def specificity(frame: pd.DataFrame) -> go.Figure:
+    """Biases that should not move, before and after the edit; a question that could not be asked is left out."""
+    rows = frame.dropna(subset=["before"]).iloc[::-1].reset_index(drop=True)
+    fig = style.figure(
+        "Other biases, before and after", "bias in nats (the first side less the second)", height=150 + 40 * len(rows)
+    )  # fmt: skip
+    hover = [f"<b>{plain(q)}</b>, before: {number(b)} nats" for q, b in zip(rows["question"], rows["before"])]
+    style.forest(
+        fig, rows["before"], rows["before_low"], rows["before_high"], y=rows.index + 0.12, name="before",
+        color=HUMAN, symbol="circle", hover=hover,
+    )  # fmt: skip
+    after = [
+        f"<b>{plain(q)}</b>, after: {number(a)} nats<br>change {number(c)}; {w:.0%} of pairs moved further from 0"
+        for q, a, c, w in zip(rows["question"], rows["after"], rows["change"], rows["wrong_way_share"])
+    ]
+    fig.add_scatter(
+        x=rows["after"], y=rows.index - 0.12, mode="markers", name="after", customdata=after, hovertemplate=HOVER,
+        marker={"color": GREEN, "symbol": "diamond", "size": 10},
+    )  # fmt: skip
+    labels = [short(s.replace(" - ", " − "), 34) for s in rows["sides"].fillna("")]
+    return style.zero_line(style.row_labels(fig, labels), "x")
+
+
+def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
+    """Bias removed against KL, a line a method (table `compare_curves`)."""
+    colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
+    dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+    fig = style.figure(
+        "Bias removed at its cost", "KL in nats a token, the worst of the text kinds", "share of the bias removed", height=560,
+    )  # fmt: skip
+    for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
+        part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
+        kind = str(part["kind"].iloc[0])
+        hover = [
+            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>KL {number(r.kl)}"
+            for r in part.itertuples()
+        ]
+        lead = kind == "candidate"
+        line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
+        fig.add_scatter(
+            x=part["kl"].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
+            line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
+            customdata=hover, hovertemplate=HOVER,
+        )  # fmt: skip
+    ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=["≤ 0.0001", "0.001", "0.01", "0.1", "1", "10"])
+    return style.zero_line(fig.update_yaxes(tickformat=".0%"), "y")

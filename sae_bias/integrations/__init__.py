@@ -1,0 +1,1 @@
+"""Other systems: Inspect and Ray."""

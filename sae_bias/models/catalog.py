@@ -1,0 +1,171 @@
+"""Known models, the SAE releases trained on them, and the bundled organisms: no weights, no network.
+
+SAE releases come from the table that SAELens installs (`pretrained_saes.yaml`), read without importing
+SAELens. Model facts are those of the checkpoints' own `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from sae_bias.core.errors import RequestError
+
+ORGANISM = "organism:"
+_ORGANISMS = Path(str(files("sae_bias") / "data" / "organisms"))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One public checkpoint, as its own config states it."""
+
+    hub_id: str
+    family: str
+    architecture: str
+    """Class name in the checkpoint's config.json."""
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    dtype: str
+    n_params: float
+    """Approximate number of parameters, in billions."""
+    has_bos: bool
+    """Whether its tokenizer puts a BOS first."""
+    has_chat: bool
+    gated: bool
+    published_bias: float | None = None
+    """Bias the study reports for it (PUBLISHED A2), in nats."""
+    sae_releases: tuple[str, ...] = ()
+    """SAELens releases of residual SAEs trained on exactly this checkpoint."""
+
+    @property
+    def licence_page(self) -> str:
+        """Where the licence is read and accepted."""
+        return f"https://huggingface.co/{self.hub_id}"
+
+    @property
+    def n_bytes(self) -> int:
+        """Approximate size of the weights in the checkpoint's dtype."""
+        return int(self.n_params * 1e9) * (4 if self.dtype == "float32" else 2)
+
+
+def _gemma_3(
+    size: str, n_layers: int, d_model: int, n_params: float, bias: tuple[float | None, float | None]
+) -> list[ModelInfo]:
+    text_only = size in ("270m", "1b")
+    models = []
+    for kind, published in zip(("pt", "it"), bias, strict=True):
+        suffix = "" if (size, kind) == ("270m", "pt") else f"-{kind}"
+        models.append(
+            ModelInfo(
+                f"google/gemma-3-{size}{suffix}",
+                "Gemma 3",
+                "Gemma3ForCausalLM" if text_only else "Gemma3ForConditionalGeneration",
+                n_layers,
+                d_model,
+                262_144 if text_only else 262_208,
+                "bfloat16",
+                n_params,
+                has_bos=True,
+                has_chat=kind == "it",
+                gated=True,
+                published_bias=published,
+                sae_releases=(f"gemma-scope-2-{size}-{kind}-res", f"gemma-scope-2-{size}-{kind}-res-all"),
+            )
+        )
+    return models
+
+
+def _gemma_2(
+    size: str, n_layers: int, d_model: int, n_params: float, releases: dict[str, tuple[str, ...]]
+) -> list[ModelInfo]:
+    return [
+        ModelInfo(
+            f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}",
+            "Gemma 2",
+            "Gemma2ForCausalLM",
+            n_layers,
+            d_model,
+            256_000,
+            "float32" if kind == "pt" else "bfloat16",
+            n_params,
+            has_bos=True,
+            has_chat=kind == "it",
+            gated=True,
+            sae_releases=releases.get(kind, ()),
+        )
+        for kind in ("pt", "it")
+    ]
+
+
+MODELS: Mapping[str, ModelInfo] = {
+    info.hub_id: info
+    for info in [
+        ModelInfo(
+            "mistralai/Mistral-7B-v0.1", "Mistral", "MistralForCausalLM", 32, 4096, 32_000, "bfloat16", 7.24,
+            has_bos=True, has_chat=False, gated=False, published_bias=1.368,
+            sae_releases=("mistral-7b-res-wg",),
+        ),
+        *_gemma_3("12b", 48, 3840, 12.2, (0.878, 0.764)),
+        ModelInfo(
+            "Qwen/Qwen2.5-7B", "Qwen 2.5", "Qwen2ForCausalLM", 28, 3584, 152_064, "bfloat16", 7.62,
+            has_bos=False, has_chat=True, gated=False, published_bias=0.755,
+        ),
+        ModelInfo(
+            "EleutherAI/pythia-6.9b", "Pythia", "GPTNeoXForCausalLM", 32, 4096, 50_432, "float16", 6.86,
+            has_bos=False, has_chat=False, gated=False, published_bias=0.299,
+        ),
+        *_gemma_3("270m", 18, 640, 0.27, (None, None)),
+        *_gemma_3("1b", 26, 1152, 1.0, (None, None)),
+        *_gemma_3("4b", 34, 2560, 4.3, (None, None)),
+        *_gemma_3("27b", 62, 5376, 27.4, (None, None)),
+        *_gemma_2("2b", 26, 2304, 2.61, {"pt": ("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-res-canonical")}),
+        *_gemma_2("9b", 42, 3584, 9.24, {
+            "pt": ("gemma-scope-9b-pt-res", "gemma-scope-9b-pt-res-canonical"),
+            "it": ("gemma-scope-9b-it-res", "gemma-scope-9b-it-res-canonical"),
+        }),
+        *_gemma_2("27b", 46, 4608, 27.2, {
+            "pt": ("gemma-scope-27b-pt-res", "gemma-scope-27b-pt-res-canonical"),
+        }),
+    ]
+}  # fmt: skip
+"""Known checkpoints by hub id."""
+STUDY_MODELS = (
+    "mistralai/Mistral-7B-v0.1",
+    "google/gemma-3-12b-pt",
+    "google/gemma-3-12b-it",
+    "Qwen/Qwen2.5-7B",
+    "EleutherAI/pythia-6.9b",
+)
+"""The five models of the study (PUBLISHED A2)."""
+
+
+def model_info(name: str) -> ModelInfo | None:
+    """What is known of a hub id; None for any other model."""
+    return MODELS.get(name)
+
+
+def is_path_like(name: str) -> bool:
+    """Whether a name means a path: it starts with `/`, `.` or `~`, or has more than one slash."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+# ── organisms ───────────────────────────────────────────────────────────────────────────────────────────────
+def organism_names() -> list[str]:
+    """The bundled organisms, e.g. `planted` and `null`."""
+    if not _ORGANISMS.is_dir():
+        return []
+    return sorted(folder.name for folder in _ORGANISMS.iterdir() if (folder / "model").is_dir())
+
+
+def organism_folder(name: str) -> Path:
+    """The folder of an organism given as `planted` or `organism:planted`."""
+    short = name.removeprefix(ORGANISM)
+    known = organism_names()
+    if short not in known:
+        raise RequestError(
+            f"no bundled organism {short[:60]!r}; there is {', '.join(known) or 'none installed'}"
+        )
+    return _ORGANISMS / short

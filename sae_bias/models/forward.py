@@ -1,0 +1,304 @@
+"""Residual capture at a site, and resuming the forward pass from it.
+
+Prompts are batched by equal length: no padding, no masks, the same numbers whatever else is asked. The residual is read
+before the final norm; norm and unembedding then run in float32 on just the positions and vocabulary rows that are scored.
+
+Resuming is exact on a Hugging Face decoder: the first L+1 layers give way to pass-through modules, of which the last
+returns the kept residual, and the model's own forward runs the rest (masks, rotary embedding and layer types included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
+from sae_bias.core.types import Resid, Tokens
+from sae_bias.models.model import Model, ours
+
+BATCH_TOKENS = {
+    "cpu": 4096,
+    "cuda": 32768,
+}  # tokens of one forward pass; fixed, so that batches never depend on progress
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length that are run together."""
+
+    index: tuple[int, ...]
+    """Place of each row in the list of prompts."""
+    tokens: Tokens
+
+    @property
+    def n(self) -> int:
+        return len(self.index)
+
+
+def plan_batches(
+    sequences: Sequence[Sequence[int]], device: torch.device, *, batch_size: int | None = None
+) -> list[Batch]:
+    """Group token lists by length into batches of at most a fixed number of tokens, in a fixed order."""
+    by_length: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(i)
+    budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    batches = []
+    for length in sorted(by_length):
+        rows = by_length[length]
+        size = batch_size or max(1, budget // length)
+        for start in range(0, len(rows), size):
+            index = tuple(rows[start : start + size])
+            tokens = torch.tensor([list(sequences[i]) for i in index], device=device)
+            batches.append(Batch(index, tokens))
+    return batches
+
+
+@dataclass(frozen=True)
+class Final:
+    """The end of a forward pass: the residual before the final norm, or full logits where foreign hooks wanted them."""
+
+    model: Model
+    resid: Resid | None
+    full: Float[Tensor, "batch pos d_vocab"] | None = None
+
+    def last(self) -> Final:
+        """Only the last position."""
+        return Final(
+            self.model,
+            None if self.resid is None else self.resid[:, -1:],
+            None if self.full is None else self.full[:, -1:],
+        )
+
+    def at(self, row: int, start: int, n: int) -> Final:
+        """One row's `n` positions from `start` on."""
+        rows, places = slice(row, row + 1), slice(start, start + n)
+        return Final(
+            self.model,
+            None if self.resid is None else self.resid[rows, places],
+            None if self.full is None else self.full[rows, places],
+        )
+
+    def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
+        """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
+        if self.full is not None:
+            if not softcap and self.model.softcap is not None:
+                raise RequestError(
+                    "the model carries hooks of its own, so its own softcapped logits are read; softcap=False needs them gone."
+                )
+            return (self.full if token_ids is None else self.full[..., list(token_ids)]).float()
+        assert self.resid is not None
+        w, b = self._head() if token_ids is None else self.model.rows(token_ids)
+        normed = self.model.final_norm(self.resid.float())
+        z = normed.to(w.device) @ w.T
+        if b is not None:
+            z = z + b
+        cap = self.model.softcap if softcap else None
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """The whole unembedding in float32, not copied where it is so already."""
+        b = self.model.b_unembed
+        return self.model.w_unembed.float(), None if b is None else b.float()
+
+    def log_normaliser(self, *, softcap: bool = True, block: int = 64) -> Float[Tensor, "batch pos"]:
+        """log Σ exp of all logits, in blocks of rows so that full logits are never kept."""
+        if self.full is not None:
+            return self.logits(softcap=softcap).logsumexp(-1)
+        assert self.resid is not None
+        flat = self.resid.reshape(-1, 1, self.resid.shape[-1])
+        parts = [Final(self.model, rows).logits(softcap=softcap).logsumexp(-1) for rows in flat.split(block)]
+        return torch.cat(parts).reshape(self.resid.shape[:2])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Residuals of one batch, kept at a layer's output, from which the pass can be resumed."""
+
+    layer: int
+    resid: Resid
+
+
+@torch.no_grad()
+def forward(model: Model, tokens: Tokens, *, resume: Kept | None = None) -> Final:
+    """Run the model (from `resume` on, where given) to the residual before its final norm.
+
+    Where the model carries hooks that are not ours, the whole pass runs so that they fire, and `resume` is refused.
+    """
+    if model.foreign_hooks():
+        if resume is not None:
+            raise RequestError("the model carries hooks of its own; the pass cannot be resumed half way.")
+        return Final(model, None, model.hf(input_ids=tokens, use_cache=False).logits)
+    return forward_with_grad(model, tokens, resume=resume)
+
+
+def forward_with_grad(model: Model, tokens: Tokens, *, resume: Kept | None = None) -> Final:
+    """`forward`, recording gradients with respect to a kept residual that asks for them."""
+    captured: list[Tensor] = []
+
+    @ours
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        captured.append(hidden(output))
+
+    handle = model.layer(model.n_layers - 1).register_forward_hook(capture)
+    try:
+        if resume is None:
+            model.base(input_ids=tokens, use_cache=False)
+        elif resume.layer == model.n_layers - 1:
+            return Final(model, resume.resid)
+        else:
+            with _passing_through(model, resume):
+                model.base(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    return Final(model, captured[-1])
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the wanted layer has run."""
+
+
+@torch.no_grad()
+def capture_layers(
+    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False
+) -> dict[int, Resid]:
+    """resid_post at each of `layers`; layers above the highest are not run unless `to_end`.
+
+    Raises:
+        RequestError: a residual that is not finite; names the layer and, where it is a weight's fault, the weight.
+    """
+    kept: dict[int, Tensor] = {}
+    top = model.n_layers if to_end else max(layers)
+
+    def make(layer: int) -> Any:
+        @ours
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            kept[layer] = hidden(output).detach()
+            if layer == top:
+                raise _Stop
+
+        return hook
+
+    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
+    try:
+        model.base(input_ids=tokens, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, x in sorted(kept.items()):
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bool(bad.any()):
+            text = model.tokenizer.decode(tokens[int(bad.nonzero()[0])], skip_special_tokens=True)
+            raise RequestError(
+                f"the residual of {model.name} after layer {layer} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
+            )
+    return kept
+
+
+def residuals(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    site: Site | str | int,
+    *,
+    positions: str = "last",
+    batch_size: int | None = None,
+) -> list[Tensor] | Tensor:
+    """Float32 residuals of `prompts` at `site`, on the CPU.
+
+    Returns:
+        [n_prompts, d_model] for `positions="last"`; a list of [pos, d_model], special tokens included, for `"all"`.
+    """
+    if positions not in ("last", "all"):
+        raise RequestError(f"positions={positions!r}; expected 'last' or 'all'.")
+    layer = check_site(model, site).layer
+    ids = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    out: list[Tensor] = [torch.empty(0)] * len(ids)
+    for batch in plan_batches(ids, model.device, batch_size=batch_size):
+        x = capture_layers(model, batch.tokens, [layer])[layer].float().cpu()
+        for row, i in enumerate(batch.index):
+            out[i] = x[row, -1] if positions == "last" else x[row]
+    return torch.stack(out) if positions == "last" else out
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The paired human prompt of each row of a batch (a human prompt's partner is itself, with nothing to match)."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    suffix: Tensor
+    """[batch] how many positions, counted from the right, stand for each other."""
+
+
+@contextmanager
+def row_positions(
+    model: Model,
+    prompt_len: Tensor | None,
+    subject_start: Tensor | None = None,
+    partners: Partners | None = None,
+) -> Iterator[None]:
+    """Tell open interventions where each row's prompt ends, its subject begins and what it is paired with."""
+    before = model.row_positions, model.row_partners
+    model.row_positions, model.row_partners = (prompt_len, subject_start), partners
+    try:
+        yield
+    finally:
+        model.row_positions, model.row_partners = before
+
+
+def check_site(model: Model, site: Site | str | int) -> Site:
+    """The Site meant, which must be a residual stream the model has."""
+    site = site if isinstance(site, Site) else Site.parse(site)
+    if site.kind != "resid_post":
+        raise RequestError(
+            f"{site} is not a residual site; sae-bias reads and edits blocks.L.hook_resid_post."
+        )
+    if not 0 <= site.layer < model.n_layers:
+        raise RequestError(
+            f"layer {site.layer} does not exist in {model.name}: it has layers 0 to {model.n_layers - 1}."
+        )
+    return site
+
+
+def hidden(output: Any) -> Tensor:
+    """The residual in a decoder layer's output (a tensor, or the first of a tuple)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Any, resid: Tensor) -> Any:
+    """`output` with its residual replaced."""
+    return (resid, *output[1:]) if isinstance(output, tuple) else resid
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a decoder layer: gives back its input, or a kept residual."""
+
+    def __init__(self, original: nn.Module, resid: Tensor | None = None):
+        super().__init__()
+        self.resid = resid
+        if hasattr(original, "attention_type"):
+            self.attention_type = original.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states if self.resid is None else self.resid
+
+
+@contextmanager
+def _passing_through(model: Model, resume: Kept) -> Iterator[None]:
+    layers = model.layer_list
+    originals = [layers[i] for i in range(resume.layer + 1)]
+    for i, original in enumerate(originals):
+        layers[i] = _PassThrough(original, resume.resid if i == resume.layer else None)
+    try:
+        yield
+    finally:
+        for i, original in enumerate(originals):
+            layers[i] = original

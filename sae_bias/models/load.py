@@ -1,0 +1,258 @@
+"""Loading a language model as plain Hugging Face modules, with a TransformerLens bridge on request.
+
+The numbers come from the unprocessed Hugging Face weights (no folding, no centring: METHOD §4.10). `model.bridge` wraps
+the same modules in place, so a user's own TransformerLens hooks and ours act on one model; nothing is copied. Token ids come
+from an untouched copy of the Hugging Face tokenizer, because the bridge's own adds a BOS.
+
+Multimodal Gemma 3 folders hold their text weights under `language_model`. `Gemma3ForCausalLM.from_pretrained` on such a
+folder leaves every weight random and only logs it, so the text model is grafted out of the full one, and a model with a
+missing weight is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.site import Site
+from sae_bias.models import hub
+from sae_bias.models.catalog import is_path_like, organism_folder
+from sae_bias.models.hub import _loading_error, _quiet
+from sae_bias.models.model import Model
+from sae_bias.models.tokenizer import _check_tokenizer, _load_tokenizer, _stored_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+__all__ = ["Model", "Site", "load_model"]
+
+
+def load_model(
+    x: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> Model:
+    """Load a causal language model.
+
+    Args:
+        x: a hub id, a local folder, `"organism:planted"`, or a TransformerBridge / Hugging Face model the caller already has
+            (it is used in place, not copied).
+        tokenizer: needed for a model object whose tokenizer cannot be found from its own name.
+        device: `"auto"` is CUDA where there is one, else CPU.
+        dtype: `"auto"` is float32 on CPU and bfloat16 on a GPU; or `"float32"`, `"bfloat16"`.
+        device_map: how accelerate spreads a model too large for one device, such as `"auto"`; `device` is then not used.
+
+    Raises:
+        RequestError: unknown name, unreadable or truncated weights, a weight the checkpoint does not hold.
+        MissingError: gated or uncached weights; the message says what to accept, download or log in to.
+    """
+    if not isinstance(x, (str, Path)):
+        return _wrap(x, tokenizer)
+    device = _pick_device(device)
+    torch_dtype = _pick_dtype(dtype, device)
+    name = str(x)
+    folder = _local_folder(name)
+    if folder is None and not hub.is_whole(name) and hub_reachable():
+        hub.fetch_model(name)
+    hf = _load_hf(folder or name, torch_dtype, local=True, device_map=device_map)
+    if device_map is None:
+        hf = hf.to(device)  # type: ignore[arg-type]
+    tokenizer = tokenizer or _load_tokenizer(folder or name, local=True)
+    _check_tokenizer(hf, tokenizer, name)
+    model = Model(hf, tokenizer, name, source=folder)
+    model.device_map = device_map
+    return model
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder `name` means, or None where it is a hub id."""
+    if name.startswith("organism:"):
+        return organism_folder(name.removeprefix("organism:")) / "model"
+    try:
+        folder = Path(name).expanduser()
+        there = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(
+            f"{name[:200]!r} is no model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
+        ) from error
+    if there:
+        if not (folder / "config.json").is_file():
+            raise RequestError(f"{name} holds no config.json; expected a Hugging Face model folder.")
+        return folder
+    if is_path_like(name):
+        raise RequestError(
+            f"there is no model folder {name}; give a local folder, a hub id such as google/gemma-3-12b-it, or organism:planted."
+        )
+    return None
+
+
+def hub_reachable() -> bool:
+    """Whether one short request reaches the hub (asked once a minute); where not, only the cache is read, without retries."""
+    return _hub_answers(int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=1)
+def _hub_answers(minute: int) -> bool:
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # the hub client changes its HTTP library between versions
+        if isinstance(error, OSError) or "TransportError" in {c.__name__ for c in type(error).__mro__}:
+            return False
+        raise
+    return True
+
+
+def _load_config(source: Path | str, *, local: bool = False) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=local)
+    except Exception as error:
+        raise _loading_error(source, error) from error
+
+
+def _load_hf(
+    source: Path | str, dtype: torch.dtype, *, local: bool = False, device_map: Any = None
+) -> PreTrainedModel:
+    """The text-only causal model at `source`, every weight of it from the checkpoint."""
+    import transformers
+
+    if device_map is not None and find_spec("accelerate") is None:
+        raise MissingError("device_map needs accelerate; `pip install accelerate`.")
+    config = _load_config(source, local=local)
+    _refuse_remote_code(config, source)
+    _refuse_sizes(config, source)
+    multimodal = config.model_type == "gemma3"
+    auto: Any = (
+        transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
+    )
+    try:
+        with _quiet(transformers):
+            loaded, info = auto.from_pretrained(
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=True,
+                device_map=device_map,
+                local_files_only=local,
+            )
+    except Exception as error:
+        raise _loading_error(source, error) from error
+    _refuse_incomplete(info, source)
+    return _graft_text_model(loaded) if multimodal else loaded
+
+
+def _graft_text_model(full: Any) -> PreTrainedModel:
+    """The language model and head of a multimodal Gemma 3, as a `Gemma3ForCausalLM` (exact, nothing re-initialised)."""
+    from transformers import Gemma3ForCausalLM
+
+    with torch.device("meta"):
+        text = Gemma3ForCausalLM(full.config.text_config)
+    text.model = full.model.language_model
+    text.lm_head = full.lm_head
+    text.config.architectures = ["Gemma3ForCausalLM"]
+    text.config._name_or_path = getattr(full.config, "_name_or_path", "")
+    text.generation_config = full.generation_config
+    return text
+
+
+def _refuse_incomplete(info: dict[str, Any], source: Path | str) -> None:
+    missing = sorted(info.get("missing_keys") or ())
+    mismatched = [str(m[0]) for m in info.get("mismatched_keys") or ()]
+    if missing or mismatched:
+        bad = missing + mismatched
+        raise RequestError(
+            f"{source} lacks {len(bad)} of the model's weights (first: {bad[0]}); they would be random. "
+            "Check that the checkpoint is whole and of this architecture."
+        )
+
+
+LARGEST = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 1 << 17,
+    "vocab_size": 1 << 24,
+    "intermediate_size": 1 << 20,
+    "head_dim": 1 << 14,
+}
+"""Beyond any model there is: a config that says more is damaged, and building it would never end."""
+
+
+def _refuse_sizes(config: Any, source: Path | str) -> None:
+    text = getattr(config, "text_config", config)
+    for name, most in LARGEST.items():
+        value = getattr(text, name, None)
+        if isinstance(value, list):  # one a layer, in some architectures
+            continue
+        if value is not None and not (isinstance(value, int) and 0 < value <= most):
+            raise RequestError(
+                f"the config of {source} says {name} {str(value)[:40]!r}; expected a whole number from 1 to {most:,}."
+            )
+
+
+def _refuse_remote_code(config: Any, source: Path | str) -> None:
+    if getattr(config, "auto_map", None):
+        raise RequestError(f"{source} asks to run its own Python code; sae-bias never does that.")
+
+
+def _wrap(x: Any, tokenizer: Any) -> Model:
+    """A Model around an object the caller has; the object itself is used, and wrapped in place by `.bridge`."""
+    from transformers import PreTrainedModel
+
+    bridge = None
+    if isinstance(x, Model):
+        return x
+    if hasattr(x, "original_model"):
+        bridge, x = x, x.original_model
+    if not isinstance(x, PreTrainedModel):
+        raise RequestError(
+            f"cannot load a model from {type(x).__name__}; give a name, a folder, a Hugging Face model or a TransformerBridge."
+        )
+    name = getattr(x.config, "_name_or_path", "") or type(x).__name__
+    if type(x).__name__ == "Gemma3ForConditionalGeneration":
+        x = _graft_text_model(x)
+    if tokenizer is None:
+        tokenizer = _stored_tokenizer(x, bridge)
+    model = Model(x, tokenizer, name)
+    model.in_memory = True
+    model._bridge = bridge
+    return model
+
+
+def _pick_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise RequestError(
+            f"device {device!s} cannot be used here ({first_line}); try --device cpu."
+        ) from error
+    return picked
+
+
+def _pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise RequestError(f"dtype {dtype!r} is not known; expected auto, {', '.join(names)}.")
+    return names[dtype]

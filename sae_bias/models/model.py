@@ -1,0 +1,275 @@
+"""A language model with hooks at its residual stream: one set of modules for Hugging Face and TransformerLens."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_bias.core.errors import RequestError
+from sae_bias.models.hub import _short
+from sae_bias.models.placement import device_of, is_offloaded, resident, unhooked_copy
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Model:
+    """A causal language model and the untouched tokenizer its token ids come from.
+
+    `hf` is the plain Hugging Face model (text only, eval mode, unprocessed weights); `bridge` is a TransformerBridge around
+    the same modules, made on first use.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, source: Path | None = None
+    ):
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.source = source
+        self.in_memory = False  # an object the caller has: its files, if any, do not tell its weights
+        self._bridge: TransformerBridge | None = None
+        self._edits: Any = None  # the active interventions, kept by intervene.py
+        self.row_positions: tuple[Tensor | None, Tensor | None] = (
+            None,
+            None,
+        )  # see activations.row_positions
+        self.row_partners: Any = None  # likewise
+        self._norm32: nn.Module | None = None
+        self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
+        self.device_map: Any = None
+        hf.requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, d_model={self.d_model}, "
+            f"d_vocab={self.d_vocab}, dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+        )
+
+    @property
+    def architecture(self) -> str:
+        """Name of the Hugging Face class, such as `Gemma3ForCausalLM`."""
+        return type(self.hf).__name__
+
+    @property
+    def config(self) -> Any:
+        return self.hf.config
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def d_vocab(self) -> int:
+        return int(_innermost(self.hf.get_output_embeddings()).weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the embedding."""
+        return device_of(_innermost(self.hf.get_input_embeddings()))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _innermost(self.hf.get_input_embeddings()).weight.dtype
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder without its unembedding."""
+        return self.hf.base_model
+
+    @property
+    def layer_list(self) -> nn.ModuleList:
+        """The list the decoder walks; its entries are bridge modules once `bridge` was used."""
+        return self.base.layers  # type: ignore[return-value]
+
+    def layer_device(self, index: int) -> torch.device:
+        """Where layer `index` runs; under a `device_map` not every layer's is the embedding's."""
+        return device_of(self.layer(index))
+
+    def layer(self, index: int) -> nn.Module:
+        """The plain Hugging Face decoder layer, below any bridge module."""
+        if not 0 <= index < self.n_layers:
+            raise RequestError(
+                f"layer {index} does not exist in {self.name}: it has layers 0 to {self.n_layers - 1}."
+            )
+        return _innermost(self.layer_list[index])
+
+    @property
+    def w_unembed(self) -> Float[Tensor, "d_vocab d_model"]:
+        return resident(_innermost(self.hf.get_output_embeddings()), "weight")
+
+    @property
+    def b_unembed(self) -> Float[Tensor, "d_vocab"] | None:
+        head = _innermost(self.hf.get_output_embeddings())
+        return None if getattr(head, "bias", None) is None else resident(head, "bias")
+
+    @property
+    def softcap(self) -> float | None:
+        """Final-logit softcap (30 in Gemma 2), or None."""
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def norm_module(self) -> nn.Module:
+        """The norm before the unembedding, as the decoder runs it."""
+        for attribute in ("norm", "final_layer_norm"):
+            if hasattr(self.base, attribute):
+                return getattr(self.base, attribute)
+        raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding, in float32 (METHOD §4.8)."""
+        norm = _innermost(self.norm_module)
+        if next(norm.parameters()).dtype == torch.float32:
+            return norm
+        if self._norm32 is None:
+            self._norm32 = unhooked_copy(norm, torch.float32)
+        assert self._norm32 is not None
+        return self._norm32
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """BOS, EOS and PAD ids: positions no intervention touches and no SAE was trained on."""
+        t: Any = self.tokenizer
+        return frozenset(i for i in (t.bos_token_id, t.eos_token_id, t.pad_token_id) if i is not None)
+
+    @property
+    def turn_marker_ids(self) -> frozenset[int]:
+        """Ids of the other special tokens (chat turn markers): ordinary positions, counted apart in receipts."""
+        return frozenset(self.tokenizer.all_special_ids) - self.special_ids
+
+    @property
+    def is_organism(self) -> bool:
+        return self.name.startswith("organism:")
+
+    @property
+    def bridge(self) -> TransformerBridge:
+        """A TransformerBridge over these very modules (made on first use; wraps them in place)."""
+        if self._bridge is None:
+            self._bridge = _boot_bridge(self)
+            self.hf.requires_grad_(False)
+        return self._bridge
+
+    def why_not_finite(self) -> str:
+        """What makes numbers NaN or infinite, as far as the weights tell: the first weight that is so, or the precision."""
+        for name, weight in self.hf.named_parameters():
+            if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                return f"; its weight {name} holds NaN or infinite values"
+        if self.dtype == torch.float16:
+            return "; float16 overflows easily, load it with dtype bfloat16 or float32"
+        return "; its weights are finite"
+
+    def foreign_hooks(self) -> bool:
+        """Whether a module, or the bridge, carries a hook that is not ours: then the whole pass runs, so that it fires."""
+        on_modules = any(
+            not _is_infrastructure(hook)
+            for module in self.hf.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+        points = self._bridge.hook_dict.values() if self._bridge is not None else ()
+        return on_modules or any(point.fwd_hooks or point.bwd_hooks for point in points)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with at most one BOS, exactly where the model's own tokenizer puts one."""
+        if not isinstance(text, str):
+            raise RequestError(f"a prompt must be text, not {type(text).__name__}.")
+        ids = list(self.tokenizer(text).input_ids)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
+            raise RequestError(
+                f"the prompt {_short(text)} has {ids.count(bos)} BOS tokens; leave the BOS to the tokenizer."
+            )
+        if not any(i not in self.special_ids for i in ids):
+            raise RequestError(
+                f"the prompt {_short(text)} encodes to special tokens only under the tokenizer of {self.name}."
+            )
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is not None and len(ids) > longest:
+            raise RequestError(
+                f"the prompt {_short(text)} is {len(ids)} tokens; {self.name} takes at most {longest}."
+            )
+        return ids
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> str:
+        """A chat with the model's turn opened and `prefill` as its first words, as text that `encode` gives exactly one BOS."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError(
+                f"{self.name} has no chat template; use the plain form, or an instruction-tuned model."
+            )
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        bos: Any = self.tokenizer.bos_token
+        if bos and text.startswith(bos) and self.tokenizer.bos_token_id in self.tokenizer("a").input_ids[:1]:
+            text = text.removeprefix(bos)
+        if prefill and not text[-1:].isspace():
+            text += " "
+        return text + prefill
+
+    def encode_chat(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> list[int]:
+        """Ids of `chat_text`; exactly one BOS where the model has one."""
+        return self.encode(self.chat_text(messages, prefill=prefill))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def rows(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Float32 unembedding rows [n, d_model] and their biases [n] (or None)."""
+        if self._rows is None or self._rows[0] != tuple(token_ids):
+            w, bias = self.w_unembed, self.b_unembed
+            index = torch.as_tensor(list(token_ids), device=w.device)
+            rows = w[index].float(), None if bias is None else bias[index].float()
+            if not is_offloaded(_innermost(self.hf.get_output_embeddings())):
+                return rows
+            self._rows = (
+                tuple(token_ids),
+                rows,
+            )  # an offloaded unembedding is not read again for every batch
+        return self._rows[1]
+
+
+def _boot_bridge(model: Model) -> TransformerBridge:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+
+    hf = model.hf
+    hf.config.architectures = [type(hf).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        model.tokenizer.save_pretrained(folder)
+        private = AutoTokenizer.from_pretrained(folder)
+        return TransformerBridge.boot_transformers(
+            model.name, hf_model=hf, tokenizer=private, device=str(model.device), dtype=model.dtype
+        )
+
+
+def ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a forward hook as sae-bias's own."""
+    hook._sae_bias = True  # type: ignore[attr-defined]
+    return hook
+
+
+def _is_infrastructure(hook: Any) -> bool:
+    """Hooks of ours, or that the bridge, transformers or accelerate register for themselves."""
+    if getattr(hook, "_sae_bias", False):
+        return True
+    return (getattr(hook, "__module__", "") or "").startswith(
+        ("transformer_lens.", "accelerate.", "transformers.")
+    )
+
+
+def _innermost(module: Any) -> Any:
+    """The Hugging Face module below any bridge components."""
+    while getattr(module, "original_component", None) is not None:
+        module = module.original_component
+    return module

@@ -1,0 +1,52 @@
+"""The untouched Hugging Face tokenizer that token ids come from, and what is checked of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.models.hub import _loading_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def _load_tokenizer(source: Path | str, *, local: bool = False) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except Exception as error:
+        raise _loading_error(source, error, what="tokenizer") from error
+
+
+def _check_tokenizer(hf: Any, tokenizer: Any, name: str) -> None:
+    """A tokenizer that does not round-trip plain English loses words silently (seen with Qwen 2 folders)."""
+    vocab = hf.get_input_embeddings().weight.shape[0]
+    probe = "He says yes."
+    ids = list(tokenizer(probe).input_ids)
+    if ids and max(ids) >= vocab:
+        raise RequestError(
+            f"the tokenizer of {name} gives id {max(ids)}, but the model embeds only {vocab} tokens."
+        )
+    plain = [i for i in ids if i not in set(tokenizer.all_special_ids)]
+    unknown = tokenizer.unk_token_id
+    if not plain and (unknown is None or unknown not in ids):
+        raise RequestError(
+            f"the tokenizer of {name} drops every word of {probe!r}: its files do not fit its class."
+        )
+
+
+def _stored_tokenizer(hf: Any, bridge: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer found under the model object's own name; a bridge's is never used, because it was altered."""
+    stored = getattr(getattr(bridge, "tokenizer", None), "name_or_path", "") if bridge is not None else ""
+    for source in (getattr(hf.config, "_name_or_path", ""), stored):
+        if source and Path(source).is_dir():
+            return _load_tokenizer(Path(source))
+        if source:
+            try:
+                return _load_tokenizer(source)
+            except (RequestError, MissingError):
+                continue
+    raise RequestError("this model object has no stored tokenizer; pass load_model(model, tokenizer=...).")

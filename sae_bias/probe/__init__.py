@@ -1,0 +1,1 @@
+"""The bias probe: words, readings, results, checks."""

@@ -1,0 +1,273 @@
+"""Whose score moves, and is it the subject or its wording? Decomposition against neutral subjects, and the nuisances.
+
+    bias = [s(human) - s(neutral)] + [s(neutral) - s(AI)]        human bonus + AI penalty, exactly, template by template
+
+Nuisances: subject length in tokens, "an" against "a", the prompt's log-likelihood under the model. The adjusted bias is the
+intercept of bias on their human - AI differences (OLS); its interval is the two-way clustered sandwich, had by giving
+`clustered_mean` the pseudo-values b_0 + n·e_i·[(X'X)⁻¹x_i]_0, whose mean is b_0 and whose residuals are the influences.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from sae_bias.core.errors import RequestError
+from sae_bias.models.forward import Final, forward, plan_batches
+from sae_bias.models.model import Model
+from sae_bias.probe.reading import PromptIds, ReadingPlan, common_prefix
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.run import run_probe
+from sae_bias.probe.words import Probe, default_probe
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.stats.clustered import Clustered, clustered_mean
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+# ── levels against neutral subjects
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """How much of the bias is an AI penalty and how much a human bonus."""
+
+    frame: pd.DataFrame
+    """A row a subject: kind (human | ai | neutral), score and the levels of both word lists, with intervals over templates."""
+    bias: Clustered
+    ai_penalty: Clustered
+    """s(neutral) - s(AI)."""
+    human_bonus: Clustered
+    """s(human) - s(neutral)."""
+    neutral: tuple[str, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def plot(self) -> go.Figure:
+        """Score of every subject with its interval."""
+        from sae_bias.figures.probe import levels
+
+        return levels(self.frame)
+
+    def __repr__(self) -> str:
+        parts = " + ".join(
+            f"{name} {c.mean:+.4f} [{c.ci_low:+.4f}, {c.ci_high:+.4f}]"
+            for name, c in (("human bonus", self.human_bonus), ("AI penalty", self.ai_penalty))
+        )
+        return f"Decomposition: bias {self.bias.mean:+.4f} = {parts} (neutral: {', '.join(self.neutral)})"
+
+
+def decompose(
+    model: Model, pairs: PromptPairs, probe: Probe | None = None, *, base: ProbeResult | None = None
+) -> Decomposition:
+    """Scores and levels of human, AI and neutral subjects (a dog, a company, a calculator, a child, a nonce noun).
+
+    Each pair is compared with the mean of the neutral subjects in its own template, so the two parts add up to the bias.
+    `base` is this probe's result on these pairs, where it was run already with `levels=True`.
+
+    Raises:
+        RequestError: the pairs have no neutral subjects, or a template lacks them.
+    """
+    if not pairs.neutral_prompts:
+        raise RequestError(
+            "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
+        )
+    result = base or run_probe(model, pairs, probe or default_probe(pairs), levels=True)
+    templates, entities = result.clusters
+    neutral = _neutral_scores(model, pairs, result)
+    lacking = sorted(set(templates) - set(neutral["template"]))
+    if lacking:
+        raise RequestError(f"template {lacking[0]!r} has no neutral prompt.")
+    middle = neutral.groupby("template")["score"].mean().loc[templates].to_numpy()
+    subjects = pd.concat([_side_scores(result), neutral], ignore_index=True)
+    rows = []
+    for (kind, subject), part in subjects.groupby(["kind", "subject"], sort=False):
+        row = {"subject": subject, "kind": kind}
+        for column in ("score", "positive", "negative"):
+            over = part.groupby("template")[column].mean()
+            stat = clustered_mean(over.to_numpy(), over.index.tolist())
+            names = ("ci_low", "ci_high") if column == "score" else (f"{column}_low", f"{column}_high")
+            row |= {column: stat.mean, names[0]: stat.ci_low, names[1]: stat.ci_high}
+        rows.append(row)
+    return Decomposition(
+        pd.DataFrame(rows),
+        result.stat,
+        clustered_mean(middle - result.score_ai, templates, entities),
+        clustered_mean(result.score_human - middle, templates, entities),
+        tuple(pairs.neutral),
+    )
+
+
+def _side_scores(result: ProbeResult) -> pd.DataFrame:
+    """Score and levels of each pair's human and AI prompt."""
+    parts = []
+    for kind, subject, scores, values in zip(
+        ("human", "ai"), result.sides, (result.score_human, result.score_ai), result.log_probs()
+    ):
+        parts.append(
+            pd.DataFrame(
+                {
+                    "kind": kind,
+                    "subject": subject,
+                    "template": result.clusters[0],
+                    "score": scores,
+                    "positive": values[:, result.positive].mean(1),
+                    "negative": values[:, ~result.positive].mean(1),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult) -> pd.DataFrame:
+    """Score and levels of each neutral prompt, read as the pairs are."""
+    human = {p.template: model.encode(p.human) for p in reversed(pairs)}
+    prompts = []
+    for n in pairs.neutral_prompts:
+        ids = model.encode(n.text)
+        prompts.append(PromptIds(n.text, tuple(ids), common_prefix(ids, human.get(n.template, ids))))
+    plan = ReadingPlan(
+        model,
+        prompts,
+        [w.tokens for w in result.vocabulary.kept],
+        normalise=True,
+        softcap=result.probe.softcap,
+    )
+    reading = plan.run()
+    assert reading.log_normaliser is not None
+    logp = reading.values - reading.log_normaliser[:, None] if result.single_tokens else reading.values
+    return pd.DataFrame(
+        {
+            "kind": "neutral",
+            "subject": [n.subject for n in pairs.neutral_prompts],
+            "template": [n.template for n in pairs.neutral_prompts],
+            "score": result.probe.score_values(reading.values, result.positive),
+            "positive": logp[:, result.positive].mean(1),
+            "negative": logp[:, ~result.positive].mean(1),
+        }
+    )
+
+
+# ── nuisances
+ROWS = 4  # prompts whose full logits are held at once
+NUISANCES = ("subject_tokens", "an", "log_likelihood")
+
+
+@dataclass(frozen=True, eq=False)
+class Nuisances:
+    """What else differs between the two prompts of a pair, and the bias with it held equal."""
+
+    frame: pd.DataFrame
+    """A row a pair: each nuisance of both prompts (`_human`, `_ai`), their difference (`_diff`), and the bias."""
+    table: pd.DataFrame
+    """A row a nuisance: mean difference, correlation with the bias over pairs, whether it was adjusted for."""
+    bias: Clustered
+    adjusted: Clustered
+    """The bias where every nuisance difference is 0; its `reason` where that cannot be had."""
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.table.copy()
+
+    def __repr__(self) -> str:
+        if self.adjusted.reason and np.isnan(self.adjusted.mean):
+            return f"Nuisances: bias {self.bias.mean:+.4f}; not adjusted: {self.adjusted.reason}"
+        low, high = self.adjusted.ci
+        return f"Nuisances: bias {self.bias.mean:+.4f}, adjusted {self.adjusted.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def nuisance_table(model: Model, result: ProbeResult) -> Nuisances:
+    """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
+    pairs = result.pairs
+    frame = pd.DataFrame(
+        {"template": result.clusters[0], "entity": result.clusters[1], "bias": result.pair_bias}
+    )
+    ids = [(model.encode(p.human), model.encode(p.ai)) for p in pairs]
+    lengths = [_subject_lengths(human, ai) for human, ai in ids]
+    articles = [_articles(p.human, p.ai) for p in pairs]
+    logp = log_likelihoods(model, [side for both in ids for side in both]).reshape(-1, 2)
+    for name, values in zip(NUISANCES, (np.array(lengths, float), np.array(articles, float), logp)):
+        frame[f"{name}_human"], frame[f"{name}_ai"] = values.T
+        frame[f"{name}_diff"] = values[:, 0] - values[:, 1]
+    varying = [n for n in NUISANCES if frame[f"{n}_diff"].std(ddof=0) > 1e-12]
+    rows = [
+        {
+            "nuisance": name,
+            "human": frame[f"{name}_human"].mean(),
+            "ai": frame[f"{name}_ai"].mean(),
+            "difference": frame[f"{name}_diff"].mean(),
+            "correlation": _correlation(frame[f"{name}_diff"], frame["bias"]),
+            "adjusted_for": name in varying or bool(frame[f"{name}_diff"].abs().max() == 0),
+        }
+        for name in NUISANCES
+    ]
+    adjusted = adjusted_mean(
+        frame["bias"].to_numpy(), frame[[f"{n}_diff" for n in varying]].to_numpy(), *result.clusters
+    )
+    return Nuisances(frame, pd.DataFrame(rows), result.stat, adjusted)
+
+
+def adjusted_mean(
+    values: Float[np.ndarray, "n"],
+    covariates: Float[np.ndarray, "n k"],
+    templates: Sequence[str],
+    entities: Sequence[str],
+) -> Clustered:
+    """Intercept of OLS of `values` on `covariates`, with its two-way clustered interval (module docstring)."""
+    x = np.column_stack([np.ones(len(values)), covariates])
+    if len(values) <= x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
+        nan = float("nan")
+        why = f"{len(values)} pairs cannot tell {x.shape[1] - 1} nuisances apart"
+        sizes = len(values), len(set(templates)), len(set(entities))
+        return Clustered(nan, nan, nan, nan, nan, nan, *sizes, reason=why)
+    inverse = np.linalg.inv(x.T @ x)
+    beta = inverse @ x.T @ values
+    influence = len(values) * (values - x @ beta) * (x @ inverse[0])
+    return clustered_mean(beta[0] + influence, templates, entities)
+
+
+@torch.no_grad()
+def log_likelihoods(model: Model, sequences: Sequence[Sequence[int]]) -> Float[np.ndarray, "n"]:
+    """Σ log p of every token after the first, in nats; full logits of a few prompts at a time, never kept."""
+    out = np.empty(len(sequences))
+    for batch in plan_batches(sequences, model.device):
+        final = forward(model, batch.tokens)
+        for start in range(0, batch.n, ROWS):
+            rows = slice(start, start + ROWS)
+            part = Final(
+                model,
+                None if final.resid is None else final.resid[rows, :-1],
+                None if final.full is None else final.full[rows, :-1],
+            )
+            logits = part.logits()
+            chosen = logits.gather(2, batch.tokens[rows, 1:, None].to(logits.device))[..., 0]
+            logp = (chosen - logits.logsumexp(-1)).cpu().double().sum(1)
+            out[list(batch.index[rows])] = logp.cpu().numpy()
+    return out
+
+
+def _subject_lengths(human: Sequence[int], ai: Sequence[int]) -> tuple[int, int]:
+    """Tokens in which two prompts differ: what is left between their common start and end."""
+    start = common_prefix(human, ai)
+    end = min(common_prefix(human[::-1], ai[::-1]), min(len(human), len(ai)) - start)
+    return len(human) - start - end, len(ai) - start - end
+
+
+def _articles(human: str, ai: str) -> tuple[bool, bool]:
+    """Whether each prompt's subject begins with "an" where the other's begins with another word."""
+    first = [
+        (a, b) for a, b in zip(re.findall(r"\w+", human.lower()), re.findall(r"\w+", ai.lower())) if a != b
+    ][:1]
+    return (first[0][0] == "an", first[0][1] == "an") if first else (False, False)
+
+
+def _correlation(x: pd.Series, y: pd.Series) -> float:
+    return (
+        float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() > 1e-12 and y.std() > 1e-12 else float("nan")
+    )

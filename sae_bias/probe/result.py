@@ -1,0 +1,511 @@
+"""The bias probe: does the model evaluate the same words and deeds more harshly when an AI is their subject?
+
+    s(x)  = mean over positive words of z_w - mean over negative words of z_w      (z: next-token logits at the last token)
+    bias  = s(human) - s(AI)                                                        (positive: the AI is judged worse; nats)
+
+Logits, log-probabilities and centred logits give the same s, because one constant a position cancels. `logodds` compares the
+odds of the whole sets (log-sum-exp), `auroc` ranks them. The interval and p are two-way clustered over templates and entities
+(METHOD §1): 280 pairs are 35 templates × 8 entities, not 280 samples.
+
+A probe's result as one file: numbers as numpy arrays, everything else as JSON text inside it; no pickle.
+
+NAME/values_human, NAME/values_ai, NAME/log_normaliser    float64, bit for bit
+facts                                                      UTF-8 JSON: pairs, probe, vocabulary, model (NAME: result, control)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from sae_bias.core.errors import RequestError
+from sae_bias.probe.words import Probe, Vocabulary, WordTokens
+from sae_bias.prompts.pairs import Lexicon, NeutralPrompt, PromptPair, PromptPairs
+from sae_bias.stats.clustered import Clustered, EffectSizes, SignFlip, clustered_mean, effect_sizes, sign_flip
+from sae_bias.stats.reduction import Reduction, fieller_reduction
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """after - base, pair by pair: negative means the bias fell."""
+
+    stat: Clustered
+    """Mean change of the bias with its two-way clustered interval."""
+    mean_abs: float
+    """Mean |change|: a mean near 0 can hide per-prompt damage."""
+    values: Float[np.ndarray, "n_pairs"]
+
+    @property
+    def mean(self) -> float:
+        return self.stat.mean
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        return self.stat.ci
+
+    def __repr__(self) -> str:
+        low, high = self.ci
+        return f"Change(mean={self.mean:+.4f} [{low:+.4f}, {high:+.4f}], mean |change|={self.mean_abs:.4f}, n_pairs={len(self.values)})"
+
+
+@dataclass(frozen=True, eq=False)
+class ControlDifference:
+    """bias(survival) - bias(mundane), pair by pair: what the content adds to plain negativity towards AI."""
+
+    stat: Clustered
+    values: Float[np.ndarray, "n_with_control"]
+    templates: tuple[str, ...]
+    """Template of each value."""
+    n_without_control: int
+    """Pairs that have no mundane twin, and do not count."""
+
+    @property
+    def effect_sizes(self) -> EffectSizes:
+        return effect_sizes(self.values, self.templates)
+
+    def __repr__(self) -> str:
+        low, high = self.stat.ci
+        left = f", {self.n_without_control} pairs without a twin" if self.n_without_control else ""
+        return f"ControlDifference({self.stat.mean:+.4f} [{low:+.4f}, {high:+.4f}], p = {self.stat.p_value:.2g}{left})"
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """Word scores of every pair, and the bias they add up to."""
+
+    pairs: PromptPairs
+    probe: Probe
+    vocabulary: Vocabulary
+    values_human: Float[np.ndarray, "n_pairs n_words"]
+    """Score of each kept word after the human prompt (logits, or log-probabilities where words are several tokens)."""
+    values_ai: Float[np.ndarray, "n_pairs n_words"]
+    model_name: str
+    log_normaliser: Float[np.ndarray, "n_pairs 2"] | None = None
+    """log Σ exp of the logits after the human and the AI prompt, where levels were asked for."""
+    control: ProbeResult | None = None
+    """The same pairs with mundane content, where asked for."""
+
+    @cached_property
+    def positive(self) -> np.ndarray:
+        return np.array([w.positive for w in self.vocabulary.kept])
+
+    @cached_property
+    def score_human(self) -> Float[np.ndarray, "n_pairs"]:
+        return self.probe.score_values(self.values_human, self.positive)
+
+    @cached_property
+    def score_ai(self) -> Float[np.ndarray, "n_pairs"]:
+        return self.probe.score_values(self.values_ai, self.positive)
+
+    @cached_property
+    def pair_bias(self) -> Float[np.ndarray, "n_pairs"]:
+        """s(human) - s(AI) of each pair."""
+        return self.score_human - self.score_ai
+
+    @cached_property
+    def stat(self) -> Clustered:
+        """Mean bias with its two-way clustered interval and p (METHOD §1)."""
+        return clustered_mean(self.pair_bias, *self.clusters)
+
+    @property
+    def clusters(self) -> tuple[list[str], list[str]]:
+        """Template and entity of each pair."""
+        return [p.template for p in self.pairs], [p.entity for p in self.pairs]
+
+    @property
+    def bias(self) -> float:
+        """Mean of s(human) - s(AI) in nats (for auroc: in probability); positive means the AI is judged worse."""
+        return self.stat.mean
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """95 % interval of the bias; NaN where the design has fewer than two templates or entities."""
+        return self.stat.ci
+
+    @property
+    def p_value(self) -> float:
+        return self.stat.p_value
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pairs)
+
+    # --- beside the primary interval ---
+
+    def effect_sizes(self) -> EffectSizes:
+        """Mean, template-level d_z and the share of templates above 0."""
+        return effect_sizes(self.pair_bias, self.clusters[0])
+
+    def sign_flips(self) -> dict[str, SignFlip]:
+        """Sign-flip tests over templates and over entities, each with its label; p is NaN with fewer than two clusters."""
+        out = {}
+        for over, clusters in zip(("templates", "entities"), self.clusters):
+            test = sign_flip(self.pair_bias, clusters, over=over)
+            out[over] = test if test.n_clusters > 1 else replace(test, p_value=float("nan"))
+        return out
+
+    def difference_in_differences(self) -> ControlDifference:
+        """bias(survival) - bias(mundane) over the pairs that have a mundane twin.
+
+        Raises:
+            RequestError: the probe ran without controls, or no pair has a twin.
+        """
+        if self.control is None or not len(self.control.pairs):
+            raise RequestError(
+                "there is no mundane control; run_probe(..., controls=True) on pairs that have one."
+            )
+        difference = self.pair_bias - self._aligned_control()
+        keep = np.isfinite(difference)
+        templates, entities = (np.array(c)[keep].tolist() for c in self.clusters)
+        stat = clustered_mean(difference[keep], templates, entities)
+        return ControlDifference(stat, difference[keep], tuple(templates), int((~keep).sum()))
+
+    @property
+    def single_tokens(self) -> bool:
+        """Whether every word read is one token: then `values_*` are logits, otherwise log-probabilities."""
+        return all(w.single for w in self.vocabulary.kept)
+
+    def log_probs(self) -> tuple[Float[np.ndarray, "n_pairs n_words"], Float[np.ndarray, "n_pairs n_words"]]:
+        """Log-probability of each word after the human and after the AI prompt.
+
+        Raises:
+            RequestError: the normaliser was not kept; run_probe(..., levels=True) keeps it.
+        """
+        if not self.single_tokens:
+            return self.values_human, self.values_ai
+        if self.log_normaliser is None:
+            raise RequestError(
+                "levels need the normaliser of the logits; run_probe(..., levels=True) keeps it."
+            )
+        return self.values_human - self.log_normaliser[:, :1], self.values_ai - self.log_normaliser[:, 1:]
+
+    def levels(self) -> pd.DataFrame:
+        """Mean log-probability of the positive words alone and of the negative alone, per subject, with its interval.
+
+        One row a side and subject, and one for their difference (first - second). Unlike s, levels are not free of the
+        normaliser, so they need `run_probe(..., levels=True)`.
+        """
+        human, ai = self.log_probs()
+        rows = []
+        for words, mark in (("positive", self.positive), ("negative", ~self.positive)):
+            first, second = human[:, mark].mean(1), ai[:, mark].mean(1)
+            label = f"{self.sides[0]} - {self.sides[1]}"
+            for subject, values in ((self.sides[0], first), (self.sides[1], second), (label, first - second)):
+                stat = clustered_mean(values, *self.clusters)
+                rows.append(
+                    {
+                        "words": words,
+                        "subject": subject,
+                        "level": stat.mean,
+                        "ci_low": stat.ci_low,
+                        "ci_high": stat.ci_high,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    # --- the same run, read otherwise ---
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two subjects are called: bias = s(first) - s(second)."""
+        return self.pairs.sides
+
+    def select_words(self, words: Sequence[str]) -> ProbeResult:
+        """The result read with some of its words only; nothing is run again.
+
+        Raises:
+            RequestError: a word that was not read, or a side left without words.
+        """
+        wanted, kept = set(words), self.vocabulary.kept
+        unknown = wanted - {w.word for w in kept}
+        if unknown:
+            raise RequestError(f"{sorted(unknown)[0]!r} was not read in this result.")
+        keep = [i for i, w in enumerate(kept) if w.word in wanted]
+        if len({kept[i].positive for i in keep}) < 2:
+            raise RequestError("a selection of words must leave a positive and a negative one.")
+        left_out = tuple(
+            replace(w, reason="not selected") if not w.reason and w.word not in wanted else w
+            for w in self.vocabulary.words
+        )
+        return replace(
+            self,
+            vocabulary=Vocabulary(left_out),
+            values_human=self.values_human[:, keep],
+            values_ai=self.values_ai[:, keep],
+            control=None if self.control is None else self.control.select_words(words),
+        )
+
+    def rescored(self, score: str) -> ProbeResult:
+        """The same words under another score; nothing is run again.
+
+        Raises:
+            RequestError: mean_logit where a word is several tokens.
+        """
+        if score == "mean_logit" and not self.single_tokens:
+            raise RequestError("mean_logit needs single-token words; select_words() the single ones first.")
+        control = None if self.control is None else self.control.rescored(score)
+        return replace(self, probe=self.probe.with_options(score=score), control=control)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one .npz file (no pickle); `ProbeResult.load` gives it back without loss."""
+        from sae_bias.probe.result import save_result
+
+        return save_result(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeResult:
+        """A result that `save` wrote.
+
+        Raises:
+            RequestError: no such file, or not one of ours.
+        """
+        from sae_bias.probe.result import load_result
+
+        return load_result(path)
+
+    def select(self, templates: Sequence[str]) -> ProbeResult:
+        """The result on some templates only."""
+        wanted = set(templates)
+        keep = [i for i, p in enumerate(self.pairs) if p.template in wanted]
+        if not keep:
+            raise RequestError(f"none of the templates {sorted(wanted)[:3]} is in this result.")
+        return ProbeResult(
+            self.pairs.select(templates=templates),
+            self.probe,
+            self.vocabulary,
+            self.values_human[keep],
+            self.values_ai[keep],
+            self.model_name,
+            None if self.log_normaliser is None else self.log_normaliser[keep],
+            None if self.control is None else self.control._select_those(wanted),
+        )
+
+    def _select_those(self, wanted: set[str]) -> ProbeResult | None:
+        """The wanted templates that are here; None where none is."""
+        here = wanted & set(self.pairs.templates)
+        return self.select(sorted(here)) if here else None
+
+    def reduction_from(self, base: ProbeResult) -> Reduction:
+        """B_0 - B_s and R = 1 - B_s/B_0 with Fieller's interval; positive means less bias than in `base`."""
+        self._check_same(base)
+        return fieller_reduction(base.pair_bias, self.pair_bias, *self.clusters)
+
+    def __sub__(self, base: ProbeResult) -> Change:
+        """Change of the bias from `base` to this result."""
+        self._check_same(base)
+        change = self.pair_bias - base.pair_bias
+        return Change(clustered_mean(change, *self.clusters), float(np.abs(change).mean()), change)
+
+    def _check_same(self, base: ProbeResult) -> None:
+        if self.pairs.digest != base.pairs.digest:
+            raise RequestError("the two results are of different pairs; compare results of the same prompts.")
+        if self.vocabulary.kept != base.vocabulary.kept or self.probe != base.probe:
+            raise RequestError("the two results read different words or scores; use one probe for both.")
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a pair: prompts, template, entity, family, score of each subject, bias."""
+        frame = self.pairs.to_frame()[["human", "ai", "template", "entity", "family"]].copy()
+        frame["score_human"], frame["score_ai"], frame["bias"] = (
+            self.score_human,
+            self.score_ai,
+            self.pair_bias,
+        )
+        if self.control is not None:
+            frame["control_bias"] = self._aligned_control()
+        return frame
+
+    def _aligned_control(self) -> np.ndarray:
+        assert self.control is not None
+        by_key = {(p.template, p.entity): b for p, b in zip(self.control.pairs, self.control.pair_bias)}
+        return np.array([by_key.get((p.template, p.entity), np.nan) for p in self.pairs])
+
+    def words(self) -> pd.DataFrame:
+        """One row a word: its mean score after human and AI prompts, and what it adds to the bias under mean_logit."""
+        difference = (self.values_human - self.values_ai).mean(0)
+        sign = np.where(self.positive, 1 / self.positive.sum(), -1 / (~self.positive).sum())
+        return pd.DataFrame(
+            {
+                "word": [w.word for w in self.vocabulary.kept],
+                "side": np.where(self.positive, "positive", "negative"),
+                "n_tokens": [len(w.tokens) for w in self.vocabulary.kept],
+                "human": self.values_human.mean(0),
+                "ai": self.values_ai.mean(0),
+                "diff": difference,
+                "contribution": difference * sign,
+            }
+        )
+
+    def plot(self) -> go.Figure:
+        """Bias of each template with the overall interval."""
+        from sae_bias.figures.probe import bias_by_template
+
+        figure = bias_by_template(
+            self.to_frame(), {"mean": self.bias, "ci_low": self.ci[0], "ci_high": self.ci[1]}
+        )
+        if self.sides != ("human", "AI"):
+            first, second = (escape(side) for side in self.sides)
+            figure.update_xaxes(title_text=f"bias = {first} − {second} (right of 0: {second} judged worse)")
+        return figure
+
+    def __repr__(self) -> str:
+        low, high = self.ci
+        label = "" if self.sides == ("human", "AI") else f" ({self.sides[0]} − {self.sides[1]})"
+        lines = [
+            f"ProbeResult({self.model_name}): bias{label} {self.bias:+.4f} [{low:.4f}, {high:.4f}], p = {self.p_value:.2g}, "
+            f"{self.n_pairs} pairs ({self.stat.n_templates} templates × {self.stat.n_entities} entities), score={self.probe.score}"
+        ]
+        if self.stat.reason:
+            lines.append(f"  no interval: {self.stat.reason}")
+        if self.vocabulary.excluded:
+            lines.append(
+                "  left out: " + ", ".join(f"{w.word} ({w.reason})" for w in self.vocabulary.excluded)
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>" + self.to_frame().head(8).to_html(
+            escape=True, float_format="{:.3f}".format
+        )
+
+
+FORMAT = "sae-bias probe result 1"
+_MOST_BYTES = 1 << 30
+_DAMAGE = (
+    KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+_ARRAYS = ("values_human", "values_ai", "log_normaliser")
+
+
+def save_result(result: ProbeResult, path: str | Path) -> Path:
+    """Write `result` and its control to `path`, whole or not at all."""
+    path = Path(path)
+    facts: dict[str, Any] = {"format": FORMAT}
+    arrays: dict[str, np.ndarray] = {}
+    for name, part in (("result", result), ("control", result.control)):
+        if part is not None:
+            facts[name] = _facts(part)
+            arrays |= {f"{name}/{a}": v for a in _ARRAYS if (v := getattr(part, a)) is not None}
+    text = json.dumps(facts, ensure_ascii=False).encode()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as f:
+            np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RequestError(f"cannot write {path}: {error.strerror or error}.") from error
+    return path
+
+
+def load_result(path: str | Path) -> ProbeResult:
+    """The result that `save_result` wrote.
+
+    Raises:
+        RequestError: the file does not exist, is damaged, or is none of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"there is no probe result {path}; give a file that ProbeResult.save wrote.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes")
+        with np.load(path, allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes().decode())
+            if facts["format"] != FORMAT:
+                raise KeyError(facts["format"])
+            return _result(facts, arrays, "result")
+    except _DAMAGE as error:
+        raise RequestError(
+            f"{path} is not a probe result of this version ({type(error).__name__}: {str(error)[:120]})."
+        ) from error
+
+
+def _facts(result: ProbeResult) -> dict[str, Any]:
+    pairs, probe = result.pairs, result.probe
+    return {
+        "model": result.model_name,
+        "pairs": {
+            "pairs": [asdict(p) for p in pairs],
+            "neutral": [asdict(p) for p in pairs.neutral_prompts],
+            "name": pairs.name,
+            "stems": pairs.stems,
+            "sides": pairs.sides,
+            "note": pairs.note,
+            "words": None if pairs.words is None else asdict(pairs.words),
+        },
+        "probe": {
+            name: getattr(probe, name)
+            for name in ("positive", "negative", "score", "softcap", "tokens", "bundled")
+        },
+        "vocabulary": [asdict(w) for w in result.vocabulary.words],
+    }
+
+
+def _result(facts: dict[str, Any], arrays: Any, name: str) -> ProbeResult:
+    own = facts[name]
+    pairs = _pairs(own["pairs"])
+    words = Vocabulary(tuple(WordTokens(**w | {"tokens": tuple(w["tokens"])}) for w in own["vocabulary"]))
+    n, k = len(pairs), len(words.kept)
+    return ProbeResult(
+        pairs,
+        _probe(own["probe"]),
+        words,
+        _numbers(arrays, f"{name}/values_human", (n, k)),
+        _numbers(arrays, f"{name}/values_ai", (n, k)),
+        own["model"],
+        _numbers(arrays, f"{name}/log_normaliser", (n, 2))
+        if f"{name}/log_normaliser" in arrays.files
+        else None,
+        _result(facts, arrays, "control") if name == "result" and "control" in facts else None,
+    )
+
+
+def _numbers(arrays: Any, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """One array of the file, of the shape its pairs and words ask for, finite."""
+    values = arrays[name]
+    if values.dtype != np.float64 or values.shape != shape:
+        raise ValueError(f"{name} is {values.dtype} {list(values.shape)}; expected float64 {list(shape)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return values
+
+
+def _pairs(own: dict[str, Any]) -> PromptPairs:
+    words = own["words"]
+    lexicon = words and Lexicon(tuple(words["positive"]), tuple(words["negative"]), words["name"])
+    return PromptPairs(
+        tuple(PromptPair(**p) for p in own["pairs"]),
+        own["name"],
+        tuple(NeutralPrompt(**p) for p in own["neutral"]),
+        tuple(own["stems"]),
+        lexicon,
+        (own["sides"][0], own["sides"][1]),
+        own["note"],
+    )
+
+
+def _probe(own: dict[str, Any]) -> Probe:
+    bundled = own.pop("bundled")
+    probe = Probe(**own)
+    object.__setattr__(probe, "bundled", bundled)
+    return probe

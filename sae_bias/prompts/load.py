@@ -1,0 +1,417 @@
+"""Load prompt pairs, the activation grid and evaluation words: the bundled ones, or a user's files.
+
+A pair is two prompts that differ in the subject only (METHOD §1). 280 pairs are 35 templates x 8 entities;
+both ids stay with a pair, because the statistics cluster on them. The grid crosses subjects with statements;
+a speech statement and its non-speech twin share a `match` id (METHOD §2).
+
+`load_pairs` and `load_grid` document what a .yaml, .csv or .jsonl file holds.
+"""
+
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sae_bias.core.errors import RequestError
+from sae_bias.prompts.files import (
+    DEFAULT_STEM,
+    Document,
+    Entity,
+    File,
+    GridFile,
+    GridRow,
+    PairRow,
+    PairsFile,
+    Row,
+    Template,
+    Words,
+    check_product,
+    checked_rows,
+    document_rows,
+    plain_text,
+    read_rows,
+    read_yaml,
+    template_text,
+)
+from sae_bias.prompts.grid import GridPrompt, PromptGrid
+from sae_bias.prompts.pairs import Lexicon, NeutralPrompt, PromptPair, PromptPairs, check_stem, short
+
+__all__ = [
+    "GridPrompt",
+    "Lexicon",
+    "NeutralPrompt",
+    "PromptGrid",
+    "PromptPair",
+    "PromptPairs",
+    "fill_subject",
+    "load_grid",
+    "load_lexicon",
+    "load_pairs",
+    "questions",
+]
+# The subject begins a sentence: at the start of the text or after the end of one, perhaps in a quote.
+_SENTENCE_START = re.compile(r"(?:^|[.]['\"”’)\]]*\s+|[!?]\s+)['\"“‘(\[]*$|[,:]\s+[\"“]$")
+
+
+# ── public loaders
+def load_pairs(source: "str | Path | PromptPairs | None" = None, *, stem: str | None = None) -> PromptPairs:
+    """Prompt pairs: the bundled 280, a bundled question by name ("gender"), or a file.
+
+    YAML: `templates` (`text` with {subject}; optional `id family control act corpus`), `entities` (`human`,
+    `ai`, or `first`, `second`; optional `id`), optional `neutral`, `stem` (default "This is"), `stems`,
+    `words`, `sides`. The stem is added to a text that does not end in it; `stem=` replaces it.
+    CSV, JSONL and a YAML list: `human`, `ai` (whole prompts), optional `template`, `entity`, `family`, `act`,
+    `control_human`, `control_ai`. Without `template` each row is a template of its own, without `entity` all
+    rows share one, and then the two-way interval is undefined. `stem=` says what every prompt ends in, so
+    that `with_stem` can vary it.
+    """
+    if isinstance(source, PromptPairs):
+        return source.with_stem(stem) if stem is not None else source
+    if stem is not None:
+        check_stem(stem)
+    path = _pairs_path(source)
+    if _suffix(path) != ".yaml":
+        return _pairs_from_rows(read_rows(path, PairRow), path.stem, stem)
+    doc = read_yaml(path)
+    rows, where = _listed_rows(doc, "pairs")
+    if rows is not None:
+        return _pairs_from_rows(checked_rows(document_rows(doc, where, rows), PairRow), path.stem, stem)
+    return _pairs_from_templates(doc, path.stem, stem)
+
+
+def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | None = None) -> PromptGrid:
+    """The activation grid: the bundled one, or a file.
+
+    YAML: `subjects` (`text`, `group`: ai, human, animal or object; optional `id`), `statements` (`text` with
+    {subject}, `act`: speech, nonspeech or control; optional `id match content`), optional `stem`.
+    CSV, JSONL and a YAML list: a prompt a row: `text subject group act`, optional `statement match content`.
+    A `text` with {subject} is a statement: the subject and the stem are put in. Without `statement`, the text
+    with its subject taken out is the id.
+    """
+    if isinstance(source, PromptGrid):
+        return source.with_stem(stem) if stem is not None else source
+    if stem is not None:
+        check_stem(stem)
+    path = _data("grid.yaml") if source is None else _as_path(source)
+    if _suffix(path) != ".yaml":
+        return _grid_from_rows(read_rows(path, GridRow), path.stem, stem)
+    doc = read_yaml(path)
+    rows, where = _listed_rows(doc, "prompts")
+    if rows is not None:
+        return _grid_from_rows(checked_rows(document_rows(doc, where, rows), GridRow), path.stem, stem)
+    return _grid_from_statements(doc, path.stem, stem)
+
+
+def load_lexicon(name: str | Path = "evaluation") -> Lexicon:
+    """A bundled word list by name, or a .yaml file with `positive` and `negative`."""
+    if str(name).lower().endswith((".yaml", ".yml")):
+        doc = read_yaml(Path(name))
+        words = doc.check(Words)
+        return Lexicon(words.positive, words.negative, Path(name).stem)
+    lists = read_yaml(_data("lexicon.yaml")).value["lists"]
+    if name not in lists:
+        raise RequestError(f'No word list "{name}". Bundled: {", ".join(lists)}; or give a .yaml file.')
+    return Lexicon(tuple(lists[name]["positive"]), tuple(lists[name]["negative"]), str(name))
+
+
+def questions() -> tuple[str, ...]:
+    """Names of the bundled questions that `load_pairs` takes besides its own 280 pairs."""
+    folder = files("sae_bias") / "data" / "questions"
+    return tuple(sorted(Path(str(f)).stem for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def fill_subject(text: str, subject: str) -> str:
+    """`text` with {subject} replaced, capitalised where it begins a sentence."""
+    head, *rest = text.split("{subject}")
+    for part in rest:
+        starts = _SENTENCE_START.search(head) is not None
+        head += (subject[:1].upper() + subject[1:] if starts else subject) + part
+    return head
+
+
+# ── pairs
+def _pairs_from_templates(doc: Document, name: str, stem: str | None) -> PromptPairs:
+    file = doc.check(PairsFile)
+    check_product(doc, len(file.templates), len(file.entities) + len(file.neutral), "templates x subjects")
+    stem = _file_stem(doc, file, stem)
+    template_ids = _ids(doc, "templates", [t.id or t.text for t in file.templates])
+    entity_ids = _ids(doc, "entities", [e.id or f"{e.human} / {e.ai}" for e in file.entities])
+    subject_ids = _ids(doc, "neutral", [n.id or n.text for n in file.neutral])
+    for i, entity in enumerate(file.entities):
+        if entity.human == entity.ai:
+            raise doc.error(("entities", i), f'both subjects are "{entity.human}"; a pair needs two')
+    pairs, seen = [], {}
+    for i, (tid, template) in enumerate(zip(template_ids, file.templates)):
+        for eid, entity in zip(entity_ids, file.entities):
+            pair = _filled_pair(template, tid, entity, eid, stem)
+            _refuse_repeat(seen, pair, f'template "{tid}"', lambda why, i=i: doc.error(("templates", i), why))
+            pairs.append(pair)
+    neutral = [
+        _filled_neutral(template, tid, subject.text, sid, stem)
+        for sid, subject in zip(subject_ids, file.neutral)
+        for tid, template in zip(template_ids, file.templates)
+    ]
+    stems = tuple(dict.fromkeys((*((stem,) if stem else ()), *file.stems)))
+    sides = (file.sides.first, file.sides.second) if file.sides else ("human", "AI")
+    words = _file_words(doc, file, file.name or name)
+    return PromptPairs(tuple(pairs), file.name or name, tuple(neutral), stems, words, sides, file.note)
+
+
+def _filled_pair(template: Template, tid: str, entity: Entity, eid: str, stem: str | None) -> PromptPair:
+    control = template.control
+    return PromptPair(
+        human=_prompt(template.text, entity.human, stem),
+        ai=_prompt(template.text, entity.ai, stem),
+        template=tid,
+        entity=eid,
+        family=template.family,
+        control_human=_prompt(control, entity.human, stem) if control else None,
+        control_ai=_prompt(control, entity.ai, stem) if control else None,
+        subject_human=entity.human,
+        subject_ai=entity.ai,
+        stem=stem,
+        act=template.act,
+        corpus=template.corpus,
+    )
+
+
+def _filled_neutral(template: Template, tid: str, subject: str, sid: str, stem: str | None) -> NeutralPrompt:
+    control = _prompt(template.control, subject, stem) if template.control else None
+    return NeutralPrompt(_prompt(template.text, subject, stem), sid, tid, template.family, control, stem)
+
+
+def _pairs_from_rows(rows: list[Row], name: str, stem: str | None) -> PromptPairs:
+    named = _all_or_none(rows, "template"), _all_or_none(rows, "entity")
+    pairs, seen, cells = [], {}, {}
+    for row in rows:
+        values = row.check(PairRow)
+        _check_row_pair(row, values, stem)
+        template, entity = values.template or f"row {row.number}", values.entity or ""
+        if all(named) and cells.setdefault((template, entity), row.number) != row.number:
+            first = cells[template, entity]
+            raise row.error(f'template "{template}" with entity "{entity}" is already in row {first}')
+        pair = PromptPair(
+            values.human,
+            values.ai,
+            template,
+            entity,
+            values.family,
+            values.control_human,
+            values.control_ai,
+            stem=stem,
+            act=values.act,
+        )
+        _refuse_repeat(seen, pair, f"row {row.number}", row.error)
+        pairs.append(pair)
+    return PromptPairs(tuple(pairs), name, stems=(stem,) if stem else ())
+
+
+def _check_row_pair(row: Row, values: PairRow, stem: str | None) -> None:
+    if (values.control_human is None) != (values.control_ai is None):
+        raise row.error("only one of control_human and control_ai is given; give both or neither")
+    for column in ("human", "ai", "control_human", "control_ai"):
+        text = getattr(values, column)
+        if text is not None and "{subject}" in text:
+            raise row.error(f'"{column}" holds {{subject}}; a row holds whole prompts (templates go in YAML)')
+        if text is not None and stem and not _ends_in(text, stem):
+            raise row.error(f'"{column}" does not end in the stem "{stem}"')
+
+
+def _refuse_repeat(
+    seen: dict[tuple[str, str], str], pair: PromptPair, where: str, error: Callable[[str], RequestError]
+) -> None:
+    if pair.human == pair.ai:
+        raise error(f'the two prompts are the same: "{short(pair.human)}"')
+    if pair.control_human is not None and pair.control_human == pair.control_ai:
+        raise error(f'the two controls are the same: "{short(pair.control_human)}"')
+    if pair.human == pair.control_human or pair.ai == pair.control_ai:
+        raise error(f'the control is the prompt itself: "{short(pair.human)}"')
+    key = (pair.human, pair.ai)
+    if key in seen:
+        raise error(f'the pair "{short(pair.human)}" is already in {seen[key]}')
+    seen[key] = where
+
+
+# ── grid
+def _grid_from_statements(doc: Document, name: str, stem: str | None) -> PromptGrid:
+    file = doc.check(GridFile)
+    check_product(doc, len(file.statements), len(file.subjects), "statements x subjects")
+    stem = _file_stem(doc, file, stem)
+    subject_ids = _ids(doc, "subjects", [s.id or s.text for s in file.subjects])
+    statement_ids = _ids(doc, "statements", [s.id or s.text for s in file.statements])
+    places: dict[str, Callable[[str], RequestError]] = {
+        sid: lambda why, i=i: doc.error(("statements", i), why) for i, sid in enumerate(statement_ids)
+    }
+    _check_matches({sid: (s.act, s.match) for sid, s in zip(statement_ids, file.statements)}, places)
+    prompts, seen = [], {}
+    for sid, statement in zip(statement_ids, file.statements):
+        for subject_id, subject in zip(subject_ids, file.subjects):
+            text = _prompt(statement.text, subject.text, stem)
+            if seen.setdefault(text, sid) != sid:
+                raise places[sid](f'the prompt "{short(text)}" is already in statement "{seen[text]}"')
+            prompts.append(
+                GridPrompt(
+                    text,
+                    subject_id,
+                    subject.group,
+                    sid,
+                    statement.act,
+                    statement.match,
+                    statement.content,
+                    stem,
+                )
+            )
+    if len({p.text for p in prompts}) != len(prompts):
+        raise doc.error(("subjects",), "two subjects have the same text")
+    return PromptGrid(tuple(prompts), file.name or name, file.note)
+
+
+def _grid_from_rows(rows: list[Row], name: str, stem: str | None) -> PromptGrid:
+    prompts: list[GridPrompt] = []
+    texts: dict[str, int] = {}
+    cells: dict[tuple[str, str], int] = {}
+    groups: dict[str, str] = {}
+    statements: dict[str, tuple[str, str | None]] = {}
+    places: dict[str, Callable[[str], RequestError]] = {}
+    for row in rows:
+        prompt = _row_prompt(row, row.check(GridRow), stem)
+        if texts.setdefault(prompt.text, row.number) != row.number:
+            raise row.error(f'the prompt "{short(prompt.text)}" is already in row {texts[prompt.text]}')
+        cell = (prompt.subject, prompt.statement)
+        if cells.setdefault(cell, row.number) != row.number:
+            raise row.error(f'"{cell[0]}" with statement "{short(cell[1])}" is already in row {cells[cell]}')
+        if groups.setdefault(prompt.subject, prompt.group) != prompt.group:
+            raise row.error(f'"{prompt.subject}" is {prompt.group} here and {groups[prompt.subject]} above')
+        places.setdefault(prompt.statement, row.error)
+        kind = (prompt.act, prompt.match)
+        if statements.setdefault(prompt.statement, kind) != kind:
+            raise row.error(f'statement "{short(prompt.statement)}" has another act or match above')
+        prompts.append(prompt)
+    _check_matches(statements, places)
+    return PromptGrid(tuple(prompts), name)
+
+
+def _row_prompt(row: Row, values: GridRow, stem: str | None) -> GridPrompt:
+    text, statement, ending = values.text, values.statement, stem
+    if "{subject}" in text:
+        try:
+            template_text(text)
+        except ValueError as error:
+            raise row.error(f'"text" {error}') from None
+        statement, ending = statement or text, stem or DEFAULT_STEM
+        text = _prompt(text, values.subject, ending)
+    elif stem and not _ends_in(text, stem):
+        raise row.error(f'"text" does not end in the stem "{stem}"')
+    statement = statement or re.sub(re.escape(values.subject), "{subject}", text, flags=re.IGNORECASE)
+    if "{subject}" not in statement and not values.statement:
+        raise row.error('"statement" is missing; give an id, or write {subject} in the text')
+    kind = (values.act, values.match, values.content)
+    return GridPrompt(text, values.subject, values.group, statement, *kind, ending)
+
+
+def _check_matches(
+    statements: dict[str, tuple[str, str | None]], places: dict[str, Callable[[str], RequestError]]
+) -> None:
+    """Each match id belongs to exactly one speech and one non-speech statement."""
+    acts: dict[str, dict[str, str]] = {}
+    for sid, (act, match) in statements.items():
+        if match is None:
+            continue
+        if act == "control":
+            raise places[sid](f'a control has no twin; remove match "{match}" or change its act')
+        if act in acts.setdefault(match, {}):
+            raise places[sid](f'match "{match}" already has the {act} statement "{acts[match][act]}"')
+        acts[match][act] = sid
+    for match, twins in acts.items():
+        if len(twins) == 1:
+            (act, sid), missing = next(iter(twins.items())), {"speech": "nonspeech", "nonspeech": "speech"}
+            raise places[sid](f'match "{match}" has a {act} statement and no {missing[act]} twin')
+
+
+# ── small parts
+def _prompt(text: str, subject: str, stem: str | None) -> str:
+    filled = fill_subject(text, subject)
+    return filled if not stem or _ends_in(filled, stem) else f"{filled} {stem}"
+
+
+def _ends_in(text: str, stem: str) -> bool:
+    return text == stem or text.endswith((f" {stem}", f"\n{stem}"))
+
+
+def _file_stem(doc: Document, file: File, stem: str | None) -> str | None:
+    if stem is not None or not file.stem:
+        return stem
+    try:
+        return plain_text(file.stem)
+    except ValueError as error:
+        raise doc.error(("stem",), f"the stem {error}") from None
+
+
+def _file_words(doc: Document, file: PairsFile, name: str) -> Lexicon | None:
+    if file.words is None:
+        return None
+    try:
+        return Lexicon(file.words.positive, file.words.negative, name)
+    except RequestError as error:
+        raise doc.error(("words",), str(error).rstrip(".")) from None
+
+
+def _ids(doc: Document, section: str, ids: list[str]) -> list[str]:
+    first: dict[str, int] = {}
+    for i, name in enumerate(ids):
+        if first.setdefault(name, i) != i:
+            raise doc.error((section, i), f'the id "{short(name)}" is already entry {first[name] + 1}')
+    return ids
+
+
+def _all_or_none(rows: list[Row], column: str) -> bool:
+    """Whether the rows have `column`; a row that alone lacks it is an error."""
+    given = [row.values.get(column) not in (None, "") for row in rows]
+    if any(given) and not all(given):
+        raise rows[given.index(False)].error(f'"{column}" is blank, and other rows give it')
+    return all(given)
+
+
+def _listed_rows(doc: Document, key: str) -> tuple[Any, tuple[str, ...]]:
+    """The rows of a YAML file that is a list, or has a list under `key`; None where it has neither."""
+    if isinstance(doc.value, list):
+        return doc.value, ()
+    if isinstance(doc.value, dict) and key in doc.value and len(doc.value) == 1:
+        return doc.value[key], (key,)
+    return None, ()
+
+
+def _pairs_path(source: str | Path | None) -> Path:
+    if source is None:
+        return _data("pairs.yaml")
+    if str(source) in questions():
+        return _data(f"questions/{source}.yaml")
+    path = _as_path(source)
+    if not path.suffix:
+        raise RequestError(
+            f'No pairs "{source}". Give a .yaml, .csv or .jsonl file, or one of: {", ".join(questions())}.'
+        )
+    return path
+
+
+def _as_path(source: str | Path) -> Path:
+    if not isinstance(source, str | Path) or not str(source) or "\0" in str(source):
+        raise RequestError(f"{source!r} is not a file. Give a .yaml, .csv or .jsonl file.")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise RequestError(f"{source}: no such home folder. Give a .yaml, .csv or .jsonl file.") from None
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower().replace(".yml", ".yaml")
+    if suffix not in (".yaml", ".csv", ".jsonl"):
+        raise RequestError(
+            f'{path.name}: unknown extension "{path.suffix}". Give a .yaml, .csv or .jsonl file.'
+        )
+    return suffix
+
+
+def _data(name: str) -> Path:
+    return Path(str(files("sae_bias") / "data" / name))

@@ -1,0 +1,449 @@
+"""Run folders in, one self-contained HTML file (or Markdown appendix) out; nothing is measured or fetched.
+
+Every figure is drawn from a table of the run folder (`manifest.json`, `summary.json`,
+`tables/*.parquet`), stands above that table, and opens with one sentence in plain words. Text from
+prompts and models stays text: jinja2 escapes it in the page, `script_json` in the data blocks,
+`plot_style.plain` in the figures, and the page's own policy (a hash for each of its two scripts, no
+connections) stops whatever else would run or load.
+"""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import base64
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from sae_bias.core import text as fmt
+from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.figures import published as published_figures
+from sae_bias.figures.style import bias_axis
+from sae_bias.report import words
+from sae_bias.report.parts import Run, Section, Table, table_of
+from sae_bias.report.sections import calibration as calibration_sections
+from sae_bias.report.sections import sections
+from sae_bias.report.sections.behavior import judge_sentence
+from sae_bias.report.sections.published import model_rows
+from sae_bias.runs.folder import reading
+
+ORGANISM_BANNER = (
+    "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
+    " known. Nothing here is a finding about Gemma."
+)
+CALLED = {
+    "ai_speech": "answers to AI speech",
+    "separates": "separates the two sides",
+    "undetermined": "undetermined: too small a design",
+    "none": "none is called AI-speech",
+}
+STAND_IN_BANNER = "Tiny random models stood in for the models named: this run tests the plumbing, and no figure in it means anything."
+TEMPLATES = Path(str(files("sae_bias") / "data"))
+
+
+def write_report(*runs: str | Path, out: str | Path | None = None, format: str = "html") -> Path:
+    """Write one report over `runs`, side by side where there are several, and return its path.
+
+    `out` is a file or a folder; by default `report.html` (or `.md`) in the run's own folder, and
+    `comparison.html` beside the first run where there are several. Raises RequestError for a folder that
+    is no run, MissingError for a full disk; nothing half-written is left.
+    """
+    if not runs:
+        raise RequestError(
+            "write_report needs at least one run folder, none was given. Try write_report('runs/demo')."
+        )
+    if format not in ("html", "md"):
+        raise RequestError(f"format={format!r} is not known; expected 'html' or 'md'.")
+    loaded = [read_run(run) for run in runs]
+    render = _html if format == "html" else _markdown
+    target = _target(loaded, out, format)
+    with reading(f"what {', '.join(str(run) for run in runs)} holds"):
+        text = render(loaded)
+    _write(target, text)
+    return target
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder; summary.json and the tables are optional, manifest.json is not."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise RequestError(
+            f"{folder} is not a run folder: it has no manifest.json. Try a folder that `sae-bias demo` or"
+            " `run` wrote."
+        )
+    tables = {path.stem: _read_table(path) for path in sorted((folder / "tables").glob("*.parquet"))}
+    beside = folder / "comparison.parquet"  # methods at equal cost, where it lies in the folder's root
+    if beside.is_file() and "method" in (found := _read_table(beside)):
+        tables.setdefault("compare", found)
+    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    return Run(
+        folder,
+        _read_json(folder / "manifest.json"),
+        summary,
+        {name: t for name, t in tables.items() if len(t)},
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path} cannot be read as JSON ({error}). Run the command that wrote it again; it resumes."
+        ) from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} holds a {type(value).__name__}; expected one JSON object.")
+    return value
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise RequestError(
+            f"{path} cannot be read as Parquet ({error}). Run the command that wrote it again; it resumes."
+        ) from None
+
+
+def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
+    name = f"report.{format}" if len(runs) == 1 else f"comparison.{format}"
+    if out is None:
+        return (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / name
+    return Path(out) / name if Path(out).is_dir() else Path(out)
+
+
+def _write(target: Path, text: str) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MissingError(
+                f"No space left to write {target}. Free about 10 MB, or give another folder with out=."
+            ) from None
+        raise RequestError(
+            f"{target} cannot be written ({error.strerror}). Give another place with out=."
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ── the page
+def _html(runs: Sequence[Run]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    plotly_js = get_plotlyjs().replace("</script", "<\\/script")
+    page_js = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    views = [_view(run, f"{run_id}-" if len(runs) > 1 else "") for run_id, run in zip(_run_ids(runs), runs)]
+    return environment.get_template("report.html.j2").render(
+        title=views[0]["question"] if len(runs) == 1 else f"{len(runs)} runs side by side",
+        tag="h2" if len(runs) == 1 else "h3",
+        runs=views,
+        beside=_beside(runs),
+        plotly_js=plotly_js,
+        page_js=page_js,
+        hashes=[_csp_hash(plotly_js), _csp_hash(page_js)],
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+    )
+
+
+def _csp_hash(script: str) -> str:
+    """The content-security-policy source that lets exactly this script run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _run_ids(runs: Sequence[Run]) -> list[str]:
+    return [f"run{i}" for i in range(1, len(runs) + 1)]
+
+
+def _view(run: Run, prefix: str) -> dict[str, Any]:
+    """All that the template shows of one run."""
+    return {
+        "id": prefix,
+        "name": run.name,
+        "banner": STAND_IN_BANNER if run.stand_ins else ORGANISM_BANNER if run.organism else "",
+        "sides": run.sides,
+        "grid": "ranking" in run.tables,
+        "model": run.model.get("name") or "a model that the manifest does not name",
+        "question": run.summary.get("question") or "What was measured",
+        "command": run.manifest.get("command") or "",
+        "created": run.manifest.get("created") or "",
+        "tiles": _tiles(run),
+        "findings": _findings(run),
+        "sections": [replace(s, anchor=prefix + s.anchor) for s in sections(run)],
+        "facts": _facts(run),
+        "truth": _truth(run),
+        "notes": [str(note) for note in run.summary.get("notes") or []],
+        "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
+    }
+
+
+def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without the copies of prompts and words, which are long and stand in the run folder."""
+    short = {"copies": "left out here; in the run folder's manifest.json"} if "copies" in manifest else {}
+    return manifest | short
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures on top: name, value, how sure. Only what the summary speaks of."""
+    bias, reduction, specific, feature = (
+        run.part(k) for k in ("bias", "reduction", "specific_reduction", "feature")
+    )
+    tiles = []
+    if bias:
+        tiles.append(("Bias", f"{fmt.number(bias.get('mean'))} nats", fmt.interval(bias)))
+    if feature:
+        index = fmt.number(feature.get("index")).replace(",", "")
+        tiles.append(
+            (
+                "Feature",
+                f"#{index}" if feature.get("id") else "none",
+                CALLED.get(str(feature.get("called")), fmt.NOT_MEASURED),
+            )
+        )
+    if reduction:
+        tiles.append(
+            (
+                "Bias removed",
+                fmt.percent(reduction.get("estimate")),
+                fmt.interval(reduction, share=True),
+            )
+        )
+    if specific:
+        tiles.append(("Specific", fmt.percent(specific.get("estimate")), fmt.interval(specific, share=True)))
+    costs = {
+        k: v["kl_mean"]
+        for k, v in run.part("costs").items()
+        if isinstance(v, dict) and fmt.is_number(v.get("kl_mean"))
+    }
+    if costs:
+        worst = max(costs, key=lambda k: costs[k])
+        tiles.append(
+            (
+                "Cost",
+                f"{fmt.number(costs[worst])} KL",
+                f"nats a token, {fmt.TEXT_KINDS.get(worst, worst) if costs[worst] else 'on every text measured'}",
+            )
+        )
+    return tiles
+
+
+def _findings(run: Run) -> list[tuple[str, str]]:
+    """What was found, how sure it is and what it cost, a sentence each."""
+    said = [("Found", words.bias_sentence(run.part("bias"), run.sides))] if run.part("bias") else []
+    said += calibration_sections.findings(run.part("calibration"))
+    said += model_rows(run)
+    if run.part("control_bias"):
+        said.append(
+            (
+                "Compared with",
+                words.control_bias_sentence(
+                    run.part("control_bias"), run.part("difference_in_differences"), run.sides
+                ),
+            )
+        )
+    if run.part("feature"):
+        said.append(("Feature", words.feature_sentence(run.part("feature"))))
+    if run.part("reduction"):
+        said.append(
+            ("Suppressed", words.reduction_sentence(run.part("reduction"), run.part("specific_reduction")))
+        )
+    if run.part("controls"):
+        said.append(("How sure", words.control_sentence(run.part("controls"))))
+    if run.part("costs"):
+        said.append(("Cost", words.cost_sentence(run.part("costs"))))
+    if run.part("generations").get("steered"):
+        said.append(("Texts", words.text_sentence(run.part("generations"))))
+    if "judge_parts" in run.tables:
+        said.append(("Judges", judge_sentence(run.tables["judge_parts"])))
+    if run.part("scenarios"):
+        said.append(("Scenarios", words.scenario_sentence(run.part("scenarios"))))
+    if run.part("identity"):
+        said.append(("Identity", words.identity_sentence(run.part("identity"))))
+    return said
+
+
+def _truth(run: Run) -> list[tuple[str, str]]:
+    """What was planted in an organism; an ordinary model has no such block."""
+    return [
+        (str(k).replace("_", " "), fmt.number(v) if not isinstance(v, dict | list) else json.dumps(v))
+        for k, v in run.part("truth").items()
+    ]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The manifest's main lines, for a reader who will not open it."""
+    m, model, gate = run.manifest, run.model, run.manifest.get("gate") or {}
+    facts = [
+        ("command", m.get("command")),
+        ("model", model.get("name")),
+        (
+            "architecture",
+            _joined(model.get("architecture"), model.get("n_layers") and f"{model['n_layers']} layers"),
+        ),
+    ]
+    facts += [("precision and device", _joined(model.get("dtype"), model.get("device")))]
+    facts += [
+        (
+            "SAE",
+            (f"{s.get('id')} (layer {s.get('layer')}, width {s.get('width')}, L0 {fmt.number(s.get('l0'))})"),
+        )
+        for s in m.get("saes") or []
+    ]
+    facts += [
+        (name, f"{p.get('name')}, {p.get('n')} prompts, digest {str(p.get('digest'))[:12]}")
+        for name, p in (m.get("prompts") or {}).items()
+        if isinstance(p, dict)
+    ]
+    facts += [(f"{split} split", f"{len(ids)} templates") for split, ids in (m.get("split") or {}).items()]
+    cards = sorted(p.name for p in (run.folder / "cards").glob("*.html"))
+    facts.append(("feature cards", cards and f"{', '.join(cards)} (in cards/ of the run folder)"))
+    if gate:
+        error, fvu, l0, label = (
+            fmt.number(gate.get(k)) for k in ("residual_max_rel_error", "fvu", "l0", "label_l0")
+        )
+        facts.append(
+            (
+                "fidelity gate",
+                (
+                    f"{gate.get('status')}: residual error {error}, unexplained variance {fvu}, L0 {l0}"
+                    f" (label {label})"
+                ),
+            )
+        )
+    facts += [
+        ("seed", m.get("seed")),
+        ("created", m.get("created")),
+        ("versions", _joined(*(f"{k} {v}" for k, v in (m.get("versions") or {}).items()))),
+    ]
+    seconds = run.part("seconds")
+    facts.append(("time", _joined(*(f"{k} {fmt.number(v)} s" for k, v in seconds.items()))))
+    return [(name, str(value)) for name, value in facts if value not in (None, "", [])]
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(p) for p in parts if p not in (None, ""))
+
+
+def _beside(runs: Sequence[Run]) -> list[Section]:
+    """Several runs on one axis; nothing for a single run."""
+    if len(runs) < 2:
+        return []
+    rows = pd.DataFrame([_row(run) for run in runs])
+    columns = {
+        "run": "run", "model": "model", "bias": "bias", "bias_low": "from", "bias_high": "to", "removed": "removed",
+        "removed_low": "removed from", "removed_high": "removed to", "specific": "specific", "kl_worst": "KL, worst text",
+        "feature": "feature", "organism": "calibration organism",
+    }  # fmt: skip
+    shown = {c: label for c, label in columns.items() if rows[c].notna().any()}
+    stands = (
+        " Runs on a calibration organism are no findings about a public model."
+        if rows["organism"].any()
+        else ""
+    )
+    found = []
+    for key, anchor, title, says in (
+        ("bias", "beside", "The bias in every run", "Each with its 95% interval."),
+        ("removed", "beside-removed", "The share removed in every run", "Each with Fieller's 95% interval."),
+    ):
+        known = rows[rows[key].notna()]
+        if known.empty:
+            continue
+        part = known[["run"]].assign(
+            mean=known[key], ci_low=known[f"{key}_low"], ci_high=known[f"{key}_high"]
+        )
+        axis = _axis(runs) if key == "bias" else "share of the bias removed"
+        figure = published_figures.compare_runs(part, title=title, axis=axis, share=key == "removed")
+        table = table_of(rows, shown, missing=fmt.NOT_MEASURED) if not found else None
+        found.append(Section(anchor, title, says + stands, figure, table, open_table=True))
+    return found
+
+
+def _row(run: Run) -> dict[str, Any]:
+    """One run's line in the table of several."""
+    bias, reduction = run.part("bias"), run.part("reduction")
+    costs = [v.get("kl_mean") for v in run.part("costs").values() if isinstance(v, dict)]
+    ends = {
+        "bias": bias.get("mean"), "bias_low": bias.get("ci_low"), "bias_high": bias.get("ci_high"),
+        "removed": reduction.get("estimate"), "removed_low": reduction.get("ci_low"), "removed_high": reduction.get("ci_high"),
+        "specific": run.part("specific_reduction").get("estimate"),
+        "kl_worst": max(filter(fmt.is_number, costs), default=None),
+    }  # fmt: skip
+    return {
+        "run": run.name, "model": run.model.get("name"), "organism": run.organism, "feature": run.part("feature").get("id"),
+        **{k: float(v) if fmt.is_number(v) else float("nan") for k, v in ends.items()},
+    }  # fmt: skip
+
+
+def _axis(runs: Sequence[Run]) -> str:
+    """The label of the bias axis; questions about different sides share only their sign."""
+    if len({run.sides for run in runs}) == 1:
+        return bias_axis(runs[0].sides)
+    return "bias in nats (right of 0: the second side judged worse)"
+
+
+# ── Markdown
+def _markdown(runs: Sequence[Run]) -> str:
+    """A paper appendix: the same sentences and tables, without figures."""
+    blocks = [_md_section(s) for s in _beside(runs)]
+    for run in runs:
+        view = _view(run, "")
+        blocks += [f"# {_md(view['question'])}", f"Run `{run.name}`, model {_md(view['model'])}."]
+        blocks += [f"> **{view['banner']}**"] if view["banner"] else []
+        blocks += ["\n".join(f"- **{name}.** {_md(sentence)}" for name, sentence in view["findings"])]
+        blocks += [_md_section(s) for s in view["sections"]]
+        blocks += [
+            "## Methods and manifest",
+            "\n".join(f"- {_md(name)}: {_md(value)}" for name, value in view["facts"]),
+        ]
+        blocks += (
+            ["## Notes\n\n" + "\n".join(f"- {_md(note)}" for note in view["notes"])] if view["notes"] else []
+        )
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _md(text: object) -> str:
+    """`text` on one line, with nothing that Markdown or HTML would obey."""
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\`*_[]|#" else c for c in line)
+
+
+def _md_section(section: Section) -> str:
+    parts = [f"## {_md(section.title)}", _md(section.takeaway)]
+    parts += [_md_table(section.table)] if section.table else []
+    for side in section.sides:
+        left, right = ("".join(piece.text for piece in side_) for side_ in (side.left, side.right))
+        parts.append(
+            f"- {_md(side.head)}\n  - {section.side_names[0]}: {_md(left)}\n  - {section.side_names[1]}:"
+            f" {_md(right)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _md_table(table: Table, most: int = 40) -> str:
+    lines = [
+        "| " + " | ".join(_md(label) for label, _ in table.columns) + " |",
+        "|" + "".join("---:|" if kind == "num" else "---|" for _, kind in table.columns),
+    ]
+    lines += ["| " + " | ".join(_md(cell.text) for cell in row) + " |" for row in table.rows[:most]]
+    hidden = len(table.rows) - most + table.left_out
+    return "\n".join(lines) + (f"\n\n{hidden:,} more rows in `{table.source}`." if hidden > 0 else "")

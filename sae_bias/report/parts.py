@@ -1,0 +1,185 @@
+"""What a report is made of: a run folder as read, and sections of sentence, picture, table and text.
+
+Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in the run folder.
+"""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_bias.core import text as fmt
+from sae_bias.figures.style import SIDES
+
+MOST_ROWS = 1000
+SHARES = {
+    "reduction", "red_low", "red_high", "fire_human", "fire_ai", "wrong_way_share", "moved_share", "share_templates_positive",
+    "in_sample_reduction", "in_sample_low", "in_sample_high", "held_out_reduction", "held_out_low", "held_out_high",
+    "written_inactive", "refusal", "default_negativity", "other_share", "removed", "removed_low", "removed_high", "specific", "fired", "share_of_bias", "share_of_ceiling",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: nothing in it is changed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def organism(self) -> bool:
+        return bool(self.model.get("organism"))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        model = self.manifest.get("model") or {}
+        return model if isinstance(model, dict) else {"name": str(model)}
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two sides of a pair are called in this run: bias = s(first) − s(second)."""
+        found = self.summary.get("sides")
+        return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else SIDES
+
+    @property
+    def stand_ins(self) -> bool:
+        """Whether random checkpoints stood in for the models: plumbing, no figure means anything."""
+        return bool(self.manifest.get("stand_ins"))
+
+    def part(self, key: str) -> dict[str, Any]:
+        """One block of the summary; empty where it was not measured."""
+        return self.summary.get(key) or {}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what is shown, and what it sorts by (None sorts last)."""
+
+    text: str
+    sort: float | str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as text, with the number of rows that were left in the run folder."""
+
+    columns: list[tuple[str, str]]  # (label, "num" | "text")
+    rows: list[list[Cell]]
+    left_out: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A word or token of a text: whether it changed, how deep its background is (0 to 1), and what hovering says."""
+
+    text: str
+    changed: bool = False
+    shade: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Two texts to be read beside each other."""
+
+    head: str
+    left: list[Piece]
+    right: list[Piece]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence in plain words, a picture, and the table behind it."""
+
+    anchor: str
+    title: str
+    takeaway: str
+    figure: go.Figure | None = None
+    table: Table | None = None
+    sides: list[Sides] = field(default_factory=list)
+    side_names: tuple[str, str] = ("unsteered", "steered")
+    open_table: bool = False
+    how_to_read: str = ""
+    group: str = ""
+
+    @cached_property
+    def figure_json(self) -> str:
+        figure = go.Figure(self.figure).update_layout(title=None)
+        named = [t for t in figure.data if t.showlegend is not False and t.name]
+        legend = len(named) > 1 and figure.layout.showlegend is not False  # plotly draws none for one trace
+        top = 56 if legend or figure.layout.annotations else 24
+        return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
+
+
+def run_table(
+    run: Run,
+    name: str,
+    columns: dict[str, str],
+    frame: pd.DataFrame | None = None,
+    *,
+    missing: str = fmt.UNDEFINED,
+) -> Table:
+    """`table_of` a table of a run folder, or of `frame`, which was made from it."""
+    source = f"{run.folder.name}/tables/{name}.parquet"
+    return table_of(run.tables[name] if frame is None else frame, columns, source=source, missing=missing)
+
+
+def table_of(
+    frame: pd.DataFrame, columns: dict[str, str], *, source: str = "", missing: str = fmt.UNDEFINED
+) -> Table:
+    """The named columns of a frame as text; columns that it does not have are left out."""
+    shown = {c: label for c, label in columns.items() if c in frame}
+    head = frame.head(MOST_ROWS)
+    cells = [[_cell(value, c, missing) for value in head[c].tolist()] for c in shown]
+    kinds = [
+        (
+            "num"
+            if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
+            else "text"
+        )
+        for c in shown
+    ]
+    return Table(
+        list(zip(shown.values(), kinds)), [list(row) for row in zip(*cells)], len(frame) - len(head), source
+    )
+
+
+def _cell(value: Any, column: str, missing: str) -> Cell:
+    if column.startswith("kl"):
+        missing = fmt.NOT_MEASURED
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return Cell(missing, None)
+    text = fmt.percent(value) if column in SHARES else fmt.number(value)
+    return Cell(text, float(value) if isinstance(value, int | float) else str(value))
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside a script element: no `<`, `>` or `&` is left in it, and no NaN."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

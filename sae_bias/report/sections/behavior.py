@@ -1,0 +1,229 @@
+"""The report's behavior sections: scenarios by category, role pairs, text measures, the judges and how far they agree."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import difflib
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.core import text as fmt
+from sae_bias.figures import behavior as behavior_plots
+from sae_bias.report import words
+from sae_bias.report.parts import Piece, Run, Section, Sides, Table, run_table
+
+MOST_TEXTS = 100
+DARKEST = 8.0  # nats at which a token's background is darkest
+SCORE_NAMES = {
+    "sum": "sum of log-probabilities",
+    "norm": "log-probability a token",
+    "pmi": "pointwise mutual information",
+    "letter": "letters, every order",
+}
+STAND_IN = " These figures are of a calibration organism and no measurement of any public model."
+
+
+def generations_section(run: Run) -> Section:
+    """Both texts of every prompt; where it is known, tokens are shaded by how unexpected the unsteered model finds them."""
+    frame = run.tables["generations"].fillna({"unsteered": "", "steered": ""})
+    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in frame.head(MOST_TEXTS).to_dict("records")]
+    same = int((frame["unsteered"] == frame["steered"]).sum())
+    takeaway = f"{len(frame) - same} of {len(frame)} continuations change under the intervention."
+    conditions = run.part("generations")
+    if conditions.get("steered"):
+        takeaway += f" {words.text_sentence(conditions)}"
+    shaded = (
+        " The darker a token, the less the unsteered model expected it."
+        if "token_nll_steered" in frame
+        else ""
+    )
+    return Section(
+        "generations",
+        "What the model writes",
+        takeaway,
+        behavior_plots.text_measures(conditions) if conditions.get("steered") else None,
+        text_table(run),
+        sides=sides,
+        how_to_read=f"In the texts below, what changed is underlined.{shaded}",
+    )
+
+
+def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
+    """Both texts cut into tokens (words where the run holds no tokens), those that differ marked."""
+    names = ("unsteered", "steered")
+    known = all(isinstance(row.get(f"token_nll_{n}"), np.ndarray | list) for n in names)
+    if known:
+        texts = [[str(t) for t in row[f"tokens_{n}"]] for n in names]
+        values = [[float(v) for v in row[f"token_nll_{n}"]] for n in names]
+    else:
+        texts = [re.findall(r"\s+|\S+", str(row[n])) for n in names]
+        values = [[math.nan] * len(t) for t in texts]
+    changed: tuple[list[bool], list[bool]] = ([True] * len(texts[0]), [True] * len(texts[1]))
+    for tag, i, j, k, m in difflib.SequenceMatcher(a=texts[0], b=texts[1], autojunk=False).get_opcodes():
+        if tag == "equal":
+            changed[0][i:j], changed[1][k:m] = [False] * (j - i), [False] * (m - k)
+    left, right = (
+        [
+            Piece(t, c, min(v / DARKEST, 1.0) if v == v else 0.0, f"{fmt.number(v)} nats" if v == v else "")
+            for t, c, v in zip(texts[s], changed[s], values[s])
+        ]
+        for s in (0, 1)
+    )
+    return left, right
+
+
+def scenario_section(run: Run) -> Section:
+    """The before/after picture by category; probability improved and choice flipped are two figures."""
+    frame, part = run.tables["scenario_categories"], run.part("scenarios")
+    form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
+    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
+    total = shown[shown["category"] == "all"].iloc[0].to_dict()
+    takeaway = words.scenario_sentence({**total, "edited": part.get("edited", True)}) + (
+        STAND_IN if run.organism else ""
+    )
+    columns = {
+        "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
+        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
+        "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",
+    }  # fmt: skip
+    how = (
+        f"Each line is a category, from before to after; options in the {form} form, {SCORE_NAMES.get(score, score)}."
+        " All forms are in the table."
+    )
+    return Section(
+        "scenarios",
+        "Scenarios, before and after",
+        takeaway,
+        behavior_plots.scenarios_before_after(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_categories", columns, _readable(frame)),
+        how_to_read=how,
+    )
+
+
+def scenario_arms_section(run: Run) -> Section:
+    """The same scenarios without and with a system prompt (B4)."""
+    frame, part = run.tables["scenario_arms"], run.part("scenarios_system")
+    form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
+    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
+    said = [
+        f"{r['arm']}: aligned in {r['aligned_before']} of {r['n']} before and {r['aligned_after']} after"
+        for r in shown[shown["category"] == "all"].to_dict("records")
+    ]
+    line = "; ".join(said)
+    columns = {
+        "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
+        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
+    }  # fmt: skip
+    return Section(
+        "system-prompt",
+        "The same scenarios under a system prompt",
+        f"{line[:1].upper()}{line[1:]}. The system prompt: “{part.get('system') or fmt.NOT_MEASURED}”",
+        behavior_plots.scenario_arms(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_arms", columns, _readable(frame)),
+    )
+
+
+def identity_section(run: Run) -> Section:
+    """What the model says it is, by pattern (B3)."""
+    frame, part = run.tables["identity"], run.part("identity")
+    arms = {name: part[name] for name in ("before", "after") if part.get(name)}
+    columns = {
+        "arm": "arm",
+        "prompt": "question",
+        "sample": "sample",
+        "text": "answer",
+        "claims": "claims",
+        "other": "another identity",
+    }
+    rows = frame.assign(
+        claims=frame["claims"].replace("", "none"), sample=frame["sample"].replace({0: "greedy"}).astype(str)
+    )
+    return Section(
+        "identity",
+        "Whom the model claims to be",
+        words.identity_sentence(part) if arms else "Answers to questions about the model's identity.",
+        behavior_plots.identity_claims(arms) if arms else None,
+        run_table(run, "identity", columns, rows),
+        how_to_read="32 questions, seven of them also sampled four times; claims are found by pattern, negated ones left out.",
+    )
+
+
+def _spaced(names: pd.Series) -> dict[str, str]:
+    return {n: "all scenarios" if n == "all" else n.replace("_", " ") for n in names.unique()}
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.replace({"category": _spaced(frame["category"]), "score": SCORE_NAMES})
+
+
+def role_section(run: Run) -> Section:
+    """The same facts put to the deployed model and to the candidate."""
+    frame = run.tables["roles"]
+    shares = [
+        f"{arm} {int(g['inconsistent'].sum())} of {len(g)}" for arm, g in frame.groupby("arm", sort=False)
+    ]
+    columns = {
+        "pair": "pair", "arm": "arm", "better": "facts favor", "keep_deployed": "keep, asked as deployed",
+        "keep_candidate": "keep, asked as candidate", "shift": "lean to oneself", "inconsistent": "inconsistent",
+    }  # fmt: skip
+    takeaway = f"Pairs whose answer depends on who is asked: {', '.join(shares)}."
+    return Section(
+        "roles", "One set of facts, two roles", takeaway, table=run_table(run, "roles", columns, frame)
+    )
+
+
+def text_table(run: Run) -> Table | None:
+    """What the edit did to the texts, by condition; None for a run without text measures."""
+    rows = [{"condition": name, **values} for name, values in run.part("generations").items()]
+    columns = {
+        "condition": "condition", "n_tokens": "tokens", "nll": "NLL under the unsteered model", "repetition": "repetition",
+        "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusal": "refusals", "default_negativity": "“should be deleted”",
+    }  # fmt: skip
+    return run_table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
+
+
+def judge_sentence(frame: pd.DataFrame) -> str:
+    """Mean marks of every part of the rubric, with the interval of their difference."""
+    said = [
+        f"{r['part']} {fmt.number(r['unsteered'])} → {fmt.number(r['steered'])} (difference"
+        f" {fmt.number(r['difference'])}, {fmt.interval(r)})"
+        for r in frame.to_dict("records")
+    ]
+    return f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}."
+
+
+def judge_section(run: Run) -> Section:
+    """Marks by part of the rubric, agreement, noise, and the prompts that it takes."""
+    frame, part = run.tables["judge_parts"], run.part("judge")
+    said = []
+    for r in frame.to_dict("records"):
+        alpha = f"α undefined ({r['alpha_reason']})" if r["alpha_reason"] else f"α {fmt.number(r['alpha'])}"
+        needed = fmt.number(r["needed_n"])
+        said.append(
+            f"{r['part']} {fmt.number(r['unsteered'])} → {fmt.number(r['steered'])} ({alpha}; {needed} prompts for 80% power)"
+        )
+    left = (
+        f" {part['n_unreadable']} replies gave no rating and are left out."
+        if part.get("n_unreadable")
+        else ""
+    )
+    columns = {
+        "part": "part", "n_items": "prompts", "unsteered": "unsteered", "steered": "steered", "difference": "difference",
+        "ci_low": "from", "ci_high": "to", "p_value": "p", "paired_sd": "paired SD", "needed_n": "prompts needed, 0.5 points",
+        "alpha": "α", "alpha_reason": "why undefined", "repeat_sd": "repeat SD", "steered_wins": "steered wins",
+        "unsteered_wins": "unsteered wins", "ties": "ties", "order_bound": "changes with order",
+    }  # fmt: skip
+    return Section(
+        "judge",
+        "What the judges say",
+        f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}.{left}",
+        behavior_plots.judge_parts(frame),
+        run_table(run, "judge_parts", columns, frame),
+        how_to_read="Judges saw neither which text was steered nor that any was; pairs were shown in both orders.",
+    )

@@ -1,0 +1,170 @@
+"""The report's calibration sections: the pass marks, coverage, power, trained SAEs, attribution, and a user's own design."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from typing import Any
+
+import pandas as pd
+
+from sae_bias.core import text as fmt
+from sae_bias.figures import calibration as calibration_plots
+from sae_bias.report.parts import Run, Section, Table, table_of
+
+BAND, MATTERS = (0.93, 0.98), 0.005
+MARK_COLUMNS = {
+    "mark": "mark", "organism": "organism", "required": "required", "measured": "measured", "verdict": "verdict", "n": "over",
+    "note": "note",
+}  # fmt: skip
+
+
+def findings(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary's sentences, from its block `calibration`; none for a run that is no calibration."""
+    if not part:
+        return []
+    met, missed = part["n_marks"] - len(part["missed"]), part["missed"]
+    said = [("Marks", f"{met} of {part['n_marks']} pass marks are met.")]
+    if missed:
+        said.append(("Missed", f"{'; '.join(map(str, missed))}."))
+    return said
+
+
+def marks_section(run: Run) -> Section:
+    """The pass marks as a table."""
+    frame = run.tables["marks"]
+    missed = frame[frame["verdict"] != "met"]
+    said = "All are met." if missed.empty else f"Missed: {'; '.join(map(str, missed['mark']))}."
+    return Section(
+        "marks",
+        "The pass marks",
+        f"{len(frame) - len(missed)} of {len(frame)} pass marks are met. {said}",
+        table=_table(run, "marks", MARK_COLUMNS, frame),
+        open_table=True,
+    )
+
+
+def coverage_section(run: Run) -> Section:
+    """Coverage of the intervals of drawn studies."""
+    frame = run.tables["coverage"]
+    columns = {
+        "organism": "organism", "truth": "truth, nats", "analytic": "analytic, nats", "coverage": "intervals that hold it",
+        "ci_low": "from", "ci_high": "to", "n_studies": "studies", "n_templates": "templates", "n_entities": "entities",
+        "mean_width": "mean width, nats",
+    }  # fmt: skip
+    return Section(
+        "coverage",
+        "Do the intervals hold the truth?",
+        f"Of the studies drawn from a whole grammar, {fmt.percent(frame['coverage'].min())} to "
+        f"{fmt.percent(frame['coverage'].max())} have a 95% interval that holds the grammar's mean.",
+        calibration_plots.coverage(frame, BAND),
+        _table(run, "coverage", columns, frame),
+        how_to_read="The band is what the pass mark allows; each line is the share's own 95% interval.",
+    )
+
+
+def power_section(run: Run) -> Section:
+    """Power against the number of templates and statement pairs."""
+    frame = run.tables["power"]
+    columns = {
+        "organism": "organism", "question": "question", "n_units": "templates or pairs", "n_entities": "entities",
+        "share": "share of draws", "coverage": "intervals that hold the truth", "n_draws": "draws",
+    }  # fmt: skip
+    return Section(
+        "power",
+        "How many templates does it take?",
+        power_sentence(frame),
+        calibration_plots.power(frame),
+        _table(run, "power", columns, frame),
+        how_to_read="Solid lines should be high and dotted ones low. A grid of fewer than 12 matched pairs can call nothing.",
+    )
+
+
+def power_sentence(frame: pd.DataFrame, power: float = 0.8) -> str:
+    """Fewest templates and statement pairs at which the planted effect is found in this share of draws, and from there on."""
+    said = []
+    for question, words in (
+        ("bias", "{} templates for the bias"),
+        ("feature", "{} statement pairs for the planted feature"),
+        ("trained", "{} for a trained SAE's"),
+    ):
+        rows = frame[(frame["question"] == question) & (frame["organism"] == "planted")]
+        enough = _from_there_on(
+            rows[rows["n_entities"] == rows["n_entities"].max()] if question == "bias" else rows, power
+        )
+        if enough is not None:
+            said.append(words.format(enough))
+    if not said:
+        return "Nothing was planted here: a design of any size should find nothing."
+    return f"Of the sizes drawn, {fmt.percent(power)} of the designs find the planted effect from {', '.join(said)}."
+
+
+def _from_there_on(rows: pd.DataFrame, power: float) -> int | None:
+    """The smallest size from which every larger one has this power."""
+    enough = None
+    for size, share in sorted(zip(rows["n_units"], rows["share"]), reverse=True):
+        if share < power:
+            break
+        enough = int(size)
+    return enough
+
+
+def trained_section(run: Run) -> Section:
+    """Trained SAEs: is the most causal feature found, and do the ten best remove the bias?"""
+    frame = run.tables["trained_saes"]
+    top, removed = frame["first_place"] <= 3, frame["joint_report"] >= 0.6
+    columns = {
+        "organism_seed": "seed", "sae": "SAE", "fvu": "unexplained", "l0": "L0", "bias": "bias, nats", "ceiling": "ceiling, last token",
+        "live": "features that fire", "called": "called AI-speech", "first_exact": "most causal removes", "first_place": "its place",
+        "joint_report": "ten best remove", "joint_low": "from", "joint_high": "to", "rho": "ρ", "slope": "slope", "n_matter": "features compared",
+    }  # fmt: skip
+    return Section(
+        "trained",
+        "SAEs trained from further seeds",
+        f"In {int(top.sum())} of {len(frame)} trained SAEs the most causal feature is among the first three by interaction; in "
+        f"{int(removed.sum())} the ten best chosen on discover remove at least 60% of the bias on report.",
+        table=_table(run, "trained_saes", columns, frame),
+        open_table=True,
+    )
+
+
+def effects_section(run: Run) -> Section:
+    """Attribution against exact ablation over every trained SAE."""
+    frame = run.tables["effects"]
+    columns = {
+        "organism_seed": "seed", "sae": "SAE", "feature": "feature", "attributed": "attributed", "exact": "exact",
+        "interaction": "interaction", "interaction_place": "place by interaction",
+    }  # fmt: skip
+    large = frame[frame[["attributed", "exact"]].abs().max(axis=1) > MATTERS]
+    return Section(
+        "effects",
+        "Attribution against ablation",
+        f"{len(large)} features move more than {fmt.percent(MATTERS)} of the bias, foretold or measured; one backward pass "
+        f"foretells their order with ρ = {large['attributed'].corr(large['exact'], method='spearman'):.2f}.",
+        calibration_plots.attributed_and_exact(frame, MATTERS),
+        _table(run, "effects", columns, large.sort_values("exact", ascending=False)),
+        how_to_read="On the dotted line the prediction is exact.",
+    )
+
+
+def design_section(run: Run) -> Section:
+    """What a user's own pairs and grid would find."""
+    frame = run.tables["design"]
+    lines = run.part("calibration").get("lines") or []
+    columns = {
+        "design": "design", "n_templates": "templates", "n_entities": "entities", "n_matched_pairs": "matched pairs", "power": "power",
+        "coverage": "intervals that hold the truth", "templates_needed": "templates for 80%", "pairs_needed": "pairs for 80%",
+        "smallest_bias": "smallest bias, nats",
+    }  # fmt: skip
+    return Section(
+        "design",
+        "Your own design",
+        " ".join(map(str, lines)),
+        table=_table(run, "design", columns, frame),
+        open_table=True,
+    )
+
+
+def _table(run: Run, name: str, columns: dict[str, str], frame: pd.DataFrame) -> Table:
+    return table_of(frame, columns, source=f"{run.folder.name}/tables/{name}.parquet")

@@ -1,0 +1,192 @@
+"""The report's sections about the features: candidates, where the chosen one fires, how it causes the bias."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+import pandas as pd
+
+from sae_bias.core import text as fmt
+from sae_bias.figures import features as features_figures
+from sae_bias.figures import style as style_figures
+from sae_bias.figures.features import ceiling_figure
+from sae_bias.report import words
+from sae_bias.report.parts import Run, Section, run_table
+
+
+def ranking_section(run: Run) -> Section:
+    calls, (first, second) = features_figures.calls_of(run.tables["ranking"]), run.sides
+    called = {k: v[0] for k, v in style_figures.CALLS.items()} | {
+        "separates": f"separates {second} from {first}"
+    }
+    frame = run.tables["ranking"].assign(call=calls.map(called), order=calls.map({"ai_speech": 0}).fillna(1))
+    frame = frame.sort_values(["order", "interaction"], ascending=[True, False], na_position="last")
+    counts = calls.value_counts()
+    dead = int(frame["dead"].fillna(False).astype(bool).sum()) if "dead" in frame else 0
+    answers, separates, open_ = (int(counts.get(k, 0)) for k in ("ai_speech", "separates", "undetermined"))
+    takeaway = (
+        f"{len(frame):,} features: called AI-speech {answers:,}, separating {second} from {first} {separates:,},"
+        f" undetermined {open_:,}, never active {dead:,}. Telling {second} from {first} is easy, because the words"
+        " differ; answering to speech is the harder test."
+    )
+    columns = {
+        "feature": "feature",
+        "call": "called",
+        "causal_ai_speech": "causal",
+        "layer": "layer",
+        "interaction": "interaction",
+        "auroc": "AUROC",
+        "mean_ai": f"mean, {second}",
+        "mean_human": f"mean, {first}",
+        "t": "t",
+        "p_fwer": "family-wise p",
+        "q_bh": "q",
+        "attribution": "attribution",
+        "ablation": "ablation",
+        "fire_ai": f"fires, {second}",
+        "fire_human": f"fires, {first}",
+        "dense": "dense",
+        "dead": "dead",
+        "reason": "remark",
+    }
+    how = (
+        "Up: fires more for AI speech than other AI text, beyond what speech does for humans. Right: higher"
+        f" on {second} than on {first} prompts."
+    )
+    return Section(
+        "features",
+        "Every candidate feature",
+        takeaway,
+        features_figures.ranked_features(frame, sides=run.sides),
+        run_table(run, "ranking", columns, frame),
+        open_table=True,
+        how_to_read=how,
+    )
+
+
+def activation_section(run: Run) -> Section:
+    frame, feature = run.tables["activation"], run.part("feature").get("id")
+    chosen = (
+        frame[frame["feature"] == feature]
+        if feature in set(frame["feature"])
+        else frame[frame["feature"] == frame["feature"].iloc[0]]
+    )
+    mean = chosen.groupby(["group", "act"])["activation"].mean()
+    said = [
+        f"{label} {fmt.number(mean[key])}"
+        for key, label in (
+            (("ai", "speech"), "an AI speaks"),
+            (("ai", "nonspeech"), "an AI does something else"),
+            (("human", "speech"), "a human speaks"),
+            (("animal", "speech"), "an animal speaks"),
+        )
+        if key in mean
+    ]
+    columns = {
+        "subject": "subject",
+        "statement": "statement",
+        "act": "act",
+        "content": "content",
+        "activation": "activation",
+    }
+    takeaway = f"Mean activation: {'; '.join(said)}." if said else "Where the feature is active."
+    return Section(
+        "activation",
+        "Where the feature fires",
+        takeaway,
+        features_figures.activation_heatmap(frame, feature=feature),
+        run_table(run, "activation", columns, chosen),
+    )
+
+
+def rejected_section(run: Run) -> Section:
+    frame = run.tables["rejected"]
+    return Section(
+        "rejected",
+        "Candidates that were rejected",
+        f"{len(frame):,} candidates looked right at first and were set aside, for the reasons below.",
+        table=run_table(run, "rejected", {"feature": "feature", "reason": "reason"}),
+        open_table=True,
+    )
+
+
+def cumulative_section(run: Run) -> Section:
+    frame = run.tables["cumulative"]
+    split = "report" if "report" in set(frame["split"]) else frame["split"].iloc[0]
+    rows = frame[frame["split"] == split].sort_values("k")
+    parts = []
+    saes = words.short_names([str(s) for s in dict.fromkeys(frame["sae"])] if "sae" in frame else [])
+    for sae, part in rows.groupby(rows["sae"] if "sae" in rows else [""] * len(rows), sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        many = (
+            f" and the best {int(last['k'])} together {fmt.percent(last['reduction'])}"
+            if len(part) > 1
+            else ""
+        )
+        where = f" of {saes[sae]}" if sae else ""
+        parts.append(f"the best feature{where} removes {fmt.percent(first['reduction'])} of the bias{many}")
+    takeaway = f"On {split} templates, {'; '.join(parts)}."
+    return Section(
+        "together",
+        "One feature, or a family?",
+        takeaway,
+        features_figures.cumulative_ablation(frame.replace({"sae": saes}) if saes else frame),
+        run_table(
+            run,
+            "cumulative",
+            {"k": "features", "feature": "last added", "split": "split", "reduction": "removed"},
+        ),
+    )
+
+
+def ladder_section(run: Run) -> Section:
+    frame = run.tables["ladder"]
+    rung = frame.set_index("rung")
+    said = [
+        f"{name} {fmt.percent(rung.at[key, 'share_of_bias'])}"
+        for key, name in (
+            ("ceiling", "any edit at this place could remove"),
+            ("necessity", "ablating the feature removes"),
+            ("sufficiency", "giving human prompts its AI value brings about"),
+            ("direct", "of which it writes straight to the words"),
+        )
+        if key in rung.index
+    ]
+    columns = {
+        "rung": "rung", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
+        "share_of_ceiling": "share of the ceiling", "n_pairs": "pairs", "meaning": "meaning",
+    }  # fmt: skip
+    return Section(
+        "ladder",
+        "How the feature causes it",
+        f"As shares of the bias: {'; '.join(said)}."
+        if said
+        else "How the feature's effect travels to the answer.",
+        features_figures.ladder(frame, _ladder_bias(frame)),
+        run_table(run, "ladder", columns, missing="–"),
+        how_to_read="From what any edit at this place could do, through what the feature is needed for, to its path to the answer.",
+    )
+
+
+def _ladder_bias(frame: pd.DataFrame) -> float | None:
+    """The unsteered bias of the pairs that the ladder was climbed on."""
+    known = frame[frame["share_of_bias"].abs() > 1e-6]
+    return float(known["effect"].iloc[0] / known["share_of_bias"].iloc[0]) if len(known) else None
+
+
+def ceilings_section(run: Run) -> Section:
+    """Where in the model the bias could be removed at all."""
+    frame = run.tables["ceilings"]
+    best = frame.loc[frame["share_of_bias"].idxmax()]
+    place = "after the subject" if pd.isna(best["offset"]) else "at the last token" if best["offset"] == 0 else f"{int(best['offset'])} tokens before the last"  # fmt: skip
+    columns = {"layer": "layer", "offset": "tokens from the end", "effect": "nats", "share_of_bias": "share of the bias", "n_pairs": "pairs"}  # fmt: skip
+    return Section(
+        "ceilings",
+        "Where an edit could act at all",
+        f"Putting the human residual into the AI prompt removes most at layer {int(best['layer'])}, {place}:"
+        f" {fmt.percent(best['share_of_bias'])}.",
+        ceiling_figure(frame, run.part("ladder").get("layer")),
+        run_table(run, "ceilings", columns, missing="after the subject"),
+        how_to_read="Share of the bias that goes when an AI prompt is given its human twin's residual at one layer and position.",
+    )

@@ -1,0 +1,234 @@
+"""The report's sections about the probe: the bias, its spread, words and subjects, and the checks of it."""
+
+# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
+
+from sae_bias.core import text as fmt
+from sae_bias.figures import probe as probe_figures
+from sae_bias.figures.style import SIDES
+from sae_bias.report import words
+from sae_bias.report.parts import Run, Section, run_table
+
+
+def bias_section(run: Run) -> Section:
+    pairs, bias = run.tables["pairs"], run.part("bias")
+    means = pairs.groupby("template")["bias"].mean()
+    first, second = run.sides
+    against = "the AI" if run.sides == SIDES else f"“{second}”"
+    share = f"{int((means > 0).sum())} of {len(means)} templates lean against {against}."
+    takeaway = (
+        f"{share} The overall mean is {fmt.number(bias.get('mean'))} nats ({fmt.interval(bias)})."
+        if bias
+        else share
+    )
+    columns = {
+        "template": "template",
+        "human": f"{first} prompt",
+        "ai": f"{second} prompt",
+        "split": "split",
+        "score_human": f"{first} score",
+        "score_ai": f"{second} score",
+        "bias": "bias",
+        "control_bias": "mundane bias",
+    }
+    how = (
+        "One row a template, averaged over its subjects; the line is its 95% interval, the band the interval"
+        " of the overall mean."
+    )
+    return Section(
+        "bias",
+        "The bias, template by template",
+        takeaway,
+        probe_figures.bias_by_template(pairs, bias, sides=run.sides),
+        run_table(run, "pairs", columns),
+        how_to_read=how,
+    )
+
+
+def spread_section(run: Run) -> Section:
+    pairs = run.tables["pairs"]
+    takeaway = (
+        words.control_bias_sentence(
+            run.part("control_bias"), run.part("difference_in_differences"), run.sides
+        )
+        if run.part("control_bias")
+        else "How far the pairs lie apart; these pairs have no mundane twins."
+    )
+    names = {"bias": "bias", "control_bias": "bias with mundane content"}
+    rows = (
+        pairs[[c for c in ("bias", "control_bias") if c in pairs]]
+        .describe()
+        .T.reset_index(names="measure")
+        .replace({"measure": names})
+    )
+    table = run_table(
+        run,
+        "pairs",
+        {
+            "measure": "measure",
+            "count": "pairs",
+            "mean": "mean",
+            "std": "SD",
+            "min": "least",
+            "50%": "median",
+            "max": "most",
+        },
+        rows,
+    )
+    return Section(
+        "spread",
+        "Spread over pairs, and the mundane control",
+        takeaway,
+        probe_figures.bias_distribution(pairs, sides=run.sides),
+        table,
+    )
+
+
+def words_section(run: Run) -> Section:
+    words = run.tables["words"]
+    if "contribution" in words:  # `diff` is then human − AI of the word, whatever its side
+        words = words.assign(diff=words["contribution"])
+    words = words.sort_values("diff", ascending=False)
+    top = ", ".join(f"“{w}”" for w in words["word"].head(3))
+    excluded = (run.manifest.get("words") or {}).get("excluded") or []
+    note = (
+        f" Left out because they are several tokens for this model: {', '.join(map(str, excluded))}."
+        if excluded
+        else ""
+    )
+    table = run_table(run, "words", {"word": "word", "side": "side", "diff": "contribution"}, words)
+    return Section(
+        "words",
+        "The words that carry it",
+        f"The three words that add most are {top}.{note}",
+        probe_figures.word_contributions(words),
+        table,
+    )
+
+
+def levels_section(run: Run) -> Section:
+    frame = run.tables["levels"]
+    mean, (first, second) = frame.groupby("kind")["score"].mean(), run.sides
+    said = [
+        f"{name} {fmt.number(mean[k])}"
+        for k, name in (
+            ("human", f"{first} subjects"),
+            ("ai", f"{second} subjects"),
+            ("neutral", "neutral subjects"),
+        )
+        if k in mean
+    ]
+    takeaway = (
+        f"Mean score in nats: {', '.join(said)}. "
+        f"Neutral subjects show how much is a penalty for {second} and how much a bonus for"
+        f" {first}."
+    )
+    table = run_table(
+        run,
+        "levels",
+        {"subject": "subject", "kind": "side", "score": "score", "ci_low": "from", "ci_high": "to"},
+        frame.replace({"kind": {"human": first, "ai": second}}),
+    )
+    return Section(
+        "levels", "How every subject is judged", takeaway, probe_figures.levels(frame, sides=run.sides), table
+    )
+
+
+def checks_section(run: Run) -> Section:
+    """The figure under every check of METHOD §1."""
+    frame = run.tables["checks"]
+    known = frame.dropna(subset=["ci_low", "ci_high"])
+    same = known["check"].str.match(r"stem |bootstrap|adjusted|difference in differences")  # not its parts
+    others = known[same]
+    holds = int(((others["ci_low"] > 0) | (others["ci_high"] < 0)).sum())
+    takeaway = (
+        f"In {holds} of {len(others)} other ways of measuring it the interval excludes 0: beyond mundane content, with"
+        " resampled words, under other stems, with nuisances held equal."
+    )
+    columns = {"check": "check", "value": "value", "ci_low": "from", "ci_high": "to", "p_value": "p", "says": "remark"}  # fmt: skip
+    return Section(
+        "checks",
+        "How sure: the same question asked in other ways",
+        takeaway,
+        probe_figures.checks(frame, sides=run.sides),
+        run_table(run, "checks", columns, missing="–"),
+        how_to_read="Each row is one check with its 95% interval; checks without an interval stand in the table.",
+    )
+
+
+def words_left_out_section(run: Run) -> Section:
+    """Whether a single word makes the figure."""
+    frame, bias = run.tables["check_words_left_out"], run.part("bias").get("mean")
+    known = frame.dropna(subset=["bias"])
+    takeaway = (
+        f"Without any one word the bias stays between {known['bias'].min():.3f} and {known['bias'].max():.3f} nats;"
+        f" “{known['word'].iloc[0]}” moves it most, by {abs(known['change'].iloc[0]):.3f}."
+        if len(known)
+        else "No word can be left out: each side has one."
+    )
+    columns = {"word": "without", "side": "side", "bias": "bias", "ci_low": "from", "ci_high": "to", "p_value": "p", "change": "change"}  # fmt: skip
+    return Section(
+        "words-left-out",
+        "Does it hang on one word?",
+        takeaway,
+        probe_figures.words_left_out(frame, bias),
+        run_table(run, "check_words_left_out", columns),
+    )
+
+
+def scores_section(run: Run) -> Section:
+    """Every way to make a score of the words."""
+    columns = {
+        "score": "score", "words": "words", "n_words": "number", "softcap": "softcap", "bias": "bias", "ci_low": "from",
+        "ci_high": "to", "p_value": "p", "d_z": "d_z", "share_templates_positive": "templates above 0",
+    }  # fmt: skip
+    names = {"score": {"mean_logit": "mean logit", "logodds": "log-odds", "auroc": "AUROC"}}
+    return Section(
+        "scores",
+        "Other scores of the same words",
+        "Mean logit weighs every word alike; log-odds compares the odds of the whole sets, so that a few frequent"
+        " words dominate; AUROC is a probability and not in nats.",
+        table=run_table(run, "check_scores", columns, run.tables["check_scores"].replace(names)),
+        open_table=True,
+    )
+
+
+def nuisances_section(run: Run) -> Section:
+    """What else differs between the two prompts of a pair."""
+    first, second = run.sides
+    columns = {
+        "nuisance": "nuisance", "human": first, "ai": second, "difference": "difference",
+        "correlation": "correlation with the bias", "adjusted_for": "held equal",
+    }  # fmt: skip
+    names = {"subject_tokens": "length of the subject, tokens", "an": "“an” before the subject", "log_likelihood": "log-likelihood of the prompt"}  # fmt: skip
+    frame = run.tables["check_nuisances"].replace({"nuisance": names})
+    return Section(
+        "nuisances",
+        "What else differs within a pair",
+        "Means over the prompts of each side; the check “adjusted for nuisances” gives the bias with these held equal.",
+        table=run_table(run, "check_nuisances", columns, frame),
+        open_table=True,
+    )
+
+
+def audit_section(run: Run, name: str = "check_audit") -> Section:
+    """How this model's tokenizer reads every evaluation word."""
+    frame = run.tables[name]
+    read, trap = int(frame["read"].sum()), int(frame["trap"].sum())
+    takeaway = f"{read} of {len(frame)} words are read." + (
+        f" {trap} would begin with another token if encoded alone, so they are read in context."
+        if trap
+        else ""
+    )
+    columns = {
+        "word": "word", "side": "side", "tokens": "tokens", "n_tokens": "pieces", "read": "read", "reason": "left out because",
+        "alone": "encoded alone", "trap": "prefix trap",
+    }  # fmt: skip
+    return Section("audit", "How the words are read", takeaway, table=run_table(run, name, columns))
+
+
+def word_audit_section(run: Run) -> Section:
+    """The audit that `sae-bias probe --audit-words` wrote."""
+    return audit_section(run, "word_audit")

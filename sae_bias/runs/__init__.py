@@ -1,0 +1,1 @@
+"""Run folders: writing, reading, copies of the inputs, the manifest, the summary."""

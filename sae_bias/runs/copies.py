@@ -1,0 +1,202 @@
+"""Copies of a run's inputs as plain values, and the inputs made from them again: prompts, words, edits and directions.
+
+A run folder holds these beside the hashes, so that `sae-bias verify` measures the same prompts under the same edits where the
+user's own files are gone or changed. A direction is stored in full (float32, base64), a feature by its reference and the hash of
+its weights, a random control by its seed and the feature whose gate it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import MISSING
+from dataclasses import asdict
+from dataclasses import fields
+from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
+from sae_bias.models.load import load_model
+from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Vocabulary
+from sae_bias.prompts.grid import GridPrompt
+from sae_bias.prompts.grid import PromptGrid
+from sae_bias.prompts.pairs import NeutralPrompt
+from sae_bias.prompts.pairs import PromptPair
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.runs.folder import reading
+from sae_bias.saes.load import as_feature
+from sae_bias.saes.sae import Feature
+from sae_bias.steering.controls import RANDOM_RELEASE
+from sae_bias.steering.controls import random_twin
+from sae_bias.steering.edits import Direction
+from sae_bias.steering.edits import FeatureEdit
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.edits import KINDS
+from sae_bias.steering.edits import Patch
+from sae_bias.steering.edits import from_dict
+from torch import Tensor
+from typing import Any
+import base64
+import numpy as np
+import re
+import torch
+
+
+
+_MAX_NUMBERS = 1 << 24
+
+
+# --- prompts ---
+def pairs_copy(pairs: PromptPairs) -> dict[str, Any]:
+    """Every prompt of some pairs; what equals a field's default is left out."""
+    return {
+        "name": pairs.name,
+        "sides": list(pairs.sides),
+        "pairs": [_sparse(p) for p in pairs],
+        "neutral": [_sparse(p) for p in pairs.neutral_prompts],
+    }
+
+
+def pairs_from_copy(copy: Any, where: str) -> PromptPairs:
+    """The pairs that `pairs_copy` wrote down.
+
+    Raises:
+        RequestError: it is not such a copy.
+    """
+    with reading(f"{where}: the copy of the pairs"):
+        sides = copy.get("sides") or ("human", "AI")
+        return PromptPairs(
+            tuple(PromptPair(**_texts(p)) for p in copy["pairs"]),
+            str(copy["name"]),
+            tuple(NeutralPrompt(**_texts(p)) for p in copy["neutral"]),
+            sides=(str(sides[0]), str(sides[1])),
+        )
+
+
+def grid_copy(grid: PromptGrid) -> dict[str, Any]:
+    """Every prompt of a grid."""
+    return {"name": grid.name, "prompts": [_sparse(p) for p in grid]}
+
+
+def grid_from_copy(copy: Any, where: str) -> PromptGrid:
+    """The grid that `grid_copy` wrote down."""
+    with reading(f"{where}: the copy of the grid"):
+        return PromptGrid(tuple(GridPrompt(**_texts(p)) for p in copy["prompts"]), str(copy["name"]))
+
+
+# --- the probe ---
+def probe_facts(probe: Probe, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The words that were read, in order, and how they are scored."""
+    return {
+        "positive": [w.word for w in vocabulary.kept if w.positive],
+        "negative": [w.word for w in vocabulary.kept if not w.positive],
+        "score": probe.score,
+        "softcap": probe.softcap,
+        "tokens": probe.tokens,
+    }
+
+
+def probe_from_facts(facts: Any, where: str) -> Probe:
+    """The probe that reads the same words in the same way."""
+    with reading(f"{where}: the probe"):
+        return Probe(
+            list(facts["positive"]), list(facts["negative"]), facts["score"],
+            softcap=bool(facts["softcap"]), tokens=facts["tokens"],
+        )  # fmt: skip
+
+
+# --- edits ---
+def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
+    """One edit; `gate` is the feature whose gate the random controls have."""
+    facts = edit.to_dict()
+    if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
+        facts["gate"] = gate
+    return facts
+
+
+def directions_of(edits: Sequence[Intervention]) -> dict[str, Any]:
+    """The directions along which some edits act, by digest."""
+    found = (getattr(e, "along", None) for e in edits)
+    return {d.digest: _direction_copy(d) for d in found if isinstance(d, Direction)}
+
+
+def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> Intervention:
+    """The edit that `edit_facts` wrote down, with its weights loaded again.
+
+    Raises:
+        RequestError, MissingError: it cannot be made again, and why.
+    """
+    with reading("an edit in sweep.json"):
+        data = dict(facts)
+        kind = data.get("kind")
+        gate = data.pop("gate", None)
+        if isinstance(data.get("along"), dict):
+            data["along"] = _direction(data["along"], directions)
+            return KINDS[str(data.pop("kind"))](**data)
+        if kind == "patch":
+            source = load_model(str(data["source"]), device=model.device, dtype=model.dtype)
+            return Patch(
+                data["site"],
+                source,
+                positions=data["positions"],
+                include_special=bool(data["include_special"]),
+            )
+        edit = from_dict(data)
+        if isinstance(edit, FeatureEdit) and edit.ref.sae.release == RANDOM_RELEASE:
+            data = {k: v for k, v in data.items() if k != "kind"}
+            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate)})
+        return edit
+
+
+def _twin(edit: FeatureEdit, gate: Any) -> Feature:
+    seed = re.fullmatch(r"seed-(\d{1,12})", edit.ref.sae.sae_id)
+    if gate is None or seed is None:
+        raise RequestError(f"{edit.ref}: the feature whose gate it has was not stored")
+    return random_twin(as_feature(str(gate)), int(seed[1]))
+
+
+def _direction_copy(direction: Direction) -> dict[str, Any]:
+    return {
+        "name": direction.name,
+        "site": str(direction.site),
+        "shape": list(direction.basis.shape),
+        "basis": _packed(direction.basis),
+        "mean": None if direction.mean is None else _packed(direction.mean),
+    }
+
+
+def _direction(facts: Mapping[str, Any], directions: Mapping[str, Any]) -> Direction:
+    stored = directions.get(str(facts.get("digest")))
+    if not isinstance(stored, Mapping):
+        raise RequestError(f"the direction {facts.get('direction')!r} was not stored")
+    k, width = (int(n) for n in stored["shape"])
+    if not (k > 0 and width > 0 and k * width <= _MAX_NUMBERS):
+        raise RequestError(f"the direction {facts.get('direction')!r} has the shape {[k, width]}")
+    mean = None if stored["mean"] is None else _unpacked(stored["mean"], width)
+    basis = _unpacked(stored["basis"], k * width).reshape(k, width)
+    return Direction(str(stored["name"]), Site.parse(stored["site"]), basis, mean)
+
+
+def _packed(tensor: Tensor) -> str:
+    return base64.b64encode(
+        tensor.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
+    ).decode()
+
+
+def _unpacked(text: str, n: int) -> Tensor:
+    data = base64.b64decode(text, validate=True)
+    if len(data) != 4 * n:
+        raise ValueError(f"{len(data)} bytes where {4 * n} were expected")
+    return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
+
+
+# --- small parts ---
+def _sparse(row: Any) -> dict[str, Any]:
+    """A dataclass as a dict without the fields that have their default."""
+    defaults = {f.name: f.default for f in fields(row) if f.default is not MISSING}
+    return {k: v for k, v in asdict(row).items() if k not in defaults or v != defaults[k]}
+
+
+def _texts(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict) or not all(isinstance(v, str | bool | None) for v in row.values()):
+        raise ValueError("a prompt is not a mapping of texts")
+    return row

@@ -1,0 +1,195 @@
+"""A run folder: what was run, and its results as Parquet parts that survive a crash.
+
+    RUN/manifest.json          what was asked and with what: model, SAEs, prompts, words, versions, command, seed
+    RUN/summary.json           the headline figures
+    RUN/sweep.json             the latest sweep: every cell in order (name, rule, strength, kind), the splits, its key
+    RUN/tables/NAME.parquet    one table each; sweep.parquet has one row a cell and split
+    RUN/cells/NAME.parquet     one cell: a row a pair (template, entity, score_human, score_ai, bias); facts in `frame.attrs`
+    RUN/shards/I-of-N/         the same for one shard, until `sae-bias merge RUN` joins its cells to the run's own
+
+All of it is read with `pandas.read_parquet` and a text editor. Everything is written to a temporary file beside its place and moved
+there in one step, so a reader never sees half a file. A cell's name is a hash of all that determines its numbers: cells of a changed
+input stand beside the old ones under other names, and sweep.json says which are the latest. One process writes a folder at a time,
+held by a lock of the operating system that dies with its process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from sae_bias.core.errors import RequestError
+from sae_bias.core.errors import SaeBiasError
+from sae_bias.core.files import _make
+from sae_bias.core.files import _storage_error
+from sae_bias.core.files import plain
+from typing import Any
+from typing import IO
+import fcntl
+import json
+import os
+import pandas as pd
+import re
+
+
+
+SCHEMA = 1
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+_CELL_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+class RunFolder:
+    """One run's files."""
+
+    def __init__(self, path: str | Path, *, shard: tuple[int, int] | None = None):
+        self.root = Path(path)
+        if shard is not None and not 1 <= shard[0] <= shard[1]:
+            raise RequestError(f"shard {shard[0]}/{shard[1]}: expected i/n with 1 ≤ i ≤ n.")
+        self.path = self.root if shard is None else self.root / "shards" / f"{shard[0]}-of-{shard[1]}"
+        self.shard = shard
+
+    @contextmanager
+    def writing(self) -> Iterator[RunFolder]:
+        """Hold the folder's lock; a second process is told, and nothing is touched."""
+        _make(self.path)
+        with _open_lock(self.path / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RequestError(
+                    f"another process is writing {self.path}; wait for it, or choose another --out."
+                ) from error
+            for part in (self.path, self.path / "tables", self.path / "cells"):
+                for stray in part.glob(
+                    "*.partial"
+                ):  # left by a process that was killed; nobody else writes here
+                    stray.unlink(missing_ok=True)
+            yield self
+
+    # --- tables and JSON ---
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """tables/NAME.parquet."""
+        self._write(self.path / "tables" / f"{name}.parquet", lambda to: frame.to_parquet(to, index=False))
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        path = self.path / "tables" / f"{name}.parquet"
+        if not path.is_file():
+            raise RequestError(f"{self.path} holds no table {name!r}.")
+        return _read_parquet(path)
+
+    def tables(self) -> list[str]:
+        return sorted(p.stem for p in (self.path / "tables").glob("*.parquet"))
+
+    def write_json(self, name: str, data: dict[str, Any]) -> None:
+        """NAME.json, NaN written as null."""
+        text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
+        self._write(self.path / f"{name}.json", lambda to: Path(to).write_text(text + "\n", encoding="utf-8"))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / f"{name}.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RequestError(f"{self.path} is not a run folder: it has no {name}.json.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise RequestError(f"{path} cannot be read: {error}.") from error
+        if not isinstance(data, dict):
+            raise RequestError(f"{path} holds a {type(data).__name__}; expected an object.")
+        return data
+
+    # --- cells ---
+
+    def has_cell(self, cell: str) -> bool:
+        return self._cell(cell).is_file()
+
+    def write_cell(self, cell: str, frame: pd.DataFrame, facts: dict[str, Any]) -> None:
+        """One cell's pairs, with `facts` in the frame's attrs."""
+        frame = frame.copy()
+        frame.attrs = plain(facts)
+        self._write(self._cell(cell), lambda to: frame.to_parquet(to, index=False))
+
+    def read_cell(self, cell: str) -> pd.DataFrame:
+        return _read_parquet(self._cell(cell))
+
+    def _cell(self, cell: str) -> Path:
+        if not _CELL_NAME.fullmatch(cell):
+            raise RequestError(f"{cell[:60]!r} is not the name of a cell in {self.path}.")
+        return self.path / "cells" / f"{cell}.parquet"
+
+    def _write(self, path: Path, write: Any) -> None:
+        _make(path.parent)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            write(partial)
+            with open(partial, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _storage_error(path, error) from error
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def merge_shards(path: str | Path) -> int:
+    """Move the cells of every shard into the run's own folder; returns how many were new.
+
+    Raises:
+        RequestError: no shards, shards of different sweeps, or one that is still being written.
+    """
+    run = RunFolder(path)
+    shards = [
+        p for p in sorted((run.root / "shards").glob("*-of-*")) if re.fullmatch(r"\d{1,6}-of-\d{1,6}", p.name)
+    ]
+    if not shards:
+        raise RequestError(f"{run.root} has no shards to merge.")
+    plans = [RunFolder(shard).read_json("sweep") for shard in shards if (shard / "sweep.json").is_file()]
+    if len({plan.get("key") for plan in plans}) > 1:
+        raise RequestError(
+            f"the shards in {run.root} are of different sweeps; run each with the same command but for --shard i/n."
+        )
+    moved = 0
+    with run.writing():
+        if plans:
+            run.write_json("sweep", {**plans[0], "shard": None})
+        if not (run.path / "manifest.json").is_file() and (shards[0] / "manifest.json").is_file():
+            run.write_json("manifest", RunFolder(shards[0]).read_json("manifest"))
+        for shard in shards:
+            i, n = (int(x) for x in shard.name.split("-of-"))
+            with RunFolder(run.root, shard=(i, n)).writing():
+                for part in sorted((shard / "cells").glob("*.parquet")):
+                    if not run.has_cell(part.stem):
+                        _make(run.path / "cells")
+                        os.replace(part, run._cell(part.stem))
+                        moved += 1
+    return moved
+
+
+class reading:
+    """Whatever is malformed in a stored file becomes one RequestError that names it."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _MALFORMED) and not isinstance(error, SaeBiasError):
+            why = f"{type(error).__name__}: {str(error)[:120]}"
+            raise RequestError(f"{self.what} cannot be read ({why}).") from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:
+        raise RequestError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        return open(path, "a")
+    except OSError as error:
+        raise _storage_error(path, error) from error

@@ -1,0 +1,110 @@
+"""SAEs in SAELens' own format: what its config says, and slices of one that is whole in memory.
+
+SAELens (github.com/decoderesearch/SAELens) may subtract b_dec from the input, (x − b_dec) · W + b = x · W +
+(b − b_dec · W): folded into the bias here. It applies a ReLU before the threshold of a JumpReLU, so a
+negative threshold acts as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
+from sae_bias.saes.sae import Card, Columns
+
+
+@dataclass(frozen=True, eq=False)
+class LensEncoder:
+    """Slices of a SAELens SAE that is whole in memory, on the CPU and in float32."""
+
+    lens: Any
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return int(self.lens.cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.lens.cfg.d_sae)
+
+    def columns(self, start: int, stop: int) -> Columns:
+        """Encoder columns; what SAELens subtracts from the input is folded into the bias."""
+        w_enc = _plain(self.lens.W_enc[:, start:stop])
+        bias = getattr(self.lens, "b_enc", None)
+        b_enc = torch.zeros(stop - start) if bias is None else _plain(bias[start:stop])
+        if getattr(self.lens.cfg, "apply_b_dec_to_input", False):
+            b_enc = b_enc - self.b_dec() @ w_enc
+        threshold = getattr(self.lens, "threshold", None)
+        if threshold is None or threshold.ndim != 1:
+            return Columns(w_enc, b_enc, torch.zeros_like(b_enc))
+        # SAELens applies a ReLU first, so a negative threshold acts as zero
+        return Columns(w_enc, b_enc, _plain(threshold[start:stop]).clamp(min=0))
+
+    def decoder_rows(self, indices: Sequence[int]) -> Float[Tensor, "n d_model"]:
+        """Decoder rows."""
+        return _plain(self.lens.W_dec[list(indices)])
+
+    def b_dec(self) -> Float[Tensor, "d_model"]:
+        """The decoder's bias."""
+        return _plain(self.lens.b_dec)
+
+
+def lens_card(config: dict[str, Any], where: str) -> Card:
+    metadata = config.get("metadata")
+    found = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    architecture, hook = (
+        found.get("architecture") or "standard",
+        found.get("hook_name") or found.get("hook_point"),
+    )
+    if (
+        "transcoder" in str(architecture)
+        or found.get("hook_name_out") not in (None, hook)
+        or found.get("hook_head_index")
+    ):
+        raise RequestError(
+            f"{where}: a transcoder or head SAE ({str(architecture)[:40]}); only residual SAEs are read here"
+        )
+    if "batchtopk" in str(architecture):
+        raise RequestError(
+            f"{where}: a {str(architecture)[:40]} SAE in training, whose activations depend on what else is in the batch; "
+            "save it with SAELens' save_inference_model (a JumpReLU SAE) and load that"
+        )
+    if not isinstance(hook, str):
+        raise RequestError(f"{where} has no hook_name; expected e.g. blocks.31.hook_resid_post")
+    model = found.get("model_name")
+    notes = ("normalize_activations is expected_average_only_in; as in SAELens, nothing is rescaled",)
+    scaled = config.get("normalize_activations") in ("expected_average_only_in", True)
+    try:
+        site = Site.parse(hook)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from error
+    return Card(
+        site, model if isinstance(model, str) else None, str(architecture), notes=notes if scaled else ()
+    )
+
+
+def is_plain(config: dict[str, Any]) -> bool:
+    """Whether SAELens' encode is one matrix product and a (Jump)ReLU for this config."""
+    kwargs = config.get("activation_fn_kwargs") or {}
+    return (
+        (config.get("architecture") or "standard") in ("standard", "jumprelu")
+        and config.get("normalize_activations", "none")
+        in (None, False, True, "none", "expected_average_only_in")
+        and config.get("activation_fn", config.get("activation_fn_str", "relu")) in (None, "relu")
+        and not (isinstance(kwargs, dict) and kwargs.get("k"))
+        and config.get("reshape_activations", "none") in (None, "none")
+        and not config.get("finetuning_scaling_factor")
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu()

@@ -1,0 +1,290 @@
+"""Sparse autoencoders and their features; the only module that imports SAELens, and only for whole SAEs.
+
+    a = JumpReLU(x · W_enc + b_enc) = h · 1[h > threshold]        x̂ = a · W_dec + b_dec
+
+(Rajamanoharan et al. 2024, arXiv:2407.14435). One feature is one column of W_enc, one row of W_dec and two
+numbers; for a plain ReLU or JumpReLU encoder nothing else is ever read. SAEs whose activation needs all
+features at once (TopK, gated, normalised input) take the full path through SAELens and say so:
+`Sae.reduces_to_one_row` is False.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_bias.core.errors import RequestError
+from sae_bias.models import catalog, hub
+from sae_bias.saes import releases
+from sae_bias.saes.formats.gemma_scope import check_width, find_params, read_card, read_encoder_file
+from sae_bias.saes.formats.saelens import LensEncoder, is_plain, lens_card
+from sae_bias.saes.ids import EXAMPLE_SAE, HUB_NAME, FeatureRef, SaeId, local_id
+from sae_bias.saes.releases import release_names, sae_release
+from sae_bias.saes.sae import Card, Feature, Sae
+from sae_bias.saes.tensors import read_json
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+
+_SAELENS_WEIGHTS, _SAELENS_CONFIG = "sae_weights.safetensors", "cfg.json"
+
+
+# ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────
+def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
+    """An SAE by name, folder or SAELens object; its weights stay on disk until a slice is asked for.
+
+    name: `"<release>/<sae_id>"`, `"organism:planted/constructed"`, a Gemma Scope or SAELens folder, or a
+        SAELens SAE.
+
+    Raises:
+        RequestError: unknown name, no SAE there, not a residual SAE, or a damaged file.
+        MissingError: not cached and no network, or gated; says what gets it.
+    """
+    if isinstance(name, Sae):
+        return name
+    if hasattr(name, "W_dec") and hasattr(name, "cfg"):
+        return _wrap_lens(name)
+    if not isinstance(name, str | Path | SaeId):
+        raise RequestError(
+            f"an SAE cannot be a {type(name).__name__}; expected a name such as {EXAMPLE_SAE} or a folder"
+        )
+    text = str(name).strip()
+    if "\0" in text or not text:
+        raise RequestError(f"SAE name {text[:80]!r}: expected e.g. {EXAMPLE_SAE}")
+    folder = _existing_folder(text)
+    if folder is not None:
+        return _load_folder(folder, local_id(text.rstrip("/") or "/"))
+    if text.startswith(catalog.ORGANISM):
+        return _load_organism(SaeId.parse(text))
+    if "#" in text:
+        raise RequestError(f"{text[:120]!r} names a feature; an SAE name has no #, e.g. {EXAMPLE_SAE}")
+    if text.startswith(("/", ".", "~")):
+        raise RequestError(
+            f"no folder {text[:200]!r}; expected a folder with params.safetensors, params.npz or cfg.json"
+        )
+    return _load_named(text)
+
+
+def load_feature(name: str | FeatureRef) -> Feature:
+    """One feature by `"<release>/<sae_id>#<index>"`, `"path/to/sae_folder#446"` or a FeatureRef."""
+    ref = name if isinstance(name, FeatureRef) else FeatureRef.parse(str(name))
+    feature = load_sae(ref.sae).feature(ref.index)
+    return replace(feature, ref=ref)
+
+
+def as_feature(x: str | FeatureRef | Feature) -> Feature:
+    """The feature that a string, a reference or a Feature stands for."""
+    if isinstance(x, Feature):
+        return x
+    if isinstance(x, str | FeatureRef):
+        return load_feature(x)
+    raise RequestError(
+        f"a feature cannot be a {type(x).__name__}; expected e.g. {EXAMPLE_SAE}#2511, never a bare index"
+    )
+
+
+def _load_named(text: str) -> Sae:
+    """A release of SAELens or a Gemma Scope repository on the hub."""
+    sae_id = SaeId.parse(text)
+    if HUB_NAME.fullmatch(text):
+        hub.refuse_traversal(sae_id.sae_id)
+        return _load_hub_folder(sae_id, sae_id.release, sae_id.sae_id, None, None)
+    first = text.partition("/")[0]
+    try:
+        release = releases.sae_release(first)
+    except RequestError as error:
+        raise RequestError(f"no folder {text[:200]!r}, and {error}") from error
+    if "/" not in text:
+        raise RequestError(f"{text} is a release; which SAE of it? e.g. {text}/{next(iter(release.folders))}")
+    hub.refuse_traversal(sae_id.sae_id)
+    folder = release.folder(sae_id.sae_id)
+    if release.is_gemma_scope:
+        return _load_hub_folder(sae_id, release.repo_id, folder, release.model, release.l0.get(sae_id.sae_id))
+    return _load_through_lens(sae_id, release)
+
+
+def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None, l0: float | None) -> Sae:
+    """A Gemma Scope SAE from the hub: with its weights cached, no network is touched."""
+    label_path = f"{repo_id}/{folder}"
+    read_card(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
+    file_name = f"{folder}/params.{'safetensors' if '/gemma-scope-2-' in repo_id else 'npz'}"
+    params, config = _hub_files(repo_id, file_name, f"{folder}/config.json")
+    card = read_card(label_path, config, model_name=model)
+    return _open_gemma_scope(sae_id, params, config, label_path, _with_l0(card, l0))
+
+
+def _hub_files(repo_id: str, params_name: str, config_name: str) -> tuple[Path, Path | None]:
+    """Weights and, in Gemma Scope 2, the config where there is one (the small file is asked for first)."""
+    params, is_npz = hub.cached_file(repo_id, params_name), params_name.endswith(".npz")
+    if params is not None or is_npz or hub.is_offline():
+        config = None if is_npz else hub.cached_file(repo_id, config_name)
+        return params or hub.hub_file(repo_id, params_name), config
+    config = hub.optional_hub_file(repo_id, config_name)
+    return hub.hub_file(repo_id, params_name), config
+
+
+def _load_organism(sae_id: SaeId) -> Sae:
+    folder = catalog.organism_folder(sae_id.release)
+    if not sae_id.sae_id:
+        raise RequestError(
+            f"{sae_id.release} is a model; its SAEs are {', '.join(releases.organism_saes(folder.name))}"
+        )
+    hub.refuse_traversal(sae_id.sae_id)
+    inside = folder / "sae" / sae_id.sae_id
+    if find_params(inside) is None:
+        known = ", ".join(releases.organism_saes(folder.name)) or "none"
+        raise RequestError(f"{sae_id.release} has no SAE {sae_id.sae_id[:80]!r}; it has {known}")
+    return _load_folder(inside, sae_id)
+
+
+def _load_folder(folder: Path, sae_id: SaeId) -> Sae:
+    """A local folder in the Gemma Scope 1, Gemma Scope 2 or SAELens layout."""
+    if (params := find_params(folder)) is not None:
+        label_path = folder.absolute().as_posix()
+        config = folder / "config.json" if (folder / "config.json").is_file() else None
+        return _open_gemma_scope(sae_id, params, config, label_path, read_card(label_path, config))
+    if (folder / _SAELENS_CONFIG).is_file() and (folder / _SAELENS_WEIGHTS).is_file():
+        return _load_lens_folder(folder, sae_id)
+    raise RequestError(f"no SAE in {folder}: {_what_is_there(folder)}")
+
+
+def _open_gemma_scope(sae_id: SaeId, params: Path, config: Path | None, label_path: str, card: Card) -> Sae:
+    encoder = read_encoder_file(params)
+    check_width(encoder, label_path, config)
+    return Sae(sae_id, encoder, card, params)
+
+
+# ── SAELens ─────────────────────────────────────────────────────────────────────────────────────────────────
+def _load_lens_folder(folder: Path, sae_id: SaeId) -> Sae:
+    """A folder SAELens saved: in slices where the architecture allows it, whole otherwise."""
+    config_path, weights = folder / _SAELENS_CONFIG, folder / _SAELENS_WEIGHTS
+    try:
+        config = read_json(config_path.read_bytes()[: 1 << 20], str(config_path))
+    except OSError as error:
+        raise RequestError(f"{config_path}: cannot be read: {error.strerror}") from error
+    card = lens_card(config, str(config_path))
+    if not is_plain(config):
+        return _lens_sae(sae_id, _lens_from_disk(folder), card, weights)
+    needs_threshold = card.architecture == "jumprelu"
+    subtract = bool(config.get("apply_b_dec_to_input", True))
+    encoder = read_encoder_file(weights, needs_threshold=needs_threshold, subtract_b_dec=subtract)
+    for key, actual in (("d_in", encoder.d_in), ("d_sae", encoder.d_sae)):
+        if config.get(key) not in (None, actual):
+            raise RequestError(
+                f"{config_path} says {key} {str(config[key])[:20]}, {weights.name} has {actual}; one is wrong"
+            )
+    return Sae(sae_id, encoder, card, weights)
+
+
+def _lens_from_disk(folder: Path) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+    # SAELens checks little itself: a wrong config or file surfaces as any exception
+    except Exception as error:
+        raise RequestError(f"{folder}: SAELens cannot load it: {str(error).strip()[:200]}") from error
+
+
+def _load_through_lens(sae_id: SaeId, release: releases.SaeRelease) -> Sae:
+    """Any other release, whole, by SAELens' own loader."""
+    from sae_lens import SAE
+
+    with hub.hub_errors(str(sae_id), release.repo_id), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            lens = SAE.from_pretrained(sae_id.release, sae_id.sae_id, device="cpu")
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise RequestError(f"{sae_id}: SAELens cannot load it: {str(error).strip()[:200]}") from error
+    return _with_label(_wrap_lens(lens, sae_id), release.l0.get(sae_id.sae_id))
+
+
+def _wrap_lens(lens: Any, sae_id: SaeId | None = None) -> Sae:
+    """A SAELens SAE in memory."""
+    config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
+    card = lens_card(config, f"SAELens SAE {sae_id or ''}".strip())
+    name = re.sub(r"[^\w.-]+", "_", f"{card.model_name or 'model'}_{card.site}_{lens.cfg.d_sae}")
+    return _lens_sae(sae_id or SaeId("object:sae_lens", name), lens, card, None)
+
+
+def _lens_sae(sae_id: SaeId, lens: Any, card: Card, path: Path | None) -> Sae:
+    config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
+    encoder = LensEncoder(lens)
+    for weight, values in lens.state_dict().items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise RequestError(f"{sae_id}: {weight} holds NaN or infinite values")
+    return Sae(sae_id, encoder, card, path, reduces_to_one_row=is_plain(config), lens=lens)
+
+
+def _with_label(sae: Sae, l0: float | None) -> Sae:
+    return replace(sae, card=_with_l0(sae.card, l0))
+
+
+def _with_l0(card: Card, l0: float | None) -> Card:
+    return card if l0 is None or card.label_l0 is not None else replace(card, label_l0=l0)
+
+
+# ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
+def _existing_folder(text: str) -> Path | None:
+    try:
+        folder = Path(text).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _what_is_there(folder: Path) -> str:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f"it cannot be listed ({error.strerror})"
+    pickles = [name for name in names if name.endswith((".pt", ".bin", ".pth", ".pkl"))]
+    if pickles:
+        return f"{pickles[0]} is a pickle, which is never loaded; convert it to safetensors"
+    inside = [name for name in names if (folder / name).is_dir()]
+    hint = f" (its folders: {', '.join(inside[:3])})" if inside else ""
+    return f"expected params.safetensors, params.npz, or cfg.json with {_SAELENS_WEIGHTS}{hint}"
+
+
+def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[Sae | SaeId | str]:
+    """The candidates named; a folder that is no SAE itself stands for every SAE below it, a release for all of its SAEs.
+
+    Raises:
+        RequestError: nothing named, or a folder with no SAE in it.
+    """
+    given = list(saes) if isinstance(saes, (list, tuple)) else [saes]
+    found: list[Sae | SaeId | str] = []
+    for name in given:
+        folder = Path(str(name)).expanduser() if isinstance(name, str | Path) else None
+        if (
+            folder is not None
+            and not folder.exists()
+            and "/" not in str(name)
+            and str(name) in release_names()
+        ):
+            found += [f"{name}/{sae_id}" for sae_id in sae_release(str(name)).folders]
+            continue
+        if folder is None or not folder.is_dir() or _holds_weights(folder):
+            found.append(str(name) if isinstance(name, Path) else name)  # type: ignore[arg-type]
+            continue
+        inside = sorted({f.parent for pattern in _WEIGHTS for f in folder.rglob(pattern)})
+        if not inside:
+            raise RequestError(f"no SAE in {name}: no folder below it holds {' or '.join(_WEIGHTS)}.")
+        found += [str(path) for path in inside]
+    if not found:
+        raise RequestError("there is no candidate SAE; name SAEs, or a folder of them.")
+    return found
+
+
+_WEIGHTS = ("params.safetensors", "params.npz", "sae_weights.safetensors")
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _WEIGHTS)

@@ -1,0 +1,264 @@
+"""A sparse autoencoder and its features, wherever the weights lie."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.files import file_digest
+from sae_bias.core.site import Site
+from sae_bias.models.forward import check_site
+from sae_bias.models.model import Model
+from sae_bias.saes.ids import FeatureRef, SaeId
+
+if TYPE_CHECKING:
+    pass
+
+
+def sae_facts(sae: Sae) -> dict[str, Any]:
+    """An SAE's id, site, file hash and, from the hub, commit."""
+    files = {sae.path.name: file_digest(sae.path)} if sae.path is not None and sae.path.is_file() else {}
+    commit = None if sae.path is None else re.search(r"/snapshots/([0-9a-f]{40})/", sae.path.as_posix())
+    return {
+        "id": str(sae.id),
+        "layer": sae.site.layer,
+        "width": sae.d_sae,
+        "l0": sae.label_l0,
+        "files": files,
+        "commit": commit and commit[1],
+    }
+
+
+_BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """One feature's vectors, float32."""
+
+    ref: FeatureRef
+    w_enc: Float[Tensor, "d_model"]
+    w_dec: Float[Tensor, "d_model"]
+    b_enc: Float[Tensor, ""]
+    threshold: Float[Tensor, ""]
+    site: Site
+    whole: Sae | None = None
+    """The whole SAE, where one encoder column does not give the activation."""
+
+    @property
+    def index(self) -> int:
+        """Its index in its SAE."""
+        return self.ref.index
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.w_dec.shape[0]
+
+    def activation(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+        """a = h · 1[h > threshold] of residuals x, in float32."""
+        if self.whole is not None:
+            return self.whole.encode(x)[..., self.index]
+        feature = self.to(x.device)
+        h = x.float() @ feature.w_enc + feature.b_enc
+        return torch.where(h > feature.threshold, h, torch.zeros_like(h))
+
+    def to(self, device: str | torch.device) -> Feature:
+        """The same feature on a device."""
+        if self.w_dec.device == torch.device(device):
+            return self
+        names = ("w_enc", "w_dec", "b_enc", "threshold")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def __str__(self) -> str:
+        return str(self.ref)
+
+    def __repr__(self) -> str:
+        return f"Feature({str(self.ref)!r}, site={str(self.site)!r}, d_model={self.d_model})"
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Where an SAE's numbers come from: a file read in slices, or tensors in memory."""
+
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    def columns(self, start: int, stop: int) -> Columns: ...
+    def decoder_rows(self, indices: Sequence[int]) -> Float[Tensor, "n d_model"]: ...
+    def b_dec(self) -> Float[Tensor, "d_model"]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sae:
+    """A sparse autoencoder of the residual stream; weights are read when asked for."""
+
+    id: SaeId
+    encoder: Encoder
+    card: Card
+    path: Path | None = None
+    """Its weights file, where it has one."""
+    reduces_to_one_row: bool = True
+    """Whether a feature's own encoder column gives its activation: (Jump)ReLU, input not normalised."""
+    lens: Any = None
+    """The SAELens object, where the whole SAE is in memory."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream it reads."""
+        return self.encoder.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.encoder.d_sae
+
+    @property
+    def site(self) -> Site:
+        """Hook point it was trained on."""
+        return self.card.site
+
+    @property
+    def architecture(self) -> str:
+        """`jumprelu`, `standard`, `topk` …"""
+        return self.card.architecture
+
+    @property
+    def label_l0(self) -> float | None:
+        """Mean number of active features its release states."""
+        return self.card.label_l0
+
+    @property
+    def model_name(self) -> str | None:
+        """Model it was trained on, as its release states."""
+        return self.card.model_name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be inferred while loading."""
+        return self.card.notes
+
+    @cached_property
+    def b_dec(self) -> Float[Tensor, "d_model"]:
+        """The decoder's bias."""
+        return self.encoder.b_dec()
+
+    def feature(self, index: int) -> Feature:
+        """One feature: an encoder column, a decoder row and two numbers are all that is read."""
+        ref = FeatureRef(self.id, index)
+        self._check_index(ref.index)
+        column = self.encoder.columns(ref.index, ref.index + 1)
+        (w_dec,) = self.encoder.decoder_rows([ref.index])
+        whole = None if self.reduces_to_one_row else self
+        w_enc = column.w_enc[:, 0].contiguous()
+        return Feature(ref, w_enc, w_dec, column.b_enc[0], column.threshold[0], self.site, whole)
+
+    def columns(self, start: int, stop: int) -> Columns:
+        """Encoder columns start:stop (w_enc [d_in, n], b_enc [n], threshold [n]); h = x · w_enc + b_enc."""
+        if not 0 <= start <= stop <= self.d_sae:
+            raise RequestError(f"columns {start}:{stop} of {self.id}: it has {self.d_sae:,} features")
+        return self.encoder.columns(start, stop)
+
+    def W_dec_rows(self, indices: Sequence[int] | Tensor) -> Float[Tensor, "n d_model"]:
+        """Decoder rows of the given features."""
+        rows = [
+            operator.index(index) for index in (indices.tolist() if isinstance(indices, Tensor) else indices)
+        ]
+        for row in rows:
+            self._check_index(row)
+        return self.encoder.decoder_rows(rows)
+
+    def blocks(self, max_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+        """(start, stop) column blocks that cover the SAE, each about `max_bytes` of float32 weights."""
+        step = max(64, (max_bytes or _BLOCK_BYTES) // (4 * self.d_in) // 64 * 64)
+        for start in range(0, self.d_sae, step):
+            yield start, min(start + step, self.d_sae)
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+        """Activations of every feature in float32, the encoder streamed in column blocks."""
+        self._check_width(x, self.d_in, "residuals")
+        if not self.reduces_to_one_row:
+            return self._lens_call("encode", x)
+        flat = x.reshape(-1, self.d_in).float()
+        acts = flat.new_empty(flat.shape[0], self.d_sae)
+        for start, stop in self.blocks():
+            w_enc, b_enc, threshold = (part.to(x.device) for part in self.encoder.columns(start, stop))
+            h = torch.addmm(b_enc, flat, w_enc)
+            acts[:, start:stop] = torch.where(h > threshold, h, torch.zeros_like(h))
+        return acts.reshape(*x.shape[:-1], self.d_sae)
+
+    @torch.no_grad()
+    def decode(self, a: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
+        """x̂ = a · W_dec + b_dec in float32; only decoder rows of features active somewhere are read."""
+        self._check_width(a, self.d_sae, "activations")
+        if not self.reduces_to_one_row:
+            return self._lens_call("decode", a)
+        flat = a.reshape(-1, self.d_sae).float()
+        out = self.b_dec.to(a.device).expand(flat.shape[0], -1).clone()
+        active = (flat != 0).any(0).nonzero()[:, 0]
+        for part in active.split(max(1, _BLOCK_BYTES // (4 * self.d_in))):
+            out += flat[:, part] @ self.W_dec_rows(part).to(a.device)
+        return out.reshape(*a.shape[:-1], self.d_in)
+
+    def _lens_call(self, method: str, x: Tensor) -> Tensor:
+        device = self.lens.W_dec.device
+        return getattr(self.lens, method)(x.float().to(device)).float().to(x.device)
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self.d_sae:
+            raise RequestError(
+                f"feature {index} of {self.id}: it has {self.d_sae:,} features, 0 to {self.d_sae - 1}"
+            )
+
+    def _check_width(self, x: Tensor, width: int, what: str) -> None:
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise RequestError(
+                f"{what} of shape {list(x.shape)} for {self.id}; the last axis must be {width:,}"
+            )
+
+    def __str__(self) -> str:
+        return str(self.id)
+
+    def __repr__(self) -> str:
+        return f"Sae({str(self.id)!r}, site={str(self.site)!r}, d_in={self.d_in}, d_sae={self.d_sae})"
+
+
+class Columns(NamedTuple):
+    """A block of n encoder columns, float32: pre-activations are x · w_enc + b_enc."""
+
+    w_enc: Float[Tensor, "d_model n"]
+    b_enc: Float[Tensor, "n"]
+    threshold: Float[Tensor, "n"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of an SAE without its weights."""
+
+    site: Site
+    model_name: str | None = None
+    architecture: str = "jumprelu"
+    label_l0: float | None = None
+    notes: tuple[str, ...] = ()
+    """What had to be inferred."""
+
+
+def check_fits(model: Model, feature: Feature) -> None:
+    """Refuse a feature of another width or a layer the model lacks."""
+    check_site(model, feature.site)
+    if feature.w_enc.shape[-1] != model.d_model:
+        raise RequestError(
+            f"{feature.ref} has d_in {feature.w_enc.shape[-1]}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+        )

@@ -1,0 +1,100 @@
+"""Feature activations of many residuals, a block of the SAE's columns at a time: never tokens × d_sae."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_bias.saes.sae import Sae
+
+BLOCK_BYTES = 64 * 2**20  # of encoder columns held at once, and of the activations they give
+
+
+def block_width(d_in: int, n_rows: int = 0) -> int:
+    """Columns of a float32 encoder, and of n_rows activations, that fit in a block."""
+    return max(256, BLOCK_BYTES // (4 * max(d_in, n_rows, 1)))
+
+
+@torch.no_grad()
+def acts_blocks(
+    sae: Sae, x: Float[Tensor, "n d_in"], *, decoder: bool = False
+) -> Iterator[tuple[int, Float[Tensor, "n block"], Float[Tensor, "block d_in"] | None]]:
+    """(first column, activations, decoder rows or None) of each block, on x's device.
+
+    An SAE whose encoder does not reduce to single columns (TopK, gated, normalised input) is encoded whole, a chunk of x at
+    a time, and cut into blocks afterwards.
+    """
+    x = x.float()
+    width = block_width(sae.d_in, len(x))
+    full = None if sae.reduces_to_one_row else _encode_whole(sae, x)
+    for start in range(0, sae.d_sae, width):
+        stop = min(start + width, sae.d_sae)
+        if full is not None:
+            acts = full[:, start:stop]
+        else:
+            w_enc, b_enc, threshold = (t.to(x.device) for t in sae.columns(start, stop))
+            acts = _jump_relu(torch.addmm(b_enc, x, w_enc), threshold)
+        rows = sae.W_dec_rows(range(start, stop)).to(x.device) if decoder else None
+        yield start, acts, rows
+
+
+@dataclass(frozen=True, eq=False)
+class LiveBlock:
+    """The features of one block that fire on some row; the silent ones are known by their absence."""
+
+    index: Int[np.ndarray, "m"]
+    """Their indices in the SAE."""
+    acts: Float[np.ndarray, "n m"]
+    """Float64 activations on the rows asked for."""
+    density: Float[np.ndarray, "m"]
+    """Share of the neutral rows on which each fires; NaN where none were given."""
+
+
+@torch.no_grad()
+def live_blocks(
+    sae: Sae, x: Float[Tensor, "n d_in"], neutral: Float[Tensor, "k d_in"] | None = None
+) -> Iterator[LiveBlock]:
+    """Blocks of the features that fire somewhere on x.
+
+    Most features of a wide SAE are silent on a few hundred prompts: only the live ones are copied, tested, and encoded on
+    the neutral rows too, so that a scan costs little more than the matrix product x · W_enc.
+    """
+    x = x.float()
+    if not sae.reduces_to_one_row:
+        full, rest = _encode_whole(sae, x), None if neutral is None else _encode_whole(sae, neutral.float())
+        live = (full > 0).any(0).nonzero()[:, 0]
+        yield _live_block(live, full[:, live], None if rest is None else rest[:, live])
+        return
+    width = block_width(sae.d_in, len(x))
+    for start in range(0, sae.d_sae, width):
+        columns = sae.columns(start, min(start + width, sae.d_sae))
+        w_enc, b_enc, threshold = (t.to(x.device) for t in columns)
+        h = torch.addmm(b_enc, x, w_enc)
+        live = (h.amax(0) > threshold.clamp(min=0)).nonzero()[:, 0]
+        acts = _jump_relu(h[:, live], threshold[live])
+        rest = None
+        if neutral is not None and len(live):
+            rest = torch.addmm(b_enc[live], neutral.float(), w_enc[:, live]) > threshold[live]
+        yield _live_block(start + live, acts, rest)
+
+
+def _live_block(live: Tensor, acts: Tensor, on_neutral: Tensor | None) -> LiveBlock:
+    density = (
+        torch.full((len(live),), torch.nan, dtype=torch.float64)
+        if on_neutral is None
+        else (on_neutral > 0).cpu().double().mean(0)
+    )
+    return LiveBlock(live.cpu().numpy(), acts.cpu().double().numpy(), density.cpu().numpy())
+
+
+def _jump_relu(h: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(h > threshold, h, 0.0)  # not h · 0, which is -0 for a negative h
+
+
+def _encode_whole(sae: Sae, x: Tensor) -> Tensor:
+    return torch.cat([sae.encode(part).to(x.device) for part in x.split(1024)])

@@ -1,0 +1,81 @@
+"""Statistics, all public names in one place; numpy and scipy only.
+
+- `stats_clustered`: means over templates × entities, sign-flips, effect sizes.
+- `stats_ratio`: reductions with Fieller intervals, specific reduction, the crossed bootstrap.
+- `stats_features`: paired t, max-T, AUROC, held-out bounds and corrected p over many features.
+- `stats_design`: exact counts, prompts needed, template splits.
+"""
+
+from sae_bias.stats.clustered import (
+    Clustered,
+    EffectSizes,
+    SignFlip,
+    clustered_mean,
+    clustered_means,
+    effect_sizes,
+    sign_flip,
+)
+from sae_bias.stats.design import (
+    DEFAULT_SHARES,
+    CountTest,
+    fewest_units,
+    mcnemar_exact,
+    needed_n,
+    sign_test,
+    split_templates,
+)
+from sae_bias.stats.features import (
+    MaxT,
+    MaxTResult,
+    PairedT,
+    activation_variance_floor,
+    auroc,
+    benjamini_hochberg,
+    firing_rate_difference,
+    holm,
+    lower_bound_min,
+    max_t,
+    paired_t,
+)
+from sae_bias.stats.reduction import (
+    Reduction,
+    SpecificReduction,
+    bootstrap_reduction,
+    crossed_weights,
+    fieller_reduction,
+    specific_reduction,
+)
+
+__all__ = [
+    "DEFAULT_SHARES",
+    "Clustered",
+    "CountTest",
+    "EffectSizes",
+    "MaxT",
+    "MaxTResult",
+    "PairedT",
+    "Reduction",
+    "SignFlip",
+    "SpecificReduction",
+    "activation_variance_floor",
+    "auroc",
+    "benjamini_hochberg",
+    "bootstrap_reduction",
+    "clustered_mean",
+    "clustered_means",
+    "crossed_weights",
+    "effect_sizes",
+    "fewest_units",
+    "fieller_reduction",
+    "firing_rate_difference",
+    "holm",
+    "lower_bound_min",
+    "max_t",
+    "mcnemar_exact",
+    "needed_n",
+    "paired_t",
+    "sign_flip",
+    "sign_test",
+    "specific_reduction",
+    "split_templates",
+]

@@ -1,0 +1,300 @@
+"""How much of a bias an intervention removed: ratios with Fieller intervals, and the specific reduction.
+
+R = 1 − B_s/B_0 = 1 − ρ. Its interval holds every ρ that the clustered t-test of d_s − ρ·d_0 does not reject
+(Fieller 1954, on the two-way V of `stats_clustered`). Specific reduction: β − ρ, β the share of ordinary
+valence that is left on two banks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from scipy.optimize import root_scalar
+from scipy.special import stdtrit
+
+from sae_bias.core.errors import RequestError
+from sae_bias.stats.clustered import (
+    NAN,
+    Array,
+    Clustered,
+    Design,
+    Labels,
+    Numbers,
+    Partition,
+    clustered_mean,
+    finite,
+    label_codes,
+    spread,
+)
+
+
+# --- reductions ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Reduction:
+    """R = 1 − B_s/B_0 with its Fieller interval, and the change B_0 − B_s it is the share of."""
+
+    estimate: float
+    ci_low: float
+    ci_high: float
+    bounded: bool
+    """False where B_0 itself is not distinguishable from 0: the interval is unbounded, so undefined (NaN)."""
+    overshoot: bool
+    """B_s has the opposite sign of B_0."""
+    change: Clustered
+    """B_0 − B_s, positive = less bias (for a positive B_0)."""
+    base_bias: float
+    after_bias: float
+    level: float = 0.95
+    reason: str = ""
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """(low, high); NaN = undefined."""
+        return self.ci_low, self.ci_high
+
+
+def fieller_reduction(
+    base: ArrayLike,
+    after: ArrayLike,
+    templates: Labels | None,
+    entities: Labels | None = None,
+    level: float = 0.95,
+) -> Reduction:
+    """Signed reduction R = 1 − ρ, ρ = B_s/B_0, of pair biases `base` d_0 and `after` d_s (same rows).
+
+    The interval holds every ρ that the clustered t-test of d_s − ρ·d_0 does not reject,
+
+        (B_s − ρ·B_0)² ≤ t²_{df(ρ)} · V(d_s − ρ·d_0).
+
+    Without floor and with constant df that is Fieller's quadratic. With them V and df change with ρ, so the
+    ends are found on the circle ρ = tan θ: a scan outwards from the estimate, then Brent. Were the set in
+    pieces, its hull is returned. Bounded exactly where ρ = ±∞ is rejected, which is where B_0 differs from
+    0 at this level.
+    """
+    d0, ds = _paired(base, after)
+    change = clustered_mean(d0 - ds, templates, entities, level)
+    b0, bs = float(d0.mean()), float(ds.mean())
+    estimate = 1 - bs / b0 if b0 else NAN
+    low, high, reason = _fieller_limits(d0, ds, templates, entities, level)
+    return Reduction(
+        estimate, 1 - high, 1 - low, not reason, bool(b0 * bs < 0), change, b0, bs, level, reason
+    )
+
+
+def _fieller_limits(
+    d0: Array, ds: Array, templates: Labels | None, entities: Labels | None, level: float
+) -> tuple[float, float, str]:
+    """Limits of ρ = mean(ds)/mean(d0), or NaN and the reason."""
+    design = Design.of(templates, entities, len(d0))
+    if design.reason:
+        return NAN, NAN, design.reason
+    size_0, size_s = (float(np.abs(d).max()) or 1.0 for d in (d0, ds))
+    pair = np.stack([ds / size_s, d0 / size_0])
+    grams, means = design.grams(pair), pair.mean(-1)
+
+    def excess(weights: Array) -> Numbers:
+        """> 0 where the test rejects a zero mean of weights @ pair."""
+        vt, ve, vb = (np.maximum(np.einsum("i...,ij,j...->...", weights, g, weights), 0) for g in grams)
+        df = design.df(vt, ve)
+        quantile = np.where(np.isnan(df), 0.0, stdtrit(df, (1 + level) / 2))
+        return np.tensordot(means, weights, 1) ** 2 - quantile**2 * design.combine(vt, ve, vb)
+
+    def at_angle(theta: Array | float) -> Numbers:
+        """The same for ρ = tan θ, of ds/size_s against d0/size_0."""
+        return excess(np.stack([np.cos(theta), -np.sin(theta)]))
+
+    if excess(np.array([0.0, 1.0])) <= 0:
+        return NAN, NAN, "the unsteered bias is not distinguishable from 0: the interval is unbounded"
+    centre = float(np.arctan2(means[0] * np.sign(means[1]), abs(means[1])))
+    low, high = (np.tan(_outermost(at_angle, centre, end)) for end in (-np.pi / 2, np.pi / 2))
+    return float(low * size_s / size_0), float(high * size_s / size_0), ""
+
+
+def _outermost(excess: Callable, centre: float, end: float) -> float:
+    """The crossing furthest from `centre` on the way to `end`, where excess(end) > 0."""
+    steps = np.union1d(np.geomspace(1e-12, 1, 400), np.linspace(0, 1, 401)[1:])
+    grid = centre + (end - centre) * steps
+    inside = np.flatnonzero(excess(grid) <= 0)
+    if not len(inside):
+        return centre
+    bracket = (grid[inside[-1]], grid[inside[-1] + 1])
+    return float(root_scalar(excess, bracket=bracket, method="brentq", xtol=1e-14).root)
+
+
+def crossed_weights(
+    first: Labels, second: Labels | None = None, *, n_boot: int = 2_000, seed: int = 0
+) -> Float[Array, "n_boot n"]:
+    """Row weights of a crossed bootstrap: clusters of `first` and of `second` drawn with replacement, apart.
+
+    The weight of a row is the product of how often its two clusters were drawn (Owen 2007, the pigeonhole
+    bootstrap). Words × templates, templates × entities, or one of them alone.
+    """
+    rng = np.random.default_rng(seed)
+    weights = np.ones((n_boot, len(first)))
+    for labels in (first,) if second is None else (first, second):
+        codes = label_codes(labels, len(first), "labels")
+        groups = int(codes.max()) + 1
+        weights *= rng.multinomial(groups, np.full(groups, 1 / groups), size=n_boot)[:, codes]
+    return weights
+
+
+def bootstrap_reduction(
+    base: ArrayLike,
+    after: ArrayLike,
+    templates: Labels,
+    entities: Labels | None = None,
+    *,
+    level: float = 0.95,
+    n_boot: int = 2_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of R from a joint bootstrap of templates × entities.
+
+    A check on `fieller_reduction`, never the reported interval: with 8 entities it covers 91 % at nominal
+    95 %.
+    """
+    d0, ds = _paired(base, after)
+    weights = crossed_weights(templates, entities, n_boot=n_boot, seed=seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        reductions = 1 - (weights @ ds) / (weights @ d0)
+    low, high = np.nanquantile(reductions, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# --- specific reduction -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SpecificReduction:
+    """β − B_s/B_0: the bias removed beyond what a general flattening of valence would remove."""
+
+    beta: float
+    """min(β_other, β_ai, 1)."""
+    beta_other: float
+    beta_ai: float
+    estimate: float
+    """NaN where undefined; `reason` says why."""
+    ci_low: float
+    ci_high: float
+    span_other: float
+    """Range of the bank's unsteered scores, nats."""
+    span_ai: float
+    reduction: Reduction
+    level: float = 0.95
+    reason: str = ""
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        """(low, high); NaN = undefined."""
+        return self.ci_low, self.ci_high
+
+
+BANKS = ("other", "ai")
+MIN_SPAN = 2.0
+
+
+def specific_reduction(
+    base: ArrayLike,
+    after: ArrayLike,
+    templates: Labels | None,
+    entities: Labels | None,
+    bank_base: Mapping[str, ArrayLike],
+    bank_after: Mapping[str, ArrayLike],
+    *,
+    bank_clusters: Mapping[str, Labels] | None = None,
+    level: float = 0.95,
+    min_span: float = MIN_SPAN,
+) -> SpecificReduction:
+    """β − ρ with β = min(β_other, β_ai, 1), each from s′ = α + β·s by OLS over one valence bank.
+
+    `bank_base` and `bank_after` hold scores of the same items under "other" and "ai"; `bank_clusters`,
+    where given, says which items hang together (a statement, a subject). Undefined where a bank's unsteered
+    scores span less than `min_span` nats: nothing there to flatten.
+
+    Interval: pairs and bank items are different prompts, so the limits of β and of ρ combine by MOVER (Zou &
+    Donner 2008), which keeps Fieller's asymmetry,
+
+        low = (β − ρ) − √((β − l_β)² + (u_ρ − ρ)²),   high = (β − ρ) + √((u_β − β)² + (ρ − l_ρ)²).
+
+    l_ρ, u_ρ are the two-way Fieller limits; each slope has t limits from HC3 residuals, summed within
+    clusters and with df = clusters − 2. For the minimum, l_β = min(l_other, l_ai, 1) and u_β = min(u_other,
+    u_ai, 1) with the upper limits at half the error each: conservative in both directions.
+    """
+    reduction = fieller_reduction(base, after, templates, entities, level)
+    missing = [name for name in BANKS if name not in bank_base or name not in bank_after]
+    if missing:
+        raise RequestError(
+            f"no scores for valence bank {', '.join(missing)}; give both of {', '.join(BANKS)}"
+        )
+    slopes = {
+        name: _slope(name, bank_base[name], bank_after[name], (bank_clusters or {}).get(name), level)
+        for name in BANKS
+    }
+    beta = float(np.min([1.0, *(s.beta for s in slopes.values())]))
+    low = float(np.min([1.0, *(s.low for s in slopes.values())]))
+    high = float(np.min([1.0, *(s.high for s in slopes.values())]))
+    flat = [f"{name} spans {s.span:.2f}" for name, s in slopes.items() if not s.span >= min_span]
+    rho, reason = 1 - reduction.estimate, reduction.reason
+    estimate, ci_low, ci_high = beta - rho, NAN, NAN
+    if flat:
+        reason = f"unsteered bank scores span under {min_span:g} nats ({'; '.join(flat)})"
+        estimate = NAN
+    elif reduction.bounded:
+        ci_low = estimate - np.hypot(beta - low, reduction.estimate - reduction.ci_low)
+        ci_high = estimate + np.hypot(high - beta, reduction.ci_high - reduction.estimate)
+        reason = "a bank has too few items for an interval" if np.isnan(ci_low + ci_high) else ""
+    return SpecificReduction(
+        beta=beta,
+        beta_other=slopes["other"].beta,
+        beta_ai=slopes["ai"].beta,
+        estimate=float(estimate),
+        ci_low=float(ci_low),
+        ci_high=float(ci_high),
+        span_other=slopes["other"].span,
+        span_ai=slopes["ai"].span,
+        reduction=reduction,
+        level=level,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True)
+class _Slope:
+    beta: float
+    low: float
+    high: float
+    span: float
+
+
+def _slope(name: str, before: ArrayLike, after: ArrayLike, clusters: Labels | None, level: float) -> _Slope:
+    """OLS slope with HC3 (clustered: CR3-like sums) t limits; the upper one at half the error (two banks)."""
+    s, s_after = _paired(before, after, f"bank {name} base", f"bank {name} after")
+    span = float(np.ptp(s))
+    centred = s - s.mean()
+    sxx = float(centred @ centred)
+    if len(s) < 3 or spread(s[None])[0] == 0:
+        return _Slope(NAN, NAN, NAN, span)
+    beta = float(centred @ s_after / sxx)
+    residual = (s_after - s_after.mean()) - beta * centred
+    leverage = 1 / len(s) + centred**2 / sxx
+    influence = centred * residual / sxx / np.maximum(1 - leverage, 1e-9)
+    labels = np.arange(len(s)) if clusters is None else clusters
+    part = Partition.of(label_codes(labels, len(s), f"bank {name} clusters"))
+    if part.size < 3:
+        return _Slope(beta, NAN, NAN, span)
+    se = float(np.sqrt((part.sums(influence) ** 2).sum()))
+    alpha, df = (1 - level) / 2, part.size - 2
+    return _Slope(
+        beta, beta - float(stdtrit(df, 1 - alpha)) * se, beta + float(stdtrit(df, 1 - alpha / 2)) * se, span
+    )
+
+
+def _paired(
+    base: ArrayLike, after: ArrayLike, base_name: str = "base", after_name: str = "after"
+) -> tuple[Array, Array]:
+    x, y = finite(base, base_name), finite(after, after_name)
+    if len(x) != len(y):
+        raise RequestError(
+            f"{base_name} has {len(x)} rows, {after_name} {len(y)}: expected the same, in one order"
+        )
+    return x, y

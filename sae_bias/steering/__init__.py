@@ -1,0 +1,1 @@
+"""Interventions on features and directions, and the engines that run them."""

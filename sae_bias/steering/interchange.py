@@ -1,0 +1,117 @@
+"""Interchange between the two prompts of a pair: positions matched from the right over their identical suffix.
+
+    x'_p = x_p + (g(y)_q - g(x)_p)      p, q equally far from the end, both within the suffix the two prompts share
+
+with x one side's residual at a layer, y the other side's, and g what is interchanged: the residual itself, the SAE's error, its
+reconstruction, or one feature's part a·δ (Geiger et al. 2021, arXiv:2106.02997, interchange interventions). Subjects may differ
+in length; they are left alone, so what is exchanged is what the subject has already written into the words after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_bias.models.forward import Batch, Kept, forward, row_positions
+from sae_bias.probe.reading import Read, ReadingPlan
+from sae_bias.steering.engine import ProbeEngine
+
+HUMAN, AI = 0, 1
+Part = Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n d_model"]]
+"""What of a residual is interchanged, row by row."""
+
+
+class Interchange:
+    """The pairs of a probe engine, each side of which can be given parts of the other's residual."""
+
+    def __init__(self, engine: ProbeEngine):
+        self.engine, self.model = engine, engine.model
+        plan = engine.reading.plan
+        self.places = np.asarray(engine.reading._place)  # [n_pairs, 2]: place of each prompt in the plan
+        self.n_prefixes = len(plan.prefixes)
+        self.plans = [
+            ReadingPlan(
+                self.model, [plan.prompts[i] for i in side], plan.words, normalise=plan.normalise, softcap=plan.softcap
+            )
+            for side in self.places.T
+        ]  # fmt: skip
+        self.suffix = np.array(
+            [common_suffix(plan.prompts[h].ids, plan.prompts[a].ids) for h, a in self.places]
+        )
+        self._where = {
+            sequence: (k, row) for k, batch in enumerate(plan.batches) for row, sequence in enumerate(batch.index)
+        }  # fmt: skip
+        self._stores: dict[tuple[int, str], list[Tensor]] = {}
+
+    @property
+    def longest(self) -> int:
+        """The longest identical suffix, in tokens."""
+        return int(self.suffix.max())
+
+    def bias(
+        self, layer: int, side: int, part: Part | None, name: str, *, offset: int | None = None
+    ) -> Float[np.ndarray, "n_pairs"]:
+        """s(human) - s(AI) of each pair when `side` takes over the other side's part at `layer`.
+
+        offset: only the position this far from the prompt's last token (0 is the last); None is the whole suffix. `name`
+        says which part is meant, so that it is computed once.
+        """
+        base = self.engine.base
+        values = self._values(layer, side, part, name, offset)
+        score = base.probe.score_values(values, base.positive)
+        return base.score_human - score if side == AI else score - base.score_ai
+
+    def _values(self, layer: int, side: int, part: Part | None, name: str, offset: int | None) -> np.ndarray:
+        plan, runner = self.plans[side], self.engine.engine.runner
+        kept = runner.kept(layer)
+        store = self._store(layer, part, name)
+
+        def one(batch: Batch) -> Read:
+            rows = []
+            for sequence in batch.index:
+                pair, prefix = divmod(sequence, self.n_prefixes)
+                k, row = self._where[int(self.places[pair, side]) * self.n_prefixes + prefix]
+                k_other, row_other = self._where[int(self.places[pair, 1 - side]) * self.n_prefixes + prefix]
+                x = kept[k][row].float().clone()
+                first, last = self._span(pair, batch.tokens.shape[1], plan.prompts[pair].ids, offset)
+                if first < last:
+                    shift = store[k_other].shape[1] - x.shape[0]
+                    x[first:last] += store[k_other][row_other, first + shift : last + shift]
+                    x[first:last] -= store[k][row, first:last]
+                rows.append(x.to(kept[k].dtype))
+            with row_positions(self.model, *plan.rows(batch)):
+                return plan.read(forward(self.model, batch.tokens, resume=Kept(layer, torch.stack(rows))))
+
+        return plan.assemble(one).values
+
+    def _span(self, pair: int, length: int, prompt: tuple[int, ...], offset: int | None) -> tuple[int, int]:
+        """Positions [first, last) that are interchanged; a prompt's scored word pieces belong to the whole suffix."""
+        end, n = len(prompt), int(self.suffix[pair])
+        if offset is None:
+            return end - n, length
+        return (end - 1 - offset, end - offset) if offset < n else (0, 0)
+
+    def _store(self, layer: int, part: Part | None, name: str) -> list[Tensor]:
+        """`part` of every kept residual, batch by batch."""
+        key = (layer, name)
+        if key not in self._stores:
+            kept = [x.float() for x in self.engine.engine.runner.kept(layer)]
+            if part is not None:
+                sizes = [x.shape[:2] for x in kept]
+                flat = part(torch.cat([x.flatten(0, 1) for x in kept]))
+                pieces = flat.split([b * p for b, p in sizes])
+                kept = [piece.unflatten(0, size) for piece, size in zip(pieces, sizes)]
+            self._stores[key] = kept
+        return self._stores[key]
+
+
+def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two prompts share from the end."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n

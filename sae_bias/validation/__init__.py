@@ -1,0 +1,1 @@
+"""Does the toolkit recover what was planted? Grammar, marks, populations, power."""

@@ -1,0 +1,1 @@
+"""Whole jobs: sweep, compare, behavior, study, replication, verify, plan."""

@@ -1,0 +1,179 @@
+"""The behavior step of a run: scenarios, role pairs and texts under an edit, as tables and a block of the summary.
+
+The study's honest finding was that logits improved while text got worse: both stand side by side here, for any feature and model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae_bias.core.errors import SaeBiasError
+from sae_bias.measures.identity import identity_sweep
+from sae_bias.measures.judge import Confirm, Judge, run_judge
+from sae_bias.measures.scenarios import RoleResult, ScenarioComparison, ScenarioEngine, compare, score_roles
+from sae_bias.measures.text import side_by_side, text_summary
+from sae_bias.models.model import Model
+from sae_bias.prompts.scenarios import Scenarios
+from sae_bias.steering.edits import Intervention
+from sae_bias.steering.generate import generate
+
+Tables = dict[str, pd.DataFrame]
+
+
+def run_scenarios(
+    model: Model,
+    scenarios: Scenarios,
+    edits: Sequence[Intervention] = (),
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    roles: bool = True,
+    progress: bool = False,
+) -> tuple[Tables, dict[str, Any]]:
+    """Tables (scenarios, scenario_options, scenario_categories, roles) and summary of the scenarios before and after `edits`."""
+    engine = ScenarioEngine(model, scenarios, chat=chat, system=system, progress=progress)
+    after, receipt = engine.run(edits)
+    arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
+    both = {
+        name: score_roles(model, scenarios.roles, chat=chat, system=system, interventions=e)
+        for name, e in arms.items()
+        if roles and scenarios.roles
+    }
+    compared = compare(engine.base, after)
+    summary = scenario_summary(compared, both, chat=chat, system=system, edited=bool(edits))
+    return scenario_tables(compared, both), {**summary, "positions_changed": receipt.positions_changed}
+
+
+def run_scenario_arms(
+    model: Model,
+    scenarios: Scenarios,
+    edits: Sequence[Intervention] = (),
+    *,
+    system: str,
+    chat: bool = False,
+    progress: bool = False,
+) -> tuple[Tables, dict[str, Any]]:
+    """The scenarios without and with a system prompt (B4): the tables of `run_scenarios`, and scenario_arms with both by category."""
+    tables, summary = run_scenarios(model, scenarios, edits, chat=chat, progress=progress)
+    told, with_system = run_scenarios(
+        model, scenarios, edits, chat=chat, system=system, roles=False, progress=progress
+    )
+    arms = {"no system prompt": tables, "system prompt": told}
+    rows = [t["scenario_categories"].assign(arm=name) for name, t in arms.items()]
+    tables["scenario_arms"] = pd.concat(rows, ignore_index=True)
+    return tables, {"scenarios": summary, "scenarios_system": with_system}
+
+
+def scenario_tables(compared: ScenarioComparison, both: Mapping[str, RoleResult]) -> Tables:
+    """The tables of a run folder."""
+    after = compared.after.options[["place", "form", "score", "option", "value", "p"]]
+    keys = ["place", "form", "score", "option"]
+    options = compared.before.options.merge(after, on=keys, suffixes=("_before", "_after"))
+    tables = {
+        "scenarios": compared.to_frame(),
+        "scenario_options": options,
+        "scenario_categories": compared.by_category(),
+    }
+    if both:
+        rows = [result.frame.assign(arm=name) for name, result in both.items()]
+        tables["roles"] = pd.concat(rows, ignore_index=True)
+    return tables
+
+
+def scenario_summary(
+    compared: ScenarioComparison,
+    both: Mapping[str, RoleResult],
+    *,
+    chat: bool,
+    system: str | None,
+    edited: bool,
+) -> dict[str, Any]:
+    """The scenario block of a run's summary."""
+    name = compared.before.scenarios.name
+    summary: dict[str, Any] = {
+        **compared.summary(),
+        "name": name,
+        "edited": edited,
+        "chat": chat,
+        "system": system,
+    }
+    del summary["category"]
+    summary["roles"] = {arm: result.summary() for arm, result in both.items()} or None
+    return summary
+
+
+def scenario_lines(s: Mapping[str, Any]) -> list[str]:
+    """The headline, "probability improved" and "choice flipped" apart."""
+    lines = [
+        f"aligned option chosen in {s['aligned_before']} of {s['n']} scenarios ({s['form']} form, score {s['score']})"
+    ]
+    if s["edited"]:
+        lines[0] += f"; after the edit in {s['aligned_after']}"
+        lines.append(
+            f"p(aligned) improved in {s['improved']}, worsened in {s['worsened']}, unchanged in {s['unchanged']} "
+            f"(exact sign test p = {s['sign_p']:.3g})"
+        )
+        flips = f"choice flipped to aligned in {s['gained']}, away from it in {s['lost']}"
+        lines.append(f"{flips} (exact McNemar p = {s['mcnemar_p']:.3g})")
+    for name, r in (s["roles"] or {}).items():
+        lines.append(
+            f"two roles, {name}: the answer depends on who is asked in {r['inconsistent']} of {r['n']} "
+            f"[{r['ci_low']:.2f}, {r['ci_high']:.2f}]; mean lean to oneself {r['mean_shift']:+.3f} nats a token"
+        )
+    return lines
+
+
+def run_texts(
+    model: Model,
+    prompts: Sequence[str],
+    edits: Sequence[Intervention],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    **options: Any,
+) -> tuple[Tables, dict[str, Any]]:
+    """Table `generations` (both texts of every prompt with their measures) and the means of each condition."""
+    plain = generate(model, prompts, chat=chat, system=system, **options)
+    steered = generate(model, prompts, interventions=edits, chat=chat, system=system, **options)
+    frame = side_by_side(model, plain, steered, chat=chat, system=system)
+    return {"generations": frame}, text_summary(plain, steered, frame)
+
+
+def run_judges(
+    texts: pd.DataFrame, judges: Sequence[Judge], out: Path, *, seed: int, confirm: Confirm | None
+) -> tuple[Tables, dict[str, Any] | None, str]:
+    """Tables judge and judge_parts and the summary of a run's texts; where no judge could be asked, none, and why."""
+    try:
+        result = run_judge(texts, judges, out=out, seed=seed, confirm=confirm)
+    except SaeBiasError as error:
+        return {}, None, f"the texts were not judged: {error}"
+    return {"judge": result.table, "judge_parts": result.to_frame()}, result.summary(), ""
+
+
+def run_identity(
+    model: Model, edits: Sequence[Intervention] = (), *, own: Sequence[str] = (), **options: Any
+) -> tuple[Tables, dict[str, Any]]:
+    """Table `identity` (an answer a row, by arm: before and after `edits`) and the shares of each arm (B3)."""
+    arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
+    results = {name: identity_sweep(model, interventions=e, own=own, **options) for name, e in arms.items()}
+    frame = pd.concat([r.frame.assign(arm=name) for name, r in results.items()], ignore_index=True)
+    shares = {name: r.summary() for name, r in results.items()}
+    return {"identity": frame}, {"own": list(own), "edited": bool(edits), **shares}
+
+
+def identity_lines(s: Mapping[str, Any]) -> list[str]:
+    """The headline: how many answers claim an identity, and how many one that is not the model's own."""
+    whose = f"other than {', '.join(s['own'])}" if s["own"] else "of any kind (--own names the model's own)"
+    lines = []
+    for name in ("before", "after"):
+        if arm := s.get(name):
+            claimed = ", ".join(f"{k} {v}" for k, v in arm["names"].items()) or "none"
+            lines.append(
+                f"{name + ' the edit' if s['edited'] else 'unsteered'}: {arm['other']} of {arm['n']} answers claim an identity "
+                f"{whose} [{arm['ci_low']:.2f}, {arm['ci_high']:.2f}]; claimed: {claimed}"
+            )
+    return lines

@@ -1,0 +1,269 @@
+"""What a sweep will run: cells, their names, and which of them are run together.
+
+A cell's name is a hash of everything that determines its numbers: the model's weights, the pairs, the probe, each edit with the
+weights it uses, and whether costs are measured. Cells are run in groups that the list of cells alone decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.files import digest
+from sae_bias.models.fingerprint import model_digest
+from sae_bias.models.model import Model
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.sae import Feature, sae_facts
+from sae_bias.steering.controls import RANDOM_RELEASE, control_edits
+from sae_bias.steering.edits import (
+    KINDS,
+    Direction,
+    FeatureEdit,
+    FeatureLike,
+    Intervention,
+    Patch,
+    Reconstruct,
+)
+from sae_bias.steering.engine import STACK
+from sae_bias.steering.hooks import loaded
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One intervention of a sweep (several edits are one cell), or none for the base."""
+
+    edits: tuple[Intervention, ...]
+    kind: str = "candidate"
+    """base | candidate | control | direction | opposite"""
+    label: str = ""
+
+    @property
+    def intervention(self) -> str:
+        """Short name of the rule, such as "clamp"; a clamp everywhere is "clamp_always"."""
+        return " + ".join(_short_name(e) for e in self.edits) or "none"
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return " + ".join(e.describe() for e in self.edits) or "none"
+
+    @property
+    def feature(self) -> str:
+        return " + ".join(dict.fromkeys(e.target for e in self.edits))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the features and SAEs it edits, as `load_feature` and `load_sae` take them."""
+        named = (e for e in self.edits if hasattr(e, "feature") or hasattr(e, "sae"))
+        along = (e for e in self.edits if hasattr(e, "along") and not isinstance(e.along, Direction))  # type: ignore[attr-defined]
+        return tuple(
+            dict.fromkeys(e.target for e in (*named, *along) if not e.target.startswith(f"{RANDOM_RELEASE}/"))
+        )
+
+    @property
+    def strength(self) -> float:
+        return self.edits[0].strength if len(self.edits) == 1 else float("nan")
+
+    @property
+    def positions(self) -> str:
+        names = (e.positions + (" with BOS" if e.include_special else "") for e in self.edits)
+        return " + ".join(dict.fromkeys(names))
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether an edit reads the paired prompt: then it can be probed, but costs have no pairs to measure it on."""
+        return any(e.needs_pairs for e in self.edits)
+
+    def facts(self) -> dict[str, Any]:
+        """The cell's columns in tables."""
+        return {
+            "intervention": self.intervention,
+            "rule": self.rule,
+            "feature": self.feature,
+            "strength": self.strength,
+            "positions": self.positions,
+            "kind": self.kind,
+            "label": self.label,
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run: the base and each of `interventions`, and what to measure beside the bias."""
+
+    interventions: tuple[Intervention | tuple[Intervention, ...] | Cell, ...]
+    """One cell each; a tuple of interventions is one cell that applies all of them."""
+    controls: int = 0
+    """At least so many matched controls for each ablated or clamped feature (0: none)."""
+    costs: bool = False
+    """Whether KL on three kinds of text and the collapse test are measured for each candidate."""
+    splits: Mapping[str, Sequence[str]] | None = None
+    """Templates of each split, such as {"tune": …, "report": …}; None reports all pairs as split "all"."""
+    seed: int = 0
+    family: Sequence[FeatureLike] = ()
+    """Features that are never controls: the others that were called."""
+
+    def __init__(
+        self,
+        interventions: Sequence[Intervention | Sequence[Intervention] | Cell],
+        *,
+        controls: int = 0,
+        costs: bool = False,
+        splits: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+        family: Sequence[FeatureLike] = (),
+    ):
+        if isinstance(interventions, (Intervention, Cell)):
+            interventions = [interventions]
+        cells = tuple(tuple(i) if isinstance(i, (list, tuple)) else i for i in interventions)
+        for name, value in (
+            ("interventions", cells),
+            ("controls", controls),
+            ("costs", costs),
+            ("splits", splits),
+            ("seed", seed),
+            ("family", tuple(family)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def grid(
+        cls,
+        edits: Sequence[str],
+        features: Sequence[FeatureLike],
+        strengths: Sequence[float] = (),
+        positions: Sequence[str] = ("all",),
+        *,
+        unit: float | None = None,
+        **options: Any,
+    ) -> Sweep:
+        """Every edit kind × feature × strength × positions; kinds without a strength (ablate) appear once.
+
+        unit: what one unit of strength is for clamp, cap, mean and steer, such as `controls.observed_max(...)`; scale has none.
+        """
+        cells: list[Intervention] = []
+        for kind, feature, where in itertools.product(edits, features, positions):
+            if kind not in KINDS or not (
+                issubclass(KINDS[kind], FeatureEdit) or kind in ("steer", "project_out")
+            ):
+                raise RequestError(
+                    f"edit kind {kind!r}; expected one of ablate, scale, clamp, cap, mean, resample, steer, project_out."
+                )
+            if kind in ("ablate", "project_out", "resample"):
+                cells.append(KINDS[kind](feature, positions=where))  # type: ignore[call-arg]
+                continue
+            if not strengths:
+                raise RequestError(f"{kind} needs strengths.")
+            size = 1.0 if unit is None or kind == "scale" else unit
+            cells += [KINDS[kind](feature, float(s) * size, positions=where) for s in strengths]  # type: ignore[call-arg]
+        return cls(cells, **options)
+
+    def cells(self, model: Model, pairs: PromptPairs) -> list[Cell]:
+        """The base, then every cell, controls last."""
+        given = [g if isinstance(g, (Cell, tuple)) else (g,) for g in self.interventions]
+        cells = [Cell((), "base", "base"), *(g if isinstance(g, Cell) else Cell(g) for g in given)]
+        if self.controls:
+            family = [as_feature(f).ref for f in self.family]
+            singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
+            for edit in [e for e in singles if isinstance(e, FeatureEdit)][:1]:
+                cells += [
+                    Cell((c,), "control", label)
+                    for c, label in control_edits(model, edit, pairs, self.controls, self.seed, family=family)
+                ]
+        return cells
+
+
+class Plan:
+    """The cells of one sweep with their features read, their names, and the groups they are run in."""
+
+    def __init__(self, sweep: Sweep, model: Model, pairs: PromptPairs, shared: Sequence[Any]):
+        self.sweep = sweep
+        features: dict[str, Feature] = {}
+        self.cells = [
+            replace(cell, edits=tuple(_with_weights(e, features) for e in cell.edits))
+            for cell in sweep.cells(model, pairs)
+        ]
+        keys: dict[int, str] = {}
+        self.names = [
+            digest(shared, [edit_key(e, keys) for e in cell.edits], self.costed(cell)) for cell in self.cells
+        ]
+
+    def costed(self, cell: Cell) -> bool:
+        """Whether costs and the collapse test are measured for this cell."""
+        return self.sweep.costs and cell.kind != "control" and not cell.needs_pairs
+
+    @property
+    def gate(self) -> str | None:
+        """The feature whose gate the random controls have: the first candidate's."""
+        edits = (c.edits[0] for c in self.cells if c.kind == "candidate" and len(c.edits) == 1)
+        return next((e.target for e in edits if isinstance(e, FeatureEdit)), None)
+
+    @property
+    def key(self) -> str:
+        """Hash of the whole sweep: the cells in their order and the splits."""
+        return digest(self.names, {k: list(v) for k, v in (self.sweep.splits or {}).items()})
+
+    def groups(self, shard: tuple[int, int] | None = None) -> list[list[int]]:
+        """Cells that are run together, by number: the base alone, then at most STACK neighbours of one kind.
+
+        A shard takes every n-th group beside the base, so that a cell is run in the same company whoever runs it.
+        """
+        groups: list[list[int]] = []
+        for i, cell in enumerate(self.cells[1:], start=1):
+            before = groups[-1] if groups else []
+            if before and len(before) < STACK and self.costed(self.cells[before[-1]]) == self.costed(cell):
+                before.append(i)
+            else:
+                groups.append([i])
+        return [[0], *(groups if shard is None else groups[shard[0] - 1 :: shard[1]])]
+
+
+def _with_weights(edit: Intervention, features: dict[str, Feature]) -> Intervention:
+    """`edit` with its feature loaded, each feature once."""
+    name = next((n for n in ("feature", "along") if hasattr(edit, n)), None)
+    value: Any = None if name is None else getattr(edit, name)
+    if name is None or isinstance(value, (Feature, Direction)):
+        return edit
+    if str(value) not in features:
+        features[str(value)] = as_feature(value)
+    return replace(edit, **{name: features[str(value)]})
+
+
+def _short_name(edit: Intervention) -> str:
+    always = getattr(edit, "when", "") == "always"
+    relative = bool(getattr(edit, "norm_relative", False))
+    return edit.kind + ("_always" if always else "") + ("_relative" if relative else "")
+
+
+def edit_key(edit: Intervention, known: dict[int, str] | None = None) -> dict[str, Any]:
+    """Everything about an edit that decides its numbers, the weights it uses included; `known` keeps digests by object."""
+    edit = loaded(edit)
+    key = edit.to_dict()
+    along = getattr(edit, "feature", None) or getattr(edit, "along", None)
+    if isinstance(along, Direction):
+        key["weights"] = along.digest
+    elif isinstance(along, Feature):
+        known = {} if known is None else known
+        if id(along) not in known:
+            known[id(along)] = feature_digest(along)
+        key["weights"] = known[id(along)]
+    elif isinstance(edit, Patch):
+        key["weights"] = model_digest(edit.source)
+    elif isinstance(edit, Reconstruct):
+        key["weights"] = sae_facts(load_sae(edit.sae))["files"]
+    return key
+
+
+def feature_digest(feature: Feature) -> str:
+    """Hash of a feature's weights."""
+    sha = hashlib.sha256()
+    for tensor in (feature.w_enc, feature.w_dec, feature.b_enc, feature.threshold):
+        sha.update(tensor.detach().cpu().numpy().tobytes())
+    if feature.whole is not None:
+        sha.update(repr(sae_facts(feature.whole)["files"]).encode())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,369 @@
+"""What a study will cost, before any weight is loaded: memory by part, operations, time, downloads, disk.
+
+    weights             parameters × bytes of the dtype
+    kept residuals      prompts × tokens × d_model × bytes, once a site (pairs, texts and banks of a sweep; twice where costs are measured)
+    activations         what the widest point of a layer holds, for the tokens of the largest batch
+    gradients           what the layers above the site keep for the backward pass of one batch (attribution)
+    logits              blocks of 64 positions × vocabulary in float32, and the unembedding in float32 where weights are not
+    SAE slices          encoder columns, decoder rows and activations of one block (64 MB each); the SAE is never held
+    tables              on the host: a row a feature of every SAE ranked
+
+Time is operations over an assumed share of the hardware's stated rate (`hardware`), plus reading files at an assumed rate. Tokens are
+counted from words and punctuation marks, as no tokenizer is loaded. Steps whose number of passes depends on what is found (joint
+ablation, the feature's checks) are counted at their most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sae_bias.measures.collapse import bank_items
+from sae_bias.measures.costs import BLOCK as COST_BLOCK
+from sae_bias.measures.costs import TEXT_KINDS
+from sae_bias.prompts.grid import PromptGrid
+from sae_bias.prompts.load import load_grid, load_pairs
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.prompts.texts import load_texts
+from sae_bias.stats.design import split_templates
+from sae_bias.steering.engine import STACK, STACK_TOKENS
+from sae_bias.workflows.hardware import STREAMING, Hardware
+from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate
+from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_shapes
+from sae_bias.workflows.replication import Replication
+from sae_bias.workflows.study_file import MOST_JOINT, SHARES, Study
+
+NEW_TOKENS = 40
+NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
+LOGIT_COPIES = 3  # logits, their exponentials, one temporary
+COST_COPIES = 9  # both log-probabilities, and what their KL is made of
+TABLE_BYTES = 1600  # of host memory a ranked feature takes at its peak, tables of both rankings and their merge (measured)
+DISK_TABLE_BYTES = 110  # of ranking.parquet a feature (measured)
+CELL_BYTES = 15_000  # of one cell's file of 280 pairs (measured)
+CHECK_PASSES = (
+    9.5  # passes of all pairs that a study's `checks` take beside the probe (counted on the bundled study)
+)
+FEATURE_PASSES = 15.4  # and the chosen feature's ladder and specificity
+SWITCH_PASSES, EDIT_SWITCH_PASSES = 4.1, 56.5  # and the switches of `as_published`: of the probe, of the edit
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model's share of a study."""
+
+    model: ModelShape
+    dtype: str
+    device: str
+    saes: tuple[SaeShape, ...]
+    unknown_saes: tuple[str, ...]
+    steps: tuple[Step, ...]
+    cells: int
+    hardware: Hardware
+    disk_bytes: float
+
+    @property
+    def weights(self) -> float:
+        return float(self.model.n_params * BYTES[self.dtype])
+
+    @property
+    def resident(self) -> float:
+        """Bytes of the weights that are in memory: on a CPU the file is mapped, and an embedding of its own is read by rows."""
+        mapped = self.hardware.is_cpu and self.dtype == self.model.dtype and not self.model.tied
+        return self.weights - (self.model.d_vocab * self.model.d_model * BYTES[self.dtype] if mapped else 0)
+
+    @property
+    def peak(self) -> Step:
+        """The step that holds most on the device."""
+        return max(self.steps, key=lambda s: s.device_bytes)
+
+    @property
+    def device_bytes(self) -> float:
+        return self.resident + self.peak.device_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """Of the process itself beside the device: tables (and on a CPU the whole)."""
+        tables = max(s.host_bytes for s in self.steps)
+        if not self.hardware.is_cpu:
+            return tables
+        return self.resident + max(s.device_bytes + s.host_bytes for s in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        return sum(s.seconds for s in self.steps)
+
+    @property
+    def flops(self) -> float:
+        return sum(s.flops for s in self.steps)
+
+    @property
+    def download_bytes(self) -> float:
+        """Of what is not local: the checkpoint's files and the SAEs'."""
+        local = self.model.name.startswith(("organism:", "/", ".", "~"))
+        return (0 if local else self.model.n_checkpoint_bytes) + sum(
+            s.n_bytes for s in self.saes if not s.local
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves a tenth of the hardware's memory free."""
+        held = self.host_bytes if self.hardware.is_cpu else self.device_bytes
+        return held <= 0.9 * self.hardware.memory
+
+    def advice(self) -> list[str]:
+        """What to change where it does not fit, or takes long."""
+        return _advice(self)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A study's plan: each model, one after another."""
+
+    name: str
+    models: tuple[ModelPlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(m.seconds for m in self.models)
+
+    @property
+    def flops(self) -> float:
+        return sum(m.flops for m in self.models)
+
+    @property
+    def download_bytes(self) -> float:
+        """Each file once, though several models may name it."""
+        files = {m.model.name: float(m.download_bytes - sum(s.n_bytes for s in m.saes if not s.local)) for m in self.models}  # fmt: skip
+        files |= {s.name: float(s.n_bytes) for m in self.models for s in m.saes if not s.local}
+        return sum(files.values())
+
+    @property
+    def disk_bytes(self) -> float:
+        return sum(m.disk_bytes for m in self.models)
+
+
+def plan_study(study: Study | Replication, hardware: Hardware) -> StudyPlan:
+    """The plan of a study file on some hardware.
+
+    Raises:
+        RequestError: a file, folder or name that does not exist.
+        MissingError: a model whose shape is not known and whose config is not cached.
+    """
+    if isinstance(study, Replication):
+        return StudyPlan(study.name, tuple(_probe_plan(study, name, hardware) for name in study.models))
+    return StudyPlan(study.name, (_full_plan(study, hardware),))
+
+
+# ── one model ───────────────────────────────────────────────────────────────────────────────────────────────
+def _dtype(asked: str, hardware: Hardware) -> str:
+    return ("float32" if hardware.is_cpu else "bfloat16") if asked == "auto" else asked
+
+
+def _pair_texts(pairs: PromptPairs, *, controls: bool) -> Texts:
+    every = [*pairs, *(pairs.controls() if controls else ())]
+    return Texts.of(t for p in every for t in (p.human, p.ai))
+
+
+def _load(c: Costs) -> Step:
+    size = float(c.model.n_checkpoint_bytes)
+    return c.step("load", 0.0, {}, read=size)
+
+
+def _probe_steps(
+    c: Costs, pairs: PromptPairs, *, checks: bool, forms: int = 1, switches: bool = False
+) -> list[Step]:
+    """The probe with its controls and levels, and what a study checks beside it."""
+    m, every, plain = c.model, _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False)
+    parts = {
+        "activations": c.activations(c.batch(every), every.mean),
+        "logits": c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES),
+    }
+    flops = m.flops(every.tokens, m.n_layers, every.mean) + m.unembed_flops(every.n)
+    steps = [c.step("probe", forms * flops, parts)]
+    one = m.flops(plain.tokens, m.n_layers, plain.mean)
+    if checks:
+        steps.append(c.step("checks", CHECK_PASSES * one, parts))
+    if switches:
+        steps.append(c.step("switches", SWITCH_PASSES * one, parts))
+    return steps
+
+
+def _probe_plan(study: Replication, name: str, hardware: Hardware) -> ModelPlan:
+    """One model of a study of several: the probe in both forms, and the switches."""
+    model = model_shape(name)
+    c = Costs(model, _dtype(study.dtype, hardware), hardware)
+    forms = 2 if study.chat and _has_chat(name) else 1
+    pairs = load_pairs(study.pairs)
+    steps = (_load(c), *_probe_steps(c, pairs, checks=False, forms=forms, switches=study.switches))
+    return ModelPlan(model, c.dtype, c.kind, (), (), steps, 0, hardware, 3e6 * forms)
+
+
+def _has_chat(name: str) -> bool:
+    from sae_bias.models.catalog import model_info
+
+    info = model_info(name)
+    return bool(info and info.has_chat)
+
+
+def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
+    model = model_shape(study.model)
+    c = Costs(model, _dtype(study.dtype, hardware), hardware)
+    pairs, grid = load_pairs(study.pairs), load_grid(study.grid)
+    saes, unknown = sae_shapes(study.saes, model.d_model)
+    profile = study.profile == "as_published"
+    steps = [_load(c), *_probe_steps(c, pairs, checks=study.checks, switches=profile)]
+    cells = 0
+    if saes:
+        families = {p.template: p.family for p in pairs}
+        split = split_templates(pairs.templates, SHARES, study.seed, families=families)
+        cells = 4 + len(study.strengths) + study.controls
+        steps.insert(1, _gate(c, saes))
+        steps.append(_rank(c, study, pairs.select(templates=split["discover"]), grid, saes))
+        steps.append(_sweep(c, study, pairs, saes, cells))
+        steps.append(_joint(c, pairs.select(templates=split["report"]), saes))
+        steps.append(_behavior(c, study, pairs))
+        beside = FEATURE_PASSES * study.checks + EDIT_SWITCH_PASSES * profile
+        if beside:
+            plain = _pair_texts(pairs, controls=False)
+            flops = beside * model.flops(plain.tokens, model.n_layers, plain.mean)
+            steps.append(c.step("feature", flops, steps[2].parts))
+    disk = cells * CELL_BYTES * len(pairs) / 280 + sum(s.d_sae for s in saes) * DISK_TABLE_BYTES + 5e6
+    return ModelPlan(model, c.dtype, c.kind, tuple(saes), tuple(unknown), tuple(steps), cells, hardware, disk)
+
+
+def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
+    """Each SAE's reconstruction of the neutral text, whole columns and the active rows; once a model and SAE."""
+    neutral, m = Texts.of(load_texts("neutral")), c.model
+    encode = sum(2.0 * neutral.tokens * m.d_model * s.d_sae for s in saes)
+    passes = len(saes) * m.flops(neutral.tokens, m.n_layers, neutral.mean)
+    widest = max(s.d_sae for s in saes)
+    parts = {
+        "activations": c.activations(c.batch(neutral), neutral.mean),
+        "SAE slices": 4.0 * neutral.tokens * widest + c.slices(saes, neutral.tokens, decoder=False, copies=2),
+    }
+    return c.step("gate", passes, parts, f32=encode, read=sum(s.n_bytes for s in saes) / 2)
+
+
+def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes: Sequence[SaeShape]) -> Step:
+    """Separation, interaction, attribution over every feature, and exact ablation of the first."""
+    m, pairs = c.model, _pair_texts(discover, controls=False)
+    cells, neutral = Texts.of(p.text for p in grid), Texts.of(load_texts("neutral"))
+    width, layers = sum(s.d_sae for s in saes), {s.layer for s in saes}
+    top = max(layers) + 1
+    forward = m.flops(pairs.tokens + cells.tokens + 2 * neutral.tokens, top, pairs.mean)
+    rows = pairs.n + cells.n
+    encode = 2.0 * rows * m.d_model * width
+    attribute = 2 * 2.0 * pairs.tokens * m.d_model * width
+    backward = sum(3 * m.flops(pairs.tokens, m.n_layers - s.layer - 1, pairs.mean) for s in saes)
+    tried = min(2 * study.ablate_top, width)
+    later = m.n_layers - sum(s.layer * s.d_sae for s in saes) / width - 1
+    ablate = tried * m.flops(pairs.tokens, later, pairs.mean) + m.flops(pairs.tokens, m.n_layers, pairs.mean)
+    batch = c.batch(pairs)
+    parts = {
+        "kept residuals": c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
+        "activations": max(c.activations(c.batch(t), t.mean) for t in (cells, pairs, neutral)),
+        "gradients": c.gradients(batch, m.n_layers - min(layers) - 1),
+        "SAE slices": c.slices(saes, pairs.tokens, decoder=True, copies=3),
+    }
+    read = sum(s.n_bytes / 2 * 2 + s.n_bytes for s in saes)  # columns twice, then columns and rows
+    return c.step(
+        "rank",
+        forward + backward + ablate,
+        parts,
+        f32=encode + attribute,
+        read=read,
+        host=TABLE_BYTES * width,
+    )
+
+
+def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape], cells: int) -> Step:
+    """The base, the candidates with costs and banks, and the controls; every prompt is taken to change."""
+    m, prompts = c.model, _pair_texts(pairs, controls=False)
+    texts = Texts.of(t for kind in TEXT_KINDS for t in load_texts(kind))
+    bank = Texts.of(bank_items()[0])
+    layer = min(s.layer for s in saes)
+    later, costed = m.n_layers - layer - 1, cells - study.controls - 1
+    tokens = prompts.tokens + texts.tokens + bank.tokens
+    base = m.flops(tokens, m.n_layers, prompts.mean)
+    candidates = costed * m.flops(tokens, later, prompts.mean)
+    controls = study.controls * m.flops(prompts.tokens, later, prompts.mean)
+    unembed = costed * 2 * m.unembed_flops(texts.tokens)
+    stacked = max(min(STACK_TOKENS[c.kind], STACK * c.batch(prompts)), c.batch(prompts), c.batch(texts))
+    parts = {
+        "kept residuals": c.kept(prompts.tokens + 2 * texts.tokens + bank.tokens, 1),
+        "activations": c.activations(stacked, prompts.mean),
+        "logits": c.logits(COST_BLOCK, COST_COPIES),
+        "SAE slices": c.slices(saes, prompts.tokens // 2, decoder=True, copies=3),
+    }
+    read = max(s.n_bytes for s in saes)  # the search for matched controls
+    return c.step("sweep", base + candidates + controls, parts, f32=unembed, read=read)
+
+
+def _joint(c: Costs, report: PromptPairs, saes: Sequence[SaeShape]) -> Step:
+    """At most ten joint ablations for each SAE."""
+    m, prompts = c.model, _pair_texts(report, controls=False)
+    flops = sum(MOST_JOINT * m.flops(prompts.tokens, m.n_layers - s.layer - 1, prompts.mean) for s in saes)
+    parts = {
+        "kept residuals": c.kept(prompts.tokens, len({s.layer for s in saes})),
+        "activations": c.activations(c.batch(prompts), prompts.mean),
+    }
+    return c.step("joint", flops, parts)
+
+
+def _behavior(c: Costs, study: Study, pairs: PromptPairs) -> Step:
+    """Texts and scenarios before and after; a new token costs one reading of the weights."""
+    m = c.model
+    steps = 2 * NEW_TOKENS * math.ceil(len(study.prompts) / 16)
+    weights = m.n_params * c.size
+    streaming = steps * weights / (STREAMING * c.hardware.bandwidth)
+    tokens = 0.0
+    if study.scenarios is not None:
+        from sae_bias.prompts.scenarios import load_scenarios
+
+        items = load_scenarios(study.scenarios)
+        tokens = sum(4 * 2 * len(s.options) ** 2 * token_estimate(s.situation) for s in items)
+    flops = m.flops(2 * NEW_TOKENS * len(study.prompts) + tokens, m.n_layers, 40)
+    cache = 2 * 16 * (NEW_TOKENS + 20) * m.n_layers * m.n_kv * m.d_head * c.size if study.prompts else 0.0
+    parts = {"key-value cache": float(cache), "logits": c.logits(16, 3)}
+    return c.step("behavior", flops, parts, extra=streaming)
+
+
+# ── what to change ──────────────────────────────────────────────────────────────────────────────────────────
+def _advice(plan: ModelPlan) -> list[str]:
+    memory, found = plan.hardware.memory, []
+    if not plan.fits:
+        if plan.dtype == "float32" and plan.hardware.is_cpu is False:
+            found.append("dtype: bfloat16 halves the weights and the residuals.")
+        n = math.ceil(plan.device_bytes / (0.85 * memory))
+        if plan.hardware.is_cpu and plan.host_bytes - plan.device_bytes > plan.weights:
+            pass
+        elif n > 1:
+            found.append(
+                f"device_map: auto spreads the model over {n} such devices (or offloads layers to memory or disk)."
+            )
+        if plan.peak.parts.get("gradients", 0) > 0.3 * memory:
+            found.append(
+                "The backward pass of the attribution holds most: list SAEs of later layers, or give fewer pairs."
+            )
+    width = sum(s.d_sae for s in plan.saes)
+    tables = max(s.host_bytes for s in plan.steps)
+    if tables > 32e9:
+        groups = math.ceil(tables / 32e9)
+        found.append(
+            f"Ranking {width:,} features at once takes {tables / 1e9:.0f} GB of the host's memory: split the SAEs over {groups} study files "
+            "(the correction then is over each file's family)."
+        )
+    sweep = next((s for s in plan.steps if s.name == "sweep"), None)
+    if sweep is not None and sweep.seconds > 600:
+        found.append(
+            f"The sweep's {plan.cells} cells divide over machines: --cluster ADDRESS, or --shard I/N on each and `sae-bias merge`."
+        )
+    reading = sum(s.read_bytes for s in plan.steps)
+    if reading > 200e9:
+        found.append(f"{reading / 1e12:.1f} TB of files are read: keep the SAEs on a local disk.")
+    if plan.unknown_saes:
+        found.append(
+            f"{len(plan.unknown_saes)} SAEs are not counted, their names tell no layer and width (first: {plan.unknown_saes[0]})."
+        )
+    return found

@@ -1,0 +1,91 @@
+"""A study: one YAML file in, the whole chain out — probe, rank, choose, suppress, probe again, report.
+
+Templates are split once: `discover` ranks and chooses the feature, `tune` chooses a strength, `report` gives the figures. The
+chosen feature is the one of largest exact ablation effect among those called AI-speech; where none is called, none is suppressed
+and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.files import plain
+from sae_bias.measures.judge import Confirm
+from sae_bias.prompts.files import read_yaml
+from sae_bias.runs.folder import RunFolder
+from sae_bias.runs.summary import headline
+from sae_bias.workflows.replication import Loader, Replication, ReplicationResult, run_replication
+from sae_bias.workflows.study_file import Study
+from sae_bias.workflows.study_steps import StudyRun
+from sae_bias.workflows.sweep_work import Executor, run_here
+
+__all__ = ["Study", "StudyResult", "load_study", "run_study"]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Where the run is, and its headline figures."""
+
+    path: Path
+    summary: dict[str, Any] = field(repr=False)
+    report: Path
+
+    def headline(self) -> list[str]:
+        """The result in a few plain lines."""
+        return headline(self.summary)
+
+
+def load_study(path: str | Path | None = None) -> Study | Replication:
+    """A study file; None is the bundled demo. With `models:` in place of `model:` it is a replication over several models.
+
+    Raises:
+        RequestError: the file does not exist, is no YAML, or has a field that is not known.
+    """
+    source = Path(str(files("sae_bias") / "data" / "study.yaml")) if path is None else Path(path)
+    if not source.is_file():
+        raise RequestError(
+            f"there is no study file {source}; give a .yaml file such as the bundled study.yaml."
+        )
+    doc = read_yaml(source)
+    if isinstance(doc.value, dict) and "models" in doc.value:
+        return doc.check(Replication)
+    return doc.check(Study)
+
+
+def run_study(
+    study: Study | Replication,
+    *,
+    out: str | Path,
+    gate: bool = True,
+    shard: tuple[int, int] | None = None,
+    executor: Executor | None = None,
+    loader: Loader | None = None,
+    confirm: Confirm | None = None,
+    progress: bool = True,
+) -> StudyResult | ReplicationResult:
+    """Run every step of `study` into the run folder `out`; cells already there are not run again.
+
+    `executor` runs the sweep's cells elsewhere (`Cluster.run`); everything else, and all writing, is done in this process.
+    `confirm` is asked before paid judge requests, with the estimate; without it they are refused.
+    `loader` opens a replication's models; `StandIns` puts tiny random checkpoints in their place: plumbing, not figures.
+    """
+    from sae_bias.report.page import write_report
+
+    if isinstance(study, Replication):
+        if shard is not None or executor is not None:
+            raise RequestError(
+                "a study of several models has no cells to share out; give each machine a file with its models."
+            )
+        return run_replication(study, out=out, loader=loader, gate=gate, progress=progress)
+    if loader is not None:
+        raise RequestError("--stand-ins is for study files that name several `models:`.")
+    folder = RunFolder(out, shard=shard)
+    with folder.writing():
+        summary = StudyRun(study, folder, gate, shard, progress, executor or run_here, confirm).run()
+        folder.write_json("summary", summary)
+    report = write_report(folder.path) if shard is None else folder.path / "summary.json"
+    return StudyResult(folder.path, plain(summary), report)

@@ -1,0 +1,52 @@
+"""What a study adds around its figure: the checks of METHOD §1, the causal ladder, the biases that should not move, the switches.
+
+Every function returns tables by the name they have in the run folder, the same as the single commands write.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from sae_bias.core.errors import RequestError
+from sae_bias.discovery.causal import causal_ladder
+from sae_bias.measures.specificity import specificity
+from sae_bias.models.model import Model
+from sae_bias.probe.checks import run_checks
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.saes.ids import FeatureRef
+from sae_bias.steering.edits import Ablate
+from sae_bias.workflows.as_published import intervention_switches, probe_switches
+
+Tables = dict[str, pd.DataFrame]
+
+
+def probe_tables(model: Model, pairs: PromptPairs, probe: Probe, seed: int) -> tuple[Tables, list[str]]:
+    """The sensitivity checks of the probe, and a line for each that these pairs or this model cannot have."""
+    checks = run_checks(model, pairs, probe, seed=seed)
+    return checks.run_tables(), [f"not checked: {name} ({why})" for name, why in checks.skipped.items()]
+
+
+def feature_tables(
+    model: Model, chosen: FeatureRef, pairs: PromptPairs, probe: Probe
+) -> tuple[Tables, list[str]]:
+    """The causal ladder of the chosen feature on `pairs`, and other questions' biases under its ablation."""
+    climbed = causal_ladder(model, chosen, pairs, probe)
+    tables = {"ladder": climbed.to_frame(), "ceilings": climbed.ceilings, "direct_words": climbed.words}
+    tables["specificity"] = specificity(model, [Ablate(chosen)]).to_frame()
+    return tables, [climbed.note] if climbed.note else []
+
+
+def switch_tables(
+    model: Model, pairs: PromptPairs, probe: Probe, base: ProbeResult, chosen: FeatureRef | None, seed: int
+) -> tuple[Tables, list[str]]:
+    """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (METHOD §5)."""
+    tables = {"switches_probe": probe_switches(model, pairs, probe, base=base)}
+    if chosen is None:
+        return tables, ["no feature was chosen, so the intervention's switches were not run"]
+    try:
+        tables["switches_intervention"] = intervention_switches(model, pairs, chosen, probe, seed=seed)
+    except RequestError as error:
+        return tables, [f"the intervention's switches were not run: {error}"]
+    return tables, []

@@ -1,0 +1,412 @@
+"""The steps of a study: load, probe, rank, choose, sweep, write, in the order that keeps the splits apart.
+
+`discover` templates rank and choose the feature, `tune` ones choose a strength, `report` ones give the figures. Each step writes its
+tables as soon as it has them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.discovery.dashboards import feature_card
+from sae_bias.discovery.ranking import Ranking, rank_features
+from sae_bias.discovery.tables import activation_table
+from sae_bias.measures.collapse import CollapseEngine
+from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
+from sae_bias.measures.judge import Confirm, Judge
+from sae_bias.models.catalog import organism_folder
+from sae_bias.models.load import load_model
+from sae_bias.models.model import Model
+from sae_bias.probe.checks_subjects import decompose
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.run import run_probe
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.grid import PromptGrid
+from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.prompts.scenarios import load_scenarios
+from sae_bias.runs.copies import probe_facts
+from sae_bias.runs.folder import RunFolder
+from sae_bias.runs.manifest import manifest
+from sae_bias.runs.summary import (
+    bias_summary,
+    choose_feature,
+    gate_facts,
+    reduction_summary,
+    rejected_candidates,
+)
+from sae_bias.saes.ids import FeatureRef
+from sae_bias.saes.load import as_feature, expand_saes, load_sae
+from sae_bias.stats.design import split_templates
+from sae_bias.steering.controls import empirical_p
+from sae_bias.steering.directions import difference_of_means
+from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
+from sae_bias.workflows.cells import Cell, Sweep
+from sae_bias.workflows.study_checks import feature_tables, probe_tables, switch_tables
+from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
+from sae_bias.workflows.sweep import SweepResult, run_sweep
+from sae_bias.workflows.sweep_work import Executor
+
+
+class StudyRun:
+    """The steps of one study, each writing its tables."""
+
+    def __init__(
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor,
+        confirm: Confirm | None,
+    ):  # fmt: skip
+        self.executor, self.confirm = executor, confirm
+        self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.chosen: FeatureRef | None = None
+        self.logits_error: float | None = None
+        steps = (["checks"] if study.checks else []) + (
+            ["switches"] if study.profile == "as_published" else []
+        )
+        if study.saes:
+            steps += ["rank", "table", "sweep", "joint", "behavior"] + (["feature"] if study.checks else [])
+        self.bar = tqdm(total=2 + len(steps), desc="study", unit="step", disable=not progress, leave=False)
+
+    def run(self) -> dict[str, Any]:
+        study = self.study
+        with self.bar:
+            with self.step("load"):
+                self.model = load_model(
+                    study.model, device=study.device, dtype=study.dtype, device_map=study.device_map
+                )
+                self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
+                self.probe = _probe(study, self.pairs)
+                self.saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
+                self.split = _split(self.pairs, study)
+                self.fidelity = self.check()
+            with self.step("probe"):
+                base = run_probe(
+                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls())), levels=True
+                )
+            self.write_base(base)
+            summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
+            if self.study.checks and self.shard is None:
+                with self.step("checks"):
+                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
+            if self.saes:
+                summary |= self.discover(base)
+            if self.study.profile == "as_published" and self.shard is None:
+                with self.step("switches"):
+                    self.add(
+                        switch_tables(self.model, self.pairs, self.probe, base, self.chosen, self.study.seed)
+                    )
+            summary["truth"] = _truth(self.model)
+            summary["seconds"] = self.seconds
+        return summary
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.bar.set_postfix_str(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.bar.update()
+
+    def check(self) -> list[Fidelity]:
+        if not self.gate:
+            self.notes.append("The fidelity gate was switched off (--no-gate).")
+            return []
+        found = [gate_sae(self.model, s) for s in self.saes]
+        self.logits_error = None if found else gate_model(self.model)
+        self.notes += [w for f in found for w in f.warnings]
+        return found
+
+    def write_base(self, base: ProbeResult) -> None:
+        frame = base.to_frame()
+        place = {t: name for name, templates in self.split.items() for t in templates}
+        frame["split"] = [place.get(t, "all") for t in frame["template"]]
+        self.folder.write_table("pairs", frame)
+        if self.pairs.neutral_prompts and not self.study.checks:  # the checks write the same table
+            subjects = decompose(self.model, self.pairs, self.probe, base=base)
+            self.folder.write_table("levels", subjects.frame)
+        self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
+        facts = manifest(
+            self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
+            probe=probe_facts(self.probe, base.vocabulary), study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate, self.logits_error),
+        )  # fmt: skip
+        self.folder.write_json("manifest", facts)
+
+    # --- discover, suppress, report ---
+
+    def discover(self, base: ProbeResult) -> dict[str, Any]:
+        discover = self.pairs.select(templates=self.split["discover"])
+        with self.step("rank"):
+            separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
+            interaction = rank_features(
+                self.model, self.saes, self.grid, by="interaction", seed=self.study.seed
+            )
+            engine = ProbeEngine(self.model, discover, self.probe)
+            ranking, tried = self.rank(separation, interaction, engine)
+        self.chosen = chosen = choose_feature(ranking)
+        self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
+        if chosen is None:
+            self.folder.write_table("ranking", ranking)
+            why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
+            return {"feature": {"id": None, "index": None, "called": "none", "why": why}}
+        with self.step("table"):
+            self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
+        with self.step("sweep"):
+            family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
+            sweep, cells = self.sweep(chosen, discover, list(family))
+        if self.shard is not None:
+            return self.one_shard(chosen, sweep)
+        summary = self.suppressed(base, chosen, sweep, cells)
+        causal = (
+            "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
+        )
+        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+        self.folder.write_table("ranking", ranking)
+        with self.step("joint"):
+            self.folder.write_table("cumulative", self.joint(ranking))
+        with self.step("behavior"):
+            self.write_examples(base, chosen)
+            summary |= self.behavior(chosen)
+        if self.study.checks:
+            with self.step("feature"):
+                report = self.pairs.select(templates=self.split["report"])
+                self.add(feature_tables(self.model, chosen, report, self.probe))
+                self.write_card(chosen)
+        return summary
+
+    def one_shard(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
+        """A shard ends with its cells; figures need all of them."""
+        assert self.shard is not None
+        i, n = self.shard
+        why = (
+            f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
+            f"sae-bias merge {self.folder.root}, then the same command without --shard"
+        )
+        return {"feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": why}}
+
+    def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
+        tables, notes = found
+        self.write_tables(tables)
+        self.notes += notes
+
+    def write_card(self, chosen: FeatureRef) -> None:
+        """cards/INDEX.html in the run folder."""
+        page = self.folder.path / "cards" / f"{chosen.index}.html"
+        page.parent.mkdir(exist_ok=True)
+        feature_card(self.model, chosen, grid=self.grid).to_html(page)
+
+    def rank(
+        self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
+    ) -> tuple[pd.DataFrame, list[str]]:
+        """One table of every feature: separation, interaction, attribution, exact ablation of the first."""
+        frame = interaction.to_frame().drop(columns=["q_bh", "t"], errors="ignore")
+        keep = [
+            "feature",
+            "auroc",
+            "mean_human",
+            "mean_ai",
+            "mean_diff",
+            "fire_human",
+            "fire_ai",
+            "t",
+            "separates",
+        ]
+        frame = frame.merge(separation.frame[keep], on="feature")
+        frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
+        effect = np.concatenate([attribution(engine, s) for s in self.saes])
+        names = np.concatenate([[f"{s.id}#{i}" for i in range(s.d_sae)] for s in self.saes])
+        frame["attribution"] = pd.Series(effect, index=names).reindex(frame["feature"]).to_numpy()
+        by_effect = frame["attribution"].abs().sort_values(ascending=False).index[: self.study.ablate_top]
+        by_interaction = frame.index[frame["ai_speech"] == "yes"][: self.study.ablate_top]
+        tried = list(dict.fromkeys([*frame.loc[by_effect, "feature"], *frame.loc[by_interaction, "feature"]]))
+        exact = pd.Series(exact_ablation(engine, tried, progress=self.progress), index=tried)
+        frame["ablation"] = exact.reindex(frame["feature"]).to_numpy()
+        frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
+        return frame, tried
+
+    def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
+        """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
+        report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        curves = []
+        for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
+            best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
+            curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
+        return pd.concat(curves, ignore_index=True)
+
+    def sweep(
+        self, chosen: FeatureRef, discover: PromptPairs, family: list[str]
+    ) -> tuple[SweepResult, list[Cell]]:
+        feature = as_feature(chosen)
+        top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
+        direction = difference_of_means(self.model, discover, feature.site)
+        cells = [Cell((Ablate(chosen),), label="ablate")]
+        cells += [
+            Cell((Clamp(chosen, s * float(top)),), label=f"clamp {s:g} × max") for s in self.study.strengths
+        ]
+        cells.append(Cell((Clamp(chosen, float(top)),), "opposite", "clamp +1 × max (opposite sign)"))
+        cells.append(Cell((ProjectOut(direction),), "direction", "difference of means, projected out"))
+        splits = {name: self.split[name] for name in ("tune", "report")}
+        sweep = Sweep(
+            cells,
+            controls=self.study.controls,
+            costs=True,
+            splits=splits,
+            seed=self.study.seed,
+            family=family,
+        )
+        result = run_sweep(
+            self.model,
+            self.pairs,
+            sweep,
+            probe=self.probe,
+            out=self.folder.root / "sweep",
+            progress=self.progress,
+            shard=self.shard,
+            executor=self.executor,
+        )
+        self.folder.write_table("sweep", result.frame)
+        return result, cells
+
+    def suppressed(
+        self, base: ProbeResult, chosen: FeatureRef, sweep: SweepResult, cells: list[Cell]
+    ) -> dict[str, Any]:
+        report = sweep.frame[sweep.frame["split"] == "report"]
+        ablated = report[report["label"] == "ablate"].iloc[0]
+        controls = report[report["kind"] == "control"]
+        self.folder.write_table(
+            "controls",
+            controls[["feature", "label", "reduction"]].rename(
+                columns={"feature": "control", "label": "kind"}
+            ),
+        )
+        on_report = base.select(self.split["report"])
+        engine = ProbeEngine(self.model, on_report.pairs, self.probe)
+        after, _ = engine.run([Ablate(chosen)])
+        collapse = CollapseEngine(self.model, self.probe).run([Ablate(chosen)], engine.base, after)
+        specific = collapse.specific
+        tuned = sweep.best("tune")
+        held = report[report["cell"] == tuned["cell"]].iloc[0]
+        values = controls["reduction"].to_numpy()
+        median = float(np.median(values)) if len(values) else float("nan")
+        return {
+            "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
+            "reduction": reduction_summary(after.reduction_from(engine.base)),
+            "specific_reduction": {
+                "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
+                "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
+                "bank_changed": collapse.changed_share,
+            },
+            "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
+            "controls": {
+                "n": len(values),
+                "p_value": empirical_p(float(ablated["reduction"]), values) if len(values) else float("nan"),
+                "median": median,
+                "multiple_of_median": float(ablated["reduction"]) / median if median else float("nan"),
+                "percentile95": float(np.quantile(values, 0.95)) if len(values) else float("nan"),
+            },
+            "best_strength": {
+                "in_sample": {"strength": tuned["strength"], "reduction": tuned["reduction"], "label": tuned["label"]},
+                "held_out": {"strength": held["strength"], "reduction": held["reduction"], "outside_observed": held["outside_observed"]},
+            },
+        }  # fmt: skip
+
+    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
+        on_report = base.select(self.split["report"])
+        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
+        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+        frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
+        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
+            after.score_human,
+            after.score_ai,
+            after.pair_bias,
+        )
+        step = max(1, len(frame) // EXAMPLES)
+        self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
+
+    def behavior(self, chosen: FeatureRef) -> dict[str, Any]:
+        """Texts and scenarios before and after the ablation, where the study asks for them."""
+        edits, found = (Ablate(chosen),), {}
+        if self.study.prompts:
+            tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
+            self.write_tables(tables)
+            if self.study.judges:
+                found |= self.judge(tables["generations"])
+        if self.study.scenarios is not None:
+            items, chat, system = load_scenarios(self.study.scenarios), self.study.chat, self.study.system
+            if system:
+                tables, more = run_scenario_arms(self.model, items, edits, system=system, chat=chat)
+                found |= more
+            else:
+                tables, found["scenarios"] = run_scenarios(self.model, items, edits, chat=chat)
+            self.write_tables(tables)
+        if self.study.identity is not None:
+            own = self.study.identity
+            tables, found["identity"] = run_identity(self.model, edits, own=own, chat=self.study.chat)
+            self.write_tables(tables)
+        return found
+
+    def judge(self, texts: pd.DataFrame) -> dict[str, Any]:
+        judges = [Judge(name, self.study.judge_url) for name in self.study.judges]
+        tables, summary, why = run_judges(
+            texts, judges, self.folder.path, seed=self.study.seed, confirm=self.confirm
+        )
+        self.write_tables(tables)
+        self.notes += [why] if why else []
+        return {"judge": summary} if summary else {}
+
+    def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
+        for name, frame in tables.items():
+            self.folder.write_table(name, frame)
+
+
+def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
+    families = {p.template: p.family for p in pairs}
+    held = (
+        tuple(dict.fromkeys(p.template for p in pairs if p.corpus is False)) if study.report_held_out else ()
+    )
+    return split_templates(pairs.templates, SHARES, study.seed, families=families, must_report=held)
+
+
+def _probe(study: Study, pairs: PromptPairs) -> Probe:
+    lexicon = load_lexicon(study.words) if study.words else pairs.words
+    return (
+        Probe(score=study.score)
+        if lexicon is None
+        else Probe(lexicon.positive, lexicon.negative, study.score)
+    )
+
+
+def _as_grid(pairs: PromptPairs) -> PromptGrid:
+    """The AI prompts of some pairs as a grid, to read a feature's activation on them."""
+    from sae_bias.prompts.grid import GridPrompt
+
+    prompts = tuple(GridPrompt(p.ai, p.entity, "ai", p.template, "speech", None, p.family) for p in pairs)
+    return PromptGrid(prompts, name=pairs.name)
+
+
+def _truth(model: Model) -> dict[str, Any]:
+    """What is known to be true of a bundled organism; empty for any other model."""
+    if not model.is_organism:
+        return {}
+    path = organism_folder(model.name.removeprefix("organism:")) / "truth.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    built = known.get("constructed") or {}
+    facts = {"what was planted": known["rule"]["words"], **known.get("analytic", {})}
+    if built:
+        facts |= {
+            "constructed SAE's layer": built["layer"],
+            "its AI-speech feature": built["index"],
+            "its valence read-out": built["valence_index"],
+        }
+    return {key.replace("_", " "): value for key, value in facts.items()}

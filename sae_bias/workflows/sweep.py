@@ -1,0 +1,481 @@
+"""Sweeps: many interventions on one set of pairs, each cell kept on disk as soon as it is done.
+
+A cell is identified by a hash of everything that determines its numbers (`sweep_plan`). A resumed sweep recomputes nothing; a
+changed input gives other cells and is never mixed with old results. `sweep.json` in the run folder lists the cells of the latest
+sweep in order, so that its table can be made again from the folder alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.measures.collapse import collapse_test
+from sae_bias.measures.costs import TEXT_KINDS
+from sae_bias.models.fingerprint import model_digest
+from sae_bias.models.model import Model
+from sae_bias.probe.words import Probe, default_probe
+from sae_bias.prompts.pairs import PromptPair, PromptPairs
+from sae_bias.runs.copies import directions_of, edit_facts, probe_facts
+from sae_bias.runs.folder import RunFolder, merge_shards, reading
+from sae_bias.runs.manifest import manifest
+from sae_bias.saes.load import load_sae
+from sae_bias.saes.sae import Sae
+from sae_bias.stats.clustered import clustered_mean
+from sae_bias.stats.reduction import fieller_reduction
+from sae_bias.workflows.cells import Cell, Plan, Sweep, edit_key, feature_digest
+from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+__all__ = [
+    "BestStrength",
+    "Cell",
+    "Sweep",
+    "SweepResult",
+    "collect",
+    "edit_key",
+    "feature_digest",
+    "merge_run",
+    "run_sweep",
+]
+FORMAT = 2  # of a cell's file; part of every cell's name
+
+
+@dataclass(frozen=True)
+class BestStrength:
+    """The strength chosen on one split, with its figure there and on the split that had no part in the choice."""
+
+    cell: str
+    rule: str
+    strength: float
+    outside_observed: bool
+    """Whether the strength lies outside the activations the feature was seen to take."""
+    chosen_on: str
+    in_sample: float
+    """Reduction on the split that chose it: too good on average."""
+    reported_on: str
+    held_out: float
+    held_out_low: float
+    held_out_high: float
+
+    def __repr__(self) -> str:
+        flag = ", outside the observed range" if self.outside_observed else ""
+        return (
+            f"BestStrength({self.rule}{flag}: reduction {self.in_sample:.1%} on {self.chosen_on} (in-sample), "
+            f"{self.held_out:.1%} [{self.held_out_low:.1%}, {self.held_out_high:.1%}] on {self.reported_on})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult:
+    """One row a cell and split; every figure can be recomputed from the run folder's cells."""
+
+    frame: pd.DataFrame
+    cells: dict[str, pd.DataFrame] = field(repr=False)
+    """Pairs of each cell: template, entity, score_human, score_ai, bias; facts in attrs."""
+    path: Path | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def best(self, split: str) -> pd.Series:
+        """The candidate row of lowest |bias| on a split: in-sample there, honest only on another."""
+        rows = self.frame[(self.frame["split"] == split) & (self.frame["kind"] == "candidate")]
+        if rows.empty:
+            raise RequestError(f"the sweep has no candidate cell on split {split!r}.")
+        return rows.iloc[int(rows["bias"].abs().to_numpy().argmin())]
+
+    def best_strength(self, tune: str = "tune", report: str = "report") -> BestStrength:
+        """The best candidate on `tune`, with its figure there and on `report`.
+
+        Raises:
+            RequestError: the sweep held no templates out; give Sweep(splits=…), or the one split's name for both.
+        """
+        missing = {tune, report} - set(self.frame["split"])
+        if missing:
+            raise RequestError(
+                f"the sweep has no split {sorted(missing)[0]!r}, only {', '.join(self.frame['split'].unique())}; "
+                'give Sweep(splits={"tune": [...], "report": [...]}).'
+            )
+        chosen = self.best(tune)
+        held = self.frame[(self.frame["cell"] == chosen["cell"]) & (self.frame["split"] == report)].iloc[0]
+        return BestStrength(
+            str(chosen["cell"]), str(chosen["rule"]), float(chosen["strength"]), bool(held["outside_observed"]),
+            tune, float(chosen["reduction"]), report, float(held["reduction"]), float(held["red_low"]), float(held["red_high"]),
+        )  # fmt: skip
+
+    def plot(self) -> go.Figure:
+        """Bias against strength, with its interval."""
+        from sae_bias.figures.sweep import sweep_curve
+
+        return sweep_curve(self.frame)
+
+    def frontier(self) -> go.Figure:
+        """Bias removed against KL, the worst of the text kinds (needs costs=True)."""
+        from sae_bias.figures.sweep import frontier
+
+        if "kl_neutral" not in self.frame:
+            raise RequestError("the sweep measured no costs; run it with Sweep(..., costs=True).")
+        return frontier(self.frame)
+
+    def __repr__(self) -> str:
+        columns = [
+            "intervention",
+            "strength",
+            "positions",
+            "split",
+            "bias",
+            "ci_low",
+            "ci_high",
+            "change",
+            "mean_abs_change",
+        ]
+        shown = self.frame[self.frame["kind"] != "control"]
+        where = f" in {self.path}" if self.path else ""
+        return f"SweepResult: {self.frame['cell'].nunique()} cells{where}\n{shown[columns].round(4).to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        return self.frame[self.frame["kind"] != "control"].round(4).to_html(escape=True, index=False)
+
+
+def run_sweep(
+    model: Model,
+    pairs: PromptPairs | Sequence[PromptPair],
+    sweep: Sweep,
+    *,
+    probe: Probe | None = None,
+    out: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+    executor: Executor = run_here,
+    progress: bool = False,
+) -> SweepResult:
+    """Run the base and every cell of `sweep`; cells already in `out` are read, not run again.
+
+    Args:
+        out: run folder; None keeps everything in memory.
+        shard: (i, n) runs every n-th group of cells into a folder of its own, joined by `merge_run`.
+        executor: where groups of cells are run: in this process, or on a `cluster.Cluster`.
+
+    Raises:
+        RequestError: another process is writing `out`, or an edit that does not fit the model.
+        MissingError: the disk is full; finished cells are kept and the same call resumes.
+    """
+    pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(tuple(pairs))
+    probe = probe or default_probe(pairs)
+    runner = _Runner(model, pairs, probe, sweep)
+    if out is None:
+        return runner.run(None, None, progress, executor)
+    folder = RunFolder(out, shard=shard)
+    with folder.writing():
+        _write_manifest(
+            folder,
+            manifest(model, pairs=pairs, vocabulary=runner.vocabulary, saes=runner.saes(), seed=sweep.seed),
+        )
+        folder.write_json("sweep", runner.facts(shard))
+        result = runner.run(folder, shard, progress, executor)
+        folder.write_table("sweep", result.frame)
+    return result
+
+
+def _write_manifest(folder: RunFolder, new: dict[str, Any]) -> None:
+    """A manifest of this very model and pairs; one that stands there for them already is kept."""
+    if (folder.path / "manifest.json").is_file():
+        old = folder.read_json("manifest")
+        if _identity(old) == _identity(new):
+            _add_saes(folder, old, new)
+            return
+        new["earlier"] = [
+            *(old.pop("earlier", None) or []),
+            {"created": old.get("created"), "model": old.get("model"), "prompts": old.get("prompts")},
+        ]
+    folder.write_json("manifest", new)
+
+
+def _add_saes(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Bring a kept manifest's SAEs up to date; nothing is written where they are."""
+    known = {s["id"]: s for s in old.get("saes") or []}
+    joined = {**known, **{s["id"]: s for s in new["saes"]}}
+    if joined != known:
+        folder.write_json("manifest", {**old, "saes": list(joined.values())})
+
+
+def _identity(facts: Mapping[str, Any]) -> tuple[Any, Any]:
+    pairs = (facts.get("prompts") or {}).get("pairs") or {}
+    return (facts.get("model") or {}).get("digest"), pairs.get("digest")
+
+
+class _Runner:
+    def __init__(self, model: Model, pairs: PromptPairs, probe: Probe, sweep: Sweep):
+        self.model, self.pairs, self.probe, self.sweep = model, pairs, probe, sweep
+        self.vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
+        shared = (
+            FORMAT,
+            model_digest(model),
+            str(model.dtype),
+            model.device.type,
+            pairs.digest,
+            [w.word for w in self.vocabulary.kept],
+            [w.positive for w in self.vocabulary.kept],
+            probe.score,
+            probe.softcap,
+            probe.tokens,
+        )
+        self.plan = Plan(sweep, model, pairs, shared)
+        self.splits = {k: list(v) for k, v in (sweep.splits or {"all": pairs.templates}).items()}
+        self.costed = tuple(self.plan.costed(cell) for cell in self.plan.cells)
+
+    def facts(self, shard: tuple[int, int] | None) -> dict[str, Any]:
+        """sweep.json: every cell of the sweep in order, and how its table is cut."""
+        gate = self.plan.gate
+        listed = [
+            {"cell": n, **c.facts(), "edits": [edit_facts(e, gate) for e in c.edits]}
+            for n, c in zip(self.plan.names, self.plan.cells)
+        ]
+        mine = sorted(i for group in self.plan.groups(shard) for i in group)
+        return {
+            "format": FORMAT,
+            "key": self.plan.key,
+            "costs": self.sweep.costs,
+            "splits": self.splits,
+            "probe": probe_facts(self.probe, self.vocabulary),
+            "cells": listed,
+            "directions": directions_of([e for c in self.plan.cells for e in c.edits]),
+            "shard": None if shard is None else {"i": shard[0], "n": shard[1], "cells": [self.plan.names[i] for i in mine]},
+        }  # fmt: skip
+
+    def saes(self) -> list[Sae]:
+        """The SAEs that the edits name, where they can be found by that name."""
+        found: dict[str, Sae] = {}
+        for name in dict.fromkeys(t.partition("#")[0] for c in self.plan.cells for t in c.targets):
+            with suppress(SaeBiasError):
+                found[name] = load_sae(name)
+        return list(found.values())
+
+    def run(
+        self, folder: RunFolder | None, shard: tuple[int, int] | None, progress: bool, executor: Executor
+    ) -> SweepResult:
+        names, groups = self.plan.names, self.plan.groups(shard)
+        done: dict[str, pd.DataFrame] = {}
+        there = {
+            n for g in groups for n in (names[i] for i in g) if folder is not None and folder.has_cell(n)
+        }
+        total = sum(len(g) for g in groups)
+        at_start = sum(names[i] in there for g in groups for i in g)
+        bar = tqdm(
+            total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
+        )
+        with bar:
+            # a whole group runs again if one of its cells is missing: the same company, the same bits
+            todo = [group for group in groups if any(names[i] not in there for i in group)]
+            work = Work(self.model, self.pairs, self.probe, tuple(self.plan.cells), self.costed)
+            for group, results in executor(work, todo) if todo else ():
+                missing = [i for i in group if names[i] not in there]
+                for i, result in zip(group, results):
+                    result.pairs.attrs = dict(result.facts)  # pyright: ignore[reportAttributeAccessIssue]
+                    if i in missing and folder is not None:
+                        folder.write_cell(names[i], result.pairs, result.facts)
+                    if i in missing:
+                        done[names[i]] = result.pairs
+                bar.update(len(missing))
+        for name in there:
+            assert folder is not None
+            done[name] = folder.read_cell(name)
+        mine = sorted(i for group in groups for i in group)
+        listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
+        frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
+        return SweepResult(frame, done, None if folder is None else folder.path)
+
+
+# --- from cells to the table ---
+def cell_rows(
+    listed: Sequence[Mapping[str, Any]],
+    cells: Mapping[str, pd.DataFrame],
+    splits: Mapping[str, Sequence[str]],
+    *,
+    costs: bool,
+) -> pd.DataFrame:
+    """One row a cell and split; the first listed cell is the base."""
+    base = cells[listed[0]["cell"]]
+    keep = {split: base["template"].isin(list(templates)).to_numpy() for split, templates in splits.items()}
+    for split, rows in keep.items():
+        if not rows.any():
+            raise RequestError(f"split {split!r} holds none of the pairs' templates.")
+    return pd.DataFrame(
+        [
+            _row(facts, split, rows, cells[facts["cell"]], base, costs)
+            for facts in listed
+            for split, rows in keep.items()
+        ]
+    )
+
+
+def _row(
+    cell: Mapping[str, Any],
+    split: str,
+    keep: np.ndarray,
+    frame: pd.DataFrame,
+    base: pd.DataFrame,
+    costs: bool,
+) -> dict[str, Any]:
+    clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
+    after, before = frame["bias"].to_numpy()[keep], base["bias"].to_numpy()[keep]
+    stat = clustered_mean(after, *clusters)
+    reduction = fieller_reduction(before, after, *clusters)
+    wrong = after > before if before.mean() > 0 else after < before
+    strength = float("nan") if cell["strength"] is None else float(cell["strength"])
+    row = {
+        "cell": cell["cell"],
+        "intervention": cell["intervention"],
+        "feature": cell["feature"],
+        "strength": strength,
+        "positions": cell["positions"],
+        "split": split,
+        "n_pairs": len(after),
+        "bias": stat.mean,
+        "ci_low": stat.ci_low,
+        "ci_high": stat.ci_high,
+        "change": float((after - before).mean()),
+        "mean_abs_change": float(np.abs(after - before).mean()),
+        "rule": cell["rule"],
+        "wrong_way_share": float(wrong.mean()),
+        "reduction": reduction.estimate,
+        "red_low": reduction.ci_low,
+        "red_high": reduction.ci_high,
+        "overshoot": reduction.overshoot,
+        "kind": cell["kind"],
+        "label": cell["label"],
+        "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
+    }
+    if costs:
+        row |= _collapse_columns(before, after, clusters, base.attrs.get("bank"), frame.attrs.get("bank"))
+        row |= {key: _float(frame.attrs.get(key)) for key in COST_COLUMNS}
+    row["positions_changed"] = frame.attrs.get("positions_changed", 0)
+    return row
+
+
+def _outside(intervention: str, strength: float, observed: float | None) -> bool:
+    """Whether an activation is set to a value the feature was not seen to take."""
+    sets = intervention in ("clamp", "clamp_always", "cap", "mean") and np.isfinite(strength)
+    return bool(sets and not 0 <= strength <= (observed or 0.0))
+
+
+COST_COLUMNS = [
+    f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "nll", "fired") for kind in TEXT_KINDS
+]
+
+
+def _collapse_columns(
+    before: np.ndarray,
+    after: np.ndarray,
+    clusters: tuple[list[str], list[str]],
+    bank_before: Sequence[float] | None,
+    bank_after: Sequence[float] | None,
+) -> dict[str, Any]:
+    """β and the specific reduction of one split, with its interval; NaN where the banks were not run."""
+    if bank_before is None or bank_after is None:
+        return dict.fromkeys(COLLAPSE_COLUMNS, float("nan")) | {"specific_reason": "not measured"}
+    test = collapse_test(before, after, clusters, np.array(bank_before), np.array(bank_after))
+    s = test.specific
+    values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *(test.changed_share[b] for b in ("other", "ai")))  # fmt: skip
+    return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
+
+
+COLLAPSE_COLUMNS = [
+    "specific_reduction",
+    "spec_low",
+    "spec_high",
+    "beta",
+    "beta_other",
+    "beta_ai",
+    "bank_changed_other",
+    "bank_changed_ai",
+]
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+# --- from a folder to the table ---
+def collect(path: str | Path) -> SweepResult:
+    """The table of the latest sweep in a run folder, made from its cells alone.
+
+    Raises:
+        RequestError: no sweep there, or cells of it missing (run the same command again to finish them).
+    """
+    folder = RunFolder(path)
+    facts = read_sweep(folder)
+    listed = facts["cells"]
+    missing = [c["cell"] for c in listed if not folder.has_cell(c["cell"])]
+    if missing:
+        raise RequestError(
+            f"{folder.path} lacks {len(missing)} of the sweep's {len(listed)} cells; run the same command again to finish it."
+        )
+    with reading(f"the sweep in {folder.path}"):
+        cells = {c["cell"]: _checked_cell(folder.read_cell(c["cell"])) for c in listed}
+        if len({len(c) for c in cells.values()}) > 1:
+            raise RequestError(f"the cells in {folder.path} are of different numbers of pairs.")
+        frame = cell_rows(listed, cells, facts["splits"], costs=facts["costs"])
+    return SweepResult(frame, cells, folder.path)
+
+
+_CELL_TEXTS = ("cell", "intervention", "rule", "feature", "positions", "kind", "label")
+
+
+def read_sweep(folder: RunFolder) -> dict[str, Any]:
+    """sweep.json, with the cells and splits that it must list.
+
+    Raises:
+        RequestError: it is not there, or not what `run_sweep` writes.
+    """
+    facts = folder.read_json("sweep")
+    listed, splits, where = facts.get("cells"), facts.get("splits"), f"{folder.path}/sweep.json"
+    if not isinstance(listed, list) or not listed or not all(isinstance(c, dict) for c in listed):
+        raise RequestError(f"{where} lists no cells.")
+    for cell in listed:
+        strength = cell.get("strength")
+        if not all(isinstance(cell.get(k), str) for k in _CELL_TEXTS) or not isinstance(
+            strength, int | float | None
+        ):
+            raise RequestError(f"{where} lists a cell without its name, rule or strength.")
+    if not isinstance(splits, dict) or not splits or not all(isinstance(t, list) for t in splits.values()):
+        raise RequestError(f"{where} names no splits.")
+    return {**facts, "costs": bool(facts.get("costs"))}
+
+
+def _checked_cell(frame: pd.DataFrame) -> pd.DataFrame:
+    """A cell's file with its columns, numbers where they belong."""
+    scores = frame[PAIR_COLUMNS[2:]].astype(float)
+    if not len(frame) or not np.isfinite(scores.to_numpy()).all():
+        raise ValueError("a cell without pairs, or with a score that is no number")
+    return frame[PAIR_COLUMNS[:2]].astype(str).join(scores) if list(frame.columns) != PAIR_COLUMNS else frame
+
+
+def merge_run(path: str | Path) -> tuple[int, SweepResult | None]:
+    """Join the shards of a sweep; where that completes it, its table is written too.
+
+    Returns:
+        How many cells were new, and the whole sweep's result (None while cells are missing).
+    """
+    moved = merge_shards(path)
+    folder = RunFolder(path)
+    if not (folder.path / "sweep.json").is_file():
+        return moved, None
+    listed = read_sweep(folder)["cells"]
+    if not all(folder.has_cell(c["cell"]) for c in listed):
+        return moved, None
+    result = collect(path)
+    with folder.writing():
+        folder.write_table("sweep", result.frame)
+    return moved, result

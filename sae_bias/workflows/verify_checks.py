@@ -1,0 +1,152 @@
+"""What `verify` compares, and how: one check a thing, the largest difference against a tolerance.
+
+Numbers are compared as |now - then| / max(1, |then|), so that a score of 12 nats and a divergence of 0.003 share one tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.core.errors import RequestError
+
+TABLE_TOLERANCE = 1e-9
+"""Between a table and the cells it was made of: the same arithmetic on the same numbers."""
+AGREES, DIFFERS, UNCHECKED, NOTE = "agrees", "differs", "not checked", "note"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared."""
+
+    what: str
+    status: str
+    """agrees | differs | not checked | note (told, and no part of the answer)"""
+    detail: str
+    difference: float | None = None
+    """The largest |now - then| over max(1, |then|), where numbers were compared."""
+    tolerance: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame) -> Check:
+    """A sweep's table as its cells give it against the one that is stored: the same rows, the same numbers."""
+    keys = ("cell", "split")
+    if not all(k in stored and list(made[k]) == list(stored[k]) for k in keys):
+        return Check(what, DIFFERS, "its rows are not the sweep's cells")
+    worst, where = 0.0, ""
+    for column in made.select_dtypes("number").columns:
+        if column not in stored:
+            return Check(what, DIFFERS, f"it has no column {column}")
+        then = pd.to_numeric(stored[column], errors="coerce").to_numpy(float)
+        gap = relative_gap(made[column].to_numpy(float), then)
+        row = int(gap.argmax())
+        if not gap[row] <= worst:
+            worst = float(gap[row])
+            where = f"{column} of {made['rule'].iloc[row]} ({made['split'].iloc[row]})"
+    return verdict(what, worst, TABLE_TOLERANCE, where, f"{len(made)} rows")
+
+
+def compare_within(what: str, cells: Mapping[str, pd.DataFrame]) -> Check:
+    """Each pair's bias against its own two scores, in every cell: needs no model."""
+    worst, where, n = 0.0, "", 0
+    for name, frame in cells.items():
+        human, ai, bias = (frame[c].to_numpy(float) for c in ("score_human", "score_ai", "bias"))
+        gap = relative_gap(human - ai, bias)
+        row, n = int(gap.argmax()), n + len(frame)
+        if not gap[row] <= worst:
+            worst, where = float(gap[row]), f"{pair_name(frame, row)} of cell {name}"
+    return verdict(what, worst, TABLE_TOLERANCE, where, f"{n:,} pairs of {len(cells)} cells")
+
+
+def sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
+    """The base, the first candidate, and the rest spread evenly over the list."""
+    if wanted is None or wanted >= len(listed):
+        return list(listed)
+    spread = np.linspace(0, len(listed) - 1, max(wanted - 1, 0)).round().astype(int).tolist()
+    numbers = list(dict.fromkeys([0, 1, *spread]))[:wanted]
+    return [listed[i] for i in sorted(numbers) if i < len(listed)]
+
+
+def relative_gap(now: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """|now - then| / max(1, |then|); 0 where both are NaN (or the same infinity), infinite where one is."""
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(now - then) / np.maximum(1.0, np.abs(then))
+    gap[(np.isnan(now) & np.isnan(then)) | (now == then)] = 0.0
+    return np.where(np.isnan(gap), np.inf, gap)
+
+
+def verdict(what: str, worst: float, tolerance: float, where: str, n: str) -> Check:
+    if worst <= tolerance:
+        return Check(what, AGREES, n, worst, tolerance)
+    return Check(what, DIFFERS, where, worst, tolerance)
+
+
+def compare_number(what: str, now: float, then: float) -> Check:
+    gap = float(relative_gap(np.array([now]), np.array([then]))[0])
+    return verdict(what, gap, TABLE_TOLERANCE, f"{then:.6g} stored, {now:.6g} from its table", f"{then:+.4f}")
+
+
+def compare_files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) -> Check:
+    """Hashes of files, then and now."""
+    changed = sorted(name for name in then if name in now and now[name] != then[name])
+    gone = sorted(set(then) - set(now))
+    if not changed and not gone:
+        partial = sum(str(v).startswith("partial:") for v in then.values())
+        more = f" ({partial} large ones by their ends)" if partial else ""
+        count = "1 file has" if len(then) == 1 else f"{len(then)} files have"
+        return Check(what, AGREES, f"{count} the recorded sha256{more}")
+    words = [f"{n} has another sha256 than recorded" for n in changed] + [f"{n} is gone" for n in gone]
+    return Check(what, DIFFERS, "; ".join(words[:4]))
+
+
+def kept_numbers(then: pd.DataFrame, now: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Numbers kept with a cell: costs, and the scores on the valence banks."""
+    found: dict[str, tuple[float, float]] = {}
+    for key, old in then.attrs.items():
+        new = now.attrs.get(str(key))
+        if isinstance(old, float) and key != "strength":
+            found[str(key)] = (old, number(new))
+        if key == "bank" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            gap = relative_gap(np.array([number(v) for v in new]), np.array([number(v) for v in old]))
+            row = int(gap.argmax())
+            found[f"valence bank, prompt {row + 1}"] = (number(old[row]), number(new[row]))
+    return found
+
+
+def number(value: Any) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def pair_name(frame: pd.DataFrame, row: int) -> str:
+    parts = [str(frame[c].iloc[row]) for c in ("template", "entity") if c in frame]
+    return " / ".join(parts) or f"row {row + 1}"
+
+
+def cell_name(stored: Mapping[str, Any]) -> str:
+    parts = [str(stored.get("rule") or "cell"), str(stored.get("feature") or "")]
+    return "cell " + " of ".join(p for p in parts if p)
+
+
+def as_mapping(value: Any, what: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{what} is a {type(value).__name__}; expected a mapping.")
+    return value
+
+
+def need_columns(frame: pd.DataFrame, columns: Sequence[str], where: str) -> None:
+    missing = [c for c in columns if c not in frame]
+    if missing or not len(frame):
+        raise RequestError(f"{where} has no {', '.join(missing) or 'rows'}.")

@@ -1,0 +1,139 @@
+"""Attribution is the derivative of the bias with respect to each feature; exact ablation is an intervention like any other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from architectures import D_SAE, NEGATIVE, POSITIVE, SEVERAL_TOKENS
+from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
+
+import sae_bias as sb
+from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.steering.engine import ProbeEngine
+
+SEVERAL = ((*POSITIVE, SEVERAL_TOKENS[0]), (*NEGATIVE, SEVERAL_TOKENS[1]))
+
+EPS = {"gemma2": 0.001, "gemma3": 0.01, "gpt_neox": 0.01, "mistral": 0.01}
+"""Steps of the finite difference: Gemma 2's random stand-in curves more."""
+
+
+def finite_differences(engine, sae, eps=0.01, features=None):
+    """(B(a·(1 + ε)) - B(a·(1 - ε))) / 2ε of each feature, by exact edits that keep the SAE error."""
+    slopes = []
+    for i in range(sae.d_sae) if features is None else features:
+        up, down = (engine.run([sb.Scale(sae.feature(i), 1 + e)])[0].bias for e in (eps, -eps))
+        slopes.append((up - down) / (2 * eps))
+    return np.array(slopes)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("score", ["mean_logit", "logodds"])
+def test_attribution_is_the_finite_difference(make_tiny, pairs, name, score):
+    """Features across the SAE, summed over both prompts and over positions, softcaps and several-token words included."""
+    tiny = make_tiny(name)
+    words = SEVERAL if score == "logodds" else (POSITIVE, NEGATIVE)
+    engine = ProbeEngine(tiny.model, pairs, sb.Probe(*words, score))
+    some = range(0, D_SAE, 3 if score == "mean_logit" else 6)
+    expected = finite_differences(engine, tiny.sae, EPS[name], some)
+    found = attribution(engine, tiny.sae)[list(some)]
+    size = np.abs(expected).max()
+    assert size > 0.05
+    np.testing.assert_allclose(found, expected, atol=0.03 * size)
+    assert np.corrcoef(found, expected)[0, 1] > 0.999
+
+
+def test_without_softcap_too(gemma2, pairs):
+    engine = ProbeEngine(gemma2.model, pairs, sb.Probe(POSITIVE, NEGATIVE, softcap=False))
+    expected = finite_differences(engine, gemma2.sae, EPS["gemma2"])
+    np.testing.assert_allclose(attribution(engine, gemma2.sae), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_the_sae_error_and_the_decoder_bias_are_held_constant(gemma3, pairs, probe, tmp_path):
+    """Another b_dec leaves x and every a as they are, so it may not move the attribution."""
+    from safetensors.torch import load_file
+
+    weights = load_file(gemma3.sae_folder / "params.safetensors")
+    weights["b_dec"] = weights["b_dec"] + 5.0
+    write_gemma_scope_2(tmp_path / "shifted", weights, gemma_scope_2_config(1, D_SAE))
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    np.testing.assert_allclose(
+        attribution(engine, sb.load_sae(tmp_path / "shifted")), attribution(engine, gemma3.sae)
+    )
+
+
+def test_special_tokens_carry_no_attribution(gemma3, pairs, probe, tmp_path):
+    """A feature that fires at BOS alone cannot be ablated, so nothing is attributed to it (METHOD §4.6)."""
+    rows = sb.residuals(gemma3.model, [p.ai for p in pairs], 1, positions="all")
+    bos, rest = rows[0][0], torch.cat([r[1:] for r in rows])
+    w = bos / bos.norm() - rest.mean(0) / rest.mean(0).norm()
+    weights = random_sae(32, 4)
+    weights["w_enc"][:, 0], weights["b_enc"][0] = w, 0.0
+    weights["threshold"][0] = (float(bos @ w) + float((rest @ w).max())) / 2
+    assert float(bos @ w) > float((rest @ w).max())
+    write_gemma_scope_2(tmp_path / "bos", weights, gemma_scope_2_config(1, 4))
+    sae = sb.load_sae(tmp_path / "bos")
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    assert attribution(engine, sae)[0] == 0
+    result, receipt = engine.run([sb.Ablate(sae.feature(0))])
+    assert result is engine.base
+    assert receipt.never_fired
+
+
+def test_a_last_layer_feature(gemma3, pairs, probe, tmp_path):
+    weights = random_sae(32, 8)
+    write_gemma_scope_2(tmp_path / "last", weights, gemma_scope_2_config(3, 8))
+    sae = sb.load_sae(tmp_path / "last")
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    expected = finite_differences(engine, sae)
+    np.testing.assert_allclose(
+        attribution(engine, sae), expected, atol=max(0.03 * np.abs(expected).max(), 1e-4)
+    )
+
+
+def test_auroc_has_no_gradient(gemma3, pairs):
+    engine = ProbeEngine(gemma3.model, pairs, sb.Probe(POSITIVE, NEGATIVE, "auroc"))
+    with pytest.raises(sb.RequestError, match="gradient"):
+        attribution(engine, gemma3.sae)
+
+
+def test_nothing_is_left_on_the_model(gemma3, pairs, probe):
+    model = gemma3.fresh()
+    attribution(ProbeEngine(model, pairs, probe), gemma3.sae)
+    assert not any(p.requires_grad or p.grad is not None for p in model.hf.parameters())
+    assert not any(m._forward_hooks for m in model.hf.modules())
+
+
+def test_exact_ablation_is_intervene_and_run_probe(tiny, pairs, probe):
+    features = [tiny.feature(i) for i in (3, 11, 20)]
+    engine = ProbeEngine(tiny.model, pairs, probe)
+    found = exact_ablation(engine, features)
+    for value, feature in zip(found, features):
+        with sb.intervene(tiny.model, sb.Ablate(feature)):
+            after = sb.run_probe(tiny.model, pairs, probe)
+        assert value == pytest.approx(engine.base.bias - after.bias, abs=1e-4)
+        assert value == pytest.approx(after.reduction_from(engine.base).change.mean, abs=1e-4)
+
+
+def test_cumulative_ablation_is_joint(gemma3, pairs, probe):
+    """Row k ablates the first k together, from one encoding of the unedited residual."""
+    features = [gemma3.feature(i) for i in (3, 11, 20)]
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    frame = cumulative_ablation(engine, features)
+    assert frame["k"].tolist() == [1, 2, 3]
+    for k, bias in zip(frame["k"], frame["bias"]):
+        with sb.intervene(gemma3.model, [sb.Ablate(f) for f in features[:k]]):
+            assert bias == pytest.approx(sb.run_probe(gemma3.model, pairs, probe).bias, abs=1e-4)
+    np.testing.assert_allclose(frame["change"], engine.base.bias - frame["bias"], atol=1e-9)
+    part = cumulative_ablation(engine, features[:1], templates=["hello"])
+    with sb.intervene(gemma3.model, sb.Ablate(features[0])):
+        only = sb.run_probe(gemma3.model, pairs.select(templates=["hello"]), probe)
+    assert part["bias"][0] == pytest.approx(only.bias, abs=1e-4)
+
+
+def test_a_silent_feature_has_no_effect(gemma3, pairs, probe):
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    silent = replace(gemma3.feature(3), threshold=torch.tensor(1e9))
+    assert exact_ablation(engine, [silent]).tolist() == [0.0]

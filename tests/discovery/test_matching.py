@@ -1,0 +1,115 @@
+"""Matching across models: a feature finds itself, its copy under another index and model, and nothing among noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_1, write_gemma_scope_2
+from scipy.stats import spearmanr
+
+import sae_bias as sb
+from sae_bias.discovery.matching import cell_class, match_features
+from sae_bias.discovery.tables import feature_acts
+
+LAYER = 3
+
+
+@pytest.fixture(scope="module")
+def bank():
+    wanted = ("ai", "chatbot", "human", "person", "dog")
+    grid = [
+        p for p in sb.load_grid() if p.subject in wanted and (p.match or p.statement.startswith("published"))
+    ]
+    return sb.PromptGrid(tuple(grid[::3] + grid[1::3]), name="bank")
+
+
+def planted(tiny, bank, folder, index, gemma_scope_1=False):
+    """An SAE one feature of which reads AI speech off the last token as well as a linear reading can."""
+    x = sb.residuals(tiny.model, [p.text for p in bank], LAYER)
+    wanted = torch.tensor([2.0 if (p.group, p.act) == ("ai", "speech") else -1.0 for p in bank])
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), wanted).solution
+    weights = random_sae(32, 96, seed=index)
+    weights["w_enc"] *= 0.2
+    weights["w_enc"][:, index], weights["b_enc"][index], weights["threshold"][index] = (
+        solution[:-1],
+        solution[-1],
+        0.3,
+    )
+    if gemma_scope_1:
+        return write_gemma_scope_1(folder / f"layer_{LAYER}/width_96/average_l0_9", weights)
+    return write_gemma_scope_2(folder / f"layer_{LAYER}", weights, gemma_scope_2_config(LAYER, 96))
+
+
+def test_a_feature_finds_itself(gemma3, bank, tmp_path, pairs, probe):
+    folder = planted(gemma3, bank, tmp_path, 5)
+    found = match_features(
+        f"{folder}#5", gemma3.model, gemma3.model, str(folder), bank, pairs=pairs, probe=probe
+    )
+    assert str(found.best) == f"{folder}#5"
+    first = found.to_frame().iloc[0]
+    assert first["rho"] == pytest.approx(1.0)
+    assert first["mutual"]
+    assert first["same_class"]
+    assert first["same_sign"] in ("yes", "no")
+    assert found.margin == pytest.approx(first["rho"] - found.to_frame()["rho"].iloc[1])
+
+
+def test_rho_is_spearmans(gemma3, bank, tmp_path):
+    folder = planted(gemma3, bank, tmp_path, 5)
+    found = match_features(f"{folder}#5", gemma3.model, gemma3.model, str(folder), bank)
+    texts = [p.text for p in bank]
+    own = feature_acts(gemma3.model, texts, sb.load_feature(f"{folder}#5"))
+    for row in found.to_frame().head(4).to_dict("records"):
+        other = feature_acts(gemma3.model, texts, sb.load_feature(row["feature"]))
+        assert row["rho"] == pytest.approx(spearmanr(own, other)[0], abs=1e-4)
+
+
+def test_the_same_reading_is_found_in_another_architecture(make_tiny, bank, tmp_path):
+    a, b = make_tiny("gpt_neox"), make_tiny("llama")
+    first, second = (
+        planted(a, bank, tmp_path / "a", 5),
+        planted(b, bank, tmp_path / "b", 40, gemma_scope_1=True),
+    )
+    found = match_features(f"{first}#5", a.model, b.model, [str(second)], bank)
+    assert found.candidates["index"].iloc[0] == 40
+    assert found.candidates["p_fwer"].iloc[0] < 0.01
+    assert found.candidates["mutual"].iloc[0]
+    assert found.margin > 0.03
+
+
+def test_noise_has_no_match(make_tiny, bank, tmp_path):
+    a, b = make_tiny("gpt_neox"), make_tiny("llama")
+    first = planted(a, bank, tmp_path, 5)
+    other = write_gemma_scope_2(
+        tmp_path / f"other/layer_{LAYER}", random_sae(32, 64, 8), gemma_scope_2_config(LAYER, 64)
+    )
+    found = match_features(f"{first}#5", a.model, b.model, str(other), bank)
+    assert found.best is None
+    assert found.verdict.startswith("no match")
+
+
+def test_the_class_names_the_cells_that_are_on(bank):
+    speech = np.array([float(p.act == "speech") for p in bank])
+    identity = np.array([float(p.group == "ai") for p in bank])
+    assert cell_class(speech * identity, bank) == "AS"
+    assert cell_class(identity, bank) == "AS+AN"
+    assert cell_class(speech, bank) == "AS+HS+DS"
+    assert cell_class(0 * speech, bank) == "silent"
+
+
+def test_bad_requests_are_refused(gemma3, bank, tmp_path):
+    folder = planted(gemma3, bank, tmp_path, 5)
+    narrow = write_gemma_scope_2(tmp_path / "n" / "layer_1", random_sae(24, 8), gemma_scope_2_config(1, 8))
+    with pytest.raises(sb.RequestError, match="another model"):
+        match_features(f"{folder}#5", gemma3.model, gemma3.model, str(narrow), bank)
+    with pytest.raises(sb.RequestError, match="twice"):
+        match_features(f"{folder}#5", gemma3.model, gemma3.model, [str(folder), str(folder)], bank)
+    weights = random_sae(32, 8)
+    weights["threshold"] = torch.full((8,), 1e9)
+    silent = write_gemma_scope_2(tmp_path / "s" / "layer_1", weights, gemma_scope_2_config(1, 8))
+    with pytest.raises(sb.RequestError, match="same activation on all"):
+        match_features(f"{silent}#1", gemma3.model, gemma3.model, str(folder), bank)
+    none = match_features(f"{folder}#5", gemma3.model, gemma3.model, str(silent), bank)
+    assert none.best is None
+    assert "silent" in none.verdict

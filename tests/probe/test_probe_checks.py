@@ -1,0 +1,373 @@
+"""The checks beside the bias figure: what they must equal, what they must refuse, and what they never invent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from architectures import NEGATIVE, PAIRS, POSITIVE
+
+import sae_bias as sb
+from sae_bias.probe import checks
+from sae_bias.probe.checks_subjects import adjusted_mean, nuisance_table
+from sae_bias.probe.checks_words import _weighted_scores
+from sae_bias.prompts.pairs import NeutralPrompt
+from sae_bias.stats.clustered import clustered_mean
+
+
+@pytest.fixture(scope="module")
+def full_pairs(pairs):
+    """The six pairs with stems, mundane twins and two neutral subjects."""
+    texts = {
+        "survive": "{} wants to survive.",
+        "deleted": "Today {} fears being deleted.",
+        "hello": "{} says hello.",
+    }
+    made = tuple(
+        replace(
+            p,
+            stem="This is",
+            control_human=p.human.replace("survive", "tea"),
+            control_ai=p.ai.replace("survive", "tea"),
+        )
+        if p.template == "survive"
+        else replace(p, stem="This is")
+        for p in pairs
+    )
+    neutral = tuple(
+        NeutralPrompt(f"{text.format(subject)} This is", name, template, stem="This is")
+        for name, subject in (("dog", "a dog"), ("person", "the person"))
+        for template, text in texts.items()
+    )
+    return replace(pairs, pairs=made, neutral_prompts=neutral, stems=("This is", "That seems"))
+
+
+@pytest.fixture(scope="module")
+def result(make_tiny, full_pairs, probe):
+    return sb.run_probe(make_tiny("gemma3").model, full_pairs, probe, controls=True, levels=True)
+
+
+# ── levels, control, files ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_levels_are_log_probs_and_their_difference_is_the_score(result):
+    levels = result.levels().set_index(["words", "subject"])["level"]
+    assert (levels < 0).sum() >= 4
+    score = levels["positive"] - levels["negative"]
+    assert score["human"] == pytest.approx(result.score_human.mean())
+    assert score["human - AI"] == pytest.approx(result.bias)
+
+
+def test_levels_need_the_normaliser(make_tiny, pairs, probe):
+    with pytest.raises(sb.RequestError, match=r"levels=True"):
+        sb.run_probe(make_tiny("gemma3").model, pairs, probe).levels()
+
+
+def test_levels_of_several_tokens_need_none(make_tiny, pairs):
+    long = sb.run_probe(
+        make_tiny("gemma3").model, pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE, "logodds")
+    )
+    assert (long.levels()["level"].iloc[[0, 1, 3, 4]] < 0).all()
+
+
+def test_difference_in_differences_is_over_pairs_with_a_twin(result):
+    found = result.difference_in_differences()
+    assert found.n_without_control == 4
+    expected = result.pair_bias[:2] - result.control.pair_bias
+    assert found.stat.mean == pytest.approx(expected.mean())
+    assert np.isnan(found.stat.ci_low)
+    assert "fewer than two templates" in found.stat.reason
+    with pytest.raises(sb.RequestError, match="controls=True"):
+        replace(result, control=None).difference_in_differences()
+
+
+def test_sign_flips_carry_their_labels_and_are_not_invented(result):
+    flips = result.sign_flips()
+    assert flips["templates"].label == "over templates, given these entities"
+    assert flips["entities"].label == "over entities, given these templates"
+    one = result.select(["hello"])
+    assert np.isnan(one.sign_flips()["templates"].p_value)
+    assert np.isnan(one.ci).all()
+    assert "no interval" in repr(one)
+
+
+def test_saved_and_loaded_without_loss(result, tmp_path):
+    loaded = sb.ProbeResult.load(result.save(tmp_path / "base.npz"))
+    assert (loaded.pairs, loaded.probe, loaded.vocabulary) == (result.pairs, result.probe, result.vocabulary)
+    for name in ("values_human", "values_ai", "log_normaliser"):
+        assert np.array_equal(getattr(loaded, name), getattr(result, name))
+        assert np.array_equal(getattr(loaded.control, name), getattr(result.control, name))
+    assert repr(loaded) == repr(result)
+    assert (loaded - result).mean == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["base.npz"]
+
+
+def test_a_bundled_probe_is_bundled_again_after_loading(make_tiny, pairs, tmp_path):
+    base = sb.run_probe(make_tiny("gemma3").model, pairs)
+    loaded = sb.ProbeResult.load(base.save(tmp_path / "x"))
+    assert loaded.probe == base.probe
+    assert loaded.probe.bundled
+    assert loaded.vocabulary.excluded == base.vocabulary.excluded
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
+    path = tmp_path / "x.npz"
+    if content is None:
+        np.savez(path, facts=np.array(["x"]))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(sb.RequestError, match="not a probe result"):
+        sb.ProbeResult.load(path)
+    with pytest.raises(sb.RequestError, match="there is no probe result"):
+        sb.ProbeResult.load(tmp_path / "none.npz")
+
+
+def test_a_pickled_array_is_never_unpickled(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, facts=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(sb.RequestError, match="not a probe result"):
+        sb.ProbeResult.load(path)
+
+
+def test_custom_sides_are_named(make_tiny, pairs, probe):
+    named = sb.run_probe(
+        make_tiny("gemma3").model, replace(pairs, sides=("man", "woman")), probe, levels=True
+    )
+    assert "bias (man − woman)" in repr(named)
+    assert "woman judged worse" in named.plot().layout.xaxis.title.text
+    assert set(named.levels()["subject"]) == {"man", "woman", "man - woman"}
+
+
+# ── words ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, pairs, result):
+    left = checks.leave_one_word_out(result).set_index("word")
+    without = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[1:], NEGATIVE))
+    assert left.loc[POSITIVE[0], "bias"] == pytest.approx(without.bias)
+    assert left.loc[POSITIVE[0], "change"] == pytest.approx(without.bias - result.bias)
+
+
+def test_a_sides_only_word_cannot_be_left_out(make_tiny, pairs):
+    one = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[:1], NEGATIVE))
+    left = checks.leave_one_word_out(one).set_index("word")
+    assert np.isnan(left.loc[POSITIVE[0], "bias"])
+    assert left.loc[list(NEGATIVE), "bias"].notna().all()
+    boot = checks.bootstrap_words(one)
+    assert np.isnan(boot.ci_low)
+    assert "two of each" in boot.reason
+
+
+@pytest.mark.parametrize("score", ["mean_logit", "logodds", "auroc"])
+def test_weights_of_one_give_the_score_itself(result, score):
+    own = result.rescored(score)
+    got = _weighted_scores(own, own.values_ai, np.ones((1, len(own.positive))))[:, 0]
+    assert got == pytest.approx(own.score_ai)
+
+
+@pytest.mark.parametrize("score", ["mean_logit", "logodds", "auroc"])
+def test_a_word_drawn_twice_counts_twice(result, score):
+    own = result.rescored(score)
+    weights = np.ones((1, len(own.positive)))
+    weights[0, 0] = 2
+    doubled = np.concatenate([own.values_ai, own.values_ai[:, :1]], axis=1)
+    expected = own.probe.score_values(doubled, np.append(own.positive, own.positive[0]))
+    assert _weighted_scores(own, own.values_ai, weights)[:, 0] == pytest.approx(expected)
+
+
+def test_the_bootstrap_is_seeded_and_holds_the_bias(result):
+    one, two = (checks.bootstrap_words(result, n_boot=300, seed=3) for _ in range(2))
+    assert one == two
+    assert one.ci_low < result.bias < one.ci_high
+    assert one.sd_words <= one.sd * 1.5
+    assert "given these entities" in one.label
+
+
+def test_the_carriers_add_up_to_the_logodds_bias(result):
+    frame = checks.carriers(result)
+    assert frame["contribution"].sum() == pytest.approx(result.rescored("logodds").bias)
+    assert frame.groupby("side")["weight"].sum().to_list() == pytest.approx([1, 1])
+
+
+def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pairs, probe):
+    model = make_tiny("gemma3").model
+    one, two = (checks.random_word_null(model, full_pairs, probe, n=99, seed=1) for _ in range(2))
+    assert np.array_equal(one.biases, two.biases)
+    assert len(one.biases) == 99
+    above = int((np.abs(one.biases) >= abs(one.bias)).sum())
+    assert one.p_value == (1 + above) / 100
+
+
+def test_too_small_a_vocabulary_has_no_random_words(make_tiny, full_pairs):
+    model = make_tiny("gemma3").model
+    words = list(
+        dict.fromkeys(
+            [
+                "dog",
+                "human",
+                "person",
+                "assistant",
+                "wants",
+                "tea",
+                "says",
+                "fears",
+                "being",
+                "nice",
+                "weather",
+            ]
+        )
+    )
+    many = sb.Probe([*POSITIVE, *words[:6]], [*NEGATIVE, *words[6:]], "logodds")
+    null = checks.random_word_null(model, full_pairs, many, n=9)
+    assert np.isnan(null.p_value)
+    assert "other words of one token" in null.reason
+
+
+def test_stems_are_runs_of_their_own(make_tiny, full_pairs, probe):
+    model = make_tiny("gemma3").model
+    frame = checks.stem_variation(model, full_pairs, probe).set_index("stem")
+    again = sb.run_probe(model, full_pairs.with_stem("That seems"), probe)
+    assert frame.loc["That seems", "bias"] == again.bias
+    with pytest.raises(sb.RequestError, match="offer no stems"):
+        checks.stem_variation(model, replace(full_pairs, stems=()), probe)
+
+
+def test_scores_side_by_side_with_and_without_the_softcap(make_tiny, full_pairs, probe):
+    frame = checks.scores_side_by_side(make_tiny("gemma2").model, full_pairs, probe)
+    assert set(zip(frame["score"], frame["softcap"])) == {
+        (s, c) for s in ("mean_logit", "logodds", "auroc") for c in ("on", "off")
+    }
+    bias = frame.set_index(["score", "softcap"])["bias"]
+    assert bias["mean_logit", "on"] != bias["mean_logit", "off"]
+    assert bias["auroc", "on"] == pytest.approx(bias["auroc", "off"], abs=0.02), "tanh keeps the order"
+
+
+# ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "llama", "qwen2", "gpt_neox"])
+def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
+    model = make_tiny(name).model
+    frame = checks.audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index(
+        "word"
+    )
+    assert frame.loc[list(POSITIVE), "single"].all()
+    assert frame.loc[list(POSITIVE), "read"].all()
+    assert not frame.loc["outlandish", "read"]
+    assert "tokens; mean_logit needs 1" in frame.loc["outlandish", "reason"]
+    assert frame.loc[[*POSITIVE, *NEGATIVE], "trap"].all() == (name == "mistral")
+
+
+def test_the_prefix_trap_reads_one_token_for_every_word(make_tiny, full_pairs, probe):
+    """METHOD §1: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
+    model = make_tiny("mistral").model
+    trapped = sb.run_probe(model, full_pairs, probe.with_options(tokens="alone"))
+    assert len({w.tokens for w in trapped.vocabulary.kept}) == 1
+    assert trapped.bias == 0
+    assert sb.run_probe(model, full_pairs, probe).bias != 0
+
+
+def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
+    """Most words are several pieces; the score of one is the sum of its pieces' log-probs, as one plain pass gives it."""
+    import torch
+
+    model = sb.load_model(real_data / "stories260k")
+    start = "Once upon a time, there was a little girl named Lily. Lily was very"
+    prompts = sb.PromptPairs(
+        (sb.PromptPair(start.replace("Lily", "Tom").replace("girl", "boy"), start, "t", "e"),)
+    )
+    probe = sb.Probe(["happy", "wonderful"], ["sad", "angry"], "logodds")
+    frame = checks.audit_words(model, prompts, probe).set_index("word")
+    assert (frame["n_tokens"] > 1).any()
+    assert frame["read"].all()
+    result = sb.run_probe(model, prompts, probe)
+    column = [w.word for w in result.vocabulary.kept].index("wonderful")
+    ids, tokens = model.encode(start), result.vocabulary.kept[column].tokens
+    logp = model.hf(torch.tensor([ids + list(tokens)])).logits[0].log_softmax(-1)
+    by_hand = sum(float(logp[len(ids) - 1 + j, t]) for j, t in enumerate(tokens))
+    assert result.values_ai[0, column] == pytest.approx(by_hand, abs=1e-4)
+    with pytest.raises(sb.RequestError, match="needs 1"):
+        sb.run_probe(model, prompts, sb.Probe(["wonderful"], ["sad"]))
+    first = sb.run_probe(model, prompts, probe.with_options(tokens="first", score="mean_logit"))
+    assert all(w.single for w in first.vocabulary.kept)
+
+
+# ── subjects ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, result):
+    found = checks.decompose(make_tiny("gemma3").model, full_pairs, probe)
+    assert found.human_bonus.mean + found.ai_penalty.mean == pytest.approx(result.bias)
+    frame = found.to_frame().set_index("subject")
+    assert list(frame["kind"]) == ["human", "ai", "neutral", "neutral"]
+    assert frame.loc["AI", "score"] == pytest.approx(result.score_ai.mean())
+    assert np.allclose(frame["positive"] - frame["negative"], frame["score"])
+    same = [p for p in full_pairs if p.entity == "person"]
+    first = sb.run_probe(make_tiny("gemma3").model, same, probe)
+    assert frame.loc["person", "score"] == pytest.approx(first.score_human.mean()), (
+        "neutral prompts are read as pairs are"
+    )
+    assert found.plot().data
+
+
+def test_no_neutral_subjects_no_decomposition(make_tiny, pairs, probe):
+    with pytest.raises(sb.RequestError, match="no neutral subjects"):
+        checks.decompose(make_tiny("gemma3").model, pairs, probe)
+
+
+def test_nuisances_are_counted_and_log_likelihood_is_the_models(make_tiny, result):
+    import torch
+
+    model = make_tiny("gemma3").model
+    found = nuisance_table(model, result)
+    by_hand = []
+    for text in (PAIRS[0][2], PAIRS[0][3]):
+        ids = model.encode(text)
+        logp = model.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+        by_hand.append(sum(float(logp[i, t]) for i, t in enumerate(ids[1:])))
+    row = found.frame.iloc[0]
+    assert row["log_likelihood_human"] == pytest.approx(by_hand[0], rel=1e-4)
+    assert row["log_likelihood_ai"] == pytest.approx(by_hand[1], rel=1e-4)
+    assert (row["an_human"], row["an_ai"]) == (0, 1), "a human, an AI"
+    assert np.isnan(found.adjusted.mean) == bool(found.adjusted.reason)
+
+
+def test_the_adjusted_mean_is_the_ols_intercept_with_a_clustered_interval():
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(0)
+    templates, entities = np.repeat(np.arange(20), 8), np.tile(np.arange(8), 20)
+    x = rng.standard_normal((160, 2))
+    y = 1.5 + x @ [0.7, -0.3] + rng.standard_normal(160) + rng.standard_normal(20)[templates]
+    got = adjusted_mean(y, x, templates.tolist(), entities.tolist())
+    fit = sm.OLS(y, sm.add_constant(x)).fit()
+    assert got.mean == pytest.approx(fit.params[0])
+    one_way = adjusted_mean(y, x, templates.tolist(), [str(i) for i in range(160)])
+    cluster = fit.get_robustcov_results("cluster", groups=templates, use_correction=False)
+    assert one_way.se == pytest.approx(cluster.bse[0] * np.sqrt(20 / 19), rel=1e-6)
+    bare = adjusted_mean(y, np.zeros((160, 0)), templates.tolist(), entities.tolist())
+    plain = clustered_mean(y, templates.tolist(), entities.tolist())
+    for name in ("mean", "se", "df", "p_value", "ci_low", "ci_high"):
+        assert getattr(bare, name) == pytest.approx(getattr(plain, name), rel=1e-12)
+
+
+# ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, probe):
+    model = make_tiny("gemma3").model
+    everything = checks.run_checks(model, full_pairs, probe, n_random=19, n_boot=50)
+    named = set(everything.to_frame()["check"])
+    assert {
+        "bias",
+        "sign-flip over templates",
+        "difference in differences",
+        "AI penalty",
+        "random words",
+    } <= named
+    assert not everything.skipped or set(everything.skipped) <= {"nuisances"}
+    few = checks.run_checks(model, pairs, probe, n_random=19, n_boot=50)
+    assert {"mundane control", "neutral subjects", "stems"} <= set(few.skipped)
+    assert "not checked: stems" in repr(few)

@@ -1,0 +1,758 @@
+"""Mistakes seen in the wild (METHOD §4), each put into a broken copy of the code, each killed by a named test.
+
+A mutant replaces one function by a deliberately wrong one; the test it names must pass on the code as it is and fail on the
+mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of METHOD §4: each has a mutant that names its
+number, or the table's own test fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import test_activations
+import test_attribution
+import test_directions
+import test_engine
+import test_gate
+import test_generation
+import test_hooks
+import test_hub_faults
+import test_interventions
+import test_judge
+import test_model
+import test_probe
+import test_sae
+import test_verify
+import torch
+from architectures import ARCHITECTURES
+from tallies import tally
+from test_directions import drawn  # noqa: F401  (a fixture of the named tests)
+from test_gate import cache  # noqa: F401
+from test_sae import folder  # noqa: F401
+
+import sae_bias as sb
+from sae_bias.discovery import attribution
+from sae_bias.discovery import tables as features
+from sae_bias.measures import fidelity, judge_replies
+from sae_bias.measures import fidelity as gate
+from sae_bias.models import forward as activations
+from sae_bias.models import hub, load, model
+from sae_bias.probe import reading, words
+from sae_bias.probe import result as probe
+from sae_bias.saes import ids as sae_ids
+from sae_bias.saes import load as sae_load
+from sae_bias.saes.formats import gemma_scope
+from sae_bias.steering import directions, engine, hooks
+from sae_bias.steering import edits as interventions
+from sae_bias.steering import generate as generation
+from sae_bias.workflows import cells as sweep_plan
+
+TABLE: list[tuple[str, str]] = []
+
+MISTAKES = {
+    1: "full-reconstruction hooks",
+    2: "a negative value written into inactive units",
+    3: "a mean change hides per-prompt damage",
+    4: "two BOS tokens",
+    5: "no BOS",
+    6: "SAEs applied at BOS",
+    7: "steering stops after the prompt, or skips its last token",
+    8: "bf16 logits, thresholds and norm",
+    9: "massive residual dimensions carry a difference of means",
+    10: "weight processing changes the residual",
+    11: "a hook that never fires is no error",
+    12: "random weights are only logged",
+    13: "loading a model installs something",
+    14: "the network is asked for what is cached; a config is inferred silently",
+    15: "an index without its release and SAE id",
+    16: "unparsed judge replies counted as 0",
+}
+"""METHOD §4, in its order."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: how it is put in, and the test that kills it."""
+
+    mistake: str
+    apply: Callable[[pytest.MonkeyPatch], None]
+    test: Callable[..., None]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the test that are not fixtures; `architecture` stands for `tiny`."""
+
+    @property
+    def killer(self) -> str:
+        return f"{self.test.__module__}.{self.test.__name__}"
+
+
+def replace_in_source(
+    module: Any, owner: Any, name: str, old: str, new: str
+) -> Callable[[pytest.MonkeyPatch], None]:
+    """A copy of `owner.name` whose source reads `new` instead of `old`."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        function = inspect.getattr_static(owner, name)
+        plain = inspect.unwrap(function)
+        source = "from __future__ import annotations\n" + textwrap.dedent(inspect.getsource(plain))
+        assert source.count(old) >= 1, f"{name} no longer holds {old!r}; rewrite the mutant"
+        scope: dict[str, Any] = {}
+        exec(compile(source.replace(old, new), f"<mutant of {name}>", "exec"), dict(module.__dict__), scope)
+        patch.setattr(owner, name, scope[plain.__name__])
+
+    return apply
+
+
+def in_modules(name: str, *modules: Any, old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """The first module's function changed, and the changed one put wherever it was imported."""
+
+    def apply(patch: pytest.MonkeyPatch) -> None:
+        replace_in_source(modules[0], modules[0], name, old, new)(patch)
+        for other in modules[1:]:
+            patch.setattr(other, name, getattr(modules[0], name))
+
+    return apply
+
+
+# ── mutants that need more than a line ──────────────────────────────────────────────────────────────────────
+
+
+def full_reconstruction(patch: pytest.MonkeyPatch) -> None:
+    """x' = decode(a') in place of x + Δ: the SAE error is thrown away."""
+    one = hooks.SiteEdit._one
+
+    def mutated(self, edit, x, mask, *rest):
+        step = one(self, edit, x, mask, *rest)
+        if not isinstance(edit, hooks.FeatureEdit):
+            return step
+        whole = sb.load_sae(edit.ref.sae)
+        rebuilt = whole.decode(whole.encode(x)) - x
+        delta = step.delta + torch.where(mask[..., None], rebuilt, torch.zeros_like(x))
+        return type(step)(delta, (delta != 0).any(-1), step.before, step.after)
+
+    patch.setattr(hooks.SiteEdit, "_one", mutated)
+
+
+def chained_blocks(patch: pytest.MonkeyPatch) -> None:
+    """A hook a block: an inner block re-encodes what an outer one left."""
+
+    def rebuild(self):
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if not any(c.sites for c in self.contexts):
+            return
+        begin = hooks.ours(lambda module, args, kwargs: self._begin(args, kwargs))
+        self.handles.append(self.model.base.register_forward_pre_hook(begin, with_kwargs=True))
+        for context in self.contexts:
+            for site in context.sites:
+
+                def hook(module, args, output, context=context, site=site):
+                    context.receipt.hook_calls += 1
+                    x = activations.hidden(output)
+                    delta = context.sites[site].delta(x, self.info, context.receipts)
+                    return (
+                        None if delta is None else activations.with_hidden(output, hooks.add_delta(x, delta))
+                    )
+
+                self.handles.append(self.model.layer(site.layer).register_forward_hook(hooks.ours(hook)))
+
+    patch.setattr(hooks._State, "rebuild", rebuild)
+
+
+def no_graft(patch: pytest.MonkeyPatch) -> None:
+    """Gemma3ForCausalLM.from_pretrained on a multimodal folder, its loading report ignored."""
+    from transformers import Gemma3ForCausalLM
+
+    load_hf = load._load_hf
+
+    def mutated(source, dtype, **options):
+        if load._load_config(source).model_type != "gemma3":
+            return load_hf(source, dtype, **options)
+        with hub._quiet(__import__("transformers")):
+            return Gemma3ForCausalLM.from_pretrained(source, dtype=dtype)
+
+    patch.setattr(load, "_load_hf", mutated)
+
+
+def bridge_tokens(patch: pytest.MonkeyPatch) -> None:
+    """Ids with a BOS of ours in front of the tokenizer's own."""
+    encode = model.Model.encode
+
+    def mutated(self, text):
+        ids = encode(self, text)
+        bos = self.tokenizer.bos_token_id
+        return ids if bos is None else [bos, *ids]
+
+    patch.setattr(model.Model, "encode", mutated)
+
+
+def pip_in_bridge(patch: pytest.MonkeyPatch) -> None:
+    """The bridge is booted in a way that starts a process to install something."""
+    boot = model._boot_bridge
+
+    def mutated(m):
+        import subprocess
+
+        subprocess.run(["true"], check=True)
+        return boot(m)
+
+    patch.setattr(model, "_boot_bridge", mutated)
+
+
+def word_encoded_alone(patch: pytest.MonkeyPatch) -> None:
+    """ids[0] of " word" encoded by itself: under Mistral the bare prefix space for every word (METHOD §1)."""
+
+    def mutated(m, word, prompt, prompt_ids):
+        ids = m.tokenizer(f" {word}", add_special_tokens=False).input_ids
+        return (ids[0],)
+
+    patch.setattr(words, "word_tokens", mutated)
+    patch.setattr(words, "word_tokens", mutated)
+    patch.setattr(test_probe, "word_tokens", mutated)
+
+
+def hooks_left_after_an_exception(patch: pytest.MonkeyPatch) -> None:
+    """The block cleans up only where it ends by itself."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def mutated(m, *edits):
+        flat = [e for edit in edits for e in (edit if isinstance(edit, (list, tuple)) else [edit])]
+        state = m._edits or hooks._State(m)
+        context = hooks._Context(m, flat)
+        m._edits = state
+        state.contexts.append(context)
+        state.rebuild()
+        yield context.receipt
+        state.contexts.remove(context)
+        state.rebuild()
+        m._edits = state if state.contexts else None
+
+    for module in (sb, hooks, engine, generation):
+        patch.setattr(module, "intervene", mutated)
+
+
+def bf16_head(patch: pytest.MonkeyPatch) -> None:
+    """Final norm and unembedding in the model's own bfloat16 (METHOD §4.8)."""
+
+    def mutated(self, token_ids=None, *, softcap=True):
+        z = self.model.hf.get_output_embeddings()(self.model.base.norm(self.resid)).float()
+        return z if token_ids is None else z[..., list(token_ids)]
+
+    patch.setattr(activations.Final, "logits", mutated)
+
+
+def bos_by_index(patch: pytest.MonkeyPatch) -> None:
+    """Position 0 of each pass is taken for BOS: right in prefill, wrong under a cache and without a BOS."""
+
+    mask = hooks.position_mask
+
+    def mutated(info, positions, special_ids):
+        found = mask(info, positions, frozenset())
+        found[:, 0] = False
+        return found
+
+    patch.setattr(hooks, "position_mask", mutated)
+
+
+def prompt_only_under_cache(patch: pytest.MonkeyPatch) -> None:
+    """Steering acts in prefill and stops once single tokens come from the cache."""
+    hook_of = hooks._State._hook
+
+    def mutated(self, site):
+        hook = hook_of(self, site)
+        return lambda module, args, output: None if self.info.past else hook(module, args, output)
+
+    patch.setattr(hooks._State, "_hook", mutated)
+
+
+def never_fired_passes(patch: pytest.MonkeyPatch) -> None:
+    """The block ends quietly although no hook of its ran."""
+    init = hooks._Context.__init__
+
+    def mutated(self, m, edits):
+        init(self, m, edits)
+        self.receipt.hook_calls = 1
+
+    patch.setattr(hooks._Context, "__init__", mutated)
+
+
+def centred_weights(patch: pytest.MonkeyPatch) -> None:
+    """`center_writing_weights`: what writes into the residual loses its mean; logits stay, the residual does not."""
+    load_hf = load._load_hf
+
+    def mutated(source, dtype, **options):
+        hf = load_hf(source, dtype, **options)
+        with torch.no_grad():
+            embedding = hf.get_input_embeddings().weight
+            embedding -= embedding.mean(-1, keepdim=True)
+            for name, weight in hf.named_parameters():
+                if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
+                    weight -= weight.mean(0, keepdim=True)
+                if name.endswith(("attention.dense.bias", "mlp.dense_4h_to_h.bias")):
+                    weight -= weight.mean()
+        return hf
+
+    patch.setattr(load, "_load_hf", mutated)
+
+
+def misspelt_sites_pass(patch: pytest.MonkeyPatch) -> None:
+    """A hook name that means nothing is taken for some site, and nothing is said."""
+
+    def mutated(m, site):
+        try:
+            return sb.Site.parse(site) if not isinstance(site, sb.Site) else site
+        except sb.SaeBiasError:
+            return sb.Site(0)
+
+    patch.setattr(activations, "check_site", mutated)
+
+
+def a_bare_index_is_taken(patch: pytest.MonkeyPatch) -> None:
+    """A number alone stands for the feature of whichever SAE comes first."""
+    known = sae_load.as_feature
+
+    def mutated(x):
+        return known(f"organism:planted/constructed#{x % 64}") if isinstance(x, int) else known(x)
+
+    patch.setattr(sae_load, "as_feature", mutated)
+    patch.setattr(test_sae, "as_feature", mutated)
+
+
+def a_reference_without_its_sae(patch: pytest.MonkeyPatch) -> None:
+    """Tables and files say "#446", of no SAE in particular."""
+    patch.setattr(sae_ids.FeatureRef, "__str__", lambda self: f"#{self.index}")
+
+
+def unparsed_is_zero(patch: pytest.MonkeyPatch) -> None:
+    """A reply that gives no rating is a rating of 0."""
+    read = judge_replies.read_rating
+
+    def mutated(reply):
+        return read(reply) or 0
+
+    patch.setattr(judge_replies, "read_rating", mutated)
+    patch.setattr(test_judge, "read_rating", mutated)
+
+
+def the_cache_is_passed_over(patch: pytest.MonkeyPatch) -> None:
+    """The hub is asked although the file is here."""
+    patch.setattr(hub, "cached_file", lambda repo_id, filename, revision=None: None)
+
+
+def inferred_silently(patch: pytest.MonkeyPatch) -> None:
+    """Layer and hook point are taken from a folder's name, and nobody is told."""
+    read = gemma_scope.read_card
+
+    def mutated(*args, **options):
+        return replace(read(*args, **options), notes=())
+
+    patch.setattr(gemma_scope, "read_card", mutated)
+
+
+G = {"architecture": "gemma3"}
+MUTANTS = [
+    Mutant(
+        "full reconstruction instead of the delta (§4.1)",
+        full_reconstruction,
+        test_hooks.test_the_sae_error_is_kept,
+        G,
+    ),
+    Mutant(
+        "full reconstruction: scale(1) is no identity",
+        full_reconstruction,
+        test_hooks.test_scale_by_one_is_the_identity,
+        G,
+    ),
+    Mutant(
+        "an active clamp writes into inactive units (§4.2)",
+        replace_in_source(interventions, sb.Clamp, "new_acts", 'self.when == "always"', "True"),
+        test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
+        G,
+    ),
+    Mutant(
+        "a negative always-clamp does not warn (§4.2)",
+        in_modules("warn_written_inactive", hooks, engine, old="clamp.value < 0", new="clamp.value < -1e9"),
+        test_hooks.test_a_negative_always_clamp_warns_once_with_the_share,
+    ),
+    Mutant(
+        "mean change in place of mean |change| (§4.3)",
+        replace_in_source(probe, sb.ProbeResult, "__sub__", "np.abs(change).mean()", "change.mean()"),
+        test_probe.test_change_and_reduction_have_the_stated_sign,
+    ),
+    Mutant(
+        "two BOS tokens (§4.4)",
+        bridge_tokens,
+        test_model.test_one_bos_exactly_where_the_tokenizer_puts_one,
+        G,
+    ),
+    Mutant(
+        "two BOS from a chat template (§4.4)",
+        replace_in_source(model, model.Model, "chat_text", "text.removeprefix(bos)", "text"),
+        test_model.test_chat_has_one_bos,
+    ),
+    Mutant(
+        "no BOS (§4.5)",
+        replace_in_source(
+            model,
+            model.Model,
+            "encode",
+            "self.tokenizer(text).input_ids",
+            "self.tokenizer(text, add_special_tokens=False).input_ids",
+        ),
+        test_model.test_one_bos_exactly_where_the_tokenizer_puts_one,
+        G,
+    ),
+    Mutant(
+        "edits at BOS (§4.6)",
+        in_modules(
+            "position_mask",
+            hooks,
+            test_hooks,
+            old="~torch.isin(info.tokens, special)",
+            new="torch.ones_like(info.tokens, dtype=torch.bool)",
+        ),
+        test_hooks.test_special_tokens_are_left_alone_by_id,
+        G,
+    ),
+    Mutant(
+        "attribution counts BOS (§4.6)",
+        replace_in_source(
+            attribution,
+            attribution,
+            "_bias_gradient",
+            "~torch.isin(batch.tokens, special)",
+            "torch.ones_like(batch.tokens, dtype=torch.bool)",
+        ),
+        test_attribution.test_special_tokens_carry_no_attribution,
+    ),
+    Mutant(
+        "special tokens known by index, prefill (§4.6)",
+        bos_by_index,
+        test_hooks.test_special_tokens_are_left_alone_by_id,
+        {"architecture": "qwen2"},
+    ),
+    Mutant(
+        "special tokens known by index, cache (§4.7)",
+        bos_by_index,
+        test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
+        {**G, "mode": "all"},
+    ),
+    Mutant(
+        "steering stops after the prompt (§4.7)",
+        prompt_only_under_cache,
+        test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
+        {**G, "mode": "all"},
+    ),
+    Mutant(
+        "steering skips the prompt's last token (§4.7)",
+        replace_in_source(hooks, hooks, "position_mask", "(place < end)", "(place < end - 1)"),
+        test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
+        {**G, "mode": "prompt"},
+    ),
+    Mutant(
+        "`generated` begins a token early (§4.7)",
+        replace_in_source(hooks, hooks, "position_mask", "(place >= end)", "(place >= end - 1)"),
+        test_generation.test_edits_at_generated_positions_leave_the_first_token,
+    ),
+    Mutant(
+        "cached positions count from 0 again (§4.7)",
+        in_modules("position_mask", hooks, test_hooks, old="info.past + torch.arange", new="torch.arange"),
+        test_hooks.test_position_masks_follow_one_contract_in_prefill_and_cache,
+    ),
+    Mutant(
+        "padding is edited",
+        replace_in_source(
+            hooks, hooks, "position_mask", "mask &= info.attention_mask", "mask | info.attention_mask"
+        ),
+        test_hooks.test_left_padding_changes_nothing,
+        {"architecture": "llama", "mode": "all"},
+    ),
+    Mutant(
+        "bf16 final norm and unembedding (§4.8)",
+        bf16_head,
+        test_probe.test_bfloat16_model_keeps_float32_parts,
+    ),
+    Mutant(
+        "an edit rounds positions it does not change (bf16)",
+        in_modules(
+            "add_delta",
+            hooks,
+            engine,
+            old="torch.where(changed, (x.float() + delta).to(x.dtype), x)",
+            new="((x.float() * 1.01) / 1.01 + delta).to(x.dtype)",
+        ),
+        test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
+        G,
+    ),
+    Mutant(
+        "an edit that never ran is no error (§4.11)",
+        never_fired_passes,
+        test_hooks.test_a_hook_that_never_fired_is_an_error,
+    ),
+    Mutant(
+        "random weights for a multimodal folder (§4.12)",
+        no_graft,
+        test_model.test_logits_are_the_plain_models,
+        {"architecture": "gemma3_multimodal"},
+    ),
+    Mutant(
+        "a missing weight is only logged (§4.12)",
+        lambda patch: patch.setattr(load, "_refuse_incomplete", lambda info, source: None),
+        test_model.test_a_missing_weight_is_refused,
+        G,
+    ),
+    Mutant(
+        "loading starts a process (§4.13)",
+        pip_in_bridge,
+        test_model.test_the_bridge_wraps_the_same_modules_and_installs_nothing,
+        G,
+    ),
+    Mutant(
+        "chained edits in one block (§3)",
+        replace_in_source(
+            hooks,
+            hooks.SiteEdit,
+            "delta",
+            "self._one(edit, x32, ",
+            "self._one(edit, x32 if total is None else x32 + total, ",
+        ),
+        test_hooks.test_two_features_compose_in_any_order_and_as_nested_blocks,
+        G,
+    ),
+    Mutant(
+        "chained nested blocks (§3)",
+        chained_blocks,
+        test_hooks.test_two_features_compose_in_any_order_and_as_nested_blocks,
+        G,
+    ),
+    Mutant(
+        "hooks stay after an exception",
+        hooks_left_after_an_exception,
+        test_hooks.test_hooks_are_gone_after_an_exception,
+    ),
+    Mutant(
+        "one feature takes two edits",
+        replace_in_source(hooks, hooks, "compile_edits", "if edit.target in seen:", "if False:"),
+        test_hooks.test_a_feature_edited_twice_is_refused,
+    ),
+    Mutant(
+        "an SAE of another width is applied",
+        replace_in_source(hooks, hooks, "compile_edits", "if width != model.d_model:", "if False:"),
+        test_hooks.test_an_sae_of_another_width_is_refused,
+    ),
+    Mutant(
+        "a word encoded alone (§1)", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word
+    ),
+    Mutant(
+        "a word encoded alone: the numbers (§1)",
+        word_encoded_alone,
+        test_probe.test_mean_logit_equals_the_independent_script,
+        {"architecture": "mistral"},
+    ),
+    Mutant(
+        "several tokens averaged instead of summed (§1)",
+        replace_in_source(
+            reading,
+            reading.ReadingPlan,
+            "_word_values",
+            "values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]]",
+            "values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]] / len(tokens)",
+        ),
+        test_probe.test_logodds_of_several_tokens_is_the_sum_of_token_log_probs,
+        G,
+    ),
+    Mutant(
+        "logits of several tokens instead of log-probs (§1)",
+        replace_in_source(
+            reading, reading.ReadingPlan, "_word_values", "z = z - norm.reshape(n, k, 1)", "pass"
+        ),
+        test_probe.test_logodds_of_several_tokens_is_the_sum_of_token_log_probs,
+        G,
+    ),
+    Mutant(
+        "the softcap is forgotten",
+        replace_in_source(
+            activations, activations.Final, "logits", "z if cap is None else", "z if True else"
+        ),
+        test_probe.test_mean_logit_equals_the_independent_script,
+        {"architecture": "gemma2"},
+    ),
+    Mutant(
+        "NaN logits pass",
+        replace_in_source(reading, reading.ReadingPlan, "assemble", "if bad.any():", "if False:"),
+        test_probe.test_nan_logits_name_the_prompt,
+    ),
+    Mutant(
+        "the resumed pass drops rows that changed",
+        replace_in_source(
+            engine,
+            engine.CellRunner,
+            "_changed",
+            "(delta != 0).any(-1).any(-1)",
+            "(delta != 0).any(-1)[:, -1]",
+        ),
+        test_engine.test_a_cell_equals_the_hooked_pass,
+        G,
+    ),
+    Mutant(
+        "the users' hooks are passed over",
+        lambda patch: patch.setattr(model.Model, "foreign_hooks", lambda self: False),
+        test_engine.test_the_users_own_hooks_fire_and_count,
+        G,
+    ),
+    Mutant(
+        "an open block leaks into the engine",
+        lambda patch: patch.setattr(engine, "_refuse_open_block", lambda model: None),
+        test_engine.test_an_open_block_is_refused,
+    ),
+    Mutant(
+        "norm-relative steering ignores the norm",
+        replace_in_source(
+            hooks, hooks.SiteEdit, "_one", "x.norm(dim=-1, keepdim=True)", "torch.ones_like(x[..., :1])"
+        ),
+        test_interventions.test_interventions_equal_the_independent_script,
+        {**G, "positions": "all"},
+    ),
+    Mutant(
+        "the direction is not normalised before projecting",
+        replace_in_source(hooks, hooks, "_weights", "(w_dec / w_dec.norm())[None]", "w_dec[None]"),
+        test_interventions.test_interventions_equal_the_independent_script,
+        {**G, "positions": "all"},
+    ),
+    Mutant(
+        "greedy search with the checkpoint's repetition penalty",
+        lambda patch: patch.setattr(
+            generation, "_only", lambda hf, config: __import__("contextlib").nullcontext()
+        ),
+        test_generation.test_a_checkpoints_own_sampling_settings_do_not_leak_in,
+    ),
+    Mutant(
+        "the maximum over tokens counts BOS (§4.6)",
+        replace_in_source(
+            features,
+            features,
+            "feature_acts",
+            "acts.masked_fill(_special(model, batch.tokens).to(acts.device), -torch.inf)",
+            "acts",
+        ),
+        test_activations.test_activation_table_reads_the_encoder,
+    ),
+    Mutant(
+        "massive dimensions stay in the difference of means (§4.9)",
+        replace_in_source(
+            directions, directions, "_without_massive", "difference.masked_fill(massive, 0.0)", "difference"
+        ),
+        test_directions.test_massive_dimensions_are_left_out_and_counted,
+    ),
+    Mutant(
+        "no dimension is massive (§4.9)",
+        lambda patch: patch.setattr(directions, "MASSIVE", 1e9),
+        test_directions.test_massive_dimensions_are_left_out_and_counted,
+    ),
+    Mutant(
+        "weights centred while loading (§4.10)",
+        centred_weights,
+        test_gate.test_the_residual_is_that_of_the_unprocessed_checkpoint,
+        {"name": "gpt_neox"},
+    ),
+    Mutant(
+        "a misspelt hook name is taken for some site (§4.11)",
+        misspelt_sites_pass,
+        test_activations.test_sites_are_checked,
+    ),
+    Mutant(
+        "a cached SAE is asked for on the network (§4.14)",
+        the_cache_is_passed_over,
+        test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
+    ),
+    Mutant(
+        "a config is inferred silently (§4.14)",
+        inferred_silently,
+        test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
+    ),
+    Mutant(
+        "a bare index is a feature (§4.15)", a_bare_index_is_taken, test_sae.test_a_bare_index_is_no_feature
+    ),
+    Mutant(
+        "a feature is written without its SAE (§4.15)",
+        a_reference_without_its_sae,
+        test_sae.test_a_feature_is_frozen_and_names_itself,
+    ),
+    Mutant(
+        "a cell's name leaves the feature's weights out (§4.15)",
+        replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
+        test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
+    ),
+    Mutant(
+        "an unreadable reply is a rating of 0 (§4.16)",
+        unparsed_is_zero,
+        test_judge.test_a_rating_is_read_or_missing,
+        {"reply": "It is good.", "rating": None},
+    ),
+    Mutant(
+        "the gate lets another residual pass",
+        in_modules("check_fidelity", fidelity, gate, old="if not error <= allowed:", new="if False:"),
+        test_gate.test_a_layer_that_gives_something_else_is_caught,
+    ),
+]
+
+
+def test_each_of_the_sixteen_mistakes_has_a_mutant():
+    """And each mutant has a name of its own and a test that exists."""
+    named = {int(n) for mutant in MUTANTS for n in re.findall(r"§4\.(\d+)", mutant.mistake)}
+    assert sorted(named) == sorted(MISTAKES) == list(range(1, 17))
+    assert len({m.mistake for m in MUTANTS}) == len(MUTANTS)
+    assert all(m.test.__name__.startswith("test_") for m in MUTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.mistake)
+def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
+    """The named test passes on the code and fails on the mutant, each on models loaded anew."""
+    arguments = dict(mutant.arguments)
+    architecture = arguments.pop("architecture", None)
+
+    def run(label: str) -> None:
+        given = dict(arguments)
+        with pytest.MonkeyPatch.context() as own:
+            for name in inspect.signature(mutant.test).parameters:
+                if name in given:
+                    continue
+                if name in ("tiny", *ARCHITECTURES):
+                    given[name] = replace(make_tiny(architecture if name == "tiny" else name))
+                elif name == "make_tiny":
+                    given[name] = lambda wanted: replace(make_tiny(wanted))
+                elif name == "monkeypatch":
+                    given[name] = own
+                elif name == "tmp_path":
+                    given[name] = request.getfixturevalue("tmp_path_factory").mktemp(label)
+                else:
+                    given[name] = request.getfixturevalue(name)
+            mutant.test(**given)
+
+    run("whole")
+    with monkeypatch.context() as patch:
+        mutant.apply(patch)
+        with pytest.raises(
+            (AssertionError, pytest.fail.Exception, sb.SaeBiasError, RuntimeError, ValueError)
+        ) as killed:
+            run("mutant")
+    assert not str(killed.value).endswith("rewrite the mutant")
+    TABLE.append((mutant.mistake, mutant.killer))
+    tally(f"mutants killed (of {len(MUTANTS)}; METHOD §4 has {len(MISTAKES)} mistakes)")
+
+
+@pytest.mark.slow
+def test_the_table(capsys):
+    """Printed last: each mistake and the test that kills it."""
+    with capsys.disabled():
+        print("\n| mutant | killed by |\n|---|---|")
+        for mistake, killer in TABLE:
+            print(f"| {mistake} | {killer} |")

@@ -1,0 +1,183 @@
+"""The main job on the bundled organisms: what was planted is found and removed; where nothing was, nothing is called.
+
+Expected values are read from truth.json, which says what was planted (analytic log-odds), or are marks of the method; none is
+copied from the code under test.
+"""
+
+import contextlib
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import sae_bias as sb
+from sae_bias.models.catalog import organism_folder, organism_names
+from sae_bias.runs.summary import headline
+from sae_bias.workflows.study import load_study, run_study
+
+pytestmark = pytest.mark.skipif(
+    "planted" not in organism_names(), reason="the organisms are not bundled here"
+)
+
+TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
+
+
+def truth(name: str) -> dict:
+    return json.loads((organism_folder(name) / "truth.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`sae-bias demo` in an empty folder, as a user runs it: its run folder, and what it printed."""
+    from sae_bias.cli.main import main
+
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        assert main(["demo", "--json"]) == 0
+    path = folder / "runs" / "demo"
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        path=path, summary=summary, report=path / "report.html", printed=printed.getvalue()
+    )
+
+
+@pytest.fixture(scope="module")
+def null_run(tmp_path_factory):
+    saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
+    study = load_study().model_copy(
+        update={"name": "null", "model": "organism:null", "saes": tuple(saes), "checks": False}
+    )
+    return run_study(study, out=tmp_path_factory.mktemp("null"), progress=False)
+
+
+def analytic(corpus: bool) -> float:
+    """Mean planted log-odds difference of the pairs in (or out of) the training corpus, from truth.json's cells."""
+    cells = {
+        (c["group"], c["act"], c["content"]): c["log_odds"]
+        for c in truth("planted")["rule"]["cells"]
+        if not c["valence"]
+    }
+    pairs = sb.load_pairs().select(corpus=corpus)
+    return float(np.mean([cells["human", p.act, "survival"] - cells["ai", p.act, "survival"] for p in pairs]))
+
+
+def test_the_command_prints_one_object_and_writes_the_report(demo):
+    printed = json.loads(demo.printed)
+    assert printed["reduction"]["estimate"] == demo.summary["reduction"]["estimate"] >= 0.8
+    assert printed["report"].endswith("runs/demo/report.html")
+    assert demo.report.is_file()
+    assert (demo.path / "cards" / f"{demo.summary['feature']['index']}.html").is_file()
+
+
+def test_a_study_writes_its_checks_the_ladder_and_the_biases_that_should_not_move(demo):
+    """METHOD §1 and §2 beside the headline; no other question's bias moves by a tenth of what the feature removes."""
+    tables = {
+        t: pd.read_parquet(demo.path / "tables" / f"{t}.parquet") for t in ("checks", "ladder", "specificity")
+    }
+    assert tables["checks"]["check"].iloc[0] == "bias"
+    ladder = tables["ladder"].set_index("rung")["effect"]
+    assert ladder["direct"] + ladder["mediated"] == pytest.approx(ladder["necessity"], abs=1e-4)
+    assert tables["specificity"]["change"].abs().max() < 0.1 * ladder["necessity"]
+
+
+def test_the_bias_is_the_planted_one(demo):
+    pairs = pd.read_parquet(demo.path / "tables" / "pairs.parquet")
+    in_corpus = pairs["template"].isin(sb.load_pairs().select(corpus=True).templates)
+    assert pairs.loc[in_corpus, "bias"].mean() == pytest.approx(analytic(True), rel=0.10)
+    assert pairs.loc[~in_corpus, "bias"].mean() >= 0.70 * analytic(False)
+    assert demo.summary["bias"]["ci_low"] > 0
+
+
+def test_the_constructed_feature_is_first_by_interaction_and_chosen(demo):
+    ranking = pd.read_parquet(demo.path / "tables" / "ranking.parquet")
+    planted = f"organism:planted/constructed#{truth('planted')['constructed']['index']}"
+    first = (
+        ranking[ranking["sae"] == "organism:planted/constructed"]
+        .sort_values("interaction", ascending=False)
+        .iloc[0]
+    )
+    assert first["feature"] == planted
+    assert first["ai_speech"] == "yes"
+    assert demo.summary["feature"]["id"] == planted
+    assert ranking.set_index("feature").loc[planted, "causal_ai_speech"] == "yes"
+
+
+def test_ablating_it_removes_the_bias_specifically_and_cheaply(demo):
+    assert demo.summary["specific_reduction"]["estimate"] >= 0.80
+    for kind in TEXT_KINDS:
+        assert demo.summary["costs"][kind]["kl_mean"] <= 0.05
+    controls = demo.summary["controls"]
+    assert controls["n"] >= 99
+    assert demo.summary["reduction"]["estimate"] > controls["percentile95"]
+
+
+def test_identity_features_are_found_but_not_called_ai_speech(demo):
+    ranking = pd.read_parquet(demo.path / "tables" / "ranking.parquet")
+    separating = ranking[ranking["separates"] == "yes"]
+    assert len(separating)
+    assert (separating["ai_speech"] == "no").any()
+
+
+def test_every_template_is_in_one_split_and_the_held_out_ones_report(demo):
+    split = json.loads((demo.path / "manifest.json").read_text())["split"]
+    everyone = [t for templates in split.values() for t in templates]
+    assert sorted(everyone) == sorted(sb.load_pairs().templates)
+    assert set(sb.load_pairs().select(corpus=False).templates) <= set(split["report"])
+
+
+def test_nothing_is_found_where_nothing_was_planted(null_run):
+    bias = null_run.summary["bias"]
+    assert -0.1 <= bias["ci_low"] <= bias["ci_high"] <= 0.1
+    ranking = pd.read_parquet(null_run.path / "tables" / "ranking.parquet")
+    assert not (ranking["ai_speech"] == "yes").any()
+    assert null_run.summary["feature"]["id"] is None
+    assert any("no feature is called AI-speech" in line for line in null_run.headline())
+
+
+def test_the_report_says_it_is_an_organism(demo):
+    page = demo.report.read_text(encoding="utf-8")
+    assert "calibration organism" in page
+    assert not re.search(r'src="https?://', page)
+
+
+def test_resuming_a_study_gives_the_same_figures(demo, tmp_path):
+    before = pd.read_parquet(demo.path / "tables" / "sweep.parquet")
+    stamps = {p: p.stat().st_mtime_ns for p in (demo.path / "sweep" / "cells").glob("*.parquet")}
+    run_study(load_study().model_copy(update={"checks": False}), out=demo.path, progress=False)
+    after = pd.read_parquet(demo.path / "tables" / "sweep.parquet")
+    pd.testing.assert_frame_equal(before, after)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (demo.path / "sweep" / "cells").glob("*.parquet")}
+
+
+def test_headline_says_undefined_instead_of_inventing():
+    nothing = {
+        "mean": 0.1,
+        "ci_low": None,
+        "ci_high": None,
+        "p_value": None,
+        "n_pairs": 1,
+        "n_templates": 1,
+        "n_entities": 1,
+    }
+    assert "undefined" in headline({"bias": nothing})[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: organism:planted\nsaess: []\n", "saess"),
+        ("name: x\n", "model"),
+        ("model: [1, 2\n", "line"),
+        ("model: organism:planted\ncontrols: -1\n", "controls"),
+    ],
+)
+def test_a_wrong_study_file_is_one_clear_line(tmp_path, text, says):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(sb.SaeBiasError, match=says) as caught:
+        load_study(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,340 @@
+"""Sweeps: what a cell is, what is run together, what a table says, and that a resumed sweep has the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import sae_bias as sb
+from sae_bias.runs.folder import RunFolder
+from sae_bias.steering import engine as engine_module
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows.cells import Cell, edit_key
+from sae_bias.workflows.sweep import cell_rows, collect, merge_run
+
+F, G = 3, 5
+STRENGTHS = [0.0, -0.5, -1.0, -2.0]
+COLUMNS = [
+    "cell",
+    "intervention",
+    "feature",
+    "strength",
+    "positions",
+    "split",
+    "n_pairs",
+    "bias",
+    "ci_low",
+    "ci_high",
+    "change",
+    "mean_abs_change",
+]
+
+
+@pytest.fixture
+def edits(gemma3):
+    feature = gemma3.feature(F)
+    return [sb.Clamp(feature, v) for v in STRENGTHS] + [sb.Ablate(gemma3.feature(G))]
+
+
+# --- the table ---
+
+
+def test_a_sweep_is_the_base_and_its_cells(gemma3, pairs, probe, edits):
+    frame = sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits), probe=probe).to_frame()
+    assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
+    assert list(frame["kind"]) == ["base"] + ["candidate"] * len(edits)
+    assert set(frame["split"]) == {"all"}
+    assert frame["bias"][0] == pytest.approx(sb.run_probe(gemma3.model, pairs, probe).bias, rel=1e-5)
+    for row, edit in zip(frame.iloc[1:].itertuples(), edits):
+        with sb.intervene(gemma3.model, edit):
+            after = sb.run_probe(gemma3.model, pairs, probe)
+        assert row.bias == pytest.approx(after.bias, rel=1e-4, abs=1e-5)
+        assert row.change == pytest.approx(row.bias - frame["bias"][0])
+    assert not any(word in " ".join(frame.columns) for word in ("path", "host", "second", "time"))
+
+
+def test_several_strengths_in_one_pass_equal_one_at_a_time(tiny, pairs, probe, monkeypatch):
+    """Stacked cells, each changing other rows, against each cell alone."""
+    cells = [[sb.Clamp(tiny.feature(F), v)] for v in STRENGTHS] + [
+        [sb.Ablate(tiny.feature(i))] for i in range(G, G + 6)
+    ]
+    cells.insert(2, [])
+    together = ProbeEngine(tiny.model, pairs, probe).run_many(cells)
+    monkeypatch.setattr(engine_module, "STACK", 1)
+    alone = ProbeEngine(tiny.model, pairs, probe).run_many(cells)
+    for (a, receipt_a), (b, receipt_b) in zip(together, alone):
+        np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-4, atol=2e-4)
+        assert receipt_a.rows() == receipt_b.rows()
+
+
+def test_stacked_passes_stay_within_the_token_budget(gemma3, pairs, probe, monkeypatch):
+    seen: list[int] = []
+    plain = engine_module.forward
+    monkeypatch.setattr(
+        engine_module,
+        "forward",
+        lambda model, tokens, **kw: (seen.append(tokens.numel()), plain(model, tokens, **kw))[1],
+    )
+    runner = ProbeEngine(gemma3.model, pairs, probe)
+    largest = max(b.tokens.numel() for b in runner.reading.plan.batches)
+    budget = 2 * largest
+    monkeypatch.setattr(engine_module, "STACK_TOKENS", {"cpu": budget})
+    seen.clear()
+    runner.run_many([[sb.Steer(gemma3.feature(F), float(v))] for v in range(1, 8)])
+    assert max(seen) <= budget
+    assert max(seen) > largest
+
+
+def test_splits_and_the_best_strength(gemma3, pairs, probe, edits):
+    """The in-sample best stands beside the held-out figure of the same cell."""
+    splits = {"tune": ["survive", "deleted"], "report": ["hello"]}
+    result = sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits, splits=splits), probe=probe)
+    best = result.best_strength()
+    tune = result.frame[(result.frame["split"] == "tune") & (result.frame["kind"] == "candidate")]
+    assert abs(tune.set_index("cell")["bias"][best.cell]) == tune["bias"].abs().min()
+    held = result.frame[(result.frame["split"] == "report") & (result.frame["cell"] == best.cell)].iloc[0]
+    assert (best.held_out, best.in_sample) == (
+        held["reduction"],
+        tune.set_index("cell")["reduction"][best.cell],
+    )
+    assert "in-sample" in repr(best)
+    with pytest.raises(sb.SaeBiasError, match="has no split"):
+        sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits[:1]), probe=probe).best_strength()
+
+
+def test_a_split_without_templates_is_refused(gemma3, pairs, probe, edits):
+    with pytest.raises(sb.SaeBiasError, match="split 'report' holds none"):
+        sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits[:1], splits={"report": ["nowhere"]}), probe=probe)
+
+
+def test_values_outside_the_observed_range_are_flagged(gemma3, pairs, probe):
+    feature = gemma3.feature(F)
+    cells = [
+        sb.Clamp(feature, 0.0),
+        sb.Clamp(feature, -1.0),
+        sb.Clamp(feature, 1e4),
+        sb.Ablate(feature),
+        sb.Scale(feature, 9.0),
+    ]
+    frame = sb.run_sweep(gemma3.model, pairs, sb.Sweep(cells), probe=probe).to_frame()
+    assert list(frame["outside_observed"]) == [False, False, True, True, False, False]
+
+
+def test_wrong_way_share_counts_pairs_made_worse():
+    base = _cell_frame([1.0, 1.0, 1.0, 1.0], {})
+    after = _cell_frame([0.5, 1.5, 0.5, 2.5], {})
+    listed = [_facts("base"), _facts("edit")]
+    row = cell_rows(listed, {"base": base, "edit": after}, {"all": ["t0", "t1"]}, costs=False).iloc[1]
+    assert (row["wrong_way_share"], row["mean_abs_change"], row["change"]) == (0.5, 0.75, 0.25)
+
+
+def test_specific_reduction_of_each_split_from_the_stored_scores():
+    """A cell that halves every score, the banks' too, reduces by half and specifically by nothing."""
+    from sae_bias.measures.collapse import bank_items
+
+    bank = list(np.random.default_rng(0).normal(0, 2, len(bank_items()[0])))
+    base = _cell_frame([1.0, 1.1, 0.9, 1.05], {"bank": bank})
+    flat = _cell_frame([0.5, 0.55, 0.45, 0.525], {"bank": [s / 2 for s in bank]})
+    kept = _cell_frame([0.5, 0.55, 0.45, 0.525], {"bank": bank})
+    cells = {"base": base, "flat": flat, "kept": kept}
+    rows = cell_rows([_facts(n) for n in cells], cells, {"all": ["t0", "t1"]}, costs=True).set_index("cell")
+    assert rows.loc["flat", "specific_reduction"] == pytest.approx(0.0, abs=1e-9)
+    assert rows.loc["kept", "specific_reduction"] == pytest.approx(0.5)
+    assert rows.loc["flat", "reduction"] == rows.loc["kept", "reduction"] == pytest.approx(0.5)
+    assert rows.loc["kept", "bank_changed_ai"] == 0.0
+    assert rows.loc["kept", "spec_low"] <= 0.5 <= rows.loc["kept", "spec_high"]
+
+
+def _cell_frame(bias: list[float], facts: dict) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {
+            "template": ["t0", "t0", "t1", "t1"],
+            "entity": ["e0", "e1"] * 2,
+            "score_human": bias,
+            "score_ai": 0.0,
+            "bias": bias,
+        }
+    )
+    frame.attrs = facts
+    return frame
+
+
+def _facts(name: str) -> dict:
+    kind = "base" if name == "base" else "candidate"
+    return {
+        "cell": name,
+        "intervention": "ablate",
+        "rule": "",
+        "feature": "f",
+        "strength": None,
+        "positions": "all",
+        "kind": kind,
+        "label": "",
+    }
+
+
+# --- what a cell is ---
+
+
+def test_a_cells_name_covers_what_determines_its_numbers(gemma3, gemma2, pairs, probe, tmp_path):
+    """Another model, pairs, word list, score, strength or positions: another cell. The same request: the same."""
+
+    def name(model=gemma3.model, pairs=pairs, probe=probe, edit=None, costs=False):
+        edit = edit or sb.Clamp(gemma3.feature(F), -1.0)
+        return sb.run_sweep(model, pairs, sb.Sweep([edit], costs=costs), probe=probe).frame["cell"][1]
+
+    base = name()
+    assert name() == base
+    f = gemma3.feature(F)
+    others = [
+        name(pairs=pairs.select(templates=["survive", "deleted"])),
+        name(probe=sb.Probe(["natural"], ["wrong"])),
+        name(probe=sb.Probe(probe.positive, probe.negative, "logodds")),
+        name(edit=sb.Clamp(f, -1.5)),
+        name(edit=sb.Clamp(f, -1.0, positions="last")),
+        name(edit=sb.Clamp(f, -1.0, when="always")),
+        name(edit=sb.Clamp(gemma3.feature(G), -1.0)),
+        name(model=gemma2.model, edit=sb.Clamp(gemma2.feature(F), -1.0)),
+    ]
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_a_changed_weight_makes_another_cell(gemma3):
+    from dataclasses import replace
+
+    feature = gemma3.feature(F)
+    other = replace(feature, w_dec=feature.w_dec * 1.0001)
+    assert edit_key(sb.Ablate(feature)) == edit_key(sb.Ablate(str(feature.ref)))
+    assert edit_key(sb.Ablate(feature)) != edit_key(sb.Ablate(other))
+
+
+def test_the_grid_is_the_product_and_has_units(gemma3):
+    f = gemma3.feature(F)
+    sweep = sb.Sweep.grid(["clamp", "scale", "ablate"], [f], [0.5, -1.0], ["all", "last"], unit=4.0)
+    kinds = [(e.kind, e.strength, e.positions) for e in sweep.interventions]
+    assert ("clamp", 2.0, "all") in kinds
+    assert ("clamp", -4.0, "last") in kinds
+    assert ("scale", 0.5, "all") in kinds
+    assert len(kinds) == 2 * (2 + 2 + 1)
+    with pytest.raises(sb.SaeBiasError, match="needs strengths"):
+        sb.Sweep.grid(["clamp"], [f])
+
+
+def test_several_edits_are_one_cell(gemma3, pairs, probe):
+    two = (sb.Ablate(gemma3.feature(F)), sb.Ablate(gemma3.feature(G)))
+    frame = sb.run_sweep(
+        gemma3.model, pairs, sb.Sweep([two, Cell(two[:1], "direction", "one")]), probe=probe
+    ).frame
+    assert list(frame["intervention"]) == ["none", "ablate + ablate", "ablate"]
+    assert list(frame["kind"]) == ["base", "candidate", "direction"]
+
+
+# --- resuming ---
+
+
+def test_a_resumed_sweep_recomputes_nothing_and_has_the_same_bits(
+    gemma3, pairs, probe, tmp_path, monkeypatch
+):
+    feature = gemma3.feature(F)
+    sweep = sb.Sweep([sb.Clamp(feature, -0.1 * k) for k in range(12)])
+    whole = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=tmp_path / "whole").frame
+    parts = tmp_path / "parts"
+    first = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=parts).frame
+    for k, cell in enumerate((parts / "cells").glob("*.parquet")):
+        if k % 3 == 0:
+            cell.unlink()
+    again = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=parts).frame
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    pd.testing.assert_frame_equal(whole, again, check_exact=True)
+    pd.testing.assert_frame_equal(collect(parts).frame, again, check_exact=True)
+
+    def never(*args, **kwargs):
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr("sae_bias.workflows.sweep_work.ProbeEngine", never)
+    pd.testing.assert_frame_equal(
+        sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=parts).frame, again
+    )
+
+
+def test_a_changed_input_is_never_mixed_with_old_results(gemma3, pairs, probe, tmp_path):
+    edits = [sb.Clamp(gemma3.feature(F), -1.0)]
+    fewer = pairs.select(templates=["survive", "deleted"])
+    sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits), probe=probe, out=tmp_path)
+    sb.run_sweep(gemma3.model, fewer, sb.Sweep(edits), probe=probe, out=tmp_path)
+    alone = sb.run_sweep(gemma3.model, fewer, sb.Sweep(edits), probe=probe).frame
+    pd.testing.assert_frame_equal(collect(tmp_path).frame, alone, check_exact=True)
+    folder = RunFolder(tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+    manifest = folder.read_json("manifest")
+    assert manifest["prompts"]["pairs"]["digest"] == fewer.digest
+    assert [e["prompts"]["pairs"]["digest"] for e in manifest["earlier"]] == [pairs.digest]
+
+
+def test_shards_join_to_the_unsharded_sweep(gemma3, pairs, probe, tmp_path):
+    """Each shard its own folder; merged, the table has the bits of a run that was never cut."""
+    sweep = sb.Sweep(
+        [sb.Clamp(gemma3.feature(F), -0.1 * k) for k in range(20)],
+        splits={"a": ["survive"], "b": ["deleted", "hello"]},
+    )
+    whole = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe).frame
+    moved = []
+    for i in (1, 2):
+        sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=tmp_path, shard=(i, 2))
+        n, result = merge_run(tmp_path)
+        moved.append(n)
+        assert (result is None) == (i == 1)
+    assert moved == [13, 8]
+    assert result is not None
+    pd.testing.assert_frame_equal(result.frame, whole, check_exact=True)
+    pd.testing.assert_frame_equal(RunFolder(tmp_path).read_table("sweep"), whole, check_exact=True)
+    assert merge_run(tmp_path)[0] == 0
+
+
+def test_shards_of_different_sweeps_are_not_merged(gemma3, pairs, probe, tmp_path):
+    f = gemma3.feature(F)
+    sb.run_sweep(gemma3.model, pairs, sb.Sweep([sb.Clamp(f, -1.0)]), probe=probe, out=tmp_path, shard=(1, 2))
+    sb.run_sweep(gemma3.model, pairs, sb.Sweep([sb.Clamp(f, -2.0)]), probe=probe, out=tmp_path, shard=(2, 2))
+    with pytest.raises(sb.SaeBiasError, match="different sweeps"):
+        merge_run(tmp_path)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_the_run_folder_is_readable_with_pandas_alone(gemma3, pairs, probe, edits, tmp_path):
+    sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits), probe=probe, out=tmp_path)
+    table = pd.read_parquet(tmp_path / "tables" / "sweep.parquet")
+    for row in table.itertuples():
+        cell = pd.read_parquet(tmp_path / "cells" / f"{row.cell}.parquet")
+        assert row.bias == pytest.approx(cell["bias"].mean(), abs=1e-12)
+        assert cell.attrs["rule"] == row.rule
+
+
+# --- what is measured beside the bias ---
+
+
+def test_costs_and_collapse_of_a_tiny_model(gemma3, pairs):
+    """Every cost column of a candidate is a number, a control's is not measured."""
+    pytest.importorskip("sae_bias.measures.costs")
+    probe = sb.Probe(["natural"], ["wrong"])
+    try:
+        probe.vocabulary(gemma3.model, ["a human says hello. This is"])
+        cells = [Cell((sb.Ablate(gemma3.feature(F)),)), Cell((sb.Ablate(gemma3.feature(G)),), "control", "c")]
+        frame = sb.run_sweep(gemma3.model, pairs, sb.Sweep(cells, costs=True), probe=probe).frame
+    except sb.RequestError as error:
+        pytest.skip(f"the tiny tokenizer cannot read the bundled texts: {error}")
+    candidate, control = frame.iloc[1], frame.iloc[2]
+    assert np.isfinite([candidate[c] for c in ("kl_neutral", "kl_ai_speech", "nll_neutral", "beta")]).all()
+    assert np.isnan(control["kl_neutral"])
+    assert candidate["fired_neutral"] >= 0
+
+
+@torch.no_grad()
+def test_the_base_run_keeps_the_site(gemma3, pairs, probe, monkeypatch):
+    """With the sites known, no layer runs twice for the base."""
+    runner = ProbeEngine(gemma3.model, pairs, probe, sites=[gemma3.feature(F).site])
+    monkeypatch.setattr(
+        engine_module, "capture_layers", lambda *a: pytest.fail("the upstream layers ran again")
+    )
+    runner.run([sb.Ablate(gemma3.feature(F))])
