@@ -36,7 +36,7 @@ class SaeRecipe:
     width: int = 8192
     k: float = 50.0
     """Live features a token, on average."""
-    steps: int = 1400
+    steps: int = 1000
     batch_size: int = 2048
     learning_rate: float = 8e-4
     seed: int = 0
@@ -93,11 +93,11 @@ class JumpReluWeights:
 
 
 def train(
-    rows: Float[Tensor, "n d_model"], scale: float, recipe: SaeRecipe, work: Path, *, autocast: bool = True
+    rows: Float[Tensor, "n d_model"], scale: float, recipe: SaeRecipe, work: Path, *, fast: bool = True
 ) -> JumpReluWeights:
     """Train on float16 `rows` (true residuals divided by `scale`); goes on from the last checkpoint in `work`."""
     normalize = Normalizer.of(rows[:: max(1, len(rows) // 100_000)].float())
-    trainer = _trainer(recipe, rows.shape[1], autocast=autocast)
+    trainer = _trainer(recipe, rows.shape[1], fast=fast)
     done = _restore(trainer, work)
     bar = tqdm(total=recipe.steps, initial=done, desc=f"SAE {recipe.folder}", unit="step", smoothing=0.05)
     data = _batches(rows, normalize, recipe, start=done)
@@ -116,13 +116,15 @@ def train(
     return folded(trainer.sae, normalize, scale)
 
 
-def _trainer(recipe: SaeRecipe, d_in: int, *, autocast: bool) -> Any:
-    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+def _trainer(recipe: SaeRecipe, d_in: int, *, fast: bool) -> Any:
+    from sae_lens import BatchTopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    from real_models.sparse_batchtopk import SparseBatchTopK
+
     torch.manual_seed(recipe.seed)
-    sae = BatchTopKTrainingSAE(
+    sae = SparseBatchTopK(
         BatchTopKTrainingSAEConfig(
             d_in=d_in,
             d_sae=recipe.width,
@@ -138,11 +140,15 @@ def _trainer(recipe: SaeRecipe, d_in: int, *, autocast: bool) -> Any:
         lr_end=recipe.learning_rate / 20,
         lr_warm_up_steps=50,
         lr_decay_steps=recipe.steps // 3,
-        autocast=autocast,
         dead_feature_window=100,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    return SAETrainer(config, sae, iter(()))
+    sae.fast = fast
+    trainer = SAETrainer(config, sae, iter(()))
+    trainer.optimizer.param_groups[0].update(
+        fused=True, foreach=False
+    )  # the same Adam in one pass over memory
+    return trainer
 
 
 def _batches(rows: Tensor, normalize: Normalizer, recipe: SaeRecipe, start: int) -> Iterator[Tensor]:
