@@ -34,7 +34,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
-        self.gguf: dict[str, Any] | None = None  # file, sha256 and quantization where the weights were dequantized
+        self.gguf: dict[str, Any] | None = (
+            None  # file, sha256 and quantization where the weights were dequantized
+        )
         self.in_memory = False  # an object the caller has: its files, if any, do not tell its weights
         self._bridge: TransformerBridge | None = None
         self._edits: Any = None  # the active interventions, kept by intervene.py
@@ -57,7 +59,9 @@ class Model:
     @property
     def label(self) -> str:
         """The name as headlines and reports give it: it says so where the weights were dequantized."""
-        return self.name if self.gguf is None else f"{self.name}, dequantized from {self.gguf['quantization']}"
+        return (
+            self.name if self.gguf is None else f"{self.name}, dequantized from {self.gguf['quantization']}"
+        )
 
     @property
     def architecture(self) -> str:

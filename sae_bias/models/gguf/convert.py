@@ -207,7 +207,7 @@ def _write_weights(
         for name, weights in _dequantized(header, plan):
             restored = architecture.restored(plan[name].name, weights, config)
             values = torch.from_numpy(np.array(restored, order="C")).to(dtype)
-            out.write(memoryview(values.view(torch.uint8).numpy()).cast("B"))
+            out.write(values.view(torch.uint8).numpy().tobytes())
 
 
 def _dequantized(
