@@ -30,7 +30,6 @@ from sae_bias.stats.clustered import (
     spread,
 )
 
-
 NOT_DISTINGUISHABLE = "the unsteered bias is not distinguishable from 0"
 
 
@@ -245,9 +244,7 @@ def specific_reduction(
     )
 
 
-def _specific_limits(
-    beta: float, limits: tuple[float, float], reduction: Reduction
-) -> tuple[float, float]:
+def _specific_limits(beta: float, limits: tuple[float, float], reduction: Reduction) -> tuple[float, float]:
     """MOVER limits of max(β, 0) − |ρ| from those of β and Fieller's of ρ."""
     b, (low_b, high_b) = max(beta, 0.0), (max(x, 0.0) if x == x else NAN for x in limits)
     ends = 1 - reduction.ci_high, 1 - reduction.ci_low
