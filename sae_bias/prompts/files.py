@@ -90,7 +90,9 @@ OptionalText = Annotated[Text | None, BeforeValidator(_none_if_empty)]
 OptionalTemplate = Annotated[TemplateText | None, BeforeValidator(_none_if_empty)]
 Label = Annotated[str, BeforeValidator(_blank_if_none)]
 Forms = Annotated[
-    tuple[SubjectText, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+    tuple[SubjectText, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
 ]
 OptionalFlag = Annotated[bool | None, BeforeValidator(_none_if_empty)]
 

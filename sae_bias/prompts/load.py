@@ -179,7 +179,9 @@ def _check_forms(doc: Document, file: PairsFile) -> None:
     for i, entity in enumerate(file.entities):
         if len(entity.human) != len(entity.ai):
             sizes = f"{len(entity.human)} and {len(entity.ai)}"
-            raise doc.error(("entities", i), f"the two sides list {sizes} forms of their subject; give as many on each")
+            raise doc.error(
+                ("entities", i), f"the two sides list {sizes} forms of their subject; give as many on each"
+            )
         same = [a for a, b in zip(entity.human, entity.ai) if a == b]
         if same:
             raise doc.error(("entities", i), f'both subjects are "{same[0]}"; a pair needs two')

@@ -308,7 +308,7 @@ def assert_crossed(pairs):
 def test_templates_from_names_bundled_pairs(tmp_path):
     own = load_pairs(write(tmp_path, "own.yaml", ENTITIES + "templates_from: survival\n"))
     assert own.templates == load_pairs().templates
-    with pytest.raises(RequestError, match="line 4 .*no bundled pairs of that name; there is survival"):
+    with pytest.raises(RequestError, match=r"line 4 .*no bundled pairs of that name; there is survival"):
         load_pairs(write(tmp_path, "own.yaml", ENTITIES + "templates_from: other\n"))
     with pytest.raises(RequestError, match="are both given"):
         load_pairs(write(tmp_path, "own.yaml", ENTITIES + TEMPLATES + "templates_from: survival\n"))
