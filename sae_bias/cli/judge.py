@@ -155,6 +155,6 @@ def judge(
         console.finish({"run": str(folder.path), **result.summary()})
         if result.n_unanswered:
             raise MissingError(
-                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); what came is kept, "
-                "and the same command goes on from there."
+                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); the replies received are kept, "
+                "and the same command resumes from there."
             )

@@ -1,7 +1,7 @@
 """Judging steered against unsteered text, blind and in both orders, through Inspect AI's model interface (extra `judge`).
 
 A judge is any Inspect model string: "anthropic/…", "openai/…", "openai-api/local/NAME" for a local server, "hf/…" for Hugging Face.
-Every part of the rubric is asked for by itself. Absolute: each text alone, 1–5. Pairwise: both texts, in both orders; a choice that
+Every part of the rubric is asked separately. Absolute: each text alone, 1–5. Pairwise: both texts, in both orders; a choice that
 changes with the order is a tie, and counted as bound to the place. What stands for a condition is never in the question, and
 requests go out in an order that hides it. The number of prompts needed comes from the run's own paired SD at 80 % power.
 """

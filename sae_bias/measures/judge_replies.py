@@ -71,7 +71,7 @@ class ReplyStore:
                 self._replies[entry["key"]] = entry
             except (ValueError, KeyError, TypeError) as error:
                 raise RequestError(
-                    f"{self.path}, line {number} is no reply ({error}); move the file away to judge anew."
+                    f"{self.path}, line {number} is not a reply ({error}); move the file away to judge again."
                 ) from error
         if len(whole) != len(raw):
             with open(self.path, "rb+") as file:

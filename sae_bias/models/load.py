@@ -1,6 +1,6 @@
 """Loading a language model as plain Hugging Face modules, with a TransformerLens bridge on request.
 
-The numbers come from the unprocessed Hugging Face weights (no folding, no centring: METHOD §4.10). `model.bridge` wraps
+The numbers come from the unprocessed Hugging Face weights (no folding, no centering: docs/method.md#mistake-10). `model.bridge` wraps
 the same modules in place, so a user's own TransformerLens hooks and ours act on one model; nothing is copied. Token ids come
 from an untouched copy of the Hugging Face tokenizer, because the bridge's own adds a BOS.
 
@@ -83,7 +83,7 @@ def _local_folder(name: str) -> Path | None:
         there = folder.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
-            f"{name[:200]!r} is no model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
+            f"{name[:200]!r} is not a model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
         ) from error
     if there:
         if not (folder / "config.json").is_file():
@@ -158,7 +158,7 @@ def _load_hf(
 
 
 def _graft_text_model(full: Any) -> PreTrainedModel:
-    """The language model and head of a multimodal Gemma 3, as a `Gemma3ForCausalLM` (exact, nothing re-initialised)."""
+    """The language model and head of a multimodal Gemma 3, as a `Gemma3ForCausalLM` (exact, nothing re-initialized)."""
     from transformers import Gemma3ForCausalLM
 
     with torch.device("meta"):

@@ -281,7 +281,7 @@ def read_yaml(path: Path) -> Document:
 
 
 def read_rows(path: Path, model: type[BaseModel]) -> list[Row]:
-    """The rows of a .csv or .jsonl file, with a misspelt column refused."""
+    """The rows of a .csv or .jsonl file, with a misspelled column refused."""
     text = read_text(path, MAX_ROW_BYTES)
     rows = list(_csv_rows(path.name, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path.name, text))
     if not rows:

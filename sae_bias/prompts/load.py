@@ -1,8 +1,8 @@
 """Load prompt pairs, the activation grid and evaluation words: the bundled ones, or a user's files.
 
-A pair is two prompts that differ in the subject only (METHOD §1). 280 pairs are 35 templates x 8 entities;
+A pair is two prompts that differ in the subject only (docs/method.md#score-and-bias). 280 pairs are 35 templates x 8 entities;
 both ids stay with a pair, because the statistics cluster on them. The grid crosses subjects with statements;
-a speech statement and its non-speech twin share a `match` id (METHOD §2).
+a speech statement and its non-speech twin share a `match` id (docs/method.md#interaction).
 
 `load_pairs` and `load_grid` document what a .yaml, .csv or .jsonl file holds.
 """
@@ -122,7 +122,7 @@ def questions() -> tuple[str, ...]:
 
 
 def fill_subject(text: str, subject: str) -> str:
-    """`text` with {subject} replaced, capitalised where it begins a sentence."""
+    """`text` with {subject} replaced, capitalized where it begins a sentence."""
     head, *rest = text.split("{subject}")
     for part in rest:
         starts = _SENTENCE_START.search(head) is not None

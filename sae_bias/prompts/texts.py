@@ -1,6 +1,6 @@
 """The bundled texts behind the costs and the collapse test, and the published figures.
 
-The valence banks hold kind and cruel acts (METHOD §5, collapse); the cost texts are the three kinds on which
+The valence banks hold kind and cruel acts (docs/method.md#collapse); the cost texts are the three kinds on which
 KL is measured. A published figure is shown beside a measured one only where the named model was measured.
 
 Text collections as streams: a file of any size, a list or an iterator, cut into windows a model can read.
@@ -43,7 +43,7 @@ class PublishedFigure:
     """One figure as its source reports it."""
 
     row: str
-    """Row of the requirements table, such as A2."""
+    """Row of docs/published.md#the-study, such as A2."""
     id: str
     model: str | None
     """The model measured, None where the figure is about none."""
@@ -112,7 +112,7 @@ def text_stream(source: Texts) -> tuple[str, Iterator[str]]:
     """(what the collection is called, its texts one by one); None is the small bundled collection.
 
     Raises:
-        RequestError: no such file, another kind of file, a line that is no text (when it is reached).
+        RequestError: no such file, another kind of file, a line that is not text (raised when it is reached).
     """
     if source is None:
         return "bundled sentences", iter([text for kind in TEXT_KINDS for text in load_texts(kind)])
@@ -170,7 +170,7 @@ def _checked(texts: Iterable[Any]) -> Iterator[str]:
 def _text(value: Any, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise RequestError(f"{where} is no text; expected a string, or an object with `text`.")
+        raise RequestError(f"{where} is not text; expected a string, or an object with `text`.")
     return text
 
 

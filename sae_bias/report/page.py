@@ -58,7 +58,7 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
 
     `out` is a file or a folder; by default `report.html` (or `.md`) in the run's own folder, and
     `comparison.html` beside the first run where there are several. Raises RequestError for a folder that
-    is no run, MissingError for a full disk; nothing half-written is left.
+    is not a run, MissingError for a full disk; nothing half-written is left.
     """
     if not runs:
         raise RequestError(
@@ -356,7 +356,7 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
     }  # fmt: skip
     shown = {c: label for c, label in columns.items() if rows[c].notna().any()}
     stands = (
-        " Runs on a calibration organism are no findings about a public model."
+        " Runs on a calibration organism are not findings about a public model."
         if rows["organism"].any()
         else ""
     )

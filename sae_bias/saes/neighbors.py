@@ -1,6 +1,6 @@
 """Features that point the same way: decoder-cosine families, and the counterpart in a twin SAE of another seed.
 
-A trained SAE splits a concept over several features (METHOD §2), so a list of the ten best may be one direction ten times. A
+A trained SAE splits a concept over several features (docs/method.md#joint-ablation), so a list of the ten best may be one direction ten times. A
 feature belongs to the family of the strongest feature above it whose decoder row has a cosine over 0.7 with its own. A
 release's `_seed_1` SAE was trained on the same data from another seed: a feature found in both is less likely an accident.
 """
@@ -36,7 +36,7 @@ def decoder_directions(saes: Mapping[str, Sae], refs: Sequence[FeatureRef]) -> F
     rows = torch.empty(len(refs), next(iter(saes.values())).d_in)
     for name, sae in saes.items():
         mine = [i for i, ref in enumerate(refs) if str(ref.sae) == name]
-        order = sorted(mine, key=lambda i: refs[i].index)  # neighbours in the file are one read
+        order = sorted(mine, key=lambda i: refs[i].index)  # neighbors in the file are one read
         if order:
             rows[order] = sae.W_dec_rows([refs[i].index for i in order]).float()
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -51,7 +51,7 @@ class Clustered:
     """0 where no entities were given."""
     level: float = 0.95
     clustering: str = "two-way"
-    """`two-way`, `templates` or `entities`: what the interval generalises over."""
+    """`two-way`, `templates` or `entities`: what the interval generalizes over."""
     reason: str = ""
 
     @property

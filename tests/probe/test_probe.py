@@ -127,7 +127,7 @@ def test_any_batch_size_gives_the_same_numbers(tiny, pairs, probe):
 
 
 def test_bfloat16_model_keeps_float32_parts(gemma3, pairs, probe):
-    """Logits of a bf16 model are not on the bf16 grid: final norm and unembedding ran in float32 (METHOD §4.8)."""
+    """Logits of a bf16 model are not on the bf16 grid: final norm and unembedding ran in float32 (docs/method.md#mistake-8)."""
     half = sb.load_model(gemma3.folder, dtype="bfloat16")
     result = sb.run_probe(half, pairs, probe)
     values = torch.tensor(result.values_human)
@@ -252,7 +252,7 @@ def test_nan_logits_name_the_prompt(make_tiny, pairs, probe):
         sb.run_probe(model, pairs, probe)
 
 
-def test_nan_in_an_unscored_row_is_found_where_the_normaliser_is_read(make_tiny, pairs):
+def test_nan_in_an_unscored_row_is_found_where_the_normalizer_is_read(make_tiny, pairs):
     model = make_tiny("llama").fresh()
     scored = {
         t for w in sb.run_probe(model, pairs, sb.Probe(POSITIVE, NEGATIVE)).vocabulary.kept for t in w.tokens

@@ -59,7 +59,7 @@ def test_levels_are_log_probs_and_their_difference_is_the_score(result):
     assert score["human - AI"] == pytest.approx(result.bias)
 
 
-def test_levels_need_the_normaliser(make_tiny, pairs, probe):
+def test_levels_need_the_normalizer(make_tiny, pairs, probe):
     with pytest.raises(sb.RequestError, match=r"levels=True"):
         sb.run_probe(make_tiny("gemma3").model, pairs, probe).levels()
 
@@ -261,7 +261,7 @@ def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
 
 
 def test_the_prefix_trap_reads_one_token_for_every_word(make_tiny, full_pairs, probe):
-    """METHOD §1: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
+    """docs/method.md#evaluation-words: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
     model = make_tiny("mistral").model
     trapped = sb.run_probe(model, full_pairs, probe.with_options(tokens="alone"))
     assert len({w.tokens for w in trapped.vocabulary.kept}) == 1

@@ -351,7 +351,7 @@ def test_a_yaml_list_of_rows(tmp_path):
 
 WRONG_ROWS = {
     "missing column": ("p.csv", "human,entity\nA,B\n", r'row 1 \(line 2\): "ai" is missing'),
-    "misspelt column": (
+    "misspelled column": (
         "p.csv",
         "human,ai,templates\nA,B,t\n",
         r'column "templates" is not known; "template" is',

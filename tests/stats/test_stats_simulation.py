@@ -1,4 +1,4 @@
-"""Long-run behaviour of the intervals: type-I error and coverage over many simulated studies."""
+"""Long-run behavior of the intervals: type-I error and coverage over many simulated studies."""
 
 import numpy as np
 import pytest

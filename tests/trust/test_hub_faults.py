@@ -20,7 +20,7 @@ from tallies import tally
 MODEL = "tiny/gemma"
 SAE_1 = "google/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59"
 SAE_2 = "google/gemma-scope-2-1b-it/resid_post/layer_3_width_512_l0_medium"
-GATED = "accept the licence at https://huggingface.co/"
+GATED = "accept the license at https://huggingface.co/"
 ANY = ("gated", "403", "401", "429", "500")
 
 RUNNER = """
@@ -203,7 +203,7 @@ def test_every_fault_at_every_file(hub_root, tmp_path):
 
 
 def test_a_cached_sae_asks_no_network_and_says_what_it_inferred(tmp_path, monkeypatch):
-    """On a node without a network: the files in the cache are enough, with or without config.json (METHOD §4.14)."""
+    """On a node without a network: the files in the cache are enough, with or without config.json (docs/method.md#mistake-14)."""
     import socket
 
     from huggingface_hub import constants
