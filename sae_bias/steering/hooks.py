@@ -203,34 +203,12 @@ class _Loaded:
     feature: Feature
 
     def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
-<<<<<<< HEAD
         sae = self.feature.whole
         if sae is None:
             return self.feature.to(x.device).activation(x)
         if id(sae) not in encoded:
             encoded[id(sae)] = sae.encode(x)
         return encoded[id(sae)][..., self.feature.index].to(x.device)
-=======
-        return self.feature.to(x.device).activation(x)
-
-    @property
-    def w_dec(self) -> Float[Tensor, "d_model"]:
-        return self.feature.w_dec
-
-
-@dataclass
-class _FullPath:
-    """A feature of an SAE whose encoder does not reduce to one column (TopK, gated, normalized input)."""
-
-    sae: Sae
-    index: int
-    w_dec: Float[Tensor, "d_model"]
-
-    def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
-        if id(self.sae) not in encoded:
-            encoded[id(self.sae)] = self.sae.encode(x)
-        return encoded[id(self.sae)][..., self.index].to(x.device)
->>>>>>> main
 
 
 def _weights(edit: Intervention) -> Any:
