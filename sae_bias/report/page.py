@@ -183,7 +183,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "banner": STAND_IN_BANNER if run.stand_ins else ORGANISM_BANNER if run.organism else "",
         "sides": run.sides,
         "grid": "ranking" in run.tables,
-        "model": run.model.get("name") or "a model that the manifest does not name",
+        "model": run.model.get("label") or run.model.get("name") or "a model that the manifest does not name",
         "question": run.summary.get("question") or "What was measured",
         "command": run.manifest.get("command") or "",
         "created": run.manifest.get("created") or "",
@@ -295,7 +295,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     m, model, gate = run.manifest, run.model, run.manifest.get("gate") or {}
     facts = [
         ("command", m.get("command")),
-        ("model", model.get("name")),
+        ("model", model.get("label") or model.get("name")),
+        ("terms", (model.get("gguf") or {}).get("terms")),
         (
             "architecture",
             _joined(model.get("architecture"), model.get("n_layers") and f"{model['n_layers']} layers"),
