@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts, write_manifest
+from sae_bias.cli.run_files import add_summary, run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def sweep(
             seed=seed,
             gate=gate_facts(gate, True),
             split=splits,
+            feature=str(loaded_feature.ref),
         )
         _start(out, part, facts)
         result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
@@ -244,6 +245,7 @@ def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any
     if out is None:
         return
     from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import write_manifest
 
     folder = RunFolder(out, shard=shard)
     with folder.writing():
