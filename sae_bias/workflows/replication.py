@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.files import plain
+from sae_bias.core.text import bracket, number, signed
 from sae_bias.measures.fidelity import gate_model
 from sae_bias.models.catalog import model_info
 from sae_bias.models.load import load_model
@@ -423,7 +424,7 @@ def _headline(summary: dict[str, Any]) -> list[str]:
         measured = (
             NOT_MEASURED
             if row["status"] == NOT_MEASURED
-            else f"{row['bias']:+.3f} [{_number(row['ci_low'])}, {_number(row['ci_high'])}]"
+            else f"{signed(row['bias'])} {bracket(row['ci_low'], row['ci_high'])}"
         )
         if stand_ins:
             lines.append(f"  {name}: {measured}, {row['n_words']} words; {row['reason']}")
@@ -431,27 +432,23 @@ def _headline(summary: dict[str, Any]) -> list[str]:
         known = (
             ""
             if row["published"] is None or row["published"] != row["published"]
-            else f"published {row['published']:.3f} | "
+            else f"published {number(row['published'])} | "
         )
         says = "" if row["verdict"] in (NOT_MEASURED, "no published figure") else f" | {row['verdict']}"
         lines.append(f"  {name}: {known}{measured}{says}")
     for row in summary["tuning"]:
         if row["quantity"] in ("bias",) or row["quantity"].startswith("score"):
             known = (
-                f" (published {row['published']:+.3f}: {row['verdict']})"
+                f" (published {signed(row['published'])}: {row['verdict']})"
                 if row.get("published") is not None
                 else ""
             )
             lines.append(
-                f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {row['change']:+.3f} "
-                f"[{_number(row['ci_low'])}, {_number(row['ci_high'])}]{known}"
+                f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {signed(row['change'])} "
+                f"{bracket(row['ci_low'], row['ci_high'])}{known}"
             )
     if summary["words"]:
         lines.append(
             f"  words in every model: {len(summary['words'])}; left out: {', '.join(summary['words_left_out']) or 'none'}"
         )
     return lines
-
-
-def _number(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{x:.3f}"
