@@ -254,6 +254,6 @@ def _read(path: Path, names: Sequence[str]) -> Figures | None:
 
 
 def _write(path: Path, figures: Figures) -> None:
-    """Keep the figures; a cache that cannot be written is no reason to fail."""
+    """Keep the figures; a cache that cannot be written is not a reason to fail."""
     with contextlib.suppress(SaeBiasError), writing_whole(path) as partial:
         partial.write_text(json.dumps(plain(figures)) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ def feature_description(ref: FeatureRef, sae: Sae | None = None) -> str | None:
             found = _description(json.loads(answer.read(_MOST_BYTES)))
     except (OSError, ValueError, urllib.error.URLError):
         return None
-    # a cache that cannot be written is no reason to fail
+    # a cache that cannot be written is not a reason to fail
     with suppress(SaeBiasError), writing_whole(cached) as partial:
         partial.write_text(json.dumps({"description": found}), encoding="utf-8")
     return found

@@ -182,7 +182,7 @@ class RemoteTensorFile(TensorFile):
 
     def _store(self, name: str) -> None:
         blocks = {f"{a}-{b}": t.contiguous() for (a, b), t in self.kept[name].items()}
-        # a cache that cannot be written is no reason to fail
+        # a cache that cannot be written is not a reason to fail
         with suppress(SaeBiasError), writing_whole(self._slice_file(name)) as partial:
             save_file(blocks, partial)
 
