@@ -16,7 +16,8 @@ PACKAGE = ROOT / "sae_bias"
 GROUPS = {
     "Models": ["load_model", "Model", "Site", "residuals"],
     "Prompts": [
-        "load_pairs", "PromptPair", "PromptPairs", "load_grid", "PromptGrid", "load_scenarios", "Scenario", "Scenarios",
+        "load_pairs", "PromptPair", "PromptPairs", "load_grid", "PromptGrid", "load_contrast", "Contrast", "load_scenarios", "Scenario",
+        "Scenarios",
     ],
     "The probe": ["Probe", "run_probe", "ProbeResult", "run_checks"],
     "SAEs and features": ["load_sae", "load_feature", "Sae", "Feature", "SaeId", "FeatureRef"],
@@ -254,7 +255,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """`docs/method.md#anchor` in a docstring or in help becomes a link."""
+    """A heading of the method page cited in a docstring or in help becomes a link."""
     up = "../" * page.url.count("/")
     return re.sub(
         r"(?:<code>)?docs/(method|published)\.md#([\w-]+)(?:</code>)?",
