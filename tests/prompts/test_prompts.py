@@ -690,7 +690,7 @@ def test_a_number_may_be_an_id_and_true_must_be_quoted_to_be_a_word(tmp_path):
     forms = "entities:\n  - {id: 7, human: a human, ai: an AI}\n"
     assert load_pairs(write(tmp_path, "p.yaml", forms + TEMPLATES))[0].entity == "7"
     words = "words: {positive: [true], negative: [wrong]}\n"
-    with pytest.raises(RequestError, match="line 6 .* put it in quotes"):
+    with pytest.raises(RequestError, match=r"line 6 .* put it in quotes"):
         load_pairs(write(tmp_path, "p.yaml", ENTITIES + TEMPLATES + words))
     quoted = load_pairs(write(tmp_path, "p.yaml", ENTITIES + TEMPLATES + words.replace("true", '"true"')))
     assert quoted.words.positive == ("true",)
