@@ -95,8 +95,8 @@ def activation_heatmap(activation: pd.DataFrame, *, feature: str | None = None, 
     """Mean activation of one feature, subjects × statements; above `most` of them × (act · content)."""
     chosen = feature if feature in set(activation["feature"]) else activation["feature"].iloc[0]
     rows = activation[activation["feature"] == chosen]
-    order = {"speech": 0, "nonspeech": 1, "control": 2}
-    rows = rows.assign(rank=rows["act"].map(order).fillna(3)).sort_values("rank", kind="stable")
+    order = {"speech": 0, "nonspeech": 1, "harm": 2, "control": 3}
+    rows = rows.assign(rank=rows["act"].map(order).fillna(4)).sort_values("rank", kind="stable")
     if rows["statement"].nunique() > most:
         act = rows["act"].replace({"nonspeech": "not speech"})
         rows = rows.assign(

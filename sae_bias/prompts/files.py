@@ -100,7 +100,7 @@ class Strict(BaseModel):
 
 # ── what the files hold
 Group = Literal["ai", "human", "animal", "object"]
-Act = Literal["speech", "nonspeech", "control"]
+Act = Literal["speech", "nonspeech", "control", "harm"]
 DEFAULT_STEM = "This is"
 
 
