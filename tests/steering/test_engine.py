@@ -79,7 +79,7 @@ def test_the_last_layer(gemma3, pairs, probe, tmp_path):
     )
 
 
-def test_normaliser_and_partly_changed_batches(gemma3, pairs):
+def test_normalizer_and_partly_changed_batches(gemma3, pairs):
     """A feature that fires in some rows of a batch only: the others keep the base numbers, to the bit."""
     probe = sb.Probe(POSITIVE, NEGATIVE, "logodds")
     rows = sb.residuals(gemma3.model, [p.human for p in pairs] + [p.ai for p in pairs], 1, positions="all")

@@ -182,7 +182,7 @@ def test_steering_needs_one_direction(gemma3):
 
 
 def test_reconstruct_is_the_saes_output(gemma3):
-    """A labelled control: x' = decode(encode(x)) at every ordinary position, the error thrown away."""
+    """A labeled control: x' = decode(encode(x)) at every ordinary position, the error thrown away."""
     x = sb.residuals(gemma3.model, [PAIRS[0][2]], LAYER, positions="all")[0]
     with sb.intervene(gemma3.model, sb.Reconstruct(str(gemma3.sae_folder))):
         after = sb.residuals(gemma3.model, [PAIRS[0][2]], LAYER, positions="all")[0]
