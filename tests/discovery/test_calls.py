@@ -29,19 +29,23 @@ def test_decisions_follow_the_rules_one_feature_at_a_time():
         t, main = rng.choice([-8.0, 8.0], 60), rng.choice([-8.0, 8.0], 60)
         p, main_p = rng.choice([0.001, 0.9], 60, p=(0.8, 0.2)), rng.choice([0.001, 0.9], 60)
         harm = (made["AS"], made["HC"])
-        got = decide(
-            t, p, held_out({c: m for c, m in made.items() if c != "HC"}, harm), (main, main_p)
-        )
+        got = decide(t, p, held_out({c: m for c, m in made.items() if c != "HC"}, harm), (main, main_p))
         for f in range(60):
             a = {c: m[:, f] for c, m in made.items()}
             loud = {k: lower(a["AS"] - a[k]) >= a["AS"].mean() / 2 for k in ("AN", "HS", "DS", "HC")}
             quiet = {k: lower(a[k] - a["AS"]) >= a[k].mean() / 2 for k in ("AN", "HS", "DS", "HC")}
             rule = loud if t[f] > 0 else quiet
             others = rule["AN"] and rule["HS"] and rule["DS"]
-            identity = loud["HS"] and loud["DS"] and loud["HC"] and lower(a["AN"] - a["HN"]) >= a["AS"].mean() / 2
+            identity = (
+                loud["HS"] and loud["DS"] and loud["HC"] and lower(a["AN"] - a["HN"]) >= a["AS"].mean() / 2
+            )
             want = "no"
             if p[f] <= 0.05 and others:
-                want = ("AI-speech" if t[f] > 0 else "silent at AI speech") if rule["HC"] else "negative judgement"
+                want = (
+                    ("AI-speech" if t[f] > 0 else "silent at AI speech")
+                    if rule["HC"]
+                    else "negative judgement"
+                )
             elif identity and main_p[f] <= 0.05 and main[f] > 0:
                 want = "AI identity"
             assert got[f] == want
