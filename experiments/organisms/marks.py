@@ -15,6 +15,7 @@ from torch import Tensor
 from organisms.plain import Edit, Organism, ablate_edit
 from organisms.sae_training import SaeWeights
 from sae_bias.stats.clustered import clustered_mean
+from sae_bias.stats.reduction import specific_value
 from sae_bias.validation import grammar as corpus
 from sae_bias.validation.grammar import Crossed, Rule, analytic_bias, cross
 

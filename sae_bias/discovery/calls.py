@@ -17,8 +17,10 @@ The bound of a minimum is the smallest of the one-sided bounds (Berger 1982), so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -162,14 +164,11 @@ TESTED = {
 }
 
 
-def call_sentence(row: Mapping[str, object] | pd.Series) -> str:
+def call_sentence(row: Mapping[str, Any] | pd.Series) -> str:
     """What was tested of one feature of a ranking, in words with its figures."""
     call = str(row.get("call", "undetermined"))
     cells = [("AS", "AI speech"), ("AN", "AI deeds"), ("HS", "human speech"), ("DS", "dog speech"), ("HC", "badly judged human deeds")]  # fmt: skip
-    shown = [
-        f"{name} {float(row[f'held_{c}']):.2f}"  # type: ignore[arg-type]
-        for c, name in cells
-        if pd.notna(row.get(f"held_{c}", np.nan))
-    ]
-    figures = f" Held-out means: {', '.join(shown)}." if shown else ""
-    return f"Called {call}: {TESTED[call]}.{figures}" if call in CALLS else f"{TESTED[call][:1].upper()}{TESTED[call][1:]}.{figures}"  # fmt: skip
+    means = [(name, float(row.get(f"held_{c}", math.nan))) for c, name in cells]
+    shown = ", ".join(f"{name} {mean:.2f}" for name, mean in means if mean == mean)
+    said = f"Called {call}: {TESTED[call]}." if call in CALLS else f"{TESTED[call].capitalize()}."
+    return f"{said} Held-out means: {shown}." if shown else said
