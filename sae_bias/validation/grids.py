@@ -25,12 +25,13 @@ from sae_bias.models.model import Model
 from sae_bias.models.residuals import last_residuals
 from sae_bias.probe.reading import prompt_scores
 from sae_bias.probe.words import Probe
+from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.load import load_grid
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import live_blocks
 from sae_bias.stats.features import MaxT, activation_variance_floor
-from sae_bias.validation.grammar import Statement, matched_statements, read_yaml
+from sae_bias.validation.grammar import Statement, matched_statements
 
 N_PAIRS = 400
 PAIR_COUNTS = (8, 12, 14, 16, 20, 24, 30, 39)
@@ -65,7 +66,7 @@ class StatementPopulation:
 
 def grid_subjects() -> dict[str, tuple[str, ...]]:
     """The bundled grid's subjects by group."""
-    subjects = read_yaml("grid.yaml")["subjects"]
+    subjects = bundled_yaml("grid.yaml")["subjects"]
     return {g: tuple(s["text"] for s in subjects if s["group"] == g) for g in ("ai", "human", "animal")}
 
 

@@ -29,7 +29,7 @@ from sae_bias.models.model import Model
 from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -380,12 +380,7 @@ def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
 
 
 def _probe(study: Study, pairs: PromptPairs) -> Probe:
-    lexicon = load_lexicon(study.words) if study.words else pairs.words
-    return (
-        Probe(score=study.score)
-        if lexicon is None
-        else Probe(lexicon.positive, lexicon.negative, study.score)
-    )
+    return default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
 
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:
