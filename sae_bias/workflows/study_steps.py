@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,10 +39,8 @@ from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
-    choose_feature,
     gate_facts,
-    reduction_summary,
-    rejected_candidates,
+    reduction_figure,
 )
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
@@ -301,7 +299,7 @@ class StudyRun:
         median = float(np.median(values)) if len(values) else float("nan")
         return {
             "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
-            "reduction": reduction_summary(after.reduction_from(engine.base)),
+            "reduction": reduction_figure(after.reduction_from(engine.base)),
             "specific_reduction": {
                 "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
                 "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
@@ -368,6 +366,47 @@ class StudyRun:
     def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
         for name, frame in tables.items():
             self.folder.write_table(name, frame)
+
+
+def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
+    """The AI-speech feature whose exact ablation removes most, or None."""
+    called = ranking[(ranking["ai_speech"] == "yes") & ranking["ablation"].notna()]
+    if called.empty:
+        return None
+    best = int(called["ablation"].to_numpy().argmax())
+    return FeatureRef.parse(str(called["feature"].iloc[best]))
+
+
+def rejected_candidates(
+    ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None
+) -> pd.DataFrame:
+    """Every candidate that was looked at and not chosen, with the reason."""
+    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
+    rows = []
+    row: Any
+    for row in ranking[ranking["feature"].isin(looked)].itertuples():
+        if str(row.feature) == str(chosen):
+            continue
+        if row.ai_speech == "yes":
+            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
+        elif row.ai_speech == "undetermined":
+            reason = "undetermined: too few matched statements"
+        elif row.p_fwer > 0.05:
+            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
+        elif row.interaction <= 0:
+            reason = "its interaction has the wrong sign"
+        else:
+            reason = "significant interaction, but too small a part of its activation on held-out statements"
+        rows.append(
+            {
+                "feature": row.feature,
+                "auroc": row.auroc,
+                "interaction": row.interaction,
+                "ablation": row.ablation,
+                "reason": reason,
+            }
+        )
+    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
 
 
 def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
