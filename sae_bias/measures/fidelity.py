@@ -89,7 +89,7 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
         )
     resid = torch.cat(parts)
     acts = sae.encode(resid)
-    residue = resid - sae.decode(acts).to(resid.device)
+    residue = resid - sae.decode(acts, resid).to(resid.device)
     fvu = float(residue.pow(2).sum() / (resid - resid.mean(0)).pow(2).sum())
     l0 = float((acts > 0).sum(-1).cpu().double().mean())
     return fidelity_of(sae, error, fvu, l0)

@@ -23,7 +23,7 @@ from sae_bias.core.errors import MissingError, RequestError, SaeBiasError
 from sae_bias.core.files import cache_folder, writing_whole
 from sae_bias.models import hub
 from sae_bias.saes import releases
-from sae_bias.saes.formats.gemma_scope import EncoderFile, check_width, encoder_of, read_card
+from sae_bias.saes.formats.gemma_scope import EncoderFile, check_width, encoder_of, read_info
 from sae_bias.saes.ids import HUB_NAME, SaeId
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.tensors import Slot, TensorFile, npz_slots, safetensors_slots
@@ -79,11 +79,11 @@ def open_remote(place: HubPlace) -> Sae:
     config = None
     if place.file_name.endswith("safetensors"):
         config = hub.optional_hub_file(place.repo_id, f"{place.folder}/config.json")
-    card = read_card(label, config, model_name=place.model)
+    info = read_info(label, config, model_name=place.model)
     file = RemoteTensorFile.open(place)
     encoder = encoder_of(file, Path(label))
     check_width(encoder, label, config)
-    return Sae(place.sae, encoder, card)
+    return Sae(place.sae, encoder, info)
 
 
 @dataclass(frozen=True, eq=False)

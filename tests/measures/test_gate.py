@@ -152,7 +152,7 @@ def test_every_layer_is_compared_with_plain_hugging_face(tiny, cache):
 
     sae = tiny.sae
     for layer in range(tiny.model.n_layers):
-        moved = replace(sae, card=replace(sae.card, site=sb.Site(layer)))
+        moved = replace(sae, info=replace(sae.info, site=sb.Site(layer)))
         found = fidelity.check_fidelity(tiny.model, moved, n_texts=2)
         assert 0 <= found.residual_max_rel_error < 1e-4
 
@@ -171,7 +171,7 @@ def test_the_residual_is_that_of_the_unprocessed_checkpoint(make_tiny, name):
 def test_a_doubtful_sae_warns(gemma3, cache, monkeypatch):
     from dataclasses import replace
 
-    sae = replace(gemma3.sae, card=replace(gemma3.sae.card, label_l0=1e6))
+    sae = replace(gemma3.sae, info=replace(gemma3.sae.info, label_l0=1e6))
     found = gate_sae(gemma3.model, sae)
     assert any("its label says 1000000" in w for w in found.warnings)
     monkeypatch.setattr(fidelity, "MAX_FVU", 1e-9)
