@@ -11,7 +11,7 @@ import pandas as pd
 from sae_bias.core import text as fmt
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
-from sae_bias.report.parts import Piece, Section, Sides, Table, run_table
+from sae_bias.report.parts import Piece, Section, Sides, Table, records, run_table
 from sae_bias.report.sections import TEXT, section
 from sae_bias.runs.folder import Run
 from sae_bias.runs.summary import Conditions, Effect, IdentityFigures, ScenarioFigures
@@ -31,7 +31,7 @@ STAND_IN = " These figures are of a calibration organism and no measurement of a
 def generations_section(run: Run) -> Section:
     """Both texts of every prompt; where it is known, tokens are shaded by how unexpected the unsteered model finds them."""
     frame = run.tables["generations"].fillna({"unsteered": "", "steered": ""})
-    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in frame.head(MOST_TEXTS).to_dict("records")]
+    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in records(frame.head(MOST_TEXTS))]
     same = int((frame["unsteered"] == frame["steered"]).sum())
     takeaway = f"{len(frame) - same} of {len(frame)} continuations change under the intervention."
     conditions = run.summary.generations or Conditions()

@@ -126,7 +126,7 @@ def cumulative_section(run: Run) -> Section:
             if len(part) > 1
             else ""
         )
-        where = f" of {saes[sae]}" if sae else ""
+        where = f" of {saes[str(sae)]}" if sae else ""
         parts.append(f"the best feature{where} removes {fmt.percent(first['reduction'])} of the bias{many}")
     takeaway = f"On {split} templates, {'; '.join(parts)}."
     return Section(
@@ -176,7 +176,7 @@ def ladder_section(run: Run) -> Section:
 def ceilings_section(run: Run) -> Section:
     """Where in the model the bias could be removed at all."""
     frame = run.tables["ceilings"]
-    best = frame.loc[frame["share_of_bias"].idxmax()]
+    best = frame.sort_values("share_of_bias", ascending=False, kind="stable").iloc[0]
     place = "after the subject" if pd.isna(best["offset"]) else "at the last token" if best["offset"] == 0 else f"{int(best['offset'])} tokens before the last"  # fmt: skip
     columns = {"layer": "layer", "offset": "tokens from the end", "effect": "nats", "share_of_bias": "share of the bias", "n_pairs": "pairs"}  # fmt: skip
     return Section(

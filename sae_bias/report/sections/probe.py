@@ -218,8 +218,12 @@ def nuisances_section(run: Run) -> Section:
 
 
 @section(BIAS, table="check_audit")
-def audit_section(run: Run, name: str = "check_audit") -> Section:
+def audit_section(run: Run) -> Section:
     """How this model's tokenizer reads every evaluation word."""
+    return _audit(run, "check_audit")
+
+
+def _audit(run: Run, name: str) -> Section:
     frame = run.tables[name]
     read, trap = int(frame["read"].sum()), int(frame["trap"].sum())
     takeaway = f"{read} of {len(frame)} words are read." + (
@@ -237,4 +241,4 @@ def audit_section(run: Run, name: str = "check_audit") -> Section:
 @section(BIAS, table="word_audit")
 def word_audit_section(run: Run) -> Section:
     """The audit that `sae-bias probe --audit-words` wrote."""
-    return audit_section(run, "word_audit")
+    return _audit(run, "word_audit")

@@ -122,7 +122,7 @@ def intervention_switches_section(run: Run) -> Section:
     """How each choice of the intervention moves the reduction, in-sample and held out side by side."""
     frame = run.tables["switches_intervention"]
     ours = frame.iloc[0]
-    most = frame.loc[frame["in_sample_reduction"].idxmax()]
+    most = frame.sort_values("in_sample_reduction", ascending=False, kind="stable").iloc[0]
     takeaway = (
         f"Ours ({ours['switch']}): {fmt.percent(ours['held_out_reduction'])} on templates held out. The largest figure that an"
         f" open choice gives is {fmt.percent(most['in_sample_reduction'])} in-sample ({most['switch']}), "

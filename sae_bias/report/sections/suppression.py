@@ -137,7 +137,7 @@ def specificity_section(run: Run) -> Section:
 def methods_section(run: Run) -> Section:
     """The feature against its baselines at equal cost."""
     frame = run.tables["compare"]
-    levels = [c for c in frame if str(c).startswith("kl_")]
+    levels = [str(c) for c in frame if str(c).startswith("kl_")]
     rows = frame.copy()
     for level in levels:
         reached = rows["reached_" + level.removeprefix("kl_")].astype(bool)
