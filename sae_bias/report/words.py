@@ -58,11 +58,14 @@ def feature_sentence(feature: ChosenFeature) -> str:
             f"{name} answers to AI speech: it is active when an AI speaks, and much less when an AI does"
             " something else or a human or a dog speaks."
         ),
+        "silent": f"{name} is silent at AI speech: it is active everywhere but when an AI speaks.",
         "separates": f"{name} tells AI prompts from human prompts apart; it was not shown to answer to AI speech.",
         "undetermined": f"{name} ranks first, but the design is too small to say what it answers to.",
         "none": "No feature could be called an AI-speech feature.",
     }
     first = said.get(feature.called or "", f"What {name} answers to was {NOT_MEASURED}.")
+    if feature.tested:
+        first = f"{name}. {feature.tested}"
     why = (feature.why or "").strip()
     why = why[:1].upper() + why[1:] + ("" if not why or why.endswith(".") else ".")
     return f"{first} {why}".strip()

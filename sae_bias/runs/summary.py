@@ -82,6 +82,8 @@ class ChosenFeature(Block):
     index: int | None = None
     called: str | None = None
     why: str | None = None
+    tested: str | None = None
+    """What was tested of it, in a sentence."""
 
 
 class ReductionFigure(Block):
