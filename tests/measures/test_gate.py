@@ -12,9 +12,10 @@ from torch import nn
 
 import sae_bias as sb
 from sae_bias.cli.main import main
+from sae_bias.core.files import cache_folder
 from sae_bias.measures import fidelity
 from sae_bias.measures import fidelity as gate
-from sae_bias.measures.fidelity import cache_folder, gate_lines, gate_model, gate_sae
+from sae_bias.measures.fidelity import gate_lines, gate_model, gate_sae
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_it_is_run_once_for_a_model_and_an_sae(gemma3, cache, counted):
     assert counted == ["check_fidelity", "check_logits"]
     assert len(list(cache.glob("*.json"))) == 2
     assert not list(cache.glob("*.partial"))
-    assert cache == cache_folder()
+    assert cache == cache_folder("gate")
 
 
 def test_other_weights_another_precision_or_hooks_are_measured_anew(gemma3, cache, counted, tmp_path):
