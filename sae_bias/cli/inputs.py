@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sae_bias.probe.words import Probe
     from sae_bias.prompts.pairs import PromptPairs
     from sae_bias.saes.sae import Sae
-    from sae_bias.steering.edits import Intervention
+    from sae_bias.steering.intervention import Intervention
 
 
 EDITS = "ablate, scale, clamp, cap, mean, steer, project_out, or one that a plugin brings"
@@ -66,7 +66,7 @@ def make_edit(
     kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
 ) -> "Intervention":
     """One intervention from --edit and --strength."""
-    from sae_bias.steering.edits import edit_of
+    from sae_bias.steering.intervention import edit_of
 
     return edit_of(kind, feature, strength, positions=positions, when=None if when == "active" else when)
 

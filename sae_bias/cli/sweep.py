@@ -31,7 +31,7 @@ from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
     from sae_bias.prompts.pairs import PromptPairs
-    from sae_bias.steering.edits import Intervention
+    from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
 
@@ -179,7 +179,7 @@ def sweep(
 
 def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
     """Each kind of edit with its strengths, in the unit asked for."""
-    from sae_bias.steering.edits import edit_class_of
+    from sae_bias.steering.intervention import edit_class_of
 
     kinds = {kind: edit_class_of(kind) for kind in dict.fromkeys(part.strip() for part in edit.split(","))}
     if unit not in ("act", "max"):
@@ -209,7 +209,7 @@ def _edits(
     kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
 ) -> "list[Intervention]":
     """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
-    from sae_bias.steering.edits import edit_class_of
+    from sae_bias.steering.intervention import edit_class_of
 
     rules = {kind: edit_class_of(kind) for kind in kinds}
     return [

@@ -33,7 +33,7 @@ from sae_bias.prompts.load import load_grid
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature, check_sae
-from sae_bias.steering.edits import FeatureLike
+from sae_bias.steering.intervention import FeatureLike
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

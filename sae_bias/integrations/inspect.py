@@ -129,7 +129,7 @@ def sae_bias() -> type[ModelAPI]:
 
 
 def _edits(feature: str | None, edit: str, strength: float | None, positions: str) -> list[Any]:
-    from sae_bias.steering.edits import edit_of
+    from sae_bias.steering.intervention import edit_of
 
     if feature is None:
         if strength is not None or edit != "ablate":

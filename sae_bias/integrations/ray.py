@@ -30,7 +30,8 @@ from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Feature, Sae
-from sae_bias.steering.edits import Intervention, Patch, map_features
+from sae_bias.steering.edits import Patch
+from sae_bias.steering.intervention import Intervention, map_features
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep_work import CellResult, Group, Results, Work
 

@@ -27,7 +27,8 @@ from sae_bias.runs.folder import reading
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
-from sae_bias.steering.edits import Direction, Intervention, from_dict
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import Intervention, from_dict
 
 _MAX_NUMBERS = 1 << 24
 

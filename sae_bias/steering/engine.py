@@ -27,7 +27,6 @@ from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.steering.context import PassInfo
 from sae_bias.steering.donors import Sources
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.hooks import (
     SiteEdit,
     add_delta,
@@ -35,6 +34,7 @@ from sae_bias.steering.hooks import (
     intervene,
     warn_written_inactive,
 )
+from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import EditReceipt, Receipt
 
 RowsOf = Callable[[Batch], tuple[Tensor, Tensor]]

@@ -25,7 +25,8 @@ from sae_bias.models.model import Model, ours
 from sae_bias.models.placement import widest_float
 from sae_bias.steering.context import Change, EditContext, PassInfo, position_mask
 from sae_bias.steering.donors import Sources
-from sae_bias.steering.edits import Clamp, Intervention
+from sae_bias.steering.edits import Clamp
+from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import EditReceipt, Receipt
 
 

@@ -18,17 +18,17 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, control_edits
-from sae_bias.steering.edits import (
+from sae_bias.steering.edits import ProjectOut
+from sae_bias.steering.engine import STACK
+from sae_bias.steering.intervention import (
     EDITS,
     FeatureEdit,
     FeatureLike,
     Intervention,
-    ProjectOut,
     edit_of,
     feature_digest,
     feature_edits,
 )
-from sae_bias.steering.engine import STACK
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.reduction import fieller_reduction
+from sae_bias.steering.intervention import edit_class
 from sae_bias.workflows.cells import Cell, Plan, Sweep
 from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 

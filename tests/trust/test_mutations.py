@@ -48,10 +48,9 @@ from sae_bias.probe import result as probe
 from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
-from sae_bias.steering import directions, engine, hooks
+from sae_bias.steering import directions, edits, engine, hooks, intervention
 from sae_bias.steering import edits as interventions
 from sae_bias.steering import generate as generation
-from sae_bias.workflows import cells as sweep_plan
 
 TABLE: list[tuple[str, str]] = []
 
@@ -124,18 +123,16 @@ def in_modules(name: str, *modules: Any, old: str, new: str) -> Callable[[pytest
 
 def full_reconstruction(patch: pytest.MonkeyPatch) -> None:
     """x' = decode(a') in place of x + Δ: the SAE error is thrown away."""
-    one = hooks.SiteEdit._one
+    plain = intervention.FeatureEdit.delta
 
-    def mutated(self, edit, x, mask, *rest):
-        step = one(self, edit, x, mask, *rest)
-        if not isinstance(edit, hooks.FeatureEdit):
-            return step
-        whole = sb.load_sae(edit.ref.sae)
+    def mutated(self, x, context):
+        change = plain(self, x, context)
+        whole = sb.load_sae(self.ref.sae)
         rebuilt = whole.decode(whole.encode(x)) - x
-        delta = step.delta + torch.where(mask[..., None], rebuilt, torch.zeros_like(x))
-        return type(step)(delta, (delta != 0).any(-1), step.before, step.after)
+        delta = change.delta + torch.where(context.mask[..., None], rebuilt, torch.zeros_like(x))
+        return type(change)(delta, (delta != 0).any(-1), change.before, change.after)
 
-    patch.setattr(hooks.SiteEdit, "_one", mutated)
+    patch.setattr(intervention.FeatureEdit, "delta", mutated)
 
 
 def chained_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -155,7 +152,7 @@ def chained_blocks(patch: pytest.MonkeyPatch) -> None:
                 def hook(module, args, output, context=context, site=site):
                     context.receipt.hook_calls += 1
                     x = activations.hidden(output)
-                    delta = context.sites[site].delta(x, self.info, context.receipts)
+                    delta = context.sites[site].delta(x, self.info, context.receipts[site])
                     return (
                         None if delta is None else activations.with_hidden(output, hooks.add_delta(x, delta))
                     )
@@ -520,8 +517,8 @@ MUTANTS = [
             hooks,
             hooks.SiteEdit,
             "delta",
-            "self._one(edit, x32, ",
-            "self._one(edit, x32 if total is None else x32 + total, ",
+            "edit.delta(x32, ",
+            "edit.delta(x32 if total is None else x32 + total, ",
         ),
         test_hooks.test_two_features_compose_in_any_order_and_as_nested_blocks,
         G,
@@ -539,12 +536,12 @@ MUTANTS = [
     ),
     Mutant(
         "one feature takes two edits",
-        replace_in_source(hooks, hooks, "compile_edits", "if edit.target in seen:", "if False:"),
+        replace_in_source(hooks, hooks, "compile_edits", "if name in seen:", "if False:"),
         test_hooks.test_a_feature_edited_twice_is_refused,
     ),
     Mutant(
         "an SAE of another width is applied",
-        replace_in_source(hooks, hooks, "compile_edits", "if width != model.d_model:", "if False:"),
+        in_modules("check_fits", activations, intervention, old="if width != model.d_model:", new="if False:"),
         test_hooks.test_an_sae_of_another_width_is_refused,
     ),
     Mutant("a word encoded alone", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word),
@@ -613,14 +610,16 @@ MUTANTS = [
     Mutant(
         "norm-relative steering ignores the norm",
         replace_in_source(
-            hooks, hooks.SiteEdit, "_one", "x.norm(dim=-1, keepdim=True)", "torch.ones_like(x[..., :1])"
+            edits, edits.Steer, "delta", "x.norm(dim=-1, keepdim=True)", "torch.ones_like(x[..., :1])"
         ),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
     Mutant(
         "the direction is not normalized before projecting",
-        replace_in_source(hooks, hooks, "_weights", "(w_dec / w_dec.norm())[None]", "w_dec[None]"),
+        replace_in_source(
+            edits, edits.ProjectOut, "delta", "(along.w_dec / along.w_dec.norm())[None]", "along.w_dec[None]"
+        ),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
@@ -687,7 +686,9 @@ MUTANTS = [
     ),
     Mutant(
         "a cell's name leaves the feature's weights out (mistake 15)",
-        replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
+        replace_in_source(
+            intervention, intervention.FeatureEdit, "key", "(digest_of or feature_digest)(feature)", "None"
+        ),
         test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
     ),
     Mutant(
