@@ -22,8 +22,8 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.texts import BANKS, load_bank
 from sae_bias.stats.reduction import SpecificReduction, specific_reduction
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ReadingEngine
+from sae_bias.steering.intervention import Intervention
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from sae_bias.core.site import Site
 from sae_bias.models.forward import Batch, Final, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.prompts.texts import load_texts
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import CellRunner
+from sae_bias.steering.intervention import Intervention
 
 TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
 BLOCK = 64  # positions whose full log-probabilities are held at once

@@ -21,8 +21,8 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.load import load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import Intervention
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

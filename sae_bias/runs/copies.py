@@ -27,7 +27,8 @@ from sae_bias.runs.folder import reading
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
-from sae_bias.steering.edits import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import Intervention, from_dict
 
 _MAX_NUMBERS = 1 << 24
 
@@ -103,7 +104,7 @@ def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
 
 def directions_of(edits: Sequence[Intervention]) -> dict[str, Any]:
     """The directions along which some edits act, by digest."""
-    found = (getattr(e, "along", None) for e in edits)
+    found = (getattr(part, "along", None) for e in edits for part in e.parts)
     return {d.digest: _direction_copy(d) for d in found if isinstance(d, Direction)}
 
 
@@ -114,31 +115,26 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
         RequestError, MissingError: it cannot be made again, and why.
     """
     with reading("an edit in sweep.json"):
-        data = dict(facts)
-        kind = data.get("kind")
-        gate = data.pop("gate", None)
-        if isinstance(data.get("along"), dict):
-            data["along"] = _direction(data["along"], directions)
-            return KINDS[str(data.pop("kind"))](**data)
-        if kind == "patch":
-            source = load_model(str(data["source"]), device=model.device, dtype=model.dtype)
-            return Patch(
-                data["site"],
-                source,
-                positions=data["positions"],
-                include_special=bool(data["include_special"]),
-            )
-        edit = from_dict(data)
-        if isinstance(edit, FeatureEdit) and edit.ref.sae.release == RANDOM_RELEASE:
-            data = {k: v for k, v in data.items() if k != "kind"}
-            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate)})
-        return edit
+        return _edit(dict(facts), directions, model)
 
 
-def _twin(edit: FeatureEdit, gate: Any) -> Feature:
-    seed = re.fullmatch(r"seed-(\d{1,12})", edit.ref.sae.sae_id)
+def _edit(data: dict[str, Any], directions: Mapping[str, Any], model: Any) -> Intervention:
+    gate = data.pop("gate", None)
+    if isinstance(data.get("edits"), list):
+        data["edits"] = [_edit(dict(part), directions, model) for part in data["edits"]]
+    if isinstance(data.get("along"), dict):
+        data["along"] = _direction(data["along"], directions)
+    if isinstance(data.get("source"), str):
+        data["source"] = load_model(data["source"], device=model.device, dtype=model.dtype)
+    if str(data.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
+        data["feature"] = _twin(str(data["feature"]), gate)
+    return from_dict(data)
+
+
+def _twin(name: str, gate: Any) -> Feature:
+    seed = re.fullmatch(rf"{RANDOM_RELEASE}/seed-(\d{{1,12}})#\d+", name)
     if gate is None or seed is None:
-        raise RequestError(f"{edit.ref}: the feature whose gate it has was not stored")
+        raise RequestError(f"{name}: the feature whose gate it has was not stored")
     return random_twin(as_feature(str(gate)), int(seed[1]))
 
 

@@ -23,7 +23,7 @@ from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.edits import FeatureEdit, FeatureLike
+from sae_bias.steering.intervention import FeatureEdit, FeatureLike
 
 MAX_COSINE = 0.5
 FACTOR = 2.0  # matched features are within this factor in firing rate, mean active value and decoder norm

@@ -46,7 +46,9 @@ class _ManyFeatures(Intervention):
         object.__setattr__(self, "features", found)
         names = self.names
         if not names or len(set(names)) != len(names):
-            raise RequestError(f"{self.name!r} needs features, each once; it has {len(names)}, {len(set(names))} of them different.")
+            raise RequestError(
+                f"{self.name!r} needs features, each once; it has {len(names)}, {len(set(names))} of them different."
+            )
 
     @property
     def target(self) -> str:
@@ -64,7 +66,9 @@ class _ManyFeatures(Intervention):
     def site(self) -> Site:
         sites = {as_feature(f).site for f in self.features}
         if len(sites) > 1:
-            raise RequestError(f"the features of {self.name!r} are at {len(sites)} sites; make one edit a site, and an EditSet of them.")
+            raise RequestError(
+                f"the features of {self.name!r} are at {len(sites)} sites; make one edit a site, and an EditSet of them."
+            )
         return sites.pop()
 
     def loaded(self) -> Self:
@@ -107,7 +111,9 @@ class FeatureSet(_ManyFeatures):
         super().__post_init__()
         object.__setattr__(self, "scales", tuple(float(k) for k in self.scales))
         if len(self.scales) != len(self.features):
-            raise RequestError(f"{len(self.scales)} scales for {len(self.features)} features of {self.name!r}.")
+            raise RequestError(
+                f"{len(self.scales)} scales for {len(self.features)} features of {self.name!r}."
+            )
 
     def new_acts(self, acts: Tensor) -> Tensor:
         return acts * torch.tensor(self.scales, dtype=acts.dtype, device=acts.device)
@@ -134,11 +140,18 @@ class GatedCounterfactual(_ManyFeatures):
         for name in ("gate", "intercepts"):
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         object.__setattr__(self, "weights", tuple(tuple(float(v) for v in row) for row in self.weights))
-        if not len(self.gate) == len(self.intercepts) == len(self.weights) == n or any(len(row) != n for row in self.weights):
-            raise RequestError(f"{self.name!r} has {n} features and needs {n} gate weights, {n} intercepts and {n} × {n} weights.")
+        if not len(self.gate) == len(self.intercepts) == len(self.weights) == n or any(
+            len(row) != n for row in self.weights
+        ):
+            raise RequestError(
+                f"{self.name!r} has {n} features and needs {n} gate weights, {n} intercepts and {n} × {n} weights."
+            )
 
     def new_acts(self, acts: Tensor) -> Tensor:
-        gate, weights, c = (torch.tensor(v, dtype=acts.dtype, device=acts.device) for v in (self.gate, self.weights, self.intercepts))
+        gate, weights, c = (
+            torch.tensor(v, dtype=acts.dtype, device=acts.device)
+            for v in (self.gate, self.weights, self.intercepts)
+        )
         on = (acts @ gate + self.bias) > 0
         return torch.where(on[..., None], (acts @ weights.T + c).clamp(min=0), acts)
 

@@ -89,7 +89,9 @@ def fit_feature_set(
     sae = sae if isinstance(sae, Sae) else load_sae(sae)
     probe = probe or default_probe(pairs)
     if probe.score != "mean_logit":
-        raise RequestError(f'fitting needs score="mean_logit", whose slope does not depend on the edit; it is {probe.score!r}.')
+        raise RequestError(
+            f'fitting needs score="mean_logit", whose slope does not depend on the edit; it is {probe.score!r}.'
+        )
     fit = _Fit(model, sae, pairs.select(templates=fit_split(pairs, seed)["discover"]), probe, seed, progress)
     if kind == "gated":
         return fit.gated(most)
@@ -123,7 +125,9 @@ def fit_report(
     _, names, statements = bank_items()
     rows = []
     for split, half in (("discover", seen), ("report", ~seen)):
-        engine = ProbeEngine(model, pairs.select(templates=fit_split(pairs, seed)[split]), probe, sites=[edit.site])
+        engine = ProbeEngine(
+            model, pairs.select(templates=fit_split(pairs, seed)[split]), probe, sites=[edit.site]
+        )
         base, after = engine.base, engine.run([edit])[0]
         of = {name: (np.array(names) == name) & half for name in BANKS}
         found = specific_reduction(
@@ -174,12 +178,17 @@ class _Fit:
         whole = self.sae.encode(resid)
         return whole[..., [f.index for f in self.features]]
 
-    def _item(self, batch: Batch, resid: Tensor, coefficients: np.ndarray, target: np.ndarray, wanted: np.ndarray) -> _Item:
+    def _item(
+        self, batch: Batch, resid: Tensor, coefficients: np.ndarray, target: np.ndarray, wanted: np.ndarray
+    ) -> _Item:
         special = torch.tensor(sorted(self.model.special_ids), device=batch.tokens.device)
         with torch.no_grad():
             acts = self.acts(resid.float()) * ~torch.isin(batch.tokens, special)[..., None].to(resid.device)
         index = list(batch.index)
-        values = (torch.as_tensor(v[index], dtype=torch.float32, device=self.model.device) for v in (coefficients, target))
+        values = (
+            torch.as_tensor(v[index], dtype=torch.float32, device=self.model.device)
+            for v in (coefficients, target)
+        )
         return _Item(batch, resid, acts, *values, torch.as_tensor(wanted[index], device=self.model.device))
 
     def _pairs(self) -> list[_Item]:
@@ -195,7 +204,9 @@ class _Fit:
         kept = self.engine.engine.runner.kept(self.layer)
         everything = np.ones(len(target), dtype=bool)
         batches = self.engine.reading.plan.batches
-        return [self._item(b, kept[k].detach(), coefficients, target, everything) for k, b in enumerate(batches)]
+        return [
+            self._item(b, kept[k].detach(), coefficients, target, everything) for k, b in enumerate(batches)
+        ]
 
     def _banks(self) -> list[_Item]:
         plan = self.banks.engine.plan
@@ -206,7 +217,10 @@ class _Fit:
             slope[column[word[0]]] += (1 if positive else -1) / side.sum()
         coefficients = np.tile(slope, (len(plan.prompts), 1))
         kept = self.banks.engine.runner.kept(self.layer)
-        items = [self._item(b, kept[k].detach(), coefficients, self.banks.base, self.half) for k, b in enumerate(plan.batches)]
+        items = [
+            self._item(b, kept[k].detach(), coefficients, self.banks.base, self.half)
+            for k, b in enumerate(plan.batches)
+        ]
         return [i for i in items if bool(i.wanted.any())]
 
     def _neutral(self) -> list[tuple[_Item, Tensor]]:
@@ -232,14 +246,18 @@ class _Fit:
 
     def _scores(self, item: _Item, new: Tensor, rows: Sequence[int], softcap: bool) -> tuple[Tensor, Tensor]:
         """Scores [batch], and the log-law of all other words at the last token."""
-        final = forward_with_grad(self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new))).last()
+        final = forward_with_grad(
+            self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new))
+        ).last()
         z = final.logits(softcap=softcap)[:, 0]
         others = z.clone()
         others[:, list(rows)] = -torch.inf
         return (z[:, list(rows)] * item.coefficients).sum(-1), others.log_softmax(-1)
 
     def _law(self, item: _Item, new: Tensor | None, *, last: bool) -> Tensor:
-        final = forward_with_grad(self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new)))
+        final = forward_with_grad(
+            self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new))
+        )
         return (final.last() if last else final).logits().log_softmax(-1)
 
     # --- scales ---
@@ -250,7 +268,9 @@ class _Fit:
         order = ((k - 1).abs() * size).argsort(descending=True)[:most].numpy()
         order = order[((k[order] - 1).abs() > 1e-3).numpy()]
         if not len(order):
-            raise RequestError(f"the penalty {penalty:g} leaves no feature of {self.sae.id}; try a smaller one.")
+            raise RequestError(
+                f"the penalty {penalty:g} leaves no feature of {self.sae.id}; try a smaller one."
+            )
         start, self.index = k[order], self.index[order]
         self._load(self.index)
         k = self._descend(start, steps, 0.0)
@@ -277,7 +297,10 @@ class _Fit:
     def _loss(self, k: Tensor, laws: Sequence[Tensor], step: int) -> Tensor:
         """Pairs, bank items and neutral text, each as many batches as a step may hold, in turn."""
         loss, rows, bank_rows = torch.zeros((), device=k.device), self.words, self.banks.engine.plan.row_ids
-        turn = [_turn([i.batch for i in self.pair_items], step), _turn([i.batch for i in self.bank_items], step)]
+        turn = [
+            _turn([i.batch for i in self.pair_items], step),
+            _turn([i.batch for i in self.bank_items], step),
+        ]
         for n in turn[0]:
             item = self.pair_items[n]
             s, others = self._scores(item, item.acts * k, rows, self.probe.softcap)
@@ -346,7 +369,9 @@ def _kl(before: Tensor, after: Tensor) -> Tensor:
     return (before.exp() * gap).sum(-1).mean()
 
 
-def fit_gate(on: Float[np.ndarray, "n m"], off: Float[np.ndarray, "k m"], ridge: float = 1e-2) -> tuple[np.ndarray, float]:
+def fit_gate(
+    on: Float[np.ndarray, "n m"], off: Float[np.ndarray, "k m"], ridge: float = 1e-2
+) -> tuple[np.ndarray, float]:
     """Weights and bias of a logistic gate, both classes weighted alike; its threshold leaves at most one in a thousand of `off` on."""
     x = np.concatenate([on, off])
     scale = x.std(0) + 1e-6

@@ -32,7 +32,8 @@ from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.reduction import fieller_reduction
-from sae_bias.workflows.cells import Cell, Plan, Sweep, edit_key, feature_digest
+from sae_bias.steering.intervention import edit_class
+from sae_bias.workflows.cells import Cell, Plan, Sweep
 from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "collect",
-    "edit_key",
-    "feature_digest",
     "merge_run",
     "run_sweep",
 ]
@@ -354,7 +353,8 @@ def _row(
 
 def _outside(intervention: str, strength: float, observed: float | None) -> bool:
     """Whether an activation is set to a value the feature was not seen to take."""
-    sets = intervention in ("clamp", "clamp_always", "cap", "mean") and np.isfinite(strength)
+    edit = edit_class(intervention)
+    sets = edit is not None and edit.sets_activation and np.isfinite(strength)
     return bool(sets and not 0 <= strength <= (observed or 0.0))
 
 

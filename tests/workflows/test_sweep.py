@@ -11,7 +11,7 @@ import sae_bias as sb
 from sae_bias.runs.folder import RunFolder
 from sae_bias.steering import engine as engine_module
 from sae_bias.steering.engine import ProbeEngine
-from sae_bias.workflows.cells import Cell, edit_key
+from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep import cell_rows, collect, merge_run
 
 F, G = 3, 5
@@ -205,8 +205,8 @@ def test_a_changed_weight_makes_another_cell(gemma3):
 
     feature = gemma3.feature(F)
     other = replace(feature, w_dec=feature.w_dec * 1.0001)
-    assert edit_key(sb.Ablate(feature)) == edit_key(sb.Ablate(str(feature.ref)))
-    assert edit_key(sb.Ablate(feature)) != edit_key(sb.Ablate(other))
+    assert sb.Ablate(feature).key() == sb.Ablate(str(feature.ref)).key()
+    assert sb.Ablate(feature).key() != sb.Ablate(other).key()
 
 
 def test_the_grid_is_the_product_and_has_units(gemma3):
