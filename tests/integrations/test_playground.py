@@ -122,9 +122,9 @@ def test_the_page_in_a_browser(address, tmp_path):
                 len(d.find_elements(By.CSS_SELECTOR, "#tokens span")) == len(TEXT.replace(".", " .").split())
             )
         )
-        colored = [
-            s.text for s in driver.find_elements(By.CSS_SELECTOR, "#tokens span") if s.get_attribute("style")
-        ]
+        colored = driver.execute_script(
+            "return [...document.querySelectorAll('#tokens span')].filter(s => s.style.background).map(s => s.textContent)"
+        )
         assert colored, "the planted feature colors AI speech"
         Select(driver.find_element(By.ID, "kind0")).select_by_visible_text("ablate")
         driver.find_element(By.ID, "go").click()
