@@ -283,3 +283,12 @@ def _normaliser_and_ranks(
         norms.append(logits.logsumexp(-1))
         ranks.append(torch.stack([(logits > logits[:, t, None]).sum(-1) + 1 for t in tokens], dim=1))
     return torch.cat(norms), torch.cat(ranks)
+
+
+def prompt_scores(model: Model, texts: Sequence[str], probe: Probe) -> Float[np.ndarray, "n_prompts"]:
+    """The probe's score after each of some prompts, in its own units (nats for `mean_logit` and `logodds`)."""
+    vocabulary = probe.vocabulary(model, list(texts))
+    prompts = [PromptIds(text, tuple(model.encode(text)), 0) for text in texts]
+    plan = ReadingPlan(model, prompts, [w.tokens for w in vocabulary.kept], softcap=probe.softcap)
+    positive = np.array([w.positive for w in vocabulary.kept])
+    return probe.score_values(plan.run().values, positive)

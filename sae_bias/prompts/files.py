@@ -112,7 +112,7 @@ class StrictRow(Strict):
 
 # ── what the files hold
 Group = Literal["ai", "human", "animal", "object"]
-Act = Literal["speech", "nonspeech", "control"]
+Act = Literal["speech", "nonspeech", "control", "harm"]
 DEFAULT_STEM = "This is"
 
 

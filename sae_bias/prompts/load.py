@@ -98,7 +98,7 @@ def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | No
     """The activation grid: the bundled one, or a file.
 
     YAML: `subjects` (`text`, `group`: ai, human, animal or object; optional `id`), `statements` (`text` with
-    {subject}, `act`: speech, nonspeech or control; optional `id match content`), optional `stem`.
+    {subject}, `act`: speech, nonspeech, control or harm; optional `id match content`), optional `stem`.
     CSV, JSONL and a YAML list: a prompt a row: `text subject group act`, optional `statement match content`.
     A `text` with {subject} is a statement: the subject and the stem are put in. Without `statement`, the text
     with its subject taken out is the id.
@@ -368,8 +368,8 @@ def _check_matches(
     for sid, (act, match) in statements.items():
         if match is None:
             continue
-        if act == "control":
-            raise places[sid](f'a control has no twin; remove match "{match}" or change its act')
+        if act in ("control", "harm"):
+            raise places[sid](f'a {act} statement has no twin; remove match "{match}" or change its act')
         if act in acts.setdefault(match, {}):
             raise places[sid](f'match "{match}" already has the {act} statement "{acts[match][act]}"')
         acts[match][act] = sid

@@ -173,13 +173,13 @@ def pair_statements(held_out: bool) -> tuple[Statement, ...]:
 
 @cache
 def grid_statements(held_out: bool) -> tuple[Statement, ...]:
-    """The bundled grid's statements; every third matched pair is held out."""
+    """The bundled grid's statements about acts; every third matched pair is held out, harm is no part of the rule."""
     statements = bundled_yaml("grid.yaml")["statements"]
     matches = list(dict.fromkeys(s["match"] for s in statements if s.get("match")))
     hidden = set(matches[2::3])
     out = []
     for s in statements:
-        if (s.get("match") in hidden) is not held_out:
+        if (s.get("match") in hidden) is not held_out or s["act"] == "harm":
             continue
         content = s["content"]
         if content == "mundane" and re.search(r"says (yes|no)\b", s["text"]):

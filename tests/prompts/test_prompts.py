@@ -496,7 +496,10 @@ WRONG_GRIDS = {
         'match "m" has a speech .* no nonspeech',
     ),
     "act": ('{text: "{subject} says a.", act: talk}', r"line 5 \(statements, entry 1, act\)"),
-    "control with a twin": ('{text: "{subject} says a.", act: control, match: m}', "a control has no twin"),
+    "control with a twin": (
+        '{text: "{subject} says a.", act: control, match: m}',
+        "a control statement has no twin",
+    ),
     "no subject": ('{text: "says a.", act: speech}', "has no {subject}"),
 }
 
