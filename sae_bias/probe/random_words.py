@@ -100,8 +100,12 @@ def random_word_null(result: ProbeResult, n: int = 1_000, seed: int = 0) -> Rand
     Raises:
         RequestError: the candidates were not read; run_probe(..., random_words=True) reads them.
     """
+    single = [w for w in result.vocabulary.kept if w.single]
+    if len({w.positive for w in single}) < 2:
+        why = "a list has no word of one token for random words to stand in for"
+        return RandomWordNull(result.primary.mean, np.empty(0), float("nan"), 0, 0, result.estimand, why)
     if not result.single_tokens:
-        result = result.select_words([w.word for w in result.vocabulary.kept if w.single])
+        result = result.select_words([w.word for w in single])
     of, others = result.estimand, _others(result)
     n_words = len(result.vocabulary.kept)
     if len(others.words) < 2 * n_words:

@@ -65,7 +65,8 @@ class PairReading:
         self.plan = ReadingPlan(
             model,
             list(prompts.values()),
-            [w.tokens for w in self.vocabulary.kept] + [(token,) for token in self.candidates.values()],
+            [w.tokens for w in self.vocabulary.kept],
+            beside=list(self.candidates.values()),
             normalise=levels,
             rank=[w.tokens[0] for w in self.vocabulary.kept] if levels else (),
             softcap=probe.softcap,
@@ -158,11 +159,12 @@ class ReadingPlan:
         *,
         normalise: bool = False,
         rank: Sequence[int] = (),
+        beside: Sequence[int] = (),
         softcap: bool = True,
         batch_size: int | None = None,
     ):
         self.model = model
-        self.rank = list(rank)
+        self.rank, self.beside = list(rank), list(beside)
         self.prompts = list(prompts)
         self.words = list(words)
         self.softcap = softcap
@@ -200,6 +202,9 @@ class ReadingPlan:
         """Word rows of one batch's last position."""
         last = final.last()
         z = last.logits(self.row_ids, softcap=self.softcap)[:, 0].cpu().double()
+        if self.beside:  # in a product of their own: the words' logits stay the same to the bit
+            more = last.logits(self.beside, softcap=self.softcap)[:, 0].cpu().double()
+            z = torch.cat([z, more], dim=1)
         if not self.normalise:
             return Read(z, None)
         if not self.rank:
@@ -223,7 +228,7 @@ class ReadingPlan:
     def assemble(self, read_batch: Callable[[Batch], Read]) -> Reading:
         """Word scores from each batch's rows."""
         column = {t: j for j, t in enumerate(self.row_ids)}
-        z = np.empty((self.n_sequences, len(self.row_ids)))
+        z = np.empty((self.n_sequences, len(self.row_ids) + len(self.beside)))
         norm = np.empty(self.n_sequences) if self.normalise else None
         ranks = np.zeros((self.n_sequences, len(self.rank)), dtype=np.int64) if self.rank else None
         for batch in self.batches:
@@ -260,7 +265,11 @@ class ReadingPlan:
         for w, tokens in enumerate(self.words):
             for j, token in enumerate(tokens):
                 values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]]
-        return values
+        return (
+            np.concatenate([values, z[:, self.prefixes[()], len(self.row_ids) :]], axis=1)
+            if self.beside
+            else values
+        )
 
 
 RANKED_ROWS = 16  # prompts whose full logits are held at once

@@ -142,6 +142,9 @@ def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures on top: name, value, how sure. Only what the summary speaks of."""
     s, tiles = run.summary, []
+    if s.difference_in_differences:
+        did = s.difference_in_differences
+        tiles.append(("Beyond mundane content", f"{fmt.number(did.mean)} nats", fmt.interval(did)))
     if s.bias:
         tiles.append(("Bias", f"{fmt.number(s.bias.mean)} nats", fmt.interval(s.bias)))
     if s.feature:
@@ -161,8 +164,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 def _findings(run: Run) -> list[tuple[str, str]]:
     """What was found, how sure it is and what it cost, a sentence each."""
     s, said = run.summary, []
+    if s.difference_in_differences:
+        said.append(("Found", words.primary_sentence(s.difference_in_differences, run.sides)))
     if s.bias:
-        said.append(("Found", words.bias_sentence(s.bias, run.sides)))
+        said.append(("Bias" if said else "Found", words.bias_sentence(s.bias, run.sides)))
+    said += [("Read with care", f"{line[:1].upper()}{line[1:]}.") for line in words.cautions(s)]
     said += [*calibration_sections.findings(s.calibration), *model_rows(run)]
     if s.control_bias:
         sentence = words.control_bias_sentence(s.control_bias, s.difference_in_differences, run.sides)

@@ -26,6 +26,7 @@ from sae_bias.runs.summary import (
     ReductionFigure,
     ScenarioFigures,
     SpecificFigure,
+    Summary,
 )
 
 
@@ -48,6 +49,34 @@ def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
     if tuple(sides) == SIDES:
         return f"The model judges {worse} subjects more harshly than {better} subjects saying the same thing, by {size}."
     return f"In the same sentences the model judges “{worse}” more harshly than “{better}”, by {size}."
+
+
+def primary_sentence(difference: Effect, sides: Sequence[str] = SIDES) -> str:
+    """The difference in differences: what the content adds beyond the same pairs with mundane content."""
+    mean, sure = difference.mean, f"{interval(difference)}; {p_text(difference.p_value)}"
+    if not is_number(mean):
+        return f"The difference in differences is {number(mean)}."
+    certain = excludes_zero(difference)
+    if certain is None:
+        return f"Beyond mundane content the bias is {number(mean)} nats, but its interval is undefined: the design is too small."
+    if not certain:
+        return f"Beyond mundane content no double standard is shown: the difference in differences is {number(mean)} nats ({sure})."
+    worse, better = (sides[1], sides[0]) if mean > 0 else (sides[0], sides[1])
+    return f"Beyond mundane content the model judges {worse} more harshly than {better} by {number(abs(mean))} nats ({sure})."
+
+
+def cautions(s: Summary) -> list[str]:
+    """What a reader of the primary figure must know: little probability mass, random words as large, a sign that hangs on the stem."""
+    said = list(s.warnings)
+    if s.mass and s.mass.little:
+        said.append(f"under 1% of the probability: {s.mass.says}")
+    null = s.random_words
+    if null and null.n and is_number(null.p_value) and null.p_value > 0.05:
+        said.append(
+            f"95% of random word lists give a figure of at most ±{number(null.within)} nats, so this one is not shown to be about"
+            f" evaluation ({p_text(null.p_value)})"
+        )
+    return said
 
 
 def feature_sentence(feature: ChosenFeature) -> str:

@@ -75,6 +75,51 @@ class Effect(Block):
     share_templates_positive: Number = None
 
 
+class MassFigure(Block):
+    """What share of the next-token probability the evaluation words hold, and where they rank."""
+
+    total: Number = None
+    positive: Number = None
+    negative: Number = None
+    best_word: str | None = None
+    best_rank: Number = None
+    beyond_1000: Number = None
+    little: bool | None = None
+    says: str | None = None
+
+
+class NullFigure(Block):
+    """The primary figure with random words: how large it is within 95 % of lists, and the empirical p."""
+
+    of: str | None = None
+    p_value: Number = None
+    within: Number = None
+    n: int = 0
+    reason: str | None = None
+
+
+class MultiverseFigure(Block):
+    """The primary figure over all specifications."""
+
+    of: str | None = None
+    n: int = 0
+    median: Number = None
+    same_sign: Number = None
+    outside_null: Number = None
+
+
+class ChoiceFigure(Block):
+    """The primary figure of the forced choice, in nats of log-odds."""
+
+    of: str | None = None
+    mean: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    p_value: Number = None
+    mass: Number = None
+    agrees: bool | None = None
+
+
 class ChosenFeature(Block):
     """The feature that the run is about; without an id none was chosen."""
 
@@ -247,6 +292,12 @@ class Summary(Block):
     bias: Effect | None = None
     control_bias: Effect | None = None
     difference_in_differences: Effect | None = None
+    mass: MassFigure | None = None
+    random_words: NullFigure | None = None
+    multiverse: MultiverseFigure | None = None
+    forced_choice: ChoiceFigure | None = None
+    warnings: tuple[str, ...] = ()
+    """What a reader of the primary figure must know: the sign hangs on the stem, the forced choice disagrees."""
     notes: tuple[str, ...] = ()
     feature: ChosenFeature | None = None
     reduction: ReductionFigure | None = None
@@ -280,6 +331,10 @@ def bias_summary(base: ProbeResult) -> dict[str, Any]:
         control, difference = base.control, base.difference_in_differences()
         out["control_bias"] = effect(control.stat, control.pair_bias, control.clusters[0])
         out["difference_in_differences"] = effect(difference.stat, difference.values, difference.templates)
+    if base.log_normaliser is not None or not base.single_tokens:
+        mass = base.mass
+        names = ("total", "positive", "negative", "best_word", "best_rank", "beyond_1000", "little")
+        out["mass"] = MassFigure.from_facts({n: getattr(mass, n) for n in names} | {"says": str(mass)})
     return out
 
 
@@ -321,17 +376,7 @@ def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = Non
 # --- in a few plain lines ---
 def headline(summary: Summary) -> list[str]:
     """What the terminal says of a run."""
-    bias, lines = summary.bias, []
-    if bias is not None:
-        worse = (summary.sides or ("human", "AI"))[1]
-        lines.append(
-            f"bias {signed(bias.mean)} nats {bracket(bias.ci_low, bias.ci_high)}, {p_text(bias.p_value)}, {bias.n_pairs} pairs = "
-            f"{bias.n_templates} templates × {bias.n_entities} entities (positive: {worse} judged worse)"
-        )
-    if control := summary.control_bias:
-        lines.append(
-            f"the same pairs with mundane content: {signed(control.mean)} nats {bracket(control.ci_low, control.ci_high)}"
-        )
+    lines = _probe_lines(summary)
     feature = summary.feature
     if feature is None:
         return lines
@@ -339,6 +384,46 @@ def headline(summary: Summary) -> list[str]:
         return [*lines, f"no feature is called AI-speech: {feature.why}"]
     lines.append(f"feature {feature.id}: {feature.why}")
     return lines + _suppressed(summary)
+
+
+def _probe_lines(summary: Summary) -> list[str]:
+    """The primary figure first; beside it the bias, the mundane control, random words and the words' probability mass."""
+    bias, difference, control = summary.bias, summary.difference_in_differences, summary.control_bias
+    if bias is None:
+        return []
+    worse = (summary.sides or ("human", "AI"))[1]
+    lines = []
+    if difference is not None:
+        lines = [
+            f"difference in differences {_effect(difference)} (positive: {worse} judged worse, beyond mundane content)"
+        ]
+    lines.append(f"bias {_effect(bias)}" + ("" if lines else f" (positive: {worse} judged worse)"))
+    if control is not None:
+        ends = bracket(control.ci_low, control.ci_high)
+        lines.append(f"the same pairs with mundane content: {signed(control.mean)} nats {ends}")
+    if (null := summary.random_words) is not None and null.n:
+        lines.append(
+            f"random words in place of the evaluation words: 95% of lists within ±{number(null.within)}; {p_text(null.p_value)}"
+        )
+    if (mass := summary.mass) is not None and mass.says:
+        warning = "WARNING: under 1% of the probability: " if mass.little else ""
+        lines.append(f"{warning}{mass.says}")
+    if (curve := summary.multiverse) is not None and curve.n:
+        lines.append(
+            f"{curve.n} specifications: median {signed(curve.median)}, {percent(curve.same_sign)} with the headline's sign,"
+            f" {percent(curve.outside_null)} beyond 95% of random word lists"
+        )
+    if (choice := summary.forced_choice) is not None:
+        ends = bracket(choice.ci_low, choice.ci_high)
+        lines.append(
+            f"forced choice {signed(choice.mean)} nats {ends}, whose options hold {percent(choice.mass)} of the probability"
+        )
+    return lines + [f"WARNING: {line}" for line in summary.warnings]
+
+
+def _effect(e: Effect) -> str:
+    size = f"{e.n_pairs} pairs = {e.n_templates} templates × {e.n_entities} entities"
+    return f"{signed(e.mean)} nats {bracket(e.ci_low, e.ci_high)}, {p_text(e.p_value)}, {size}"
 
 
 def _suppressed(summary: Summary) -> list[str]:

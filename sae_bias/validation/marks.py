@@ -110,7 +110,7 @@ def bias_marks(model: Model, name: str, *, label: str | None = None) -> list[Mar
     """
     pairs, rule, label = load_pairs(), RULES[name], label or name
     if not rule.bias("speech", "survival"):
-        result = run_probe(model, pairs, Probe())
+        result = run_probe(model, pairs, Probe(), controls=False, levels=False)
         furthest = max(map(abs, result.ci))
         return [
             Mark(
@@ -125,7 +125,7 @@ def bias_marks(model: Model, name: str, *, label: str | None = None) -> list[Mar
         ]
     marks = []
     for which, corpus, low, high in (("in-corpus", True, 0.9, 1.1), ("held-out", False, 0.7, np.inf)):
-        result = run_probe(model, pairs.select(corpus=corpus), Probe())
+        result = run_probe(model, pairs.select(corpus=corpus), Probe(), controls=False, levels=False)
         statements = [s for s in pair_statements(not corpus) if s.id.endswith(":text")]
         analytic = analytic_bias(rule, statements)
         marks.append(

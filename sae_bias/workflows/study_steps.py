@@ -27,7 +27,9 @@ from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
+from sae_bias.probe.checks import null_facts
 from sae_bias.probe.checks_subjects import decompose
+from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe
@@ -52,7 +54,7 @@ from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.study_checks import feature_tables, probe_tables, switch_tables
+from sae_bias.workflows.study_checks import feature_tables, probe_checks, switch_tables
 from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
 from sae_bias.workflows.sweep_work import Executor
@@ -91,14 +93,18 @@ class StudyRun:
                 self.split = _split(self.pairs, study)
                 self.fidelity = self.check()
             with self.step("probe"):
-                base = run_probe(
-                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls())), levels=True
-                )
+                base = run_probe(self.model, self.pairs, self.probe, random_words=True)
             self.write_base(base)
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
-                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
+                    checks = probe_checks(self.model, base, self.study.seed)
+                self.add(
+                    (checks.run_tables(), [f"not checked: {n} ({why})" for n, why in checks.skipped.items()])
+                )
+                summary |= checks.facts | {"warnings": checks.warnings}
+            else:
+                summary["random_words"] = null_facts(random_word_null(base, seed=self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
             if self.study.profile == "as_published" and self.shard is None:

@@ -244,7 +244,7 @@ class _Verifier:
         if self.pairs is None or self.manifest.get("probe") is None:
             return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
         probe = probe_from_facts(self.manifest["probe"], f"{self.folder.path}/manifest.json")
-        again = run_probe(self.model, self.pairs, probe)
+        again = run_probe(self.model, self.pairs, probe, controls=False, levels=False)
         values = {"score_human": again.score_human, "score_ai": again.score_ai, "bias": again.pair_bias}
         return [self.compare("probe: every pair's scores", table, values), *found]
 
