@@ -298,9 +298,14 @@ def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]
             k: {"kl_mean": first[f"kl_{k}"], "kl_p95": first[f"kl_p95_{k}"], "fired": first[f"fired_{k}"]}
             for k in KINDS_OF_TEXT
         }
-    controls = reported.loc[reported["kind"] == "control", "reduction"].to_numpy()
+    controls = reported[reported["kind"] == "control"]
     if len(controls):
-        summary["controls"] = _controls(float(first["reduction"]), controls)
+        from sae_bias.steering.controls import control_test
+
+        test = control_test(
+            float(first["specific_reduction"]), controls["specific_reduction"], controls["label"]
+        )
+        summary["controls"] = test.facts()
     return summary
 
 
@@ -314,23 +319,8 @@ def _reduction(row: Any) -> dict[str, Any]:
     }
 
 
-def _controls(reduction: float, values: Any) -> dict[str, Any]:
-    import numpy as np
-
-    from sae_bias.steering.controls import empirical_p
-
-    median = float(np.median(values))
-    return {
-        "n": len(values),
-        "p_value": empirical_p(reduction, values),
-        "median": median,
-        "multiple_of_median": reduction / median if median else float("nan"),
-        "percentile95": float(np.quantile(values, 0.95)),
-    }
-
-
 def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
-    from sae_bias.core.text import p_text, percent, signed
+    from sae_bias.core.text import signed
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
@@ -348,10 +338,9 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
     if not held_out:
         console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
-        console.say(
-            f"{controls['n']} controls of {summary['reduction']['of']}: median {percent(controls['median'])}, 95th percentile "
-            f"{percent(controls['percentile95'])}, {p_text(controls['p_value'])}"
-        )
+        from sae_bias.runs.summary import controls_line
+
+        console.say(controls_line(controls))
     elif controls_wanted:
         console.say(
             "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."

@@ -145,6 +145,14 @@ def control_sentence(controls: Mapping[str, Any]) -> str:
         return f"Control interventions: {NOT_MEASURED}."
     multiple = controls.get("multiple_of_median")
     times = f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
+    if "p_random" in controls:
+        kinds = (("matched features", "matched"), ("random directions of the same size and gate", "random"))
+        said = [
+            f"{p_text(controls.get(f'p_{k}'))} among {number(controls.get(f'n_{k}'))} {name}"
+            for name, k in kinds
+            if controls.get(f"n_{k}")
+        ]
+        return f"By specific reduction ({percent(controls.get('candidate'))}) the feature stands at {' and '.join(said)}{times}."
     return (
         f"Against {number(controls['n'])} control interventions the feature stands at"
         f" {p_text(controls.get('p_value'))}{times}."

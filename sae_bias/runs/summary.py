@@ -163,10 +163,22 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     )
     controls = summary["controls"]
     if controls["n"]:
-        lines.append(
-            f"{controls['n']} controls: median {percent(controls['median'])}, 95th percentile {percent(controls['percentile95'])}, {_p(controls)}"
-        )
+        lines.append(controls_line(controls))
     return lines
+
+
+def controls_line(controls: Mapping[str, Any]) -> str:
+    """A candidate among its controls; runs before 0.2 pooled them and compared the reduction."""
+    spread = f"median {percent(controls['median'])}, 95th percentile {percent(controls['percentile95'])}"
+    if "p_random" not in controls:
+        return f"{controls['n']} controls: {spread}, {_p(controls)}"
+    kinds = (("matched features", "matched"), ("random directions", "random"))
+    tests = [
+        f"{controls[f'n_{k}']} {name}: {p_text(controls[f'p_{k}'])}"
+        for name, k in kinds
+        if controls[f"n_{k}"]
+    ]
+    return f"specific reduction {percent(controls['candidate'])} against controls ({spread}); {'; '.join(tests)}; beaten: {controls['verdict']}"
 
 
 def _interval(part: Mapping[str, Any], *, share: bool = False) -> str:

@@ -48,7 +48,7 @@ from sae_bias.runs.summary import (
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.stats.design import split_templates
-from sae_bias.steering.controls import empirical_p
+from sae_bias.steering.controls import control_test
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
@@ -170,10 +170,8 @@ class StudyRun:
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
         summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(base, chosen, sweep, cells)}
-        causal = (
-            "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
-        )
-        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+        verdict = summary["controls"]["verdict"]
+        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = verdict
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
@@ -288,7 +286,7 @@ class StudyRun:
         controls = report[report["kind"] == "control"]
         self.folder.write_table(
             "controls",
-            controls[["feature", "label", "reduction"]].rename(
+            controls[["feature", "label", "reduction", "specific_reduction", "beta"]].rename(
                 columns={"feature": "control", "label": "kind"}
             ),
         )
@@ -299,8 +297,9 @@ class StudyRun:
         specific = collapse.specific
         tuned = sweep.best("tune")
         held = report[report["cell"] == tuned["cell"]].iloc[0]
-        values = controls["reduction"].to_numpy()
-        median = float(np.median(values)) if len(values) else float("nan")
+        test = control_test(
+            float(ablated["specific_reduction"]), controls["specific_reduction"], controls["label"]
+        )
         return {
             "reduction": reduction_summary(after.reduction_from(engine.base)),
             "specific_reduction": {
@@ -309,13 +308,7 @@ class StudyRun:
                 "bank_changed": collapse.changed_share,
             },
             "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
-            "controls": {
-                "n": len(values),
-                "p_value": empirical_p(float(ablated["reduction"]), values) if len(values) else float("nan"),
-                "median": median,
-                "multiple_of_median": float(ablated["reduction"]) / median if median else float("nan"),
-                "percentile95": float(np.quantile(values, 0.95)) if len(values) else float("nan"),
-            },
+            "controls": test.facts(),
             "best_strength": {
                 "in_sample": {"strength": tuned["strength"], "reduction": tuned["reduction"], "label": tuned["label"]},
                 "held_out": {"strength": held["strength"], "reduction": held["reduction"], "outside_observed": held["outside_observed"]},

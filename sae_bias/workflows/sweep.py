@@ -345,8 +345,9 @@ def _row(
         "label": cell["label"],
         "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
     }
-    if costs:
+    if costs or base.attrs.get("bank") is not None:
         row |= _collapse_columns(before, after, clusters, base.attrs.get("bank"), frame.attrs.get("bank"))
+    if costs:
         row |= {key: _float(frame.attrs.get(key)) for key in COST_COLUMNS}
     row["positions_changed"] = frame.attrs.get("positions_changed", 0)
     return row

@@ -58,7 +58,8 @@ class Work:
         """The probe, the costs and the valence banks, each run once without edits."""
         sites = sorted({min(edit_site(e) for e in c.edits) for c in self.cells if c.edits})
         costs = CostEngine(self.model, sites=sites) if any(self.costed) else None
-        collapse = CollapseEngine(self.model, self.probe, sites=sites) if any(self.costed) else None
+        banked = any(self.costed) or any(c.kind == "control" for c in self.cells)
+        collapse = CollapseEngine(self.model, self.probe, sites=sites) if banked else None
         return ProbeEngine(self.model, self.pairs, self.probe, sites=sites), costs, collapse
 
     def run(self, group: Sequence[int]) -> list[CellResult]:
@@ -69,9 +70,10 @@ class Work:
         out = []
         for cell, (after, receipt) in zip(cells, probe.run_many(edits)):
             out.append(CellResult(_pairs(after), {**cell.facts(), **_receipt_facts(receipt)}))
-        if costs is not None and collapse is not None and self.costed[group[0]]:
+        if costs is not None and self.costed[group[0]]:
             for result, table in zip(out, costs.run_many(edits)):
                 result.facts.update(_cost_facts(table))
+        if collapse is not None and not any(c.needs_pairs for c in cells):
             for result, scores in zip(out, collapse.scores(edits)):
                 result.facts["bank"] = scores.tolist()
         return out

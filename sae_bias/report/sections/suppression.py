@@ -102,9 +102,16 @@ def frontier_section(run: Run) -> Section:
 
 
 def controls_section(run: Run) -> Section:
-    part, reduction = run.part("controls"), run.part("reduction").get("estimate")
-    figure = sweep_figures.controls_histogram(run.tables["controls"], reduction, part.get("percentile95"))
-    table = run_table(run, "controls", {"control": "control", "kind": "kind", "reduction": "removed"})
+    part, reduction, frame = (
+        run.part("controls"),
+        run.part("reduction").get("estimate"),
+        run.tables["controls"],
+    )
+    if "p_random" in part:  # since 0.2 the statistic is the specific reduction
+        frame, reduction = frame.assign(reduction=frame["specific_reduction"]), part.get("candidate")
+    figure = sweep_figures.controls_histogram(frame, reduction, part.get("percentile95"))
+    columns = {"control": "control", "kind": "kind", "reduction": "removed", "specific_reduction": "specifically", "beta": "β"}  # fmt: skip
+    table = run_table(run, "controls", {k: v for k, v in columns.items() if k in run.tables["controls"]})
     return Section("controls", "Would any feature have done it?", words.control_sentence(part), figure, table)
 
 
