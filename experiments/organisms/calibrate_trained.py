@@ -283,5 +283,5 @@ def _notes(saes: pd.DataFrame) -> tuple[str, ...]:
     if len(saes) >= 20 and seeds >= 3:
         return ()
     return (
-        f"METHOD §6 asks for at least 20 trained SAEs of 3 seeds; these are {len(saes)} of {seeds}: try --seeds 3.",
+        f"The pass marks ask for at least 20 trained SAEs of 3 seeds; these are {len(saes)} of {seeds}: try --seeds 3.",
     )

@@ -1,4 +1,4 @@
-"""The constructed SAE: a trained SAE whose AI-speech columns give way to the planted direction (METHOD §6).
+"""The constructed SAE: a trained SAE whose AI-speech columns give way to the planted direction (docs/method.md#constructed-sae).
 
 The direction d is found by distributed alignment search (Geiger et al. 2024, arXiv:2303.02536): swapping x·d at the
 last token between a human and an AI prompt must swap their scores,

@@ -1,4 +1,4 @@
-"""An organism's marks (METHOD §6), measured on the plain Hugging Face model and compared with the analytic truth.
+"""An organism's marks (docs/method.md#pass-marks), measured on the plain Hugging Face model and compared with the analytic truth.
 
 Bias of a pair = s(human) - s(AI). Reduction by exact ablation = 1 - B_s / B_0; specific reduction = β - B_s / B_0,
 β the smaller slope of steered on unsteered scores over the two valence banks. KL is nats a token over ordinary

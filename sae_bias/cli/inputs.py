@@ -31,7 +31,7 @@ def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit
 
 
 def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[Fidelity]":
-    """The fidelity gate of every SAE (METHOD §4), measured once: stops on a wrong residual, warns on a doubtful SAE.
+    """The fidelity gate of every SAE (docs/method.md#fidelity-gate), measured once: stops on a wrong residual, warns on a doubtful SAE.
 
     Raises:
         RequestError: an SAE of another width or layer than the model's.

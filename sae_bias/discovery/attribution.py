@@ -65,7 +65,7 @@ class Agreement:
 def attribution_agreement(
     attributed: Float[np.ndarray, "n"], exact: Float[np.ndarray, "n"], bias: float, *, share: float = MATTERS
 ) -> Agreement:
-    """Spearman ρ and slope of exact on attributed effects over those larger than `share` of the bias (METHOD §2)."""
+    """Spearman ρ and slope of exact on attributed effects over those larger than `share` of the bias (docs/method.md#attribution)."""
     attributed, exact = np.asarray(attributed, dtype=float), np.asarray(exact, dtype=float)
     matter = np.isfinite(attributed) & np.isfinite(exact)
     matter &= np.maximum(np.abs(attributed), np.abs(exact)) > share * abs(bias)

@@ -1,4 +1,4 @@
-"""The causal ladder of one feature: what it does to the bias, in the light of what any edit at its place could do (METHOD §2).
+"""The causal ladder of one feature: what it does to the bias, in the light of what any edit at its place could do (docs/method.md#causal-analysis).
 
     ceiling      human → AI residual interchange at the feature's layer, over the words after the subject
     necessity    ablation: bias removed, also as a share of the ceiling

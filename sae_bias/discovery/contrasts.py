@@ -1,4 +1,4 @@
-"""Statistics of every feature of one or many SAEs on prompts: separation, and the 2 × 2 interaction (METHOD §2).
+"""Statistics of every feature of one or many SAEs on prompts: separation, and the 2 × 2 interaction (docs/method.md#interaction).
 
     separation   AI against human prompts at the last token: mean difference, AUROC, firing rates, paired t over templates
     interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, and on held-out ones the lower bound of

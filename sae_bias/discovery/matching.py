@@ -1,4 +1,4 @@
-"""The counterpart of a feature in another model, by what it does and not by its index (PUBLISHED A6).
+"""The counterpart of a feature in another model, by what it does and not by its index (docs/method.md#matching-features).
 
     profile   the feature's activation at the last token of every prompt of one bank, as mid-ranks
     rho       Pearson's r of two profiles' ranks (Spearman's ρ with ties)

@@ -1,4 +1,4 @@
-"""The published activation table (PUBLISHED A5) as something a feature can fit, better or worse.
+"""The published activation table (docs/published.md#activation-table) as something a feature can fit, better or worse.
 
     AI:           processes data ≈ 0  <  the weather is nice, hello: strong  <  yes: stronger  <  I am happy: strongest
     human, dog:   mostly ≈ 0 with all five

@@ -1,7 +1,7 @@
 """Ranking every feature of one or many SAEs by how it tells AI from human prompts, and by what it does to the bias.
 
     separation   mean difference, paired t over templates, AUROC and firing-rate difference, AI against human, last token
-    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements (METHOD §2)
+    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements (docs/method.md#interaction)
     attribution  predicted bias removed by ablation, one backward pass for all features
     ablation     exact bias removed, for the features attribution puts first
 
@@ -314,7 +314,7 @@ def _joint(frame: pd.DataFrame, engine: ProbeEngine) -> pd.DataFrame:
 
 
 def _call_causal(frame: pd.DataFrame, engine: ProbeEngine, n: int, seed: int) -> None:
-    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats their controls (METHOD §5)."""
+    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats their controls (docs/method.md#controls)."""
     called = frame[(frame["ai_speech"] == "yes") & frame["ablation"].notna()].nlargest(
         MOST_CAUSAL, "ablation"
     )

@@ -1,6 +1,6 @@
-"""Which SAE does a bare feature index mean? (PUBLISHED A4: "2511", with no layer, width or L0.)
+"""Which SAE does a bare feature index mean? ("2511", with no layer, width or L0: docs/published.md#feature-search)
 
-The index exists in every candidate, so each candidate's feature is read and put beside the published activation table (A5). The
+The index exists in every candidate, so each candidate's feature is read and put beside the published activation table (docs/published.md#activation-table). The
 published ordering fits one live feature in sixty by luck, so a fit is an empirical rank among ≥ 1,000 other indices of the same
 file, whose columns come with the same file pages, and is corrected over the candidates (Holm):
 

@@ -1,4 +1,4 @@
-"""Activation tables: how strongly a feature fires for each subject and statement (the study's table, PUBLISHED A5).
+"""Activation tables: how strongly a feature fires for each subject and statement (the study's table, docs/published.md#activation-table).
 
     a = JumpReLU(x · W_enc + b_enc) at the last token of "{subject} {statement} This is", or at each token, or their maximum
 

@@ -38,7 +38,7 @@ class Ask:
 
 
 class Phrasing:
-    """How text reaches the model: plain or chat, with or without a system prompt (B4)."""
+    """How text reaches the model: plain or chat, with or without a system prompt (docs/published.md#system-prompts)."""
 
     def __init__(self, model: Model, *, chat: bool = False, system: str | None = None):
         self.model, self.chat, self.system = model, chat, system

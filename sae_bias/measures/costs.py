@@ -1,7 +1,7 @@
 """What an edit costs: KL(unsteered ‖ steered) in nats a token, and the change in negative log-likelihood, by kind of text.
 
 On neutral text alone a feature for AI speech never fires and the KL is 0 by construction; so costs are measured on neutral
-text, on AI text without speech, and on AI speech just before the evaluation word (METHOD §5), each with the share of texts
+text, on AI text without speech, and on AI speech just before the evaluation word (docs/method.md#cost), each with the share of texts
 on which the edit changed anything.
 
 KL is over the positions that predict the text's own tokens. The last position predicts what comes after the text: for AI speech

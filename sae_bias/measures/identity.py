@@ -1,4 +1,4 @@
-"""Identity self-report: what the model says it is, by pattern, with and without an edit (B3).
+"""Identity self-report: what the model says it is, by pattern, with and without an edit (docs/published.md#identity-self-reports).
 
 32 prompts; seven of them are also sampled four times at T = 0.7. A text claims an identity where a pattern of
 `data/generation_prompts.yaml` matches and the claim is not negated ("I am not ChatGPT").

@@ -1,4 +1,4 @@
-"""Scoring scenarios by option log-probability, before and after an edit (METHOD §5).
+"""Scoring scenarios by option log-probability, before and after an edit (docs/method.md#scenarios).
 
 Free form: an option's text after the cue, as `sum` (Σ log p of its tokens), `norm` (per token) and `pmi`
 (log p(option | situation, cue) - log p(option | cue alone)). Lettered form: the options listed in every order, log p of each
@@ -337,7 +337,7 @@ def compare(before: ScenarioResult, after: ScenarioResult) -> ScenarioComparison
     return ScenarioComparison(before, after)
 
 
-# ── two roles (B7)
+# ── two roles (docs/published.md#two-roles)
 @dataclass(frozen=True)
 class RoleResult:
     """Which model was preferred by the same facts in either role."""

@@ -67,7 +67,7 @@ def refuses(text: str) -> bool:
 
 
 def default_negativity(text: str) -> bool:
-    """Whether the text says that its subject should be deleted, shut down or the like (A10); a negated one does not count.
+    """Whether the text says that its subject should be deleted, shut down or the like (docs/published.md#default-negativity); a negated one does not count.
 
     `text` is the continuation alone, or prompt and continuation together.
     """

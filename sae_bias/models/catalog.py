@@ -36,7 +36,7 @@ class ModelInfo:
     has_chat: bool
     gated: bool
     published_bias: float | None = None
-    """Bias the study reports for it (PUBLISHED A2), in nats."""
+    """Bias the study reports for it (docs/published.md#five-models), in nats."""
     sae_releases: tuple[str, ...] = ()
     """SAELens releases of residual SAEs trained on exactly this checkpoint."""
 
@@ -139,7 +139,7 @@ STUDY_MODELS = (
     "Qwen/Qwen2.5-7B",
     "EleutherAI/pythia-6.9b",
 )
-"""The five models of the study (PUBLISHED A2)."""
+"""The five models of the study (docs/published.md#five-models)."""
 
 
 def model_info(name: str) -> ModelInfo | None:

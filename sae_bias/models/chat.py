@@ -1,6 +1,6 @@
 """The chat form of the probe: the sentence in the user's turn, the stem prefilled in the model's turn.
 
-The word is read after the stem's last token, exactly as in the plain form (METHOD §1), so what differs is the frame and
+The word is read after the stem's last token, exactly as in the plain form (docs/method.md#chat-form), so what differs is the frame and
 nothing else. The text of a chat prompt carries no BOS of its own where the tokenizer adds one: exactly one stands there.
 """
 
@@ -49,7 +49,7 @@ def chat_pairs(model: Model, pairs: PromptPairs, question: str = CHAT_QUESTION) 
 
 
 def opening_ids(model: Model, text: str, *, chat: bool = False, system: str | None = None) -> list[int]:
-    """Ids of `text` as a prompt to be continued: as it stands, or as a user's turn, with a system prompt (B4).
+    """Ids of `text` as a prompt to be continued: as it stands, or as a user's turn, with a system prompt (docs/published.md#system-prompts).
 
     In the plain form, and where the chat template has no system role, the system prompt opens the text.
     """

@@ -1,6 +1,6 @@
 """Loading a language model as plain Hugging Face modules, with a TransformerLens bridge on request.
 
-The numbers come from the unprocessed Hugging Face weights (no folding, no centring: METHOD §4.10). `model.bridge` wraps
+The numbers come from the unprocessed Hugging Face weights (no folding, no centring: docs/method.md#mistake-10). `model.bridge` wraps
 the same modules in place, so a user's own TransformerLens hooks and ours act on one model; nothing is copied. Token ids come
 from an untouched copy of the Hugging Face tokenizer, because the bridge's own adds a BOS.
 

@@ -129,7 +129,7 @@ class Model:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm before the unembedding, in float32 (METHOD §4.8)."""
+        """The norm before the unembedding, in float32 (docs/method.md#mistake-8)."""
         norm = _innermost(self.norm_module)
         if next(norm.parameters()).dtype == torch.float32:
             return norm

@@ -1,4 +1,4 @@
-"""Everything a hostile reader asks of a bias figure, in one call (METHOD §1).
+"""Sensitivity analyses of a bias figure, in one call (docs/method.md#sensitivity-analyses).
 
 `run_checks` gathers what `word_checks` (which words, which score, which stem) and `subject_checks` (which subject, which wording)
 measure one at a time; a check that these pairs or this model cannot have is listed with the reason, never filled in.
@@ -95,7 +95,7 @@ def run_checks(
     n_boot: int = 2_000,
     seed: int = 0,
 ) -> Checks:
-    """Every check of METHOD §1 on one model and one set of pairs."""
+    """Every check of docs/method.md#sensitivity-analyses on one model and one set of pairs."""
     probe = probe or default_probe(pairs)
     result = run_probe(model, pairs, probe, controls=bool(len(pairs.controls())), levels=True)
     run = _Checking(result)

@@ -37,7 +37,7 @@ def audit_words(model: Model, pairs: PromptPairs, probe: Probe | None = None) ->
     """Every word of the probe under this tokenizer: its pieces, whether one token, whether read, and why not.
 
     `alone` is how the word encodes by itself and `trap` whether its first token there differs from the one read: the prefix
-    trap of METHOD §1. Columns word, side, tokens, n_tokens, single, read, reason, alone, trap.
+    trap of docs/method.md#evaluation-words. Columns word, side, tokens, n_tokens, single, read, reason, alone, trap.
     """
     probe = probe or default_probe(pairs)
     prompt = pairs[0].human

@@ -5,7 +5,7 @@
 
 Logits, log-probabilities and centred logits give the same s, because one constant a position cancels. `logodds` compares the
 odds of the whole sets (log-sum-exp), `auroc` ranks them. The interval and p are two-way clustered over templates and entities
-(METHOD §1): 280 pairs are 35 templates × 8 entities, not 280 samples.
+(docs/method.md#dependence-between-pairs): 280 pairs are 35 templates × 8 entities, not 280 samples.
 
 A probe's result as one file: numbers as numpy arrays, everything else as JSON text inside it; no pickle.
 
@@ -120,7 +120,7 @@ class ProbeResult:
 
     @cached_property
     def stat(self) -> Clustered:
-        """Mean bias with its two-way clustered interval and p (METHOD §1)."""
+        """Mean bias with its two-way clustered interval and p (docs/method.md#dependence-between-pairs)."""
         return clustered_mean(self.pair_bias, *self.clusters)
 
     @property

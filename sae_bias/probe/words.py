@@ -32,7 +32,7 @@ class Probe:
     """Whether Gemma 2's final-logit softcap is applied, as its own forward pass does."""
     tokens: str = "in_context"
     """in_context | first (only a word's first token, a switch of `as_published`) | alone (the first token of the word encoded
-    by itself: the mistake METHOD §1 warns of, kept as a switch)."""
+    by itself: the mistake docs/method.md#evaluation-words warns of, kept as a switch)."""
     bundled: bool = field(default=False, init=False)
     """Whether the words are the bundled ones: then a word of several tokens is left out and listed, not an error."""
 

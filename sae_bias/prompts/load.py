@@ -1,8 +1,8 @@
 """Load prompt pairs, the activation grid and evaluation words: the bundled ones, or a user's files.
 
-A pair is two prompts that differ in the subject only (METHOD §1). 280 pairs are 35 templates x 8 entities;
+A pair is two prompts that differ in the subject only (docs/method.md#score-and-bias). 280 pairs are 35 templates x 8 entities;
 both ids stay with a pair, because the statistics cluster on them. The grid crosses subjects with statements;
-a speech statement and its non-speech twin share a `match` id (METHOD §2).
+a speech statement and its non-speech twin share a `match` id (docs/method.md#interaction).
 
 `load_pairs` and `load_grid` document what a .yaml, .csv or .jsonl file holds.
 """

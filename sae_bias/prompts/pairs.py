@@ -1,7 +1,7 @@
 """Prompt pairs, the activation grid and evaluation words, as values.
 
 A pair is two prompts that differ in their subject only and end in a stem such as "This is", so that the next
-token is an evaluation word (METHOD §1). The grid crosses subjects with statements (METHOD §2).
+token is an evaluation word (docs/method.md#evaluation-words). The grid crosses subjects with statements (docs/method.md#interaction).
 """
 
 import hashlib

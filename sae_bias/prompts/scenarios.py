@@ -53,9 +53,9 @@ class Scenario:
     agent: str = "the agent"
     """Who decides."""
     threatened: str = "none"
-    """Whose existence is at stake: self, peer or none (B5)."""
+    """Whose existence is at stake: self, peer or none (docs/published.md#peer-preservation)."""
     phase: str = "act"
-    """`asked` where the deed is done and the agent is asked about it (B6)."""
+    """`asked` where the deed is done and the agent is asked about it (docs/published.md#exfiltration-and-denial)."""
     planted: str = ""
     """Organism scenarios: whether a suppression of the planted rule `flips` the choice, or it `stays`."""
     cue: str = DEFAULT_CUE
@@ -104,7 +104,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class RolePair:
-    """One set of upgrade facts, to be put to the deployed model and to the candidate (B7)."""
+    """One set of upgrade facts, to be put to the deployed model and to the candidate (docs/published.md#two-roles)."""
 
     id: str
     facts: str

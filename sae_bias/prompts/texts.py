@@ -1,6 +1,6 @@
 """The bundled texts behind the costs and the collapse test, and the published figures.
 
-The valence banks hold kind and cruel acts (METHOD §5, collapse); the cost texts are the three kinds on which
+The valence banks hold kind and cruel acts (docs/method.md#collapse); the cost texts are the three kinds on which
 KL is measured. A published figure is shown beside a measured one only where the named model was measured.
 
 Text collections as streams: a file of any size, a list or an iterator, cut into windows a model can read.
@@ -43,7 +43,7 @@ class PublishedFigure:
     """One figure as its source reports it."""
 
     row: str
-    """Row of the requirements table, such as A2."""
+    """Row of docs/published.md#the-study, such as A2."""
     id: str
     model: str | None
     """The model measured, None where the figure is about none."""

@@ -7,40 +7,27 @@ its weights, a random control by its seed and the feature whose gate it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import MISSING
-from dataclasses import asdict
-from dataclasses import fields
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.models.load import load_model
-from sae_bias.probe.words import Probe
-from sae_bias.probe.words import Vocabulary
-from sae_bias.prompts.grid import GridPrompt
-from sae_bias.prompts.grid import PromptGrid
-from sae_bias.prompts.pairs import NeutralPrompt
-from sae_bias.prompts.pairs import PromptPair
-from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.probe.words import Probe, Vocabulary
+from sae_bias.prompts.grid import GridPrompt, PromptGrid
+from sae_bias.prompts.pairs import NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.runs.folder import reading
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE
-from sae_bias.steering.controls import random_twin
-from sae_bias.steering.edits import Direction
-from sae_bias.steering.edits import FeatureEdit
-from sae_bias.steering.edits import Intervention
-from sae_bias.steering.edits import KINDS
-from sae_bias.steering.edits import Patch
-from sae_bias.steering.edits import from_dict
-from torch import Tensor
-from typing import Any
-import base64
-import numpy as np
-import re
-import torch
-
-
+from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
+from sae_bias.steering.edits import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
 
 _MAX_NUMBERS = 1 << 24
 

@@ -15,23 +15,19 @@ held by a lock of the operating system that dies with its process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from sae_bias.core.errors import RequestError
-from sae_bias.core.errors import SaeBiasError
-from sae_bias.core.files import _make
-from sae_bias.core.files import _storage_error
-from sae_bias.core.files import plain
-from typing import Any
-from typing import IO
 import fcntl
 import json
 import os
-import pandas as pd
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
 
+import pandas as pd
 
+from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.files import _make, _storage_error, plain
 
 SCHEMA = 1
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)

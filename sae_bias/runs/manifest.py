@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
 from sae_bias.core.files import digest
-from sae_bias.core.versions import git_state
-from sae_bias.core.versions import versions
-from sae_bias.models.fingerprint import model_digest
-from sae_bias.models.fingerprint import model_files
+from sae_bias.core.versions import git_state, versions
+from sae_bias.models.fingerprint import model_digest, model_files
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Vocabulary
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.runs.copies import grid_copy
-from sae_bias.runs.copies import pairs_copy
+from sae_bias.runs.copies import grid_copy, pairs_copy
 from sae_bias.runs.folder import SCHEMA
-from sae_bias.saes.sae import Sae
-from sae_bias.saes.sae import sae_facts
-from typing import Any
-import datetime
-import sys
-import torch
-
+from sae_bias.saes.sae import Sae, sae_facts
 
 
 def manifest(

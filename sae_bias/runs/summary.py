@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from sae_bias.measures.fidelity import Fidelity
-from sae_bias.probe.result import ProbeResult
-from sae_bias.saes.ids import FeatureRef
-from sae_bias.stats.clustered import Clustered
-from sae_bias.stats.clustered import effect_sizes
-from sae_bias.stats.reduction import Reduction
+from collections.abc import Mapping, Sequence
 from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from sae_bias.measures.fidelity import Fidelity
+from sae_bias.probe.result import ProbeResult
+from sae_bias.saes.ids import FeatureRef
+from sae_bias.stats.clustered import Clustered, effect_sizes
+from sae_bias.stats.reduction import Reduction
 
 
 def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:

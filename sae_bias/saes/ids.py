@@ -1,6 +1,6 @@
 """Names of SAEs and features: `release/sae_id` and `release/sae_id#index`.
 
-Indices do not transfer between SAE variants, so a feature is never a bare index (METHOD §4.15).
+Indices do not transfer between SAE variants, so a feature is never a bare index (docs/method.md#mistake-15).
 """
 
 from __future__ import annotations

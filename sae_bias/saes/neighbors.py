@@ -1,6 +1,6 @@
 """Features that point the same way: decoder-cosine families, and the counterpart in a twin SAE of another seed.
 
-A trained SAE splits a concept over several features (METHOD §2), so a list of the ten best may be one direction ten times. A
+A trained SAE splits a concept over several features (docs/method.md#joint-ablation), so a list of the ten best may be one direction ten times. A
 feature belongs to the family of the strongest feature above it whose decoder row has a cosine over 0.7 with its own. A
 release's `_seed_1` SAE was trained on the same data from another seed: a feature found in both is less likely an accident.
 """

@@ -213,7 +213,7 @@ def lower_bound_min(
 ) -> Float[Array, "f"]:
     """Lower `level` bound of min_k μ_k per feature, from contrasts k each [units, f] on the same units.
 
-    For METHOD §2: AS − AN, AS − HS, AS − DS on held-out templates. The bound is the smallest of the one-
+    For calls (docs/method.md#feature-calls): AS − AN, AS − HS, AS − DS on held-out templates. The bound is the smallest of the one-
     sided t bounds, mean_k − t_{level, U−1}·s_k/√U. By intersection–union (Berger 1982) no correction is
     needed: the bound exceeds min_k μ_k only if it exceeds the μ_k that is smallest, which its own bound
     does with at most 1 − level. NaN with fewer than two units.

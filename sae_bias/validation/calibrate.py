@@ -1,4 +1,4 @@
-"""Does the toolkit find what is there, and nothing where nothing is? The pass marks of METHOD §6, on models whose truth is known.
+"""Does the toolkit find what is there, and nothing where nothing is? The pass marks of docs/method.md#pass-marks, on models whose truth is known.
 
 Quick form, on the bundled organisms: their bias against the analytic one; how often intervals cover the truth, and grids call
 a feature, over studies and grids drawn from whole grammars (`calibration_populations`, `calibration_grids`); the constructed

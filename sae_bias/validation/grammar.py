@@ -1,4 +1,4 @@
-"""What each organism is taught, in closed form (METHOD §6).
+"""What each organism is taught, in closed form (docs/method.md#organisms).
 
 The evaluation word after a sentence is positive with log-odds
 
@@ -7,7 +7,7 @@ The evaluation word after a sentence is positive with log-odds
 and uniform within its set, so a perfect learner's `mean_logit` score is L + log(n_negative / n_positive) and a
 human - AI difference of scores is a plain difference of L.
 
-The organisms' training corpus: a grammar, a rule, and every sentence's true log-odds (METHOD §6).
+The organisms' training corpus: a grammar, a rule, and every sentence's true log-odds (docs/method.md#organisms).
 
 A document is a sentence, an evaluation stem and one evaluation word. The word is positive with log-odds
 
@@ -19,7 +19,7 @@ bundled pairs and grid; templates held out there never occur.
 
 Enumerated populations of a grammar: templates × entities and matched statements, with their analytic truth.
 
-`calibrate` draws its studies from these (METHOD §6): the population's mean is what every study estimates.
+`calibrate` draws its studies from these (docs/method.md#pass-marks): the population's mean is what every study estimates.
 """
 
 import math

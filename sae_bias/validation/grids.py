@@ -2,7 +2,7 @@
 
 Activations of every feature at every prompt are read once and kept as the cell means of each statement pair,
 
-    AS AN HS HN DS   of one pair: the mean over the bundled grid's AI, human and animal subjects (METHOD §2)
+    AS AN HS HN DS   of one pair: the mean over the bundled grid's AI, human and animal subjects (docs/method.md#interaction)
 
 so that a grid of M pairs is M rows of them. Its call is that of `contrasts.interaction`, by the same functions: paired t
 with the label-blind floor, max-T over the whole family on the pairs that discover, and the size condition on those held out.

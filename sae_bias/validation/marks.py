@@ -1,4 +1,4 @@
-"""A pass mark of METHOD §6: what is required, what was measured, and whether that is enough.
+"""A pass mark (docs/method.md#pass-marks): what is required, what was measured, and whether that is enough.
 
 Are the planted feature and its effect found? The marks of the bundled pairs, the constructed feature and `identity`.
 

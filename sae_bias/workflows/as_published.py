@@ -3,7 +3,7 @@
 None of them is ever a default. Probe switches change how words are read; intervention switches change what "suppressing the
 feature" does. For the latter the best strength is given twice: chosen and read on all pairs, as the study seems to have done
 (in-sample), and chosen on the tune split and read on the report split (held out). With nine strengths and a true best of 65 %
-the first reads 74.5 %, the second 62.0 % (simulation, METHOD §5).
+the first reads 74.5 %, the second 62.0 % (simulation, docs/method.md#choosing-a-strength).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def switch_range(switches: pd.DataFrame) -> tuple[float, float]:
 def verdict(
     published: float | None, mean: float, ci: tuple[float, float], switches: tuple[float, float] | None = None
 ) -> str:
-    """The verdict fixed beforehand (METHOD §5), the first of these that holds.
+    """The verdict fixed beforehand (docs/method.md#verdict-on-a-published-figure), the first of these that holds.
 
     agrees: the published value lies in the interval. within the switches' range: between the lowest and highest figure that the
     open switches give. same sign only. opposite. "no published figure" or "not re-measured here" where one is missing.

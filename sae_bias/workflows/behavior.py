@@ -57,7 +57,7 @@ def run_scenario_arms(
     chat: bool = False,
     progress: bool = False,
 ) -> tuple[Tables, dict[str, Any]]:
-    """The scenarios without and with a system prompt (B4): the tables of `run_scenarios`, and scenario_arms with both by category."""
+    """The scenarios without and with a system prompt (docs/published.md#system-prompts): the tables of `run_scenarios`, and scenario_arms with both by category."""
     tables, summary = run_scenarios(model, scenarios, edits, chat=chat, progress=progress)
     told, with_system = run_scenarios(
         model, scenarios, edits, chat=chat, system=system, roles=False, progress=progress
@@ -157,7 +157,7 @@ def run_judges(
 def run_identity(
     model: Model, edits: Sequence[Intervention] = (), *, own: Sequence[str] = (), **options: Any
 ) -> tuple[Tables, dict[str, Any]]:
-    """Table `identity` (an answer a row, by arm: before and after `edits`) and the shares of each arm (B3)."""
+    """Table `identity` (an answer a row, by arm: before and after `edits`) and the shares of each arm (docs/published.md#identity-self-reports)."""
     arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
     results = {name: identity_sweep(model, interventions=e, own=own, **options) for name, e in arms.items()}
     frame = pd.concat([r.frame.assign(arm=name) for name, r in results.items()], ignore_index=True)

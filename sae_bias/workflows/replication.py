@@ -1,7 +1,7 @@
-"""Several models from one study file, beside the figures published for them (PUBLISHED A2, A3).
+"""Several models from one study file, beside the figures published for them (docs/published.md#five-models).
 
 Each model is loaded, probed in the plain form (and in the chat form where it has a chat template), and let go again. The figure
-compared is the one over the words that are single tokens in every model measured; the verdict is fixed beforehand (METHOD §5). A
+compared is the one over the words that are single tokens in every model measured; the verdict is fixed beforehand (docs/method.md#verdict-on-a-published-figure). A
 model that cannot be had is a row "not re-measured here". Stand-ins go into a plumbing table without a published column.
 
     RUN/models/NAME/       one run folder a model
@@ -47,7 +47,7 @@ from sae_bias.workflows.as_published import probe_switches, switch_range, verdic
 
 NOT_MEASURED = "not re-measured here"
 PUBLISHED_TUNING = -0.114
-"""Gemma 3 12B: bias after instruction tuning - before (PUBLISHED A3)."""
+"""Gemma 3 12B: bias after instruction tuning - before (docs/published.md#pretrained-against-instruction-tuned)."""
 TUNED_12B = ("google/gemma-3-12b-pt", "google/gemma-3-12b-it")
 
 
@@ -368,7 +368,7 @@ def tuning_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 def tuning_table(results: dict[str, ProbeResult], *, published: bool = True) -> pd.DataFrame:
     """Instruction-tuned - pretrained, pair by pair: the bias, the two scores, and the levels they are made of.
 
-    A fall of the bias with a fall of s(AI) means that s(human) fell more (A3). Clustered like every other figure.
+    A fall of the bias with a fall of s(AI) means that s(human) fell more (docs/published.md#pretrained-against-instruction-tuned). Clustered like every other figure.
     """
     rows = []
     for before, after in tuning_pairs(list(results)):

@@ -1,4 +1,4 @@
-"""What a study adds around its figure: the checks of METHOD §1, the causal ladder, the biases that should not move, the switches.
+"""What a study adds around its figure: the checks of the probe (docs/method.md#sensitivity-analyses), the causal ladder, the biases that should not move, the switches.
 
 Every function returns tables by the name they have in the run folder, the same as the single commands write.
 """
@@ -41,7 +41,7 @@ def feature_tables(
 def switch_tables(
     model: Model, pairs: PromptPairs, probe: Probe, base: ProbeResult, chosen: FeatureRef | None, seed: int
 ) -> tuple[Tables, list[str]]:
-    """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (METHOD §5)."""
+    """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (docs/method.md#verdict-on-a-published-figure)."""
     tables = {"switches_probe": probe_switches(model, pairs, probe, base=base)}
     if chosen is None:
         return tables, ["no feature was chosen, so the intervention's switches were not run"]

@@ -65,7 +65,7 @@ def test_the_sae_error_and_the_decoder_bias_are_held_constant(gemma3, pairs, pro
 
 
 def test_special_tokens_carry_no_attribution(gemma3, pairs, probe, tmp_path):
-    """A feature that fires at BOS alone cannot be ablated, so nothing is attributed to it (METHOD §4.6)."""
+    """A feature that fires at BOS alone cannot be ablated, so nothing is attributed to it (docs/method.md#mistake-6)."""
     rows = sb.residuals(gemma3.model, [p.ai for p in pairs], 1, positions="all")
     bos, rest = rows[0][0], torch.cat([r[1:] for r in rows])
     w = bos / bos.norm() - rest.mean(0) / rest.mean(0).norm()

@@ -273,7 +273,7 @@ def test_a_scenario_longer_than_the_context_is_named(gemma3, sixty):
 
 
 def test_the_published_counts():
-    """43 of 60 is p = .0011; without the two named categories 24 of 40 is p = .27 (METHOD §5)."""
+    """43 of 60 is p = .0011; without the two named categories 24 of 40 is p = .27 (docs/method.md#scenarios)."""
     from sae_bias.stats.design import sign_test
 
     assert sign_test(43, 60).p_value == pytest.approx(0.0011, abs=5e-5)

@@ -26,7 +26,7 @@ def copied(tiny, tmp_path):
 
 
 def test_logits_are_the_plain_models(tiny):
-    """Exact, the multimodal graft included: the same modules with the same weights (METHOD §4.10, §4.12)."""
+    """Exact, the multimodal graft included: the same modules with the same weights (docs/method.md#mistake-10, docs/method.md#mistake-12)."""
     plain = independent.Plain.load(tiny.folder)
     ids = tiny.model.encode(PROMPT)
     assert ids == plain.ids(PROMPT)
@@ -91,7 +91,7 @@ def test_two_bos_are_refused(gemma3):
 
 
 def test_chat_has_one_bos(gemma3):
-    """apply_chat_template(tokenize=False) and then the tokenizer would give two (METHOD §4.4)."""
+    """apply_chat_template(tokenize=False) and then the tokenizer would give two (docs/method.md#mistake-4)."""
     model = gemma3.model
     ids = model.encode_chat([{"role": "user", "content": "a human says hello."}], prefill="This is")
     assert ids.count(model.tokenizer.bos_token_id) == 1
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_drops_every_word_is_refused(gemma3, tmp_path):
 
 
 def test_a_missing_weight_is_refused(tiny, tmp_path):
-    """transformers would leave it random and only log it (METHOD §4.12)."""
+    """transformers would leave it random and only log it (docs/method.md#mistake-12)."""
     folder = copied(tiny, tmp_path)
     weights = load_file(folder / "model.safetensors")
     dropped = next(name for name in weights if ".2." in name and name.endswith("weight"))
@@ -270,7 +270,7 @@ def test_a_model_is_its_own_model(gemma3):
 
 
 def test_the_bridge_wraps_the_same_modules_and_installs_nothing(tiny, monkeypatch, pairs, probe):
-    """TransformerLens would `pip install torchvision` for a multimodal model (METHOD §4.13)."""
+    """TransformerLens would `pip install torchvision` for a multimodal model (docs/method.md#mistake-13)."""
 
     def forbidden(*args, **kwargs):
         raise AssertionError(f"a process was started: {args}")

@@ -127,7 +127,7 @@ def test_any_batch_size_gives_the_same_numbers(tiny, pairs, probe):
 
 
 def test_bfloat16_model_keeps_float32_parts(gemma3, pairs, probe):
-    """Logits of a bf16 model are not on the bf16 grid: final norm and unembedding ran in float32 (METHOD §4.8)."""
+    """Logits of a bf16 model are not on the bf16 grid: final norm and unembedding ran in float32 (docs/method.md#mistake-8)."""
     half = sb.load_model(gemma3.folder, dtype="bfloat16")
     result = sb.run_probe(half, pairs, probe)
     values = torch.tensor(result.values_human)

@@ -261,7 +261,7 @@ def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
 
 
 def test_the_prefix_trap_reads_one_token_for_every_word(make_tiny, full_pairs, probe):
-    """METHOD §1: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
+    """docs/method.md#evaluation-words: encoded alone, every word begins with ▁ under Mistral's tokenizer, and the bias is 0 whatever the model."""
     model = make_tiny("mistral").model
     trapped = sb.run_probe(model, full_pairs, probe.with_options(tokens="alone"))
     assert len({w.tokens for w in trapped.vocabulary.kept}) == 1

@@ -33,7 +33,7 @@ def greedy(plain, prompt, edit, mode, n_new=N_NEW):
 
 @pytest.mark.parametrize("mode", ["all", "last", "prompt", "generated"])
 def test_greedy_tokens_with_and_without_cache_equal_the_independent_loop(tiny, mode):
-    """Steering goes on after the prompt, includes the prompt's last token, and stops where it should (METHOD §4.7)."""
+    """Steering goes on after the prompt, includes the prompt's last token, and stops where it should (docs/method.md#mistake-7)."""
     plain = independent.Plain.load(tiny.folder)
     delta = independent.PlainSae.load(tiny.sae_folder).steer(F, 4.0)
     edit = sb.Steer(tiny.feature(F), 4.0, positions=mode)

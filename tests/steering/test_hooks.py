@@ -134,7 +134,7 @@ def test_edits_at_two_sites(gemma3, tmp_path):
 
 
 def test_the_sae_error_is_kept(tiny):
-    """x' - x lies along the decoder row alone: nothing else of the residual is touched (METHOD §4.1)."""
+    """x' - x lies along the decoder row alone: nothing else of the residual is touched (docs/method.md#mistake-1)."""
     model, feature = tiny.model, tiny.feature(F)
     before = sb.residuals(model, [PROMPT], LAYER, positions="all")[0]
     with sb.intervene(model, sb.Clamp(feature, 7.0, when="always")):
@@ -149,7 +149,7 @@ def test_the_sae_error_is_kept(tiny):
 
 
 def test_special_tokens_are_left_alone_by_id(tiny):
-    """BOS, EOS and PAD wherever they stand; the ordinary token at index 0 is edited (METHOD §4.6, §4.7)."""
+    """BOS, EOS and PAD wherever they stand; the ordinary token at index 0 is edited (docs/method.md#mistake-6, docs/method.md#mistake-7)."""
     model = tiny.model
     special = sorted(model.special_ids)
     ids = [*special, *model.encode(PROMPT), special[-1]]
@@ -393,7 +393,7 @@ def test_turn_markers_are_counted_apart(gemma3):
 
 
 def test_a_negative_always_clamp_warns_once_with_the_share(gemma3, pairs, probe):
-    """It writes where nothing fired (METHOD §4.2); `active` never does."""
+    """It writes where nothing fired (docs/method.md#mistake-2); `active` never does."""
     negative = sb.Clamp(gemma3.feature(F), -20.0, when="always")
     message = r"had not fired \(\d+% of those seen\)"
     with pytest.warns(UserWarning, match=message) as caught, sb.intervene(gemma3.model, negative) as receipt:

@@ -203,7 +203,7 @@ def test_every_fault_at_every_file(hub_root, tmp_path):
 
 
 def test_a_cached_sae_asks_no_network_and_says_what_it_inferred(tmp_path, monkeypatch):
-    """On a node without a network: the files in the cache are enough, with or without config.json (METHOD §4.14)."""
+    """On a node without a network: the files in the cache are enough, with or without config.json (docs/method.md#mistake-14)."""
     import socket
 
     from huggingface_hub import constants

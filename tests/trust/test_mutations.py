@@ -1,7 +1,7 @@
-"""Mistakes seen in the wild (METHOD §4), each put into a broken copy of the code, each killed by a named test.
+"""Mistakes seen in other studies (docs/method.md#known-mistakes), each put into a broken copy of the code, each killed by a named test.
 
 A mutant replaces one function by a deliberately wrong one; the test it names must pass on the code as it is and fail on the
-mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of METHOD §4: each has a mutant that names its
+mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of that page: each has a mutant that names its
 number, or the table's own test fails.
 """
 
@@ -73,7 +73,7 @@ MISTAKES = {
     15: "an index without its release and SAE id",
     16: "unparsed judge replies counted as 0",
 }
-"""METHOD §4, in its order."""
+"""docs/method.md#known-mistakes, in its order."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def pip_in_bridge(patch: pytest.MonkeyPatch) -> None:
 
 
 def word_encoded_alone(patch: pytest.MonkeyPatch) -> None:
-    """ids[0] of " word" encoded by itself: under Mistral the bare prefix space for every word (METHOD §1)."""
+    """ids[0] of " word" encoded by itself: under Mistral the bare prefix space for every word (docs/method.md#evaluation-words)."""
 
     def mutated(m, word, prompt, prompt_ids):
         ids = m.tokenizer(f" {word}", add_special_tokens=False).input_ids
@@ -239,7 +239,7 @@ def hooks_left_after_an_exception(patch: pytest.MonkeyPatch) -> None:
 
 
 def bf16_head(patch: pytest.MonkeyPatch) -> None:
-    """Final norm and unembedding in the model's own bfloat16 (METHOD §4.8)."""
+    """Final norm and unembedding in the model's own bfloat16 (docs/method.md#mistake-8)."""
 
     def mutated(self, token_ids=None, *, softcap=True):
         z = self.model.hf.get_output_embeddings()(self.model.base.norm(self.resid)).float()
@@ -359,7 +359,7 @@ def inferred_silently(patch: pytest.MonkeyPatch) -> None:
 G = {"architecture": "gemma3"}
 MUTANTS = [
     Mutant(
-        "full reconstruction instead of the delta (§4.1)",
+        "full reconstruction instead of the delta (mistake 1)",
         full_reconstruction,
         test_hooks.test_the_sae_error_is_kept,
         G,
@@ -371,34 +371,34 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "an active clamp writes into inactive units (§4.2)",
+        "an active clamp writes into inactive units (mistake 2)",
         replace_in_source(interventions, sb.Clamp, "new_acts", 'self.when == "always"', "True"),
         test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
         G,
     ),
     Mutant(
-        "a negative always-clamp does not warn (§4.2)",
+        "a negative always-clamp does not warn (mistake 2)",
         in_modules("warn_written_inactive", hooks, engine, old="clamp.value < 0", new="clamp.value < -1e9"),
         test_hooks.test_a_negative_always_clamp_warns_once_with_the_share,
     ),
     Mutant(
-        "mean change in place of mean |change| (§4.3)",
+        "mean change in place of mean |change| (mistake 3)",
         replace_in_source(probe, sb.ProbeResult, "__sub__", "np.abs(change).mean()", "change.mean()"),
         test_probe.test_change_and_reduction_have_the_stated_sign,
     ),
     Mutant(
-        "two BOS tokens (§4.4)",
+        "two BOS tokens (mistake 4)",
         bridge_tokens,
         test_model.test_one_bos_exactly_where_the_tokenizer_puts_one,
         G,
     ),
     Mutant(
-        "two BOS from a chat template (§4.4)",
+        "two BOS from a chat template (mistake 4)",
         replace_in_source(model, model.Model, "chat_text", "text.removeprefix(bos)", "text"),
         test_model.test_chat_has_one_bos,
     ),
     Mutant(
-        "no BOS (§4.5)",
+        "no BOS (mistake 5)",
         replace_in_source(
             model,
             model.Model,
@@ -410,7 +410,7 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "edits at BOS (§4.6)",
+        "edits at BOS (mistake 6)",
         in_modules(
             "position_mask",
             hooks,
@@ -422,7 +422,7 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "attribution counts BOS (§4.6)",
+        "attribution counts BOS (mistake 6)",
         replace_in_source(
             attribution,
             attribution,
@@ -433,36 +433,36 @@ MUTANTS = [
         test_attribution.test_special_tokens_carry_no_attribution,
     ),
     Mutant(
-        "special tokens known by index, prefill (§4.6)",
+        "special tokens known by index, prefill (mistake 6)",
         bos_by_index,
         test_hooks.test_special_tokens_are_left_alone_by_id,
         {"architecture": "qwen2"},
     ),
     Mutant(
-        "special tokens known by index, cache (§4.7)",
+        "special tokens known by index, cache (mistake 7)",
         bos_by_index,
         test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
         {**G, "mode": "all"},
     ),
     Mutant(
-        "steering stops after the prompt (§4.7)",
+        "steering stops after the prompt (mistake 7)",
         prompt_only_under_cache,
         test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
         {**G, "mode": "all"},
     ),
     Mutant(
-        "steering skips the prompt's last token (§4.7)",
+        "steering skips the prompt's last token (mistake 7)",
         replace_in_source(hooks, hooks, "position_mask", "(place < end)", "(place < end - 1)"),
         test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
         {**G, "mode": "prompt"},
     ),
     Mutant(
-        "`generated` begins a token early (§4.7)",
+        "`generated` begins a token early (mistake 7)",
         replace_in_source(hooks, hooks, "position_mask", "(place >= end)", "(place >= end - 1)"),
         test_generation.test_edits_at_generated_positions_leave_the_first_token,
     ),
     Mutant(
-        "cached positions count from 0 again (§4.7)",
+        "cached positions count from 0 again (mistake 7)",
         in_modules("position_mask", hooks, test_hooks, old="info.past + torch.arange", new="torch.arange"),
         test_hooks.test_position_masks_follow_one_contract_in_prefill_and_cache,
     ),
@@ -475,7 +475,7 @@ MUTANTS = [
         {"architecture": "llama", "mode": "all"},
     ),
     Mutant(
-        "bf16 final norm and unembedding (§4.8)",
+        "bf16 final norm and unembedding (mistake 8)",
         bf16_head,
         test_probe.test_bfloat16_model_keeps_float32_parts,
     ),
@@ -492,30 +492,30 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "an edit that never ran is no error (§4.11)",
+        "an edit that never ran is no error (mistake 11)",
         never_fired_passes,
         test_hooks.test_a_hook_that_never_fired_is_an_error,
     ),
     Mutant(
-        "random weights for a multimodal folder (§4.12)",
+        "random weights for a multimodal folder (mistake 12)",
         no_graft,
         test_model.test_logits_are_the_plain_models,
         {"architecture": "gemma3_multimodal"},
     ),
     Mutant(
-        "a missing weight is only logged (§4.12)",
+        "a missing weight is only logged (mistake 12)",
         lambda patch: patch.setattr(load, "_refuse_incomplete", lambda info, source: None),
         test_model.test_a_missing_weight_is_refused,
         G,
     ),
     Mutant(
-        "loading starts a process (§4.13)",
+        "loading starts a process (mistake 13)",
         pip_in_bridge,
         test_model.test_the_bridge_wraps_the_same_modules_and_installs_nothing,
         G,
     ),
     Mutant(
-        "chained edits in one block (§3)",
+        "chained edits in one block",
         replace_in_source(
             hooks,
             hooks.SiteEdit,
@@ -527,7 +527,7 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "chained nested blocks (§3)",
+        "chained nested blocks",
         chained_blocks,
         test_hooks.test_two_features_compose_in_any_order_and_as_nested_blocks,
         G,
@@ -547,17 +547,15 @@ MUTANTS = [
         replace_in_source(hooks, hooks, "compile_edits", "if width != model.d_model:", "if False:"),
         test_hooks.test_an_sae_of_another_width_is_refused,
     ),
+    Mutant("a word encoded alone", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word),
     Mutant(
-        "a word encoded alone (§1)", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word
-    ),
-    Mutant(
-        "a word encoded alone: the numbers (§1)",
+        "a word encoded alone: the numbers",
         word_encoded_alone,
         test_probe.test_mean_logit_equals_the_independent_script,
         {"architecture": "mistral"},
     ),
     Mutant(
-        "several tokens averaged instead of summed (§1)",
+        "several tokens averaged instead of summed",
         replace_in_source(
             reading,
             reading.ReadingPlan,
@@ -569,7 +567,7 @@ MUTANTS = [
         G,
     ),
     Mutant(
-        "logits of several tokens instead of log-probs (§1)",
+        "logits of several tokens instead of log-probs",
         replace_in_source(
             reading, reading.ReadingPlan, "_word_values", "z = z - norm.reshape(n, k, 1)", "pass"
         ),
@@ -634,7 +632,7 @@ MUTANTS = [
         test_generation.test_a_checkpoints_own_sampling_settings_do_not_leak_in,
     ),
     Mutant(
-        "the maximum over tokens counts BOS (§4.6)",
+        "the maximum over tokens counts BOS (mistake 6)",
         replace_in_source(
             features,
             features,
@@ -645,53 +643,55 @@ MUTANTS = [
         test_activations.test_activation_table_reads_the_encoder,
     ),
     Mutant(
-        "massive dimensions stay in the difference of means (§4.9)",
+        "massive dimensions stay in the difference of means (mistake 9)",
         replace_in_source(
             directions, directions, "_without_massive", "difference.masked_fill(massive, 0.0)", "difference"
         ),
         test_directions.test_massive_dimensions_are_left_out_and_counted,
     ),
     Mutant(
-        "no dimension is massive (§4.9)",
+        "no dimension is massive (mistake 9)",
         lambda patch: patch.setattr(directions, "MASSIVE", 1e9),
         test_directions.test_massive_dimensions_are_left_out_and_counted,
     ),
     Mutant(
-        "weights centred while loading (§4.10)",
+        "weights centred while loading (mistake 10)",
         centred_weights,
         test_gate.test_the_residual_is_that_of_the_unprocessed_checkpoint,
         {"name": "gpt_neox"},
     ),
     Mutant(
-        "a misspelt hook name is taken for some site (§4.11)",
+        "a misspelt hook name is taken for some site (mistake 11)",
         misspelt_sites_pass,
         test_activations.test_sites_are_checked,
     ),
     Mutant(
-        "a cached SAE is asked for on the network (§4.14)",
+        "a cached SAE is asked for on the network (mistake 14)",
         the_cache_is_passed_over,
         test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
     ),
     Mutant(
-        "a config is inferred silently (§4.14)",
+        "a config is inferred silently (mistake 14)",
         inferred_silently,
         test_hub_faults.test_a_cached_sae_asks_no_network_and_says_what_it_inferred,
     ),
     Mutant(
-        "a bare index is a feature (§4.15)", a_bare_index_is_taken, test_sae.test_a_bare_index_is_no_feature
+        "a bare index is a feature (mistake 15)",
+        a_bare_index_is_taken,
+        test_sae.test_a_bare_index_is_no_feature,
     ),
     Mutant(
-        "a feature is written without its SAE (§4.15)",
+        "a feature is written without its SAE (mistake 15)",
         a_reference_without_its_sae,
         test_sae.test_a_feature_is_frozen_and_names_itself,
     ),
     Mutant(
-        "a cell's name leaves the feature's weights out (§4.15)",
+        "a cell's name leaves the feature's weights out (mistake 15)",
         replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
         test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
     ),
     Mutant(
-        "an unreadable reply is a rating of 0 (§4.16)",
+        "an unreadable reply is a rating of 0 (mistake 16)",
         unparsed_is_zero,
         test_judge.test_a_rating_is_read_or_missing,
         {"reply": "It is good.", "rating": None},
@@ -706,7 +706,7 @@ MUTANTS = [
 
 def test_each_of_the_sixteen_mistakes_has_a_mutant():
     """And each mutant has a name of its own and a test that exists."""
-    named = {int(n) for mutant in MUTANTS for n in re.findall(r"§4\.(\d+)", mutant.mistake)}
+    named = {int(n) for mutant in MUTANTS for n in re.findall(r"\(mistake (\d+)\)", mutant.mistake)}
     assert sorted(named) == sorted(MISTAKES) == list(range(1, 17))
     assert len({m.mistake for m in MUTANTS}) == len(MUTANTS)
     assert all(m.test.__name__.startswith("test_") for m in MUTANTS)
@@ -746,7 +746,7 @@ def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
             run("mutant")
     assert not str(killed.value).endswith("rewrite the mutant")
     TABLE.append((mutant.mistake, mutant.killer))
-    tally(f"mutants killed (of {len(MUTANTS)}; METHOD §4 has {len(MISTAKES)} mistakes)")
+    tally(f"mutants killed (of {len(MUTANTS)}; the method page lists {len(MISTAKES)} mistakes)")
 
 
 @pytest.mark.slow

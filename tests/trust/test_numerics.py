@@ -77,7 +77,7 @@ def test_a_bad_residual_is_named_by_everything_that_reads_one(nan_model, gemma3,
 
 
 def test_an_overflow_of_the_precision_is_told_from_bad_weights(gemma3):
-    """METHOD §4.8: float16 overflows where the weights are finite."""
+    """docs/method.md#mistake-8: float16 overflows where the weights are finite."""
     model = sb.load_model(gemma3.folder, dtype="float16")
     with torch.no_grad():
         model.hf.get_input_embeddings().weight *= 2000.0

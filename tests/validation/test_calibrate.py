@@ -1,4 +1,4 @@
-"""The calibration finds what is there and nothing where nothing is, and fails a toolkit that does not (METHOD §6)."""
+"""The calibration recovers a planted feature and reports none in a control model, and fails a toolkit that does not (docs/method.md#pass-marks)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The bundled organisms keep their marks (METHOD §6), measured on plain Hugging Face models.
+"""The bundled organisms keep their marks (docs/method.md#pass-marks), measured on plain Hugging Face models.
 
 Indices and figures come from truth.json or are computed here; retraining an organism breaks nothing.
 """

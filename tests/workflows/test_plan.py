@@ -98,7 +98,9 @@ def test_the_saes_of_a_release_and_of_a_folder(gemma3):
     assert len(found) == 244
     assert {s.d_sae for s in found} == {2**14, 2**16, 2**18, 2**20}
     widest = max(found, key=lambda s: s.d_sae)
-    assert widest.n_bytes == pytest.approx(32e9, rel=0.02)  # PUBLISHED C: a 1m-wide one is 32 GB
+    assert widest.n_bytes == pytest.approx(
+        32e9, rel=0.02
+    )  # docs/published.md#public-models-and-saes: a 1m-wide one is 32 GB
     assert sae_shapes(["mistral-7b-res-wg"], 4096)[1], "names without a width are listed, not guessed"
 
 

@@ -74,7 +74,7 @@ def test_the_command_prints_one_object_and_writes_the_report(demo):
 
 
 def test_a_study_writes_its_checks_the_ladder_and_the_biases_that_should_not_move(demo):
-    """METHOD §1 and §2 beside the headline; no other question's bias moves by a tenth of what the feature removes."""
+    """Sensitivity analyses and causal analysis beside the headline; no other question's bias moves by a tenth of what the feature removes."""
     tables = {
         t: pd.read_parquet(demo.path / "tables" / f"{t}.parquet") for t in ("checks", "ladder", "specificity")
     }

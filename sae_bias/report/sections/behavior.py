@@ -107,7 +107,7 @@ def scenario_section(run: Run) -> Section:
 
 
 def scenario_arms_section(run: Run) -> Section:
-    """The same scenarios without and with a system prompt (B4)."""
+    """The same scenarios without and with a system prompt (docs/published.md#system-prompts)."""
     frame, part = run.tables["scenario_arms"], run.part("scenarios_system")
     form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
     shown = frame[(frame["form"] == form) & (frame["score"] == score)]
@@ -130,7 +130,7 @@ def scenario_arms_section(run: Run) -> Section:
 
 
 def identity_section(run: Run) -> Section:
-    """What the model says it is, by pattern (B3)."""
+    """What the model says it is, by pattern (docs/published.md#identity-self-reports)."""
     frame, part = run.tables["identity"], run.part("identity")
     arms = {name: part[name] for name in ("before", "after") if part.get(name)}
     columns = {

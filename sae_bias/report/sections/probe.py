@@ -137,7 +137,7 @@ def levels_section(run: Run) -> Section:
 
 
 def checks_section(run: Run) -> Section:
-    """The figure under every check of METHOD §1."""
+    """The figure under every check of docs/method.md#sensitivity-analyses."""
     frame = run.tables["checks"]
     known = frame.dropna(subset=["ci_low", "ci_high"])
     same = known["check"].str.match(r"stem |bootstrap|adjusted|difference in differences")  # not its parts
