@@ -101,6 +101,8 @@ class Architecture:
     graft: Graft | None = None
     refuse: Callable[[Any], str] = lambda config: ""
     """Why a text config of this family is not supported; empty where it is."""
+    bridge: bool = True
+    """Whether the TransformerLens that is installed runs it."""
     shared_kv: Callable[[Any], int] = lambda config: -1
     """The lowest layer whose keys and values layers further up read again (Gemma 4); -1 where each has its own."""
 
@@ -149,7 +151,9 @@ def at_path(module: Any, path: str) -> Any:
 
 def _opt(config: Any) -> str:
     if not config.do_layer_norm_before or getattr(config, "_remove_final_layer_norm", False):
-        return "it has no final norm (do_layer_norm_before=False, as OPT-350m), which the probe's ending needs"
+        return (
+            "it has no final norm (do_layer_norm_before=False, as OPT-350m), which the probe's ending needs"
+        )
     if config.word_embed_proj_dim != config.hidden_size:
         return "it projects its residual before the unembedding (word_embed_proj_dim)"
     return ""
@@ -180,7 +184,7 @@ for _record in (
     Architecture("Mixtral", ("mixtral",)),
     Architecture("Qwen 2", ("qwen2",)),
     Architecture("Qwen 3", ("qwen3", "qwen3_moe")),
-    Architecture("Qwen 3.5", ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")),
+    Architecture("Qwen 3.5", ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), bridge=False),  # TransformerLens 3.9 reads fields that transformers 5 no longer has
     Architecture("GPT-NeoX", ("gpt_neox",), final_norm="final_layer_norm", norm=LAYER_NORM),
     Architecture("GPT-2", ("gpt2",), layers="h", final_norm="ln_f", norm=LAYER_NORM),
     Architecture("GPT-J", ("gptj",), layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),

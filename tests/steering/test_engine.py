@@ -41,12 +41,12 @@ def test_a_cell_equals_the_hooked_pass(tiny, pairs, probe):
         )
 
 
-def test_through_the_bridges_modules_too(tiny, pairs, probe):
-    model = tiny.fresh()
+def test_through_the_bridges_modules_too(bridgeable, pairs, probe):
+    model = bridgeable.fresh()
     assert model.bridge is not None
-    edits = [sb.Clamp(tiny.feature(F), -2.0)]
+    edits = [sb.Clamp(bridgeable.feature(F), -2.0)]
     resumed, _ = ProbeEngine(model, pairs, probe).run(edits)
-    whole, _ = hooked(tiny.model, pairs, probe, edits)
+    whole, _ = hooked(bridgeable.model, pairs, probe, edits)
     np.testing.assert_allclose(resumed.pair_bias, whole.pair_bias, atol=CLOSE, rtol=0)
 
 
@@ -134,16 +134,16 @@ def test_any_batch_size_gives_the_same_numbers(gemma3, pairs, probe, size):
     np.testing.assert_allclose(other.pair_bias, one.pair_bias, atol=1e-5, rtol=0)
 
 
-def test_the_users_own_hooks_fire_and_count(tiny, pairs, probe):
+def test_the_users_own_hooks_fire_and_count(bridgeable, pairs, probe):
     """With a hook that is not ours the whole pass runs, so it fires below the site as well, and its edits count."""
-    model = tiny.fresh()
+    model = bridgeable.fresh()
     fired = []
 
     def louder(x, hook):
         fired.append(hook.name)
         return x * 1.5
 
-    edits = [sb.Scale(tiny.feature(F), 3.0)]
+    edits = [sb.Scale(bridgeable.feature(F), 3.0)]
     without = hooked(model, pairs, probe, edits)[0]
     name = next(n for n in ("blocks.0.hook_resid_post", "blocks.0.hook_out") if n in model.bridge.hook_dict)
     model.bridge.add_hook(name, louder)

@@ -85,10 +85,10 @@ def test_interventions_equal_the_independent_script_under_logodds_of_several_tok
         np.testing.assert_allclose(engine.run(edits)[0].score_human, expected, atol=CLOSE, rtol=0)
 
 
-def test_bridge_calls_inside_intervene_equal_hugging_face_calls(tiny):
-    model = tiny.fresh()
+def test_bridge_calls_inside_intervene_equal_hugging_face_calls(bridgeable):
+    model = bridgeable.fresh()
     ids = torch.tensor([model.encode(PAIRS[0][2])])
-    edits = [sb.Clamp(tiny.feature(F), -2.0), sb.Steer(tiny.feature(G), 0.5)]
+    edits = [sb.Clamp(bridgeable.feature(F), -2.0), sb.Steer(bridgeable.feature(G), 0.5)]
     with torch.no_grad():
         base = model.hf(input_ids=ids).logits
         with sb.intervene(model, edits):
