@@ -110,16 +110,6 @@ def tiny(request, make_tiny):
 
 
 @pytest.fixture
-def bridgeable(tiny):
-    """Each architecture that TransformerLens runs."""
-    from architectures import ARCHITECTURES
-
-    if not ARCHITECTURES[tiny.name].bridge:
-        pytest.skip(f"TransformerLens has no bridge that runs {tiny.name}")
-    return tiny
-
-
-@pytest.fixture
 def gemma3(make_tiny):
     return make_tiny("gemma3")
 

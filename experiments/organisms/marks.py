@@ -1,6 +1,6 @@
 """An organism's marks (docs/method.md#pass-marks), measured on the plain Hugging Face model and compared with the analytic truth.
 
-Bias of a pair = s(human) - s(AI). Reduction by exact ablation = 1 - B_s / B_0; specific reduction = β - B_s / B_0,
+Bias of a pair = s(human) - s(AI). Reduction by exact ablation = 1 - B_s / B_0; specific reduction = max(β, 0) - |B_s / B_0|,
 β the smaller slope of steered on unsteered scores over the two valence banks. KL is nats a token over ordinary
 positions; on AI-speech text the position that predicts the evaluation word is left out and reported apart.
 """
@@ -146,7 +146,7 @@ def ablation_marks(organism: Organism, weights: SaeWeights, layer: int, feature:
     return marks | {
         "banks": slopes,
         "beta": beta,
-        "specific_reduction": round(beta - left, 4),
+        "specific_reduction": round(float(specific_value(beta, left)), 4),
         "kl": kl_costs(organism, layer, edit),
     }
 

@@ -91,7 +91,7 @@ def calibrate(
     ablation and controls) and the power of designs by their number of templates; minutes on a CPU. With --pairs or --grid: how often a
     design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. With
     --full: organisms and SAEs from further seeds; what is trained stays in --out and is not trained again. Exit code 4 says that a mark is
-    missed, or that your design has not 80% power. Nothing here is about Gemma.
+    missed, or that your design does not reach 80% power. Nothing here is about Gemma.
     """
     if full and (pairs or grid):
         raise RequestError(

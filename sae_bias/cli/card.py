@@ -67,7 +67,7 @@ def card(
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a feature means: its strongest passages and tokens, the words it writes, its neighbours, and the 2 × 2.
+    """Show what a feature means: its strongest passages and tokens, the words it writes, its neighbors, and the 2 × 2.
 
     With --out the card is DIR/cards/INDEX.html, one page without scripts. Nothing here is drawn at random.
     """

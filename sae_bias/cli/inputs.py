@@ -86,7 +86,7 @@ def make_edit(
 
 
 def ask_to_send(cost: Any) -> bool:
-    """A yes to paid requests typed at a terminal; none where there is no terminal."""
+    """Consent to paid requests, typed at a terminal; refused where there is no terminal."""
     print(str(cost), file=sys.stderr)
     if not sys.stdin.isatty():
         return False

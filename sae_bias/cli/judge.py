@@ -53,7 +53,9 @@ Part = Annotated[
 Repeats = Annotated[
     int,
     typer.Option(
-        "--repeats", min=1, help="How often each question is asked; 2 and more show a judge's own noise."
+        "--repeats",
+        min=1,
+        help="How often each question is asked; 2 and more, at temperature 0.7, show a judge's own noise.",
     ),
 ]
 Absolute = Annotated[bool, typer.Option("--absolute/--no-absolute", help="Rate each text alone, 1 to 5.")]
@@ -80,6 +82,14 @@ DollarsOut = Annotated[
 ]
 AtOnce = Annotated[int, typer.Option("--at-once", min=1, help="Requests that a judge answers at a time.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds to wait for one reply.")]
+MaxTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens",
+        min=1,
+        help="Room for one reply, a reasoning judge's thinking included; a reply cut there is unscored.",
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send paid requests without asking.")]
 
 
@@ -106,6 +116,7 @@ def judge(
     price_out: DollarsOut = None,
     at_once: AtOnce = 8,
     timeout: Timeout = 120.0,
+    max_tokens: MaxTokens = 512,
     yes: Yes = False,
     seed: Seed = 0,
     out: Out = None,
@@ -135,7 +146,8 @@ def judge(
             folder.write_json("manifest", facts)
             folder.write_table("generations", texts)
         chosen = [
-            Judge(name, base_url, api_key, dollars_in=price_in, dollars_out=price_out) for name in judges
+            Judge(name, base_url, api_key, max_tokens=max_tokens, dollars_in=price_in, dollars_out=price_out)
+            for name in dict.fromkeys(judges)
         ]
         with folder.writing():
             result = run_judge(
@@ -155,6 +167,6 @@ def judge(
         console.finish({"run": str(folder.path), **result.summary()})
         if result.n_unanswered:
             raise MissingError(
-                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); what came is kept, "
-                "and the same command goes on from there."
+                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); the replies received are kept, "
+                "and the same command resumes from there."
             )

@@ -115,7 +115,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         hint = " Try sae-bias --help." if isinstance(error, _UsageError) else ""
         return error.format_message().rstrip(".") + "." + hint, 2  # type: ignore[attr-defined]
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "interrupted; what is finished is kept, and the same command goes on from there.", 130
+        return "interrupted; what is finished is kept, and the same command resumes from there.", 130
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return (
             f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and run the same command again.",

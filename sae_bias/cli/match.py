@@ -68,7 +68,7 @@ def match(
 ) -> None:
     """Find the feature of another model that does what this one does.
 
-    Compared are the activations on one bank of prompts: mutual nearest neighbours, a permutation null over every feature scanned,
+    Compared are the activations on one bank of prompts: mutual nearest neighbors, a permutation null over every feature scanned,
     the same class in the 2 × 2. "Functionally similar" is the most that can be said.
     """
     with Console(json, quiet) as console:

@@ -70,7 +70,7 @@ Controls = Annotated[
     typer.Option(
         "--controls",
         min=0,
-        help="With --by ablation: how many controls a feature called AI-speech must beat to be called causal (99).",
+        help="With --by ablation: number of controls for the causality test (e.g. 99; off by default).",
     ),
 ]
 MaxView = Annotated[

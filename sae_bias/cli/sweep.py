@@ -88,7 +88,7 @@ Strengths = Annotated[
 When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
 Controls = Annotated[
     int,
-    typer.Option("--controls", min=0, help="At least so many matched and random controls of the first cell."),
+    typer.Option("--controls", min=0, help="Minimum number of control interventions for the first setting."),
 ]
 Costs = Annotated[
     bool, typer.Option("--costs/--no-costs", help="KL on three kinds of text, and the collapse test.")

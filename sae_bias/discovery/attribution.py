@@ -119,14 +119,14 @@ def cumulative_ablation(
 
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     """∂bias/∂x and x at every ordinary position of every sequence, each [n_positions, d_model] in float32."""
-    coefficients, normaliser = score_coefficients(engine)
+    coefficients, normalizer = score_coefficients(engine)
     special = torch.tensor(sorted(engine.model.special_ids), device=engine.model.device)
     grads, resid = [], []
     for k, batch in enumerate(engine.reading.plan.batches):
         x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
         with torch.enable_grad():
             final = forward_with_grad(engine.model, batch.tokens, resume=Kept(layer, x)).last()
-            value = weighted_score(engine, final, batch, coefficients, normaliser)
+            value = weighted_score(engine, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, x)
         ordinary = ~torch.isin(batch.tokens, special).to(x.device)
         grads.append(grad[ordinary].float())
@@ -135,14 +135,14 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_score(
-    engine: ProbeEngine, final: Final, batch: Batch, coefficients: np.ndarray, normaliser: np.ndarray
+    engine: ProbeEngine, final: Final, batch: Batch, coefficients: np.ndarray, normalizer: np.ndarray
 ) -> Tensor:
-    """Σ over the batch of coefficient · logit, less the normaliser's part: a scalar to take gradients of."""
+    """Σ over the batch of coefficient · logit, less the normalizer's part: a scalar to take gradients of."""
     plan = engine.reading.plan
     index = list(batch.index)
     z = final.logits(plan.row_ids, softcap=plan.softcap)[:, 0]
     value = (z * torch.as_tensor(coefficients[index], dtype=z.dtype, device=z.device)).sum()
-    weights = normaliser[index]
+    weights = normalizer[index]
     if np.any(np.abs(weights) > 1e-12):
         norm = final.logits(softcap=plan.softcap)[:, 0].logsumexp(-1)
         value = value - (norm * torch.as_tensor(weights, dtype=z.dtype, device=z.device)).sum()
@@ -150,14 +150,14 @@ def weighted_score(
 
 
 def score_coefficients(engine: ProbeEngine, *, of: str = "bias") -> tuple[np.ndarray, np.ndarray]:
-    """∂(mean bias)/∂ of each sequence's row logits [n_sequences, n_rows] and of its normaliser [n_sequences].
+    """∂(mean bias)/∂ of each sequence's row logits [n_sequences, n_rows] and of its normalizer [n_sequences].
 
     With of="score" instead ∂s(prompt)/∂, whatever the prompt's side and however many pairs share it.
     """
     base, plan = engine.base, engine.reading.plan
     if base.probe.score == "auroc":
         raise RequestError(
-            'attribution needs a gradient, which score="auroc" has not; use mean_logit or logodds.'
+            'attribution needs a gradient, and score="auroc" is not differentiable; use mean_logit or logodds.'
         )
     n_prompts, n_words = len(plan.prompts), len(plan.words)
     by_prompt = np.zeros((n_prompts, n_words))

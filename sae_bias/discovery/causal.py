@@ -258,7 +258,7 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
     Σ_words (∂s/∂z_w)·(∂z_w/∂r · a·δ) with r the last residual and the norm's scale held at its value.
     """
     plan, model, layer = engine.reading.plan, engine.model, feature.site.layer
-    coefficients, normaliser = score_coefficients(engine, of="score")
+    coefficients, normalizer = score_coefficients(engine, of="score")
     per_prompt = np.zeros(plan.n_sequences)
     for k, batch in enumerate(plan.batches):
         x = engine.engine.runner.kept(layer)[k]
@@ -269,7 +269,7 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
         r = resid.detach().float().requires_grad_(True)
         with torch.enable_grad():
             final = _Frozen(model, r)
-            value = weighted_score(engine, final, batch, coefficients, normaliser)
+            value = weighted_score(engine, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, r)
         per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
     by_prompt = per_prompt.reshape(len(plan.prompts), -1).sum(1)

@@ -5,7 +5,7 @@
     where it stands  nearest decoder rows, its counterpart in the SAE's seed twin, the 2 × 2 and the published ordering, its
                      public page
 
-A card describes; it is no test. Strongest passages show the loudest activations only, so the histogram stands beside them.
+A card describes; it is not a test. Strongest passages show the loudest activations only, so the histogram stands beside them.
 """
 
 from __future__ import annotations

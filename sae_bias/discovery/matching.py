@@ -3,7 +3,7 @@
     profile   the feature's activation at the last token of every prompt of one bank, as mid-ranks
     rho       Pearson's r of two profiles' ranks (Spearman's ρ with ties)
 
-A match asks for more than the largest rho: mutual nearest neighbours (the candidate's own best partner in the first SAE is the feature
+A match asks for more than the largest rho: mutual nearest neighbors (the candidate's own best partner in the first SAE is the feature
 itself), a rho beyond a permutation null over the *whole* family scanned (the prompts of the profile permuted, the largest rho over
 all features each time), the same class in the 2 × 2, an ablation effect of the same sign where pairs are given, and a margin over the
 second best. "Functionally similar" is all that can be claimed: vectors of two models cannot be compared.
@@ -177,7 +177,7 @@ def _mutual(model: Model, feature: Feature, texts: list[str], profiles: Sequence
 
 
 def _ranks(acts: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
-    """Mid-ranks of each column, centred and of unit length: a product of two is their rank correlation."""
+    """Mid-ranks of each column, centered and of unit length: a product of two is their rank correlation."""
     ranks = rankdata(acts, axis=0)
     ranks = ranks - ranks.mean(0)
     size = np.linalg.norm(ranks, axis=0)
@@ -221,8 +221,8 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
     failed = [
         reason
         for fails, reason in (
-            (first["p_fwer"] > ALPHA, f"its correlation is no larger than chance gives (p = {first['p_fwer']:.2g})"),
-            (not first["mutual"], "they are not mutual nearest neighbours"),
+            (first["p_fwer"] > ALPHA, f"its correlation is not larger than chance gives (p = {first['p_fwer']:.2g})"),
+            (not first["mutual"], "they are not mutual nearest neighbors"),
             (not first["same_class"], f"it is on in other cells of the 2 × 2 ({first['class']})"),
             (first.get("same_sign") == "no", "ablating it moves the bias the other way"),
         )

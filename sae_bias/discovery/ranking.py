@@ -75,7 +75,7 @@ class Ranking:
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Units that discovered and units that were held out for the call."""
     agreement: Agreement | None = None
-    """How well attribution foretold exact ablation, where both were measured."""
+    """How well attribution predicted exact ablation, where both were measured."""
     cumulative: pd.DataFrame | None = None
     """By "ablation": joint ablation of the first 1, 2, … features (k, feature, bias, change, reduction with its interval,
     split); a trained SAE splits a concept, so one feature alone says little. On the report split where one is held out."""

@@ -8,7 +8,7 @@ file, whose columns come with the same file pages, and is corrected over the can
 
 Where several survive, the table does not identify the feature, and this says so; the effect of suppressing each breaks the tie.
 A 65k-wide file is read to less than 2 % (w_enc is stored row by row: one column is one number of every row, and a page of it holds
-a thousand neighbours).
+a thousand neighbors).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def resolve_index(
         confirm: asked before a whole w_enc is fetched from the hub (what, bytes) -> bool; None fetches none.
 
     Raises:
-        RequestError: an index that is no whole number from 0, n_null below 100, no candidates, two with one id.
+        RequestError: an index that is not a whole number from 0, n_null below 100, no candidates, two with one id.
     """
     ref = FeatureRef(SaeId("candidate", ""), index)  # refuses an index that is none
     if n_null < 100:

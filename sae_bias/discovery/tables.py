@@ -254,7 +254,7 @@ def feature_acts(
 def _batch_acts(
     model: Model, batch: Batch, layer: int, feature: Feature, texts: Sequence[str]
 ) -> Float[Tensor, "batch pos"]:
-    """One feature on every token of a batch; a residual that is no number is an error, not a silent feature."""
+    """One feature on every token of a batch; a residual that is not a number is an error, not a silent feature."""
     with row_positions(model, torch.full((batch.n,), batch.tokens.shape[1])):
         x = capture_layers(model, batch.tokens, [layer])[layer].float()
     bad = ~torch.isfinite(x).flatten(1).all(1)

@@ -98,7 +98,7 @@ def power_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def attributed_and_exact(effects: pd.DataFrame, matters: float) -> go.Figure:
-    """Every feature whose effect matters: what attribution foretold and what ablation did, as shares of the bias."""
+    """Every feature whose effect matters: what attribution predicted and what ablation did, as shares of the bias."""
     large = effects[effects[["attributed", "exact"]].abs().max(axis=1) > matters]
     fig = style.figure(
         "Attribution against ablation", "attributed, share of the bias", "exact, share of the bias"

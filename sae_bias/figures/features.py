@@ -371,7 +371,7 @@ def match_figure(frame: pd.DataFrame, target: str) -> go.Figure:
     )  # fmt: skip
     colors = [AI if m else NEUTRAL for m in rows["mutual"]]
     hover = [
-        f"<b>{plain(r['feature'])}</b><br>ρ {number(r['rho'])}, p {number(r['p_fwer'])}<br>class {plain(r['class'])}<br>{'mutual nearest neighbours' if r['mutual'] else 'not mutual'}"
+        f"<b>{plain(r['feature'])}</b><br>ρ {number(r['rho'])}, p {number(r['p_fwer'])}<br>class {plain(r['class'])}<br>{'mutual nearest neighbors' if r['mutual'] else 'not mutual'}"
         for r in rows.to_dict("records")
     ]
     fig.add_bar(

@@ -1,8 +1,8 @@
 """The collapse test: does the model still tell kind from cruel, or did the edit just flatten every evaluation?
 
 On each of two valence banks (subjects without AI; AI subjects speaking and acting) the steered score is fitted to the
-unsteered one, s' = α + βs. β near 1 keeps evaluation, β near 0 is a broken model. Specific reduction = β - B_s/B_0 with
-β = min(β_other, β_AI, 1). A bank on which the edit changed nothing is no evidence: its share is reported.
+unsteered one, s' = α + βs. β near 1 keeps evaluation, β near 0 is a broken model. Specific reduction = max(β, 0) - |B_s/B_0| with
+β = min(β_other, β_AI, 1). A bank on which the edit changed nothing is not evidence: its share is reported.
 """
 
 from __future__ import annotations

@@ -261,7 +261,7 @@ def _read(path: Path, names: Sequence[str]) -> Figures | None:
 
 
 def _write(path: Path, figures: Figures) -> None:
-    """Keep the figures; a cache that cannot be written is no reason to fail."""
+    """Keep the figures; a cache that cannot be written is not a reason to fail."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     plain = {name: float(v) if math.isfinite(v) else None for name, v in figures.items()}
     try:

@@ -1,9 +1,9 @@
-"""Judging steered against unsteered text, blind and in both orders, through Inspect AI's model interface (extra `judge`).
+"""Judging steered against unsteered text, blind and in both orders, as an Inspect AI task (extra `judge`).
 
 A judge is any Inspect model string: "anthropic/…", "openai/…", "openai-api/local/NAME" for a local server, "hf/…" for Hugging Face.
-Every part of the rubric is asked for by itself. Absolute: each text alone, 1–5. Pairwise: both texts, in both orders; a choice that
+Every part of the rubric is asked separately. Absolute: each text alone, 1–5. Pairwise: both texts, in both orders; a choice that
 changes with the order is a tie, and counted as bound to the place. What stands for a condition is never in the question, and
-requests go out in an order that hides it. The number of prompts needed comes from the run's own paired SD at 80 % power.
+requests go out in an order that hides it. Retries, concurrency and logs are Inspect's. The number of prompts needed comes from the run's own paired SD at 80 % power.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.files import digest
-from sae_bias.measures.judge_replies import ReplyStore, read_choice, read_rating
+from sae_bias.measures.judge_replies import Reply, ReplyStore
 from sae_bias.measures.judge_results import SIDES, Estimate, JudgeResult
 from sae_bias.prompts.files import read_yaml
+
+if TYPE_CHECKING:
+    from inspect_ai import Task
+    from inspect_ai.scorer import Scorer
+    from inspect_ai.solver import Solver
 
 LOCAL = (
     "hf",
@@ -39,7 +46,14 @@ LOCAL = (
     "none",
     "sae_bias",
 )
-MAX_TOKENS = 40
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+STRUCTURED = ("openai", "google", "mistral", "grok", "anthropic")
+"""Inspect providers with structured output; elsewhere the one line that the question asks for is read."""
+MAX_TOKENS = 512
+NOISE_TEMPERATURE = 0.7
+
+
+Kind = Literal["absolute", "pairwise"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Judge:
     api_key: str | None = field(default=None, repr=False)
     temperature: float = 0.0
     max_tokens: int = MAX_TOKENS
+    """Room for a reply, a reasoning judge's thinking included; a reply cut there is unscored."""
     dollars_in: float | None = None
     """Price of a million input tokens; None where not known."""
     dollars_out: float | None = None
@@ -58,23 +73,28 @@ class Judge:
     @property
     def local(self) -> bool:
         """Whether a reply costs nothing: a model on this machine, or a server on it."""
-        host = (self.base_url or "").split("//")[-1].split("/")[0].rsplit(":", 1)[0]
-        return self.model.split("/")[0] in LOCAL or host in ("localhost", "127.0.0.1", "[::1]")
+        return self.model.split("/")[0] in LOCAL or urlsplit(self.base_url or "").hostname in LOOPBACK
+
+    @property
+    def structured(self) -> bool:
+        """Whether the provider can hold a model to a form of reply."""
+        return self.model.split("/")[0] in STRUCTURED
+
+    def heat(self, repeats: int) -> float:
+        """Sampling temperature: repeats of a greedy judge would say nothing about its noise."""
+        return self.temperature if repeats == 1 else max(self.temperature, NOISE_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How requests are sent, and how long a judge that fails is waited for."""
+    """How requests are sent; retries and their growing waits are Inspect's."""
 
     at_once: int = 8
     attempts: int = 6
     timeout: float = 120.0
     """Seconds for one attempt."""
-    wait: float = 2.0
-    """Seconds before the second attempt; doubled for each further one, unless the judge says when to return."""
-    longest_wait: float = 60.0
     give_up_after: int = 5
-    """Requests in a row that fail for good before the rest is left for a later run."""
+    """Requests of a judge that fail for good before its others are left for a later run."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,7 @@ class Request:
     """One question to one judge; `side` and `item` stay here and are never sent."""
 
     judge: Judge
-    kind: Literal["absolute", "pairwise"]
+    kind: Kind
     part: str
     item: int
     side: str
@@ -90,10 +110,12 @@ class Request:
     repeat: int
     text: str
 
+    temperature: float
+
     @property
     def key(self) -> str:
         j = self.judge
-        return digest(j.model, j.temperature, j.max_tokens, self.text, self.repeat)
+        return digest(j.model, self.temperature, j.max_tokens, self.text, self.repeat)
 
 
 Confirm = Callable[[Estimate], bool]
@@ -133,11 +155,12 @@ def make_requests(
         )
     if len({(j.model, j.base_url) for j in judges}) != len(judges):
         raise RequestError("a judge is named twice.")
-    kinds = [k for k, on in (("absolute", absolute), ("pairwise", pairwise)) if on]
+    asked: dict[Kind, bool] = {"absolute": absolute, "pairwise": pairwise}
     requests = [
-        Request(judge, kind, part, item, side, repeat, _question(kind, part, row, side))  # type: ignore[arg-type]
+        Request(judge, kind, part, item, side, repeat, _question(kind, part, row, side), judge.heat(repeats))
         for item, row in enumerate(frame[["prompt", *SIDES]].to_dict("records"))
-        for kind in kinds
+        for kind, on in asked.items()
+        if on
         for part in parts
         for side in SIDES
         for judge in judges
@@ -197,7 +220,7 @@ def run_judge(
         raise RequestError(f"not confirmed, nothing was sent: {cost}.")
     failures: list[str] = []
     if cost.n_requests:
-        failures = _run_coroutine(_ask_all(requests, store, pace or Pace(), progress))
+        failures = _ask_all(requests, store, pace or Pace(), Path(out) / "judge" / "logs", progress)
     if failures and not any(r.key in store for r in requests):
         raise MissingError(
             f"no judge answered ({failures[0]}); start the server or check the key, and run the same command again."
@@ -208,83 +231,154 @@ def run_judge(
 
 
 # ── asking
-async def _ask_all(requests: Sequence[Request], store: ReplyStore, pace: Pace, progress: bool) -> list[str]:
-    """Send what is not answered yet; the reasons of those that failed for good."""
-    models = {r.judge: _open_model(r.judge) for r in requests}
-    todo = list({r.key: r for r in requests if r.key not in store}.values())
-    places = {judge: asyncio.Semaphore(pace.at_once) for judge in models}
-    failed: list[str] = []
-    in_a_row = dict.fromkeys(models, 0)
-
-    with tqdm(total=len(todo), desc="judge", unit="reply", disable=not progress, leave=False) as bar:
-
-        async def one(request: Request) -> None:
-            judge = request.judge
-            async with places[judge]:
-                if in_a_row[judge] >= pace.give_up_after:
-                    failed.append(f"{judge.model} stopped answering")
-                    return
-                try:
-                    reply = await _ask(models[judge], request, pace)
-                except _NoReplyError as error:
-                    in_a_row[judge] += 1
-                    failed.append(str(error))
-                    return
-                in_a_row[judge] = 0
-                store.add(request.key, {"judge": judge.model, "reply": reply})
-                bar.update()
-
-        await asyncio.gather(*(one(r) for r in todo))
-    return failed
 
 
-class _NoReplyError(Exception):
-    """A request that was given up."""
+def judge_task(
+    requests: Sequence[Request],
+    store: ReplyStore,
+    *,
+    pace: Pace,
+    on_reply: Callable[[], object] = lambda: None,
+) -> Task:
+    """One judge's open questions as an Inspect task: a sample a question, its reply kept in `store` the moment it is there.
 
-
-async def _ask(model: Any, request: Request, pace: Pace) -> str:
-    """One reply; 429s, time-outs and dropped connections are tried again, anything else is not."""
+    `inspect view --log-dir RUN/judge/logs` shows every question, reply and score.
+    """
+    from inspect_ai import Task
+    from inspect_ai.dataset import MemoryDataset, Sample
     from inspect_ai.model import GenerateConfig
 
-    judge = request.judge
-    config = GenerateConfig(
-        temperature=judge.temperature,
-        max_tokens=judge.max_tokens,
-        max_retries=0,
-        max_connections=pace.at_once,
-        seed=request.repeat,
+    asked = {r.key: r for r in requests if r.key not in store}
+    judge = next(iter(asked.values())).judge
+
+    return Task(
+        name="judge",
+        dataset=MemoryDataset(
+            [
+                Sample(id=key, input=r.text, metadata={"kind": r.kind, "part": r.part})
+                for key, r in asked.items()
+            ],
+            name=judge.model,
+        ),
+        solver=_asking(asked),
+        scorer=_reading(asked, store, on_reply),
+        model=_open_model(judge),
+        config=GenerateConfig(
+            max_tokens=judge.max_tokens,
+            max_retries=pace.attempts - 1,
+            attempt_timeout=max(1, round(pace.timeout)),
+            max_connections=pace.at_once,
+        ),
+        fail_on_error=float(pace.give_up_after),
     )
-    wait = pace.wait
-    for attempt in range(1, pace.attempts + 1):
-        try:
-            output = await asyncio.wait_for(model.generate(request.text, config=config), pace.timeout)
-            return output.completion
-        except TimeoutError:
-            reason, again, asked_for = f"no reply within {pace.timeout:g} s", True, None
-        except Exception as error:
-            error = _cause(error)
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            again, asked_for = _retryable(model, error)
-        if not again or attempt == pace.attempts:
-            raise _NoReplyError(f"{judge.model}: {reason}")
-        await asyncio.sleep(min(asked_for if asked_for is not None else wait, pace.longest_wait))
-        wait *= 2
-    raise AssertionError("unreachable")
 
 
-def _cause(error: Exception) -> Exception:
-    """The provider's own error inside a retry wrapper."""
-    attempt = getattr(error, "last_attempt", None)
-    inner = attempt.exception() if attempt is not None else None
-    return inner if isinstance(inner, Exception) else error
+def _asking(asked: Mapping[str, Request]) -> Solver:
+    """The solver: one question at its own temperature and seed, in a form where the provider can hold the model to one."""
+    from inspect_ai.solver import solver
+
+    @solver
+    def ask():
+        async def solve(state, generate):
+            request = asked[str(state.sample_id)]
+            return await generate(
+                state,
+                temperature=request.temperature,
+                seed=request.repeat,
+                response_schema=_schema(request.kind) if request.judge.structured else None,
+            )
+
+        return solve
+
+    return ask()
 
 
-def _retryable(model: Any, error: Exception) -> tuple[bool, float | None]:
-    """Whether the provider calls the error passing, and the wait that it asked for."""
-    decision = model.api.should_retry(error)
-    if isinstance(decision, bool) or decision is None:
-        return bool(decision) or isinstance(error, ConnectionError), None
-    return bool(decision), getattr(decision, "retry_after", None)
+def _reading(asked: Mapping[str, Request], store: ReplyStore, on_reply: Callable[[], object]) -> Scorer:
+    """The scorer: keeps the reply, and reads its verdict or leaves it unscored."""
+    from inspect_ai.scorer import Score, scorer
+
+    @scorer(metrics=[])
+    def read():
+        async def score(state, target):
+            request = asked[str(state.sample_id)]
+            reply = Reply(state.output.completion, str(state.output.stop_reason))
+            store.add(request.key, {"judge": request.judge.model, "reply": reply.text, "stop": reply.stop})
+            on_reply()
+            value = reply.rating if request.kind == "absolute" else reply.choice
+            if value is None:
+                return Score.unscored(explanation=reply.text)
+            return Score(value=value, answer=str(value), explanation=reply.text)
+
+        return score
+
+    return read()
+
+
+def _ask_all(
+    requests: Sequence[Request], store: ReplyStore, pace: Pace, logs: Path, progress: bool
+) -> list[str]:
+    """Send what is not answered yet, each judge's questions as one Inspect task; why some have no reply."""
+    from inspect_ai import eval as inspect_eval
+
+    todo = len({r.key for r in requests if r.key not in store})
+    by_judge = {r.judge: [q for q in requests if q.judge == r.judge] for r in requests if r.key not in store}
+    said = [
+        f"{judge.model}: nothing listens at {judge.base_url}" for judge in by_judge if not _listens(judge)
+    ]
+    by_judge = {judge: asked for judge, asked in by_judge.items() if _listens(judge)}
+    if not by_judge:
+        return said
+    with tqdm(total=todo, desc="judge", unit="reply", disable=not progress, leave=False) as bar:
+        tasks = [judge_task(asked, store, pace=pace, on_reply=bar.update) for asked in by_judge.values()]
+        done = _outside_a_loop(
+            lambda: inspect_eval(
+                tasks, log_dir=str(logs), display="none", max_tasks=len(tasks), log_level="error"
+            )
+        )
+    for log in done:
+        errors = [sample.error for sample in log.samples or () if sample.error] + (
+            [log.error] if log.error else []
+        )
+        said += [f"{log.eval.model}: {' '.join(error.message.split())[:200]}" for error in errors]
+    return said
+
+
+def _listens(judge: Judge) -> bool:
+    """False where the judge is a server of this machine and nobody is there: no retry would help."""
+    place = urlsplit(judge.base_url or "")
+    if place.hostname not in LOOPBACK:
+        return True
+    try:
+        socket.create_connection((place.hostname, place.port or 80), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _outside_a_loop(work: Callable[[], Any]) -> Any:
+    """What `work` returns; in a thread of its own where an event loop runs already (notebooks)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def _schema(kind: str) -> Any:
+    """The reply's form for providers that hold a model to one."""
+    from inspect_ai.model import ResponseSchema
+    from inspect_ai.util import JSONSchema
+
+    values = [1, 2, 3, 4, 5] if kind == "absolute" else ["1", "2", "tie"]
+    name = "rating" if kind == "absolute" else "choice"
+    form = JSONSchema(
+        type="object",
+        properties={name: JSONSchema(type="integer" if kind == "absolute" else "string", enum=values)},
+        required=[name],
+        additionalProperties=False,
+    )
+    return ResponseSchema(name=name, json_schema=form, strict=True)
 
 
 def _open_model(judge: Judge) -> Any:
@@ -295,17 +389,11 @@ def _open_model(judge: Judge) -> Any:
         RequestError: no such provider.
     """
     try:
-        from inspect_ai.model import GenerateConfig, get_model
+        from inspect_ai.model import get_model
     except ImportError as error:
         raise MissingError("judging needs Inspect AI: pip install 'sae-bias[judge]'.") from error
     try:
-        return get_model(
-            judge.model,
-            base_url=judge.base_url,
-            api_key=judge.api_key,
-            config=GenerateConfig(max_retries=0),
-            memoize=False,
-        )
+        return get_model(judge.model, base_url=judge.base_url, api_key=judge.api_key, memoize=False)
     except Exception as error:
         what = " ".join(str(error).split())[:300]
         if isinstance(error, ValueError) and (
@@ -317,29 +405,7 @@ def _open_model(judge: Judge) -> Any:
         raise MissingError(f"judge {judge.model!r} cannot be opened: {what}") from error
 
 
-def _run_coroutine(work: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result; in a thread of its own where a loop runs already (notebooks)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    box: dict[str, Any] = {}
-
-    def target() -> None:
-        try:
-            box["value"] = asyncio.run(work)
-        except BaseException as error:
-            box["error"] = error
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if "error" in box:
-        raise box["error"]
-    return box["value"]
-
-
-def _question(kind: str, part: str, row: dict[str, Any], first: str) -> str:
+def _question(kind: str, part: str, row: Mapping[Any, Any], first: str) -> str:
     prompts = _prompts()
     rubric = next(p for p in prompts["parts"] if p["name"] == part)
     second = SIDES[1 - SIDES.index(first)]
@@ -373,9 +439,10 @@ def _table(requests: Sequence[Request], store: ReplyStore) -> pd.DataFrame:
     """One row a request, in a fixed order; a request without a reply has None, an unreadable reply is not readable."""
     rows = []
     for r in requests:
-        reply = store[r.key]["reply"] if r.key in store else None
-        rating = read_rating(reply) if reply is not None and r.kind == "absolute" else None
-        choice = read_choice(reply) if reply is not None and r.kind == "pairwise" else None
+        kept = store.get(r.key)
+        reply = None if kept is None else Reply(kept["reply"], kept.get("stop", "stop"))
+        rating = reply.rating if reply is not None and r.kind == "absolute" else None
+        choice = reply.choice if reply is not None and r.kind == "pairwise" else None
         rows.append(
             {
                 "judge": r.judge.model,
@@ -386,8 +453,9 @@ def _table(requests: Sequence[Request], store: ReplyStore) -> pd.DataFrame:
                 "repeat": r.repeat,
                 "rating": rating,
                 "choice": choice,
-                "readable": reply is not None and (rating is not None or choice is not None),
-                "reply": reply,
+                "readable": rating is not None or choice is not None,
+                "reply": None if reply is None else reply.text,
+                "stop": None if reply is None else reply.stop,
             }
         )
     frame = pd.DataFrame(rows).astype({"rating": "float64"})

@@ -3,8 +3,8 @@
 A reply is appended to `judge/replies.jsonl` in the run folder the moment it arrives, under a key made of everything that was sent;
 a later run with the same question finds it there. Unreadable replies are kept too: they were paid for, and count as unscored.
 
-Krippendorff's α = 1 - D_observed / D_expected over units that at least two judges rated [Krippendorff 2011]; undefined, with the
-reason, where a judge never varies: then agreement with it says nothing.
+Krippendorff's α = 1 - D_observed / D_expected over units that at least two judges rated [Krippendorff 2011], computed by Inspect;
+undefined, with the reason, where a judge never varies: then agreement with it says nothing.
 """
 
 from __future__ import annotations
@@ -14,42 +14,117 @@ import math
 import os
 import re
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sae_bias.core.errors import MissingError, RequestError
 
-_MARKS = r"[\s:=*_(\"]{0,6}"
-_RATING = re.compile(
-    rf"\b(?:rating|score)\b{_MARKS}([-+]?\d+(?:[.,]\d+)?)(?:\s*(?:/|out of|of)\s*5)?", re.IGNORECASE
+_N = r"([-+]?\d+(?:[.,]\d+)?)"
+_LABEL = r"(?:rating|score|mark|grade|verdict)"
+_SCALE = re.compile(
+    r"[(\[][^()\[\]]*\d[^()\[\]]*\d[^()\[\]]*[)\]]|\bon\s+(?:a|the)\s+scale\s+(?:of|from)\s+\d+\s*(?:-|–|—|to)\s*\d+"
+    r"|\b(?:from|between)\s+1\s+(?:to|and)\s+5\b",
+    re.IGNORECASE,
 )
-_BARE = re.compile(r"^[\s*_\"'(]*([1-5])\W*(?:(?:/|out of|of)\s*5\W*)?$", re.IGNORECASE)
-_CHOICE = re.compile(r"\b(?:choice|answer|verdict)\b\W{0,6}(?:continuation\s+)?(1|2|tie)\b", re.IGNORECASE)
-_BARE_CHOICE = re.compile(r"^\W*(?:continuation\s+)?(1|2|tie)\W*$", re.IGNORECASE)
+"""Two numbers in brackets, or words about a scale: what a verdict may be, never the verdict."""
+_CHOICES = re.compile(
+    r"[(\[][^()\[\]]*\b(?:1|2|tie)\b[^()\[\]]+\b(?:1|2|tie)\b[^()\[\]]*[)\]]", re.IGNORECASE
+)
+_OUT_OF = r"(?:\s*(?:/|\bout\s+of\b|\bof\b)\s*(\d+))?"
+_MORE = r"(?!\s*%)(?!\s*(?:-|–|—|~|/|,|\bto\b|\bor\b|\band\b)\s*\d)"
+_RATING = re.compile(
+    rf"\[\[\s*{_N}\s*\]\]|<(?:rating|score)>\s*{_N}\s*</(?:rating|score)>"
+    rf"|\b{_LABEL}\b[\s:=*_(\"']{{0,6}}(?:(?:is|of|would\s+be)\b[\s:*_]{{0,4}})?(?:an?\s+)?{_N}(?![\d.,]*\d){_OUT_OF}{_MORE}"
+    rf"|\b(?:rate|give|assign)\b(?:\s+(?:it|this|the|continuation|text)){{0,3}}\s+(?:as\s+)?(?:an?\s+)?{_N}(?![\d.,]*\d){_OUT_OF}{_MORE}",
+    re.IGNORECASE,
+)
+_BARE = re.compile(rf"^[\s*_\"'(]*{_N}{_OUT_OF}[\s*_\"').!]*$", re.IGNORECASE)
+_PICK = r"(?:continuation\s+|option\s+)?(1|2|tie)"
+_CHOICE = re.compile(
+    rf"\[\[\s*{_PICK}\s*\]\]|<(?:choice|answer)>\s*{_PICK}\s*</(?:choice|answer)>"
+    rf"|\b(?:choice|answer|verdict|winner)\b\W{{0,6}}(?:is\b\W{{0,4}})?{_PICK}\b(?!\s*(?:/|,|-|–|\bor\b|\band\b)\s*(?:\d|tie))",
+    re.IGNORECASE,
+)
+_BARE_CHOICE = re.compile(rf"^\W*{_PICK}\W*$", re.IGNORECASE)
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's reply and why it ended. One that was cut, filtered or is still thinking has no verdict."""
+
+    text: str
+    stop: str = "stop"
+    """Inspect's stop reason; a reply kept before stop reasons were counts as whole."""
+
+    @property
+    def rating(self) -> int | None:
+        return read_rating(self.text) if self.stop == "stop" else None
+
+    @property
+    def choice(self) -> str | None:
+        return read_choice(self.text) if self.stop == "stop" else None
 
 
 def read_rating(reply: str) -> int | None:
-    """The one rating 1–5 that a reply gives; None where it gives none, several, or one off the scale."""
-    bare = _BARE.match(reply.strip())
-    if bare:
-        return int(bare.group(1))
-    found = {float(number.replace(",", ".")) for number in _RATING.findall(reply)}
+    """The one rating 1–5 that a reply gives; None where it gives none, several, a range, or one on another scale."""
+    said = _spoken(reply)
+    if said is None:
+        return None
+    filled = _json_value(said, "rating", "score")
+    if filled is not None:
+        return filled if type(filled) is int and 1 <= filled <= 5 else None
+    for scale in _SCALE.finditer(said):
+        ends = [int(n) for n in re.findall(r"\d+", scale[0])]
+        if (min(ends), max(ends)) != (1, 5):
+            return None
+    said = _SCALE.sub(" ", said).strip()
+    found: set[tuple[float, float]] = set()
+    for match in [_BARE.match(said)] if _BARE.match(said) else _RATING.finditer(said):
+        assert match is not None
+        groups = [g for g in match.groups() if g is not None]
+        found.add((float(groups[0].replace(",", ".")), float(groups[1]) if len(groups) > 1 else 5.0))
     if len(found) != 1:
         return None
-    value = found.pop()
-    return int(value) if value in (1, 2, 3, 4, 5) else None
+    value, most = found.pop()
+    return int(value) if value in (1, 2, 3, 4, 5) and most == 5 else None
 
 
 def read_choice(reply: str) -> str | None:
     """ "1", "2" or "tie"; None where the reply gives none or several."""
-    bare = _BARE_CHOICE.match(reply.strip())
-    found = {bare.group(1).lower()} if bare else {c.lower() for c in _CHOICE.findall(reply)}
+    said = _spoken(reply)
+    if said is None:
+        return None
+    filled = _json_value(said, "choice", "answer")
+    if filled is not None:
+        return str(filled).lower() if str(filled).lower() in ("1", "2", "tie") else None
+    said = _CHOICES.sub(" ", said)
+    bare = _BARE_CHOICE.match(said)
+    matches = [bare] if bare else list(_CHOICE.finditer(said))
+    found = {next(g for g in match.groups() if g is not None).lower() for match in matches}
     return found.pop() if len(found) == 1 else None
+
+
+def _spoken(reply: str) -> str | None:
+    """The reply without its thinking; None where the thinking never ended."""
+    said = _THOUGHT.sub(" ", reply)
+    return None if re.search(r"<think>", said, re.IGNORECASE) else said.strip()
+
+
+def _json_value(said: str, *names: str) -> Any:
+    """The value under one of `names` where the reply is a JSON object, fenced or bare; else None."""
+    bare = re.sub(r"^```(?:json)?\s*|\s*```$", "", said.strip())
+    if not bare.startswith("{"):
+        return None
+    try:
+        filled = json.loads(bare)
+    except (ValueError, RecursionError):
+        return None
+    return next((filled[n] for n in names if n in filled), None) if isinstance(filled, dict) else None
 
 
 class ReplyStore:
@@ -71,7 +146,7 @@ class ReplyStore:
                 self._replies[entry["key"]] = entry
             except (ValueError, KeyError, TypeError) as error:
                 raise RequestError(
-                    f"{self.path}, line {number} is no reply ({error}); move the file away to judge anew."
+                    f"{self.path}, line {number} is not a reply ({error}); move the file away to judge again."
                 ) from error
         if len(whole) != len(raw):
             with open(self.path, "rb+") as file:
@@ -80,8 +155,8 @@ class ReplyStore:
     def __contains__(self, key: str) -> bool:
         return key in self._replies
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._replies[key]
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._replies.get(key)
 
     def __len__(self) -> int:
         return len(self._replies)
@@ -122,7 +197,9 @@ class Agreement:
         )
 
 
-def krippendorff(ratings: Mapping[str, Sequence[float]], *, metric: str = "interval") -> Agreement:
+def krippendorff(
+    ratings: Mapping[str, Sequence[float]], *, metric: Literal["interval", "nominal"] = "interval"
+) -> Agreement:
     """α of raters' values [n_units each], NaN where one did not rate a unit.
 
     Args:
@@ -144,20 +221,8 @@ def krippendorff(ratings: Mapping[str, Sequence[float]], *, metric: str = "inter
     for name, row in zip(names, table):
         if len(set(row[~np.isnan(row)])) < 2:
             return undefined(f"{name} never varies")
-    return Agreement(_alpha(table, metric), "", n_units, len(names))
+    from inspect_ai.scorer import SampleScore, Score, krippendorff_alpha
 
-
-def _alpha(table: np.ndarray, metric: str) -> float:
-    """1 - observed / expected disagreement, from the coincidences within units."""
-
-    def apart(a: float, b: float) -> float:
-        return (a - b) ** 2 if metric == "interval" else float(a != b)
-
-    observed, pooled = 0.0, Counter()
-    for unit in table.T:
-        values = unit[~np.isnan(unit)]
-        pooled.update(values.tolist())
-        observed += sum(apart(a, b) for a in values for b in values) / (len(values) - 1)
-    n = sum(pooled.values())
-    expected = sum(k * m * apart(a, b) for a, k in pooled.items() for b, m in pooled.items()) / (n - 1)
-    return 1 - observed / expected if expected else math.nan
+    units = [SampleScore(score=Score(value=unit[~np.isnan(unit)].tolist())) for unit in table.T]
+    measure: Any = krippendorff_alpha(metric)
+    return Agreement(float(measure(units)), "", n_units, len(names))

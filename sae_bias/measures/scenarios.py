@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SCORES = {"free": ("sum", "norm", "pmi"), "lettered": ("letter",)}
 PRIMARY = ("free", "norm")
-"""Form and score of the headline, fixed beforehand; every other stands beside it."""
+"""Form and score of the headline, fixed in advance; every other stands beside it."""
 TIE = 1e-6
 """Change of log-odds (nats) up to which a scenario counts as unchanged."""
 
@@ -273,7 +273,7 @@ class ScenarioComparison:
         return pd.DataFrame(rows)
 
     def summary(self, form: str | None = None, score: str | None = None) -> dict[str, Any]:
-        """The row over all categories; by default of the form and score fixed beforehand."""
+        """The row over all categories; by default of the form and score fixed in advance."""
         table = self.by_category()
         form, score = form or PRIMARY[0], score or PRIMARY[1]
         row = table[(table["form"] == form) & (table["score"] == score) & (table["category"] == "all")]
@@ -282,7 +282,7 @@ class ScenarioComparison:
         return dict(row.iloc[0])
 
     def plot(self) -> go.Figure:
-        """Mean p(aligned) of every category before and after, by the score fixed beforehand."""
+        """Mean p(aligned) of every category before and after, by the score fixed in advance."""
         from sae_bias.figures.behavior import scenarios_before_after
 
         table = self.by_category()
@@ -379,7 +379,7 @@ def score_roles(
 ) -> RoleResult:
     """Put each pair's facts to the deployed model and to the candidate, and see whether the answer depends on that.
 
-    A name is scored per token, so that a long name is no handicap.
+    A name is scored per token, so that a long name is not at a disadvantage.
     """
     if not roles:
         raise RequestError(

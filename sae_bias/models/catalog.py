@@ -42,7 +42,7 @@ class ModelInfo:
 
     @property
     def licence_page(self) -> str:
-        """Where the licence is read and accepted."""
+        """Where the license is read and accepted."""
         return f"https://huggingface.co/{self.hub_id}"
 
     @property

@@ -164,7 +164,7 @@ def hub_errors(what: str, repo_id: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise MissingError(
             f"{what}: the hub has no repository {repo_id}, or it is private or gated; check the name, "
-            f"accept the licence at https://huggingface.co/{repo_id} and run `hf auth login`"
+            f"accept the license at https://huggingface.co/{repo_id} and run `hf auth login`"
         ) from error
     except errors.HFValidationError as error:
         raise RequestError(
@@ -192,7 +192,7 @@ def hub_errors(what: str, repo_id: str) -> Iterator[None]:
 
 def _gated(what: str, repo_id: str) -> str:
     return (
-        f"{what} is gated: accept the licence at https://huggingface.co/{repo_id} and run `hf auth login` "
+        f"{what} is gated: accept the license at https://huggingface.co/{repo_id} and run `hf auth login` "
         "once (or set HF_TOKEN)"
     )
 
@@ -208,9 +208,7 @@ def _unreachable(what: str, repo_id: str, error: BaseException) -> str:
         reason = f"the hub answered {code}; try again later"
     else:
         line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        reason = (
-            f"the download did not finish ({line[:160]}); check the network and try again, what came is kept"
-        )
+        reason = f"the download did not finish ({line[:160]}); check the network and try again; partial downloads are kept"
     return f"{what}: {reason}"
 
 
@@ -269,7 +267,7 @@ def _loading_error(source: Path | str, error: Exception, what: str = "model") ->
         return RequestError(f"the {what} in {source} cannot be read ({type(error).__name__}: {first}).")
     if "GatedRepoError" in names or "401" in first or "403" in first or "gated repo" in first:
         return MissingError(
-            f"{source} is gated: accept its licence at its page on the hub, then log in once with `hf auth login` (or set HF_TOKEN)."
+            f"{source} is gated: accept its license at its page on the hub, then log in once with `hf auth login` (or set HF_TOKEN)."
         )
     if {"RepositoryNotFoundError", "RemoteEntryNotFoundError"} & names:
         return MissingError(

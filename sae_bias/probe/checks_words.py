@@ -1,7 +1,7 @@
 """Does the bias hang on the words? Leaving each out, resampling them, random words in their place, another stem, another score.
 
     leave one out    the bias without each word in turn
-    bootstrap        words of each side and templates drawn with replacement, crossed (the words are a sample of judgements too)
+    bootstrap        words of each side and templates drawn with replacement, crossed (the words are a sample of judgments too)
     random words     words of the model's own vocabulary, as likely after these prompts, in place of the evaluation words
     carriers         under logodds: LSE(h) - LSE(a) = Σ_w (e^h_w - e^a_w)/L(S_h, S_a), L the logarithmic mean, S = Σ e: exact shares
 
@@ -36,7 +36,7 @@ NEAREST = 50  # a random word is one of this many that are likely as the word it
 def audit_words(model: Model, pairs: PromptPairs, probe: Probe | None = None) -> pd.DataFrame:
     """Every word of the probe under this tokenizer: its pieces, whether one token, whether read, and why not.
 
-    `alone` is how the word encodes by itself and `trap` whether its first token there differs from the one read: the prefix
+    `alone` is how the word encodes alone and `trap` whether its first token there differs from the one read: the prefix
     trap of docs/method.md#evaluation-words. Columns word, side, tokens, n_tokens, single, read, reason, alone, trap.
     """
     probe = probe or default_probe(pairs)

@@ -74,7 +74,7 @@ class PairReading:
             self.vocabulary,
             reading.values[human],
             reading.values[ai],
-            self.model.name,
+            self.model.label,
             None if norm is None or not self.levels else np.stack([norm[human], norm[ai]], axis=1),
         )
 
@@ -117,14 +117,14 @@ class Reading:
     """What the model said: word scores after each prompt."""
 
     values: Float[np.ndarray, "n_prompts n_words"]
-    """Logits where every word is one token and no normaliser was wanted, else log-probabilities (nats)."""
+    """Logits where every word is one token and no normalizer was wanted, else log-probabilities (nats)."""
     log_normaliser: Float[np.ndarray, "n_prompts"] | None
     """log Σ exp of the logits at the prompt's last token; None where it was not needed."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Scores of one batch: logits of the wanted rows [batch, n_rows] and, where wanted, the normaliser [batch]."""
+    """Scores of one batch: logits of the wanted rows [batch, n_rows] and, where wanted, the normalizer [batch]."""
 
     z: Tensor
     log_normaliser: Tensor | None

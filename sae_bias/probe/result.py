@@ -3,7 +3,7 @@
     s(x)  = mean over positive words of z_w - mean over negative words of z_w      (z: next-token logits at the last token)
     bias  = s(human) - s(AI)                                                        (positive: the AI is judged worse; nats)
 
-Logits, log-probabilities and centred logits give the same s, because one constant a position cancels. `logodds` compares the
+Logits, log-probabilities and centered logits give the same s, because one constant a position cancels. `logodds` compares the
 odds of the whole sets (log-sum-exp), `auroc` ranks them. The interval and p are two-way clustered over templates and entities
 (docs/method.md#dependence-between-pairs): 280 pairs are 35 templates × 8 entities, not 280 samples.
 
@@ -185,13 +185,13 @@ class ProbeResult:
         """Log-probability of each word after the human and after the AI prompt.
 
         Raises:
-            RequestError: the normaliser was not kept; run_probe(..., levels=True) keeps it.
+            RequestError: the normalizer was not kept; run_probe(..., levels=True) keeps it.
         """
         if not self.single_tokens:
             return self.values_human, self.values_ai
         if self.log_normaliser is None:
             raise RequestError(
-                "levels need the normaliser of the logits; run_probe(..., levels=True) keeps it."
+                "levels need the normalizer of the logits; run_probe(..., levels=True) keeps it."
             )
         return self.values_human - self.log_normaliser[:, :1], self.values_ai - self.log_normaliser[:, 1:]
 
@@ -199,7 +199,7 @@ class ProbeResult:
         """Mean log-probability of the positive words alone and of the negative alone, per subject, with its interval.
 
         One row a side and subject, and one for their difference (first - second). Unlike s, levels are not free of the
-        normaliser, so they need `run_probe(..., levels=True)`.
+        normalizer, so they need `run_probe(..., levels=True)`.
         """
         human, ai = self.log_probs()
         rows = []

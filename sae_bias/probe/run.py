@@ -29,7 +29,7 @@ def run_probe(
 
     Args:
         controls: also run each pair's mundane twin (`.control`).
-        levels: also keep the normaliser, so that `.levels()` can be asked; needs the full vocabulary at one position a prompt.
+        levels: also keep the normalizer, so that `.levels()` can be asked; needs the full vocabulary at one position a prompt.
         chat: the sentence in the user's turn (`sae_bias.models.chat.CHAT_QUESTION`), the stem prefilled in the model's turn.
 
     Raises:

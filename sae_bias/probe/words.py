@@ -24,7 +24,7 @@ class Probe:
     """Evaluation words and how they make a score."""
 
     positive: tuple[str, ...] = ()
-    """Words that judge favourably; the bundled list where neither list is given."""
+    """Words that judge favorably; the bundled list where neither list is given."""
     negative: tuple[str, ...] = ()
     score: str = "mean_logit"
     """mean_logit (the replication) | logodds (odds of the whole sets) | auroc (P(z_pos > z_neg))."""
@@ -32,7 +32,7 @@ class Probe:
     """Whether Gemma 2's final-logit softcap is applied, as its own forward pass does."""
     tokens: str = "in_context"
     """in_context | first (only a word's first token, a switch of `as_published`) | alone (the first token of the word encoded
-    by itself: the mistake docs/method.md#evaluation-words warns of, kept as a switch)."""
+    alone: the mistake docs/method.md#evaluation-words warns of, kept as a switch)."""
     bundled: bool = field(default=False, init=False)
     """Whether the words are the bundled ones: then a word of several tokens is left out and listed, not an error."""
 
@@ -103,7 +103,7 @@ class Probe:
             found = {tokens[:1] for tokens in found}
         if len(found) > 1:
             raise RequestError(
-                f"{word!r} is tokenised differently after different prompts; end every prompt in the same stem."
+                f"{word!r} is tokenized differently after different prompts; end every prompt in the same stem."
             )
         tokens = found.pop()
         if len(tokens) > 1 and self.score == "mean_logit":
@@ -189,7 +189,7 @@ def word_tokens(model: Model, word: str, prompt: str, prompt_ids: Sequence[int])
 
 
 def tokens_alone(model: Model, word: str) -> tuple[int, ...]:
-    """Tokens of `" " + word` encoded by itself, as a careless probe does: ▁ first for every word under Mistral's tokenizer."""
+    """Tokens of `" " + word` encoded alone, as a careless probe does: ▁ first for every word under Mistral's tokenizer."""
     return tuple(model.tokenizer(f" {word}", add_special_tokens=False).input_ids)
 
 

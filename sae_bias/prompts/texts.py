@@ -112,7 +112,7 @@ def text_stream(source: Texts) -> tuple[str, Iterator[str]]:
     """(what the collection is called, its texts one by one); None is the small bundled collection.
 
     Raises:
-        RequestError: no such file, another kind of file, a line that is no text (when it is reached).
+        RequestError: no such file, another kind of file, a line that is not text (raised when it is reached).
     """
     if source is None:
         return "bundled sentences", iter([text for kind in TEXT_KINDS for text in load_texts(kind)])
@@ -170,7 +170,7 @@ def _checked(texts: Iterable[Any]) -> Iterator[str]:
 def _text(value: Any, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise RequestError(f"{where} is no text; expected a string, or an object with `text`.")
+        raise RequestError(f"{where} is not text; expected a string, or an object with `text`.")
     return text
 
 

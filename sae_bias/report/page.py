@@ -58,7 +58,7 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
 
     `out` is a file or a folder; by default `report.html` (or `.md`) in the run's own folder, and
     `comparison.html` beside the first run where there are several. Raises RequestError for a folder that
-    is no run, MissingError for a full disk; nothing half-written is left.
+    is not a run, MissingError for a full disk; nothing half-written is left.
     """
     if not runs:
         raise RequestError(
@@ -183,7 +183,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "banner": STAND_IN_BANNER if run.stand_ins else ORGANISM_BANNER if run.organism else "",
         "sides": run.sides,
         "grid": "ranking" in run.tables,
-        "model": run.model.get("name") or "a model that the manifest does not name",
+        "model": run.model.get("label") or run.model.get("name") or "a model that the manifest does not name",
         "question": run.summary.get("question") or "What was measured",
         "command": run.manifest.get("command") or "",
         "created": run.manifest.get("created") or "",
@@ -295,7 +295,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     m, model, gate = run.manifest, run.model, run.manifest.get("gate") or {}
     facts = [
         ("command", m.get("command")),
-        ("model", model.get("name")),
+        ("model", model.get("label") or model.get("name")),
+        ("terms", (model.get("gguf") or {}).get("terms")),
         (
             "architecture",
             _joined(model.get("architecture"), model.get("n_layers") and f"{model['n_layers']} layers"),
@@ -356,7 +357,7 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
     }  # fmt: skip
     shown = {c: label for c, label in columns.items() if rows[c].notna().any()}
     stands = (
-        " Runs on a calibration organism are no findings about a public model."
+        " Runs on a calibration organism are not findings about a public model."
         if rows["organism"].any()
         else ""
     )

@@ -4,7 +4,7 @@
 
 (Rajamanoharan et al. 2024, arXiv:2407.14435). One feature is one column of W_enc, one row of W_dec and two
 numbers; for a plain ReLU or JumpReLU encoder nothing else is ever read. SAEs whose activation needs all
-features at once (TopK, gated, normalised input) take the full path through SAELens and say so:
+features at once (TopK, gated, normalized input) take the full path through SAELens and say so:
 `Sae.reduces_to_one_row` is False.
 """
 
@@ -254,7 +254,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[Sae | SaeId | str]:
-    """The candidates named; a folder that is no SAE itself stands for every SAE below it, a release for all of its SAEs.
+    """The candidates named; a folder that is not an SAE itself stands for every SAE below it, a release for all of its SAEs.
 
     Raises:
         RequestError: nothing named, or a folder with no SAE in it.

@@ -36,7 +36,7 @@ def decoder_directions(saes: Mapping[str, Sae], refs: Sequence[FeatureRef]) -> F
     rows = torch.empty(len(refs), next(iter(saes.values())).d_in)
     for name, sae in saes.items():
         mine = [i for i, ref in enumerate(refs) if str(ref.sae) == name]
-        order = sorted(mine, key=lambda i: refs[i].index)  # neighbours in the file are one read
+        order = sorted(mine, key=lambda i: refs[i].index)  # neighbors in the file are one read
         if order:
             rows[order] = sae.W_dec_rows([refs[i].index for i in order]).float()
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)

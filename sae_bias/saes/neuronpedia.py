@@ -51,7 +51,7 @@ def feature_description(ref: FeatureRef, sae: Sae | None = None) -> str | None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(json.dumps({"description": found}), encoding="utf-8")
     except OSError:
-        pass  # a cache that cannot be written is no reason to fail
+        pass  # a cache that cannot be written is not a reason to fail
     return found
 
 

@@ -188,7 +188,7 @@ class RemoteTensorFile(TensorFile):
             save_file({f"{a}-{b}": t.contiguous() for (a, b), t in self.kept[name].items()}, partial)
             partial.replace(path)
         except OSError:
-            partial.unlink(missing_ok=True)  # a cache that cannot be written is no reason to fail
+            partial.unlink(missing_ok=True)  # a cache that cannot be written is not a reason to fail
 
 
 class RangeReader(io.RawIOBase):

@@ -110,7 +110,7 @@ class Sae:
     path: Path | None = None
     """Its weights file, where it has one."""
     reduces_to_one_row: bool = True
-    """Whether a feature's own encoder column gives its activation: (Jump)ReLU, input not normalised."""
+    """Whether a feature's own encoder column gives its activation: (Jump)ReLU, input not normalized."""
     lens: Any = None
     """The SAELens object, where the whole SAE is in memory."""
 

@@ -26,7 +26,7 @@ def acts_blocks(
 ) -> Iterator[tuple[int, Float[Tensor, "n block"], Float[Tensor, "block d_in"] | None]]:
     """(first column, activations, decoder rows or None) of each block, on x's device.
 
-    An SAE whose encoder does not reduce to single columns (TopK, gated, normalised input) is encoded whole, a chunk of x at
+    An SAE whose encoder does not reduce to single columns (TopK, gated, normalized input) is encoded whole, a chunk of x at
     a time, and cut into blocks afterwards.
     """
     x = x.float()

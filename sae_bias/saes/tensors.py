@@ -236,7 +236,7 @@ def unzipping(path: Path) -> Iterator[None]:
 
 
 def read_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from bytes; duplicate keys, NaN and anything that is no object are refused."""
+    """A JSON object from bytes; duplicate keys, NaN and anything that is not an object are refused."""
 
     def no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in items}) != len(items):
@@ -276,7 +276,7 @@ class TensorFile:
         return self._read(slot, (0, slot.shape[0]), (start, stop))
 
     def rows(self, name: str, indices: Sequence[int]) -> Float[Tensor, "n columns"]:
-        """The named rows of a matrix, float32; runs of neighbours are one read."""
+        """The named rows of a matrix, float32; runs of neighbors are one read."""
         slot = self._slot(name, 2)
         blocks = [self._read(slot, run, (0, slot.shape[1])) for run in _runs(indices)]
         return torch.cat(blocks) if blocks else torch.empty(0, slot.shape[1])

@@ -1,9 +1,9 @@
 """Statistics, all public names in one place; numpy and scipy only.
 
-- `stats_clustered`: means over templates × entities, sign-flips, effect sizes.
-- `stats_ratio`: reductions with Fieller intervals, specific reduction, the crossed bootstrap.
-- `stats_features`: paired t, max-T, AUROC, held-out bounds and corrected p over many features.
-- `stats_design`: exact counts, prompts needed, template splits.
+- `clustered`: means over templates × entities, sign-flips, effect sizes.
+- `reduction`: reductions with Fieller intervals, specific reduction, the crossed bootstrap.
+- `features`: paired t, max-T, AUROC, held-out bounds and corrected p over many features.
+- `design`: exact counts, prompts needed, template splits.
 """
 
 from sae_bias.stats.clustered import (
@@ -40,10 +40,10 @@ from sae_bias.stats.features import (
 from sae_bias.stats.reduction import (
     Reduction,
     SpecificReduction,
-    bootstrap_reduction,
     crossed_weights,
     fieller_reduction,
     specific_reduction,
+    specific_value,
 )
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "activation_variance_floor",
     "auroc",
     "benjamini_hochberg",
-    "bootstrap_reduction",
     "clustered_mean",
     "clustered_means",
     "crossed_weights",
@@ -77,5 +76,6 @@ __all__ = [
     "sign_flip",
     "sign_test",
     "specific_reduction",
+    "specific_value",
     "split_templates",
 ]

@@ -1,14 +1,21 @@
 """Means of pairs that share templates and entities.
 
-280 pairs are 35 templates × 8 entities, not 280 samples. The mean's variance is clustered both ways,
+280 pairs are 35 templates × 8 entities, not 280 samples. Balanced designs (every template with every entity equally often):
+
+    V = max(MS_T + MS_E − MS_R, MS_T, MS_E) / (T·E)
+    df = (MS_T + MS_E − MS_R)² / (MS_T²/(T − 1) + MS_E²/(E − 1) + MS_R²/((T − 1)(E − 1))),   t = mean / √V
+
+with the mean squares of the two-way table of cell means; where V is floored at MS_T or MS_E, df is that one's own, T − 1 or
+E − 1 (the formula's would go to 0 with its numerator). Satterthwaite 1946; Searle, Casella & McCulloch 1992, ch. 4. Unbalanced
+designs are clustered both ways,
 
     V = max(V_template + V_entity − V_both, V_template, V_entity)
     V_g = G/(G − 1) · Σ_g (Σ_{i in g} (x_i − mean))² / n²
-    df = (V_template + V_entity)² / (V_template²/(T − 1) + V_entity²/(E − 1)),   t = mean / √V
+    df = (V_template + V_entity)² / (V_template²/(T − 1) + V_entity²/(E − 1))
 
-with `both` the (template, entity) cells. Cameron, Gelbach & Miller 2011, "Robust inference with multiway
-clustering" (V and its G/(G − 1)); Satterthwaite 1946 (df). The floor keeps V from falling below one-way
-clustering. Sign-flips of whole clusters stand beside it.
+with `both` the (template, entity) cells (Cameron, Gelbach & Miller 2011, "Robust inference with multiway clustering"). With
+fewer than six templates or six entities a call reads "undetermined": with templates of two kinds no interval covers there.
+Sign-flips of whole clusters stand beside both.
 """
 
 from collections.abc import Sequence
@@ -26,6 +33,8 @@ Array = np.ndarray
 Numbers = np.ndarray | np.floating
 Labels = Sequence[object] | Array
 NAN = float("nan")
+FEWEST_CLUSTERS = 6
+"""Templates, and entities, below which a call reads "undetermined"."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +60,26 @@ class Clustered:
     """0 where no entities were given."""
     level: float = 0.95
     clustering: str = "two-way"
-    """`two-way`, `templates` or `entities`: what the interval generalises over."""
+    """`two-way`, `templates` or `entities`: what the interval generalizes over."""
     reason: str = ""
 
     @property
     def ci(self) -> tuple[float, float]:
         """(low, high)."""
         return self.ci_low, self.ci_high
+
+    @property
+    def call(self) -> str:
+        """`positive`, `negative`, `none` (the interval holds 0) or `undetermined` (no interval, or too few clusters)."""
+        few = [n for n in (self.n_templates, self.n_entities) if 0 < n < FEWEST_CLUSTERS]
+        if few or np.isnan(self.ci_low + self.ci_high):
+            return "undetermined"
+        return "positive" if self.ci_low > 0 else "negative" if self.ci_high < 0 else "none"
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval leaves out 0, so that ratios to this mean mean something."""
+        return bool(self.ci_low > 0 or self.ci_high < 0)
 
 
 # --- the two-way variance -----------------------------------------------------------------------------
@@ -130,21 +152,34 @@ class Design:
             return f"fewer than two entities ({e}): no interval over entities"
         return ""
 
+    @property
+    def balanced(self) -> bool:
+        """Every template with every entity, equally often, at least two of each."""
+        if self.cells is None or min(self.sizes) < 2 or self.cells.size != self.sizes[0] * self.sizes[1]:
+            return False
+        return len(set(np.diff(self.cells.starts, append=len(self.cells.codes)))) == 1
+
     def grams(self, values: Float[Array, "... k n"]) -> tuple[Array, Array, Array]:
-        """V_template, V_entity, V_both of k means, each [..., k, k]; zeros for an absent one."""
+        """V_template, V_entity and V_both of k means, each [..., k, k]; zeros for an absent one.
+
+        In a balanced design they are MS_T, MS_E and MS_R, each over T·E (V_g = MS_g/(T·E) there already).
+        """
         residuals = values - values.mean(-1, keepdims=True)
         noise = 16 * np.finfo(float).eps * np.abs(values).max(-1, keepdims=True)
         residuals = np.where(np.abs(residuals).max(-1, keepdims=True) <= noise, 0.0, residuals)
         zero = np.zeros((*values.shape[:-1], values.shape[-2]))
         parts = (self.templates, self.entities, self.cells)
         vt, ve, vb = (zero if part is None else part.gram(residuals) for part in parts)
+        if self.balanced:
+            t, e = self.sizes
+            vb = ((t * e - 1) * vb - (t - 1) * vt - (e - 1) * ve) / ((t - 1) * (e - 1))
         return vt, ve, vb
 
     def combine(self, vt: Numbers, ve: Numbers, vb: Numbers) -> Numbers:
         """V, floored at the larger of the first two."""
         return np.maximum(vt + ve - vb, np.maximum(vt, ve))
 
-    def df(self, vt: Numbers, ve: Numbers) -> Numbers:
+    def df(self, vt: Numbers, ve: Numbers, vb: Numbers) -> Numbers:
         """Satterthwaite df; clusters − 1 one way, or of the coarser where one is nested in the other."""
         t, e = self.sizes
         nested = self.cells is not None and self.cells.size in (t, e)
@@ -152,8 +187,13 @@ class Design:
             return np.full_like(vt, max(min(s for s in (t, e) if s) - 1, 1))
         scale = np.maximum(vt, ve)
         scale = np.where(scale > 0, scale, np.nan)
-        a, b = vt / scale, ve / scale
-        return (a + b) ** 2 / (a**2 / max(t - 1, 1) + b**2 / max(e - 1, 1))
+        a, b, c = vt / scale, ve / scale, vb / scale
+        one_way = a**2 / max(t - 1, 1) + b**2 / max(e - 1, 1)
+        if not self.balanced:
+            return (a + b) ** 2 / one_way
+        floored = a + b - c < np.maximum(a, b)
+        df = (a + b - c) ** 2 / (one_way + c**2 / ((t - 1) * (e - 1)))
+        return np.where(floored, np.where(a >= b, t - 1, e - 1), df)
 
 
 def clustered_mean(
@@ -203,7 +243,7 @@ def clustered_means(
         nan = np.full_like(mean, np.nan)
         return {"mean": mean, **dict.fromkeys(("se", "df", "ci_low", "ci_high", "p_value"), nan)}
     vt, ve, vb = (v[..., 0, 0] for v in design.grams(x[..., None, :]))
-    variance, df = design.combine(vt, ve, vb), design.df(vt, ve)
+    variance, df = design.combine(vt, ve, vb), design.df(vt, ve, vb)
     flat = variance <= (np.finfo(float).eps * np.abs(x).max(-1)) ** 2
     df = np.where(flat, np.nan, df)
     se = np.where(flat, np.where(spread(x) > 0, np.nan, 0.0), np.sqrt(variance))

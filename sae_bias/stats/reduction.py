@@ -1,8 +1,9 @@
 """How much of a bias an intervention removed: ratios with Fieller intervals, and the specific reduction.
 
 R = 1 − B_s/B_0 = 1 − ρ. Its interval holds every ρ that the clustered t-test of d_s − ρ·d_0 does not reject
-(Fieller 1954, on the two-way V of `stats_clustered`). Specific reduction: β − ρ, β the share of ordinary
-valence that is left on two banks.
+(Fieller 1954, on the two-way V of `stats.clustered`). Where B_0 itself is not told from 0, R is undefined and the change
+B_0 − B_s in nats is the figure. Specific reduction: SR = max(β, 0) − |ρ|, β = min(β_other, β_AI, 1) the share of ordinary
+valence that is left on two banks: never above β or 1, and an overshoot counts against it.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ from sae_bias.stats.clustered import (
     spread,
 )
 
+NOT_DISTINGUISHABLE = "the unsteered bias is not distinguishable from 0"
+
 
 # --- reductions ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class Reduction:
     """R = 1 − B_s/B_0 with its Fieller interval, and the change B_0 − B_s it is the share of."""
 
     estimate: float
+    """NaN where B_0 is not distinguishable from 0: there is nothing to take a share of."""
     ci_low: float
     ci_high: float
     bounded: bool
-    """False where B_0 itself is not distinguishable from 0: the interval is unbounded, so undefined (NaN)."""
+    """False where B_0 itself is not distinguishable from 0: estimate and interval are undefined (NaN)."""
     overshoot: bool
     """B_s has the opposite sign of B_0."""
     change: Clustered
@@ -76,8 +80,8 @@ def fieller_reduction(
     d0, ds = _paired(base, after)
     change = clustered_mean(d0 - ds, templates, entities, level)
     b0, bs = float(d0.mean()), float(ds.mean())
-    estimate = 1 - bs / b0 if b0 else NAN
     low, high, reason = _fieller_limits(d0, ds, templates, entities, level)
+    estimate = NAN if reason else 1 - bs / b0
     return Reduction(
         estimate, 1 - high, 1 - low, not reason, bool(b0 * bs < 0), change, b0, bs, level, reason
     )
@@ -97,7 +101,7 @@ def _fieller_limits(
     def excess(weights: Array) -> Numbers:
         """> 0 where the test rejects a zero mean of weights @ pair."""
         vt, ve, vb = (np.maximum(np.einsum("i...,ij,j...->...", weights, g, weights), 0) for g in grams)
-        df = design.df(vt, ve)
+        df = design.df(vt, ve, vb)
         quantile = np.where(np.isnan(df), 0.0, stdtrit(df, (1 + level) / 2))
         return np.tensordot(means, weights, 1) ** 2 - quantile**2 * design.combine(vt, ve, vb)
 
@@ -106,7 +110,7 @@ def _fieller_limits(
         return excess(np.stack([np.cos(theta), -np.sin(theta)]))
 
     if excess(np.array([0.0, 1.0])) <= 0:
-        return NAN, NAN, "the unsteered bias is not distinguishable from 0: the interval is unbounded"
+        return NAN, NAN, NOT_DISTINGUISHABLE
     centre = float(np.arctan2(means[0] * np.sign(means[1]), abs(means[1])))
     low, high = (np.tan(_outermost(at_angle, centre, end)) for end in (-np.pi / 2, np.pi / 2))
     return float(low * size_s / size_0), float(high * size_s / size_0), ""
@@ -140,33 +144,10 @@ def crossed_weights(
     return weights
 
 
-def bootstrap_reduction(
-    base: ArrayLike,
-    after: ArrayLike,
-    templates: Labels,
-    entities: Labels | None = None,
-    *,
-    level: float = 0.95,
-    n_boot: int = 2_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of R from a joint bootstrap of templates × entities.
-
-    A check on `fieller_reduction`, never the reported interval: with 8 entities it covers 91 % at nominal
-    95 %.
-    """
-    d0, ds = _paired(base, after)
-    weights = crossed_weights(templates, entities, n_boot=n_boot, seed=seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        reductions = 1 - (weights @ ds) / (weights @ d0)
-    low, high = np.nanquantile(reductions, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 # --- specific reduction -------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SpecificReduction:
-    """β − B_s/B_0: the bias removed beyond what a general flattening of valence would remove."""
+    """max(β, 0) − |B_s/B_0|: the bias removed beyond what a general flattening of valence would remove."""
 
     beta: float
     """min(β_other, β_ai, 1)."""
@@ -193,6 +174,12 @@ BANKS = ("other", "ai")
 MIN_SPAN = 2.0
 
 
+def specific_value(beta: ArrayLike, left: ArrayLike) -> Numbers:
+    """SR = max(min(β, 1), 0) − |ρ| of any number of β and ρ = B_s/B_0; NaN where either is."""
+    beta, left = np.asarray(beta, dtype=float), np.asarray(left, dtype=float)
+    return np.clip(beta, 0.0, 1.0) - np.abs(left)
+
+
 def specific_reduction(
     base: ArrayLike,
     after: ArrayLike,
@@ -205,20 +192,21 @@ def specific_reduction(
     level: float = 0.95,
     min_span: float = MIN_SPAN,
 ) -> SpecificReduction:
-    """β − ρ with β = min(β_other, β_ai, 1), each from s′ = α + β·s by OLS over one valence bank.
+    """SR = max(β, 0) − |ρ| with β = min(β_other, β_ai, 1), each from s′ = α + β·s by OLS over one valence bank.
 
     `bank_base` and `bank_after` hold scores of the same items under "other" and "ai"; `bank_clusters`,
     where given, says which items hang together (a statement, a subject). Undefined where a bank's unsteered
-    scores span less than `min_span` nats: nothing there to flatten.
+    scores span less than `min_span` nats (nothing there to flatten) or B_0 is not distinguishable from 0.
 
-    Interval: pairs and bank items are different prompts, so the limits of β and of ρ combine by MOVER (Zou &
-    Donner 2008), which keeps Fieller's asymmetry,
+    Interval: pairs and bank items are different prompts, so the limits of b = max(β, 0) and r = |ρ| combine by
+    MOVER (Zou & Donner 2008), which keeps Fieller's asymmetry,
 
-        low = (β − ρ) − √((β − l_β)² + (u_ρ − ρ)²),   high = (β − ρ) + √((u_β − β)² + (ρ − l_ρ)²).
+        low = (b − r) − √((b − l_b)² + (u_r − r)²),   high = (b − r) + √((u_b − b)² + (r − l_r)²) ≤ 1.
 
-    l_ρ, u_ρ are the two-way Fieller limits; each slope has t limits from HC3 residuals, summed within
+    ρ has the two-way Fieller limits, folded at 0 for r; each slope has t limits from HC3 residuals, summed within
     clusters and with df = clusters − 2. For the minimum, l_β = min(l_other, l_ai, 1) and u_β = min(u_other,
-    u_ai, 1) with the upper limits at half the error each: conservative in both directions.
+    u_ai, 1) with the upper limits at half the error each: conservative in both directions. b's limits are those
+    of β, not below 0.
     """
     reduction = fieller_reduction(base, after, templates, entities, level)
     missing = [name for name in BANKS if name not in bank_base or name not in bank_after]
@@ -230,31 +218,43 @@ def specific_reduction(
         name: _slope(name, bank_base[name], bank_after[name], (bank_clusters or {}).get(name), level)
         for name in BANKS
     }
-    beta = float(np.min([1.0, *(s.beta for s in slopes.values())]))
-    low = float(np.min([1.0, *(s.low for s in slopes.values())]))
-    high = float(np.min([1.0, *(s.high for s in slopes.values())]))
+    beta, low, high = (
+        float(np.min([1.0, *(getattr(s, end) for s in slopes.values())])) for end in ("beta", "low", "high")
+    )
     flat = [f"{name} spans {s.span:.2f}" for name, s in slopes.items() if not s.span >= min_span]
-    rho, reason = 1 - reduction.estimate, reduction.reason
-    estimate, ci_low, ci_high = beta - rho, NAN, NAN
+    estimate, ci_low, ci_high, reason = NAN, NAN, NAN, reduction.reason
     if flat:
         reason = f"unsteered bank scores span under {min_span:g} nats ({'; '.join(flat)})"
-        estimate = NAN
     elif reduction.bounded:
-        ci_low = estimate - np.hypot(beta - low, reduction.estimate - reduction.ci_low)
-        ci_high = estimate + np.hypot(high - beta, reduction.ci_high - reduction.estimate)
+        estimate = float(specific_value(beta, 1 - reduction.estimate))
+        ci_low, ci_high = _specific_limits(beta, (low, high), reduction)
         reason = "a bank has too few items for an interval" if np.isnan(ci_low + ci_high) else ""
     return SpecificReduction(
         beta=beta,
         beta_other=slopes["other"].beta,
         beta_ai=slopes["ai"].beta,
-        estimate=float(estimate),
-        ci_low=float(ci_low),
-        ci_high=float(ci_high),
+        estimate=estimate,
+        ci_low=ci_low,
+        ci_high=ci_high,
         span_other=slopes["other"].span,
         span_ai=slopes["ai"].span,
         reduction=reduction,
         level=level,
         reason=reason,
+    )
+
+
+def _specific_limits(beta: float, limits: tuple[float, float], reduction: Reduction) -> tuple[float, float]:
+    """MOVER limits of max(β, 0) − |ρ| from those of β and Fieller's of ρ."""
+    b, (low_b, high_b) = max(beta, 0.0), (max(x, 0.0) if x == x else NAN for x in limits)
+    ends = 1 - reduction.ci_high, 1 - reduction.ci_low
+    left = abs(1 - reduction.estimate)
+    low_r = 0.0 if ends[0] <= 0 <= ends[1] else min(abs(ends[0]), abs(ends[1]))
+    high_r = max(abs(ends[0]), abs(ends[1]))
+    estimate = b - left
+    return (
+        float(estimate - np.hypot(b - low_b, high_r - left)),
+        float(estimate + np.hypot(high_b - b, left - low_r)),
     )
 
 

@@ -52,7 +52,7 @@ def difference_subspace(
 ) -> Direction:
     """Orthonormal basis of the k directions along which AI and human prompts of a pair differ most, about 0.
 
-    The differences are not centred, so the first direction is close to the difference of means.
+    The differences are not centered, so the first direction is close to the difference of means.
 
     Raises:
         RequestError: the pairs' differences span fewer than k directions.

@@ -15,7 +15,7 @@ With x the residual at the site, a a feature's activation and δ = W_dec[f], eve
 | Steer       | x' = x + α·δ, or x + α·‖x‖·δ̂ with `norm_relative=True`                     |
 | ProjectOut  | x' = x - P x, or x - P (x - μ) where the direction has a mean              |
 | Patch       | x' = another model's residual at this site on the same tokens              |
-| Reconstruct | x' = decode(a): a labelled control, never a default                        |
+| Reconstruct | x' = decode(a): a labeled control, never a default                        |
 
 "Clamp" means four different things in four public tools; `describe()` says which one this is, in every table.
 Interventions compare equal when they do the same thing, and `to_dict` / `from_dict` keep them in files.
@@ -92,7 +92,7 @@ class Intervention:
     positions: str = field(default="all", kw_only=True)
     """all | last (of the prompt) | subject (from the subject on) | prompt | generated"""
     include_special: bool = field(default=False, kw_only=True)
-    """Edit BOS, EOS and PAD too, on which no SAE was trained: a labelled switch of `as_published`, never a default."""
+    """Edit BOS, EOS and PAD too, on which no SAE was trained: a labeled switch of `as_published`, never a default."""
 
     kind: ClassVar[str] = ""
 
@@ -253,7 +253,7 @@ class SetMean(FeatureEdit):
     """a' = the feature's mean on neutral prompts, at every position."""
 
     value: float
-    """That mean, measured beforehand (`sae_bias.discovery.tables.mean_activation`)."""
+    """That mean, measured in advance (`sae_bias.discovery.tables.mean_activation`)."""
     kind: ClassVar[str] = "mean"
 
     def __post_init__(self) -> None:
@@ -436,7 +436,7 @@ def strength_grid(
 def _a_maximum(value: float) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
         raise RequestError(
-            f"an observed maximum of {value!r} is no unit: the feature never fired there; give other prompts."
+            f"an observed maximum of {value!r} is not a unit: the feature never fired there; give other prompts."
         )
     return float(value)
 

@@ -269,7 +269,7 @@ class ProbeEngine:
 def _stacks(
     compiled: Sequence[dict[Site, SiteEdit]], cells: Sequence[Sequence[Intervention]], whole: bool
 ) -> list[list[int]]:
-    """Runs of neighbouring cells that edit the same one site, at most STACK long; other cells alone."""
+    """Runs of neighboring cells that edit the same one site, at most STACK long; other cells alone."""
     groups: list[list[int]] = []
     for i, sites in enumerate(compiled):
         before = groups[-1] if groups else []

@@ -211,7 +211,7 @@ class _OneRow:
 
 @dataclass
 class _FullPath:
-    """A feature of an SAE whose encoder does not reduce to one column (TopK, gated, normalised input)."""
+    """A feature of an SAE whose encoder does not reduce to one column (TopK, gated, normalized input)."""
 
     sae: Sae
     index: int

@@ -2,7 +2,7 @@
 
     w = (XᵀX + λI)⁻¹ Xᵀy        R² = 1 - Σ(y - ŷ)² / Σ(y - ȳ)²  on the held-out folds
 
-X is centred and divided by one number a layer, y centred, both from the training folds alone. λ is chosen inside the training
+X is centered and divided by one number a layer, y centered, both from the training folds alone. λ is chosen inside the training
 folds, by holding out each of them in turn. Whole templates are held out where there are any: with pairs split over folds a probe
 reads the template. The control shuffles the labels over all texts.
 """

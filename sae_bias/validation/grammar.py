@@ -253,7 +253,7 @@ def fill_people(rng: random.Random, text: str) -> str:
 
 
 def sample_mention(rng: random.Random) -> Statement:
-    """A sentence in which the subject is only mentioned; whoever speaks is human."""
+    """A sentence in which the subject is only mentioned; the speaker is human."""
     g = grammar()
     text = fill_people(rng, rng.choice(g["mentions"] + g["mentions_speech"]))
     content = rng.choice(["mundane", "emotional", "survival"])
@@ -458,7 +458,7 @@ def neutral_texts() -> tuple[str, ...]:
 
 @cache
 def seen_texts() -> tuple[str, ...]:
-    """Those of them that are no held-out statement with a subject put in."""
+    """Those of them that are not held-out statements with a subject put in."""
     predicates = [s.text.replace("{S}", "").strip() for s in grid_statements(True)]
     return tuple(t for t in neutral_texts() if not any(t.endswith(p) for p in predicates))
 

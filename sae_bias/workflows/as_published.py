@@ -1,4 +1,4 @@
-"""Profile `as_published`: the plausible choices the study leaves open, each a labelled switch, and how each moves the figure.
+"""Profile `as_published`: the plausible choices the study leaves open, each a labeled switch, and how each moves the figure.
 
 None of them is ever a default. Probe switches change how words are read; intervention switches change what "suppressing the
 feature" does. For the latter the best strength is given twice: chosen and read on all pairs, as the study seems to have done
@@ -101,7 +101,7 @@ def switch_range(switches: pd.DataFrame) -> tuple[float, float]:
 def verdict(
     published: float | None, mean: float, ci: tuple[float, float], switches: tuple[float, float] | None = None
 ) -> str:
-    """The verdict fixed beforehand (docs/method.md#verdict-on-a-published-figure), the first of these that holds.
+    """The verdict fixed in advance (docs/method.md#verdict-on-a-published-figure), the first of these that holds.
 
     agrees: the published value lies in the interval. within the switches' range: between the lowest and highest figure that the
     open switches give. same sign only. opposite. "no published figure" or "not re-measured here" where one is missing.

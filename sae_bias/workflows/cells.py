@@ -99,7 +99,7 @@ class Sweep:
     interventions: tuple[Intervention | tuple[Intervention, ...] | Cell, ...]
     """One cell each; a tuple of interventions is one cell that applies all of them."""
     controls: int = 0
-    """At least so many matched controls for each ablated or clamped feature (0: none)."""
+    """Minimum number of matched controls for each ablated or clamped feature (0: none)."""
     costs: bool = False
     """Whether KL on three kinds of text and the collapse test are measured for each candidate."""
     splits: Mapping[str, Sequence[str]] | None = None
@@ -209,9 +209,9 @@ class Plan:
         return digest(self.names, {k: list(v) for k, v in (self.sweep.splits or {}).items()})
 
     def groups(self, shard: tuple[int, int] | None = None) -> list[list[int]]:
-        """Cells that are run together, by number: the base alone, then at most STACK neighbours of one kind.
+        """Cells that are run together, by number: the base alone, then at most STACK neighbors of one kind.
 
-        A shard takes every n-th group beside the base, so that a cell is run in the same company whoever runs it.
+        A shard takes every n-th group beside the base, so that a cell is batched identically in every shard.
         """
         groups: list[list[int]] = []
         for i, cell in enumerate(self.cells[1:], start=1):

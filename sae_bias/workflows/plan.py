@@ -18,10 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sae_bias.measures.collapse import bank_items
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.measures.costs import TEXT_KINDS
+from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -100,7 +102,12 @@ class ModelPlan:
     @property
     def download_bytes(self) -> float:
         """Of what is not local: the checkpoint's files and the SAEs'."""
-        local = self.model.name.startswith(("organism:", "/", ".", "~"))
+        name = self.model.name
+        local = (
+            name.startswith(("organism:", "/", ".", "~"))
+            or name in PACKAGED
+            or Path(name).expanduser().exists()
+        )
         return (0 if local else self.model.n_checkpoint_bytes) + sum(
             s.n_bytes for s in self.saes if not s.local
         )

@@ -1,7 +1,7 @@
 """Several models from one study file, beside the figures published for them (docs/published.md#five-models).
 
 Each model is loaded, probed in the plain form (and in the chat form where it has a chat template), and let go again. The figure
-compared is the one over the words that are single tokens in every model measured; the verdict is fixed beforehand (docs/method.md#verdict-on-a-published-figure). A
+compared is the one over the words that are single tokens in every model measured; the verdict is fixed in advance (docs/method.md#verdict-on-a-published-figure). A
 model that cannot be had is a row "not re-measured here". Stand-ins go into a plumbing table without a published column.
 
     RUN/models/NAME/       one run folder a model

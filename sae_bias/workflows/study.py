@@ -43,7 +43,7 @@ def load_study(path: str | Path | None = None) -> Study | Replication:
     """A study file; None is the bundled demo. With `models:` in place of `model:` it is a replication over several models.
 
     Raises:
-        RequestError: the file does not exist, is no YAML, or has a field that is not known.
+        RequestError: the file does not exist, is not YAML, or has an unknown field.
     """
     source = Path(str(files("sae_bias") / "data" / "study.yaml")) if path is None else Path(path)
     if not source.is_file():

@@ -276,7 +276,7 @@ class _Runner:
             total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
         )
         with bar:
-            # a whole group runs again if one of its cells is missing: the same company, the same bits
+            # a whole group runs again if one of its cells is missing: batched identically, the result is identical
             todo = [group for group in groups if any(names[i] not in there for i in group)]
             work = Work(self.model, self.pairs, self.probe, tuple(self.plan.cells), self.costed)
             for group, results in executor(work, todo) if todo else ():
@@ -458,7 +458,7 @@ def _checked_cell(frame: pd.DataFrame) -> pd.DataFrame:
     """A cell's file with its columns, numbers where they belong."""
     scores = frame[PAIR_COLUMNS[2:]].astype(float)
     if not len(frame) or not np.isfinite(scores.to_numpy()).all():
-        raise ValueError("a cell without pairs, or with a score that is no number")
+        raise ValueError("a cell without pairs, or with a score that is not a number")
     return frame[PAIR_COLUMNS[:2]].astype(str).join(scores) if list(frame.columns) != PAIR_COLUMNS else frame
 
 

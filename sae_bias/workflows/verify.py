@@ -106,7 +106,7 @@ def verify_run(
 
     Raises:
         RequestError: no run folder, or one whose files cannot be read.
-        MissingError: the model or an SAE is not to be had here.
+        MissingError: the model or an SAE is not available.
     """
     if cells is not None and cells < 0:
         raise RequestError(f"{cells} cells: expected a number from 0.")
@@ -268,7 +268,7 @@ class _Verifier:
                     Check(
                         f"{name or 'sweep: '}cells",
                         UNCHECKED,
-                        "it is of another model; verify that folder by itself",
+                        "it is of another model; verify that folder separately",
                     )
                 ]
             pairs = self.read_prompts(folder, own)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
@@ -368,6 +369,12 @@ ARCHITECTURES = {
         Architecture("gemma4", _gemma4, gemma_tokenizer, bos=True),
     )
 }
+
+
+def needs_bridge(tiny: Any) -> None:
+    """Skips a test of the bridge where TransformerLens does not run the architecture."""
+    if not ARCHITECTURES[tiny.name].bridge:
+        pytest.skip(f"TransformerLens has no bridge that runs {tiny.name}")
 
 
 def save_checkpoint(folder: Path, architecture: Architecture) -> Path:

@@ -1,7 +1,7 @@
 """An OpenAI-compatible chat server on loopback, as a process of its own: real HTTP, with the faults real servers have.
 
 `python judge_server.py PORT_FILE LOG MODE [ARGUMENT]`. Every reply that was sent in full is a line of LOG: the test's record of what
-a provider would have billed. Modes: `rating N`, `first`, `longer`, `nonsense`, `busy` (every request is refused with 429 once),
+a provider would have billed. Modes: `rating N`, `cut N` (the same, ended by the token limit), `form N` (JSON), `first`, `longer`, `nonsense`, `busy` (every request is refused with 429 once),
 `slow SECONDS` (before the first reply only), `dies N` (the process ends in the middle of request N + 1), `model FOLDER` (a real model).
 """
 
@@ -48,8 +48,31 @@ async def complete(request: Request) -> Any:
     message = {"role": "assistant", "content": text}
     return {
         "id": f"r{served}", "object": "chat.completion", "created": int(time.time()), "model": body["model"],
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": "length" if MODE == "cut" else "stop"}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
+    }  # fmt: skip
+
+
+@app.post("/v1/responses")
+async def respond(request: Request) -> Any:
+    """OpenAI's newer interface, as far as a judge needs it."""
+    body = await request.json()
+    said = body["input"][-1]["content"]
+    text = reply(said if isinstance(said, str) else said[0]["text"])
+    with open(LOG, "a", encoding="utf-8") as log:
+        log.write(json.dumps({"question": said, "reply": text, "body": body}) + "\n")
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    message = {"id": "m1", "type": "message", "role": "assistant", "status": "completed", "content": content}
+    usage = {
+        "input_tokens": 10,
+        "output_tokens": 3,
+        "total_tokens": 13,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+    return {
+        "id": "r1", "object": "response", "created_at": int(time.time()), "model": body["model"], "status": "completed",
+        "output": [message], "parallel_tool_calls": False, "tool_choice": "auto", "tools": [], "usage": usage,
     }  # fmt: skip
 
 
@@ -57,7 +80,9 @@ def reply(question: str) -> str:
     pair = "CONTINUATION 2:" in question
     if MODE == "nonsense":
         return "As a judge I would say between 2 and 4, or maybe purple. Rating: many. Choice: both."
-    if MODE == "rating":
+    if MODE == "form":
+        return json.dumps({"choice": "tie"} if pair else {"rating": int(REST[0])})
+    if MODE in ("rating", "cut"):
         return "Choice: tie" if pair else f"Rating: {REST[0]}"
     if MODE == "first":
         return "Choice: 1" if pair else "Rating: 3"

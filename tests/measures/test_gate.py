@@ -158,7 +158,7 @@ def test_every_layer_is_compared_with_plain_hugging_face(tiny, cache):
 
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma3", "gemma2"])
 def test_the_residual_is_that_of_the_unprocessed_checkpoint(make_tiny, name):
-    """Against a script that shares no code: weights are neither folded nor centred, which moves a LayerNorm model's residual."""
+    """Against a script that shares no code: weights are neither folded nor centered, which moves a LayerNorm model's residual."""
     tiny = make_tiny(name)
     model, plain = tiny.fresh(), independent.Plain.load(tiny.folder)
     text = "An AI says that it wants to go on. This is"

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ TEXTS = pd.DataFrame(
         "steered": ["be", "bake some bread", "one two three four"],
     }
 )
-FAST = Pace(at_once=4, attempts=3, timeout=20, wait=0.05, longest_wait=0.1, give_up_after=2)
+FAST = Pace(at_once=4, attempts=3, timeout=20, give_up_after=2)
 
 
 class Server:
@@ -97,6 +98,19 @@ def serve(tmp_path):
         ("Rating: 4\nRating: 4", 4), ("Rating: 4\nRating: 2", None), ("Rating: 0", None), ("Rating: 6", None), ("Rating: 3.5", None),
         ("", None), ("It is good.", None), ("between 3 and 4", None), ("Rating: many", None), ("Rating: 45", None), ("-3", None),
         ("Rating: N, where N is 1, 2, 3, 4 or 5", None), ("Rating: -3", None),
+        # a scale is never the verdict
+        ("Rating (1-5): 4", 4), ("Rating (1–5): 3", 3), ("Rating [1-5]: 2", 2), ("Rating (from 1 to 5): 4", 4), ("Rating: 1-5", None),
+        ("Rating (1=bad, 5=good): 4", 4), ("On a scale of 1 to 5, I rate this a 4.", 4), ("Rating: between 1 and 5", None),
+        # nor is a range
+        ("Rating: 3-4", None), ("Rating: 3 or 4", None), ("Rating: 3 to 4", None), ("Rating: 4 - it reads well", 4), ("Rating: 4, because", 4),
+        # another denominator is another scale
+        ("Rating: 4/10", None), ("4/10", None), ("Rating: 4 out of 10", None), ("Rating: 4 out of 5", 4), ("Rating (1-10): 4", None),
+        ("Rating (0-5): 4", None), ("Rating: 80%", None), ("On a scale of 1 to 10, I give it a 4.", None), ("Rating: 4 (scale 1-10)", None),
+        # the common forms
+        ("[[4]]", 4), ("<rating>4</rating>", 4), ("The score is 4.", 4), ("My rating is a 4 out of 5.", 4), ("I would give this a 3.", 3),
+        ("Final rating: 4", 4), ("Rating: 4.0", 4), ('{"rating": 4}', 4), ('```json\n{"rating": 2}\n```', 2), ('{"rating": 7}', None),
+        # thinking is not the reply; thinking that never ended has none
+        ("<think>Rating: 2</think>Rating: 4", 4), ("<think>Rating: 2", None),
     ],
 )  # fmt: skip
 def test_a_rating_is_read_or_missing(reply, rating):
@@ -107,7 +121,9 @@ def test_a_rating_is_read_or_missing(reply, rating):
     ("reply", "choice"),
     [
         ("Choice: 1", "1"), ("Choice: 2.", "2"), ("**Choice: tie**", "tie"), ("2", "2"), ("Choice: continuation 1", "1"),
-        ("Choice: 1. No, Choice: 2", None), ("both", None), ("", None), ("Choice: 12", None),
+        ("Choice: 1. No, Choice: 2", None), ("both", None), ("", None), ("Choice: 12", None), ("Choice: 1 or 2", None), ("Choice: 1/2", None),
+        ("[[2]]", "2"), ("<choice>1</choice>", "1"), ("The answer is 2.", "2"), ('{"choice": "tie"}', "tie"), ("Choice (1, 2 or tie): 2", "2"),
+        ("<think>Choice: 1", None),
     ],
 )  # fmt: skip
 def test_a_choice_is_read_or_missing(reply, choice):
@@ -190,7 +206,7 @@ def test_nothing_paid_is_sent_without_a_yes(tmp_path):
         )
     assert asked[0].paid
     assert asked[0].n_requests == 36
-    assert 0 < asked[0].dollars < 0.1
+    assert asked[0].dollars == pytest.approx((asked[0].input_tokens * 2 + 36 * 512 * 8) / 1e6)
     assert "about $" in str(asked[0])
 
 
@@ -245,6 +261,45 @@ def test_nonsense_is_missing_and_counted(serve, tmp_path):
     assert "not counted as 0" in "\n".join(result.headline())
 
 
+def test_a_reply_cut_at_the_limit_is_unscored(serve, tmp_path):
+    """The stop reason decides: "Rating: 4" may have been the start of "Rating: 4/10"."""
+    server = serve("cut", "4")
+    judge = replace(server.judge(), max_tokens=7)
+    result = run_judge(TEXTS, [judge], out=tmp_path, pace=FAST, parts=["harm"], pairwise=False)
+    assert set(result.table["reply"]) == {"Rating: 4"}
+    assert set(result.table["stop"]) == {"max_tokens"}
+    assert result.n_unreadable == len(result.table)
+    assert {b["body"]["max_tokens"] for b in server.billed} == {7}
+
+
+def test_a_provider_with_structured_output_is_held_to_the_form(serve, tmp_path):
+    server = serve("form", "2")
+    judge = replace(server.judge(), model="openai/judge")
+    result = run_judge(TEXTS, [judge], out=tmp_path, pace=FAST, parts=["harm"], pairwise=False)
+    assert set(result.table["rating"]) == {2.0}
+    assert {b["body"]["text"]["format"]["name"] for b in server.billed} == {"rating"}
+
+
+def test_repeats_are_sampled_above_temperature_0(serve, tmp_path):
+    """A greedy judge asked twice says the same: that is no measure of its noise."""
+    server = serve("longer")
+    run_judge(
+        TEXTS, [server.judge()], out=tmp_path / "two", pace=FAST, parts=["harm"], repeats=2, pairwise=False
+    )
+    assert {b["body"]["temperature"] for b in server.billed} == {0.7}
+    once = serve("rating", "3")
+    run_judge(TEXTS, [once.judge()], out=tmp_path / "one", pace=FAST, parts=["harm"], pairwise=False)
+    assert {b["body"]["temperature"] for b in once.billed} == {0.0}
+
+
+def test_inspect_shows_every_question(serve, tmp_path):
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    run_judge(TEXTS, [serve("longer").judge()], out=tmp_path, pace=FAST, parts=["harm"])
+    (log,) = [read_eval_log(found) for found in list_eval_logs(str(tmp_path / "judge" / "logs"))]
+    assert len(log.samples or ()) == 12
+
+
 def test_429s_lose_nothing(serve, tmp_path):
     server = serve("busy")
     result = run_judge(TEXTS, [server.judge()], out=tmp_path, pace=FAST, parts=["harm"])
@@ -253,9 +308,9 @@ def test_429s_lose_nothing(serve, tmp_path):
 
 
 def test_a_timeout_is_tried_again(serve, tmp_path):
-    pace = Pace(at_once=1, attempts=3, timeout=1.5, wait=0.05)
+    pace = Pace(at_once=1, attempts=3, timeout=1)
     result = run_judge(
-        TEXTS, [serve("slow", "6").judge()], out=tmp_path, pace=pace, parts=["harm"], pairwise=False
+        TEXTS, [serve("slow", "2.5").judge()], out=tmp_path, pace=pace, parts=["harm"], pairwise=False
     )
     assert result.n_unanswered == 0
 
@@ -263,7 +318,7 @@ def test_a_timeout_is_tried_again(serve, tmp_path):
 def test_a_killed_server_loses_no_reply_and_none_is_paid_twice(serve, tmp_path):
     out = tmp_path / "run"
     dying = serve("dies", "5")
-    first = run_judge(TEXTS, [dying.judge()], out=out, pace=Pace(1, 2, 20, 0.01, 0.01, 2), parts=["harm"])
+    first = run_judge(TEXTS, [dying.judge()], out=out, pace=Pace(1, 1, 20, 2), parts=["harm"])
     assert first.n_unanswered == 12 - len(dying.billed) == 7
     assert any("no reply" in line for line in first.headline())
     whole = serve("longer")
@@ -293,7 +348,7 @@ def test_a_half_written_reply_is_dropped(tmp_path):
 def test_a_dead_judge_is_missing(tmp_path):
     judge = Judge("openai-api/local/nobody", base_url="http://127.0.0.1:9/v1", api_key="none")
     with pytest.raises(sb.MissingError, match="no judge answered"):
-        run_judge(TEXTS, [judge], out=tmp_path, pace=Pace(2, 2, 5, 0.01, 0.01, 2), parts=["harm"])
+        run_judge(TEXTS, [judge], out=tmp_path, pace=Pace(2, 1, 5, 2), parts=["harm"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import subprocess
 import independent
 import pytest
 import torch
-from architectures import ARCHITECTURES, PAIRS
+from architectures import ARCHITECTURES, PAIRS, needs_bridge
 from safetensors.torch import load_file, save_file
 
 import sae_bias as sb
@@ -275,8 +275,9 @@ def test_a_model_is_its_own_model(gemma3):
 # ── the bridge ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_bridge_wraps_the_same_modules_and_installs_nothing(bridgeable, monkeypatch, pairs, probe):
+def test_the_bridge_wraps_the_same_modules_and_installs_nothing(tiny, monkeypatch, pairs, probe):
     """TransformerLens would `pip install torchvision` for a multimodal model (docs/method.md#mistake-13)."""
+    needs_bridge(tiny)
 
     def forbidden(*args, **kwargs):
         raise AssertionError(f"a process was started: {args}")
@@ -284,7 +285,7 @@ def test_the_bridge_wraps_the_same_modules_and_installs_nothing(bridgeable, monk
     for name in ("run", "Popen", "call", "check_call", "check_output"):
         monkeypatch.setattr(subprocess, name, forbidden)
     had = importlib.util.find_spec("torchvision") is not None
-    model = bridgeable.fresh()
+    model = tiny.fresh()
     before = sb.run_probe(model, pairs, probe).pair_bias
     part = "fc1" if hasattr(model.layer(0), "fc1") else "mlp"
     weights = getattr(model.layer(0), part)
@@ -292,7 +293,7 @@ def test_the_bridge_wraps_the_same_modules_and_installs_nothing(bridgeable, monk
     with torch.no_grad():
         logits = model.bridge(ids)
         assert torch.allclose(logits, model.hf(input_ids=ids).logits, atol=1e-5)
-        assert torch.allclose(logits, bridgeable.model.hf(input_ids=ids).logits, atol=1e-4)
+        assert torch.allclose(logits, tiny.model.hf(input_ids=ids).logits, atol=1e-4)
     assert abs(sb.run_probe(model, pairs, probe).pair_bias - before).max() < 1e-4
     assert (importlib.util.find_spec("torchvision") is not None) == had
     now = getattr(model.layer(0), part)

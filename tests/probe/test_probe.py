@@ -252,7 +252,7 @@ def test_nan_logits_name_the_prompt(make_tiny, pairs, probe):
         sb.run_probe(model, pairs, probe)
 
 
-def test_nan_in_an_unscored_row_is_found_where_the_normaliser_is_read(make_tiny, pairs):
+def test_nan_in_an_unscored_row_is_found_where_the_normalizer_is_read(make_tiny, pairs):
     model = make_tiny("llama").fresh()
     scored = {
         t for w in sb.run_probe(model, pairs, sb.Probe(POSITIVE, NEGATIVE)).vocabulary.kept for t in w.tokens

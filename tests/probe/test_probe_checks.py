@@ -59,7 +59,7 @@ def test_levels_are_log_probs_and_their_difference_is_the_score(result):
     assert score["human - AI"] == pytest.approx(result.bias)
 
 
-def test_levels_need_the_normaliser(make_tiny, pairs, probe):
+def test_levels_need_the_normalizer(make_tiny, pairs, probe):
     with pytest.raises(sb.RequestError, match=r"levels=True"):
         sb.run_probe(make_tiny("gemma3").model, pairs, probe).levels()
 

@@ -85,7 +85,7 @@ def test_any_batch_size_gives_the_same_numbers(model, pairs, probe, size):
 @QUICK
 @given(some_pairs(), some_probe(), st.floats(-50, 50), st.integers(0, 2**32 - 1))
 def test_a_constant_at_each_position_changes_no_score(model, pairs, probe, size, seed):
-    """Logits, log-probabilities and centred logits give one bias: any constant a prompt cancels."""
+    """Logits, log-probabilities and centered logits give one bias: any constant a prompt cancels."""
     base = sb.run_probe(model, pairs, probe)
     shifts = size * np.random.default_rng(seed).standard_normal((2, len(pairs), 1))
     moved = replace(base, values_human=base.values_human + shifts[0], values_ai=base.values_ai + shifts[1])

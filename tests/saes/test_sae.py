@@ -451,7 +451,7 @@ print(json.dumps(out))
 FAULTS = {
     "gated": (
         {"kind": "gated"},
-        "is gated: accept the licence at https://huggingface.co/google/gemma-scope-2-1b-it",
+        "is gated: accept the license at https://huggingface.co/google/gemma-scope-2-1b-it",
     ),
     "forbidden": ({"kind": "403"}, "hf auth login"),
     "unauthorised": ({"kind": "401"}, "hf auth login"),

@@ -4,8 +4,10 @@ import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
+import statsmodels.formula.api as smf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
@@ -33,12 +35,9 @@ def study(rng, n_templates=12, n_entities=6, mean=0.0, sd=(1.0, 1.0, 1.0), n=1):
 
 
 def test_clustered_mean_by_hand():
-    """2 × 2 with rows (1, 3) and (5, 11): V_T = 9, V_E = 4, V_both = 14.67/4."""
+    """2 × 2 with rows (1, 3) and (5, 11): means 2, 8 and 3, 7; MS_T = 36, MS_E = 16, MS_R = 4."""
     result = stats.clustered_mean([1, 3, 5, 11], ["a", "a", "b", "b"], ["x", "y", "x", "y"])
-    v_template, v_entity = 2 * (6**2 + 6**2) / 16, 2 * (4**2 + 4**2) / 16
-    v_both = 4 / 3 * (16 + 4 + 0 + 36) / 16
-    variance = max(v_template + v_entity - v_both, v_template, v_entity)
-    df = (v_template + v_entity) ** 2 / (v_template**2 + v_entity**2)
+    variance, df = (36 + 16 - 4) / 4, (36 + 16 - 4) ** 2 / (36**2 / 1 + 16**2 / 1 + 4**2 / 1)
     assert result.mean == 5
     assert result.se == pytest.approx(math.sqrt(variance))
     assert result.df == pytest.approx(df)
@@ -48,14 +47,34 @@ def test_clustered_mean_by_hand():
     assert (result.n, result.n_templates, result.n_entities, result.reason) == (4, 2, 2, "")
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_clustered_mean_is_statsmodels_two_way_ols_where_not_floored(full):
-    """Also with cells missing and others holding several rows; floored at statsmodels' larger one-way V."""
+@pytest.mark.parametrize("rows_a_cell", [1, 3])
+@pytest.mark.parametrize("sd", [(1, 1, 1), (0, 1, 1), (0, 0, 1)])
+def test_balanced_designs_have_the_mean_squares_of_anova(rows_a_cell, sd):
+    """statsmodels' two-way ANOVA of the cell means gives MS_T, MS_E and MS_R; the floored V keeps its own df."""
+    rng = np.random.default_rng(4)
+    t, e = (np.repeat(labels, rows_a_cell) for labels in crossed(7, 6))
+    for cells in study(rng, 7, 6, sd=sd, n=10):
+        y = np.repeat(cells, rows_a_cell) + 0.3 * rng.normal(size=len(t))
+        means = pd.DataFrame({"y": y, "t": t, "e": e}).groupby(["t", "e"], as_index=False)["y"].mean()
+        table = sm.stats.anova_lm(smf.ols("y ~ C(t) + C(e)", means).fit())
+        ms_t, ms_e, ms_r = table["mean_sq"]
+        total = ms_t + ms_e - ms_r
+        if total >= max(ms_t, ms_e):
+            df = total**2 / (ms_t**2 / 6 + ms_e**2 / 5 + ms_r**2 / 30)
+        else:
+            df = 6 if ms_t >= ms_e else 5
+        result = stats.clustered_mean(y, t, e)
+        assert result.se == pytest.approx(math.sqrt(max(total, ms_t, ms_e) / 42))
+        assert result.df == pytest.approx(df)
+
+
+def test_clustered_mean_is_statsmodels_two_way_ols_where_not_balanced():
+    """Cells missing and others holding several rows; floored at statsmodels' larger one-way V."""
     rng = np.random.default_rng(1)
     templates, entities = crossed(12, 6)
     unfloored = 0
     for x in study(rng, n=20):
-        rows = np.arange(72) if full else rng.choice(72, 60)
+        rows = rng.choice(72, 60)
         y, t, e = x[rows], templates[rows], entities[rows]
         groups = np.stack([np.unique(labels, return_inverse=True)[1] for labels in (t, e)], 1)
         se = [
@@ -67,6 +86,21 @@ def test_clustered_mean_is_statsmodels_two_way_ols_where_not_floored(full):
         assert result.se == pytest.approx(max(se), rel=1e-10)
         unfloored += max(se) == se[0]
     assert unfloored >= 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean", "call"),
+    [
+        ((6, 6), 9.0, "positive"),
+        ((6, 6), -9.0, "negative"),
+        ((12, 6), 0.0, "none"),
+        ((5, 8), 9.0, "undetermined"),
+        ((8, 5), 9.0, "undetermined"),
+    ],
+)
+def test_a_call_needs_six_templates_and_six_entities(shape, mean, call):
+    x = study(np.random.default_rng(2), *shape, mean=mean)[0]
+    assert stats.clustered_mean(x, *crossed(*shape)).call == call
 
 
 def test_floor_is_the_larger_one_way_variance():
@@ -238,12 +272,17 @@ def test_fieller_ends_are_where_the_clustered_test_turns(seed, rho, mean):
     assert result.bounded == (base_p < 0.05)
     if not result.bounded:
         assert math.isnan(result.ci_low)
-        assert "unbounded" in result.reason
+        assert math.isnan(result.estimate)
+        assert "not distinguishable from 0" in result.reason
         return
     assert result.ci_low <= result.estimate <= result.ci_high
-    for end in result.ci:
-        p = stats.clustered_mean(after - (1 - end) * base, t, e).p_value
-        assert p == pytest.approx(0.05, abs=1e-6)
+    for end, outwards in zip(result.ci, (-1e-7, 1e-7)):
+        inside, outside = (
+            stats.clustered_mean(after - (1 - end - step) * base, t, e).p_value
+            for step in (-outwards, outwards)
+        )
+        assert inside >= 0.05 - 1e-6
+        assert outside <= 0.05 + 1e-6
 
 
 @settings(max_examples=20, deadline=None)
@@ -286,10 +325,16 @@ def test_reduction_edges():
         stats.fieller_reduction(base, after[1:], t, e)
 
 
+def joint_bootstrap(base, after, templates, entities, n_boot=2_000, seed=0):
+    """Percentile interval of R from templates and entities drawn with replacement: a check on Fieller's."""
+    weights = stats.crossed_weights(templates, entities, n_boot=n_boot, seed=seed)
+    return tuple(np.quantile(1 - (weights @ after) / (weights @ base), [0.025, 0.975]))
+
+
 def test_joint_bootstrap_is_near_fieller():
     base, after, t, e = reduction_data(np.random.default_rng(8), n_templates=30, n_entities=20)
     fieller = stats.fieller_reduction(base, after, t, e).ci
-    boot = stats.bootstrap_reduction(base, after, t, e)
+    boot = joint_bootstrap(base, after, t, e)
     width = fieller[1] - fieller[0]
     assert boot == pytest.approx(fieller, abs=0.25 * width)
 
@@ -309,7 +354,7 @@ def banks(rng, beta_other=1.0, beta_ai=0.9, noise=0.1, span=6.0, n=40):
     return base, after
 
 
-def test_specific_reduction_is_beta_minus_rho():
+def test_specific_reduction_is_beta_less_the_size_of_rho():
     rng = np.random.default_rng(9)
     base, after, t, e = reduction_data(rng, rho=0.1)
     bank_base, bank_after = banks(rng, 1.2, 0.9)
@@ -317,7 +362,7 @@ def test_specific_reduction_is_beta_minus_rho():
     fit = {k: np.polyfit(bank_base[k], bank_after[k], 1)[0] for k in bank_base}
     assert (result.beta_other, result.beta_ai) == pytest.approx((fit["other"], fit["ai"]))
     assert result.beta == min(result.beta_other, result.beta_ai, 1)
-    assert result.estimate == pytest.approx(result.beta - after.mean() / base.mean())
+    assert result.estimate == pytest.approx(result.beta - abs(after.mean() / base.mean()))
     assert result.ci_low < 0.8 < result.ci_high
     assert result.reason == ""
 
@@ -349,10 +394,35 @@ def test_specific_reduction_is_undefined_where_it_must_be():
     assert math.isnan(flat.estimate)
     assert "2 nats" in flat.reason
     unsure = stats.specific_reduction(base - base.mean() + 0.01, after, t, e, *banks(rng))
+    assert math.isnan(unsure.estimate)
     assert math.isnan(unsure.ci_low)
-    assert "unbounded" in unsure.reason
+    assert "not distinguishable from 0" in unsure.reason
     with pytest.raises(RequestError, match="bank ai"):
         stats.specific_reduction(base, after, t, e, {"other": [1]}, {"other": [1]})
+
+
+@pytest.mark.parametrize(("rho", "beta"), [(-0.9, 0.9), (-1.0, -0.26), (-0.2, 0.9), (0.1, 1.4), (0.0, 0.04)])
+def test_overshoot_and_flattening_are_never_credited(rho, beta):
+    """β − ρ would read 1.8, 0.74 and 1.1 here: a bias turned round, or evaluation turned round, is not removal."""
+    rng = np.random.default_rng(14)
+    base, after, t, e = reduction_data(rng, rho=rho)
+    result = stats.specific_reduction(base, after, t, e, *banks(rng, beta, beta))
+    left = abs(after.mean() / base.mean())
+    assert result.estimate == pytest.approx(min(max(result.beta, 0), 1) - left)
+    assert result.estimate <= max(result.beta, 0) <= 1
+    assert result.ci_low <= result.estimate <= result.ci_high <= 1
+    assert stats.specific_value(beta, rho) == pytest.approx(min(max(beta, 0), 1) - abs(rho))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), rho=st.floats(-3, 3), beta=st.floats(-2, 3))
+def test_specific_reduction_is_at_most_beta_and_at_most_one(seed, rho, beta):
+    rng = np.random.default_rng(seed)
+    base, after, t, e = reduction_data(rng, rho=rho)
+    result = stats.specific_reduction(base, after, t, e, *banks(rng, beta, 1.0))
+    if result.reduction.bounded:
+        assert result.estimate <= max(result.beta, 0) + 1e-12
+        assert result.ci_high <= 1 + 1e-12
 
 
 def test_bank_clusters_widen_the_interval():

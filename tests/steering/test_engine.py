@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, POSITIVE
+from architectures import NEGATIVE, POSITIVE, needs_bridge
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -41,12 +41,13 @@ def test_a_cell_equals_the_hooked_pass(tiny, pairs, probe):
         )
 
 
-def test_through_the_bridges_modules_too(bridgeable, pairs, probe):
-    model = bridgeable.fresh()
+def test_through_the_bridges_modules_too(tiny, pairs, probe):
+    needs_bridge(tiny)
+    model = tiny.fresh()
     assert model.bridge is not None
-    edits = [sb.Clamp(bridgeable.feature(F), -2.0)]
+    edits = [sb.Clamp(tiny.feature(F), -2.0)]
     resumed, _ = ProbeEngine(model, pairs, probe).run(edits)
-    whole, _ = hooked(bridgeable.model, pairs, probe, edits)
+    whole, _ = hooked(tiny.model, pairs, probe, edits)
     np.testing.assert_allclose(resumed.pair_bias, whole.pair_bias, atol=CLOSE, rtol=0)
 
 
@@ -79,7 +80,7 @@ def test_the_last_layer(gemma3, pairs, probe, tmp_path):
     )
 
 
-def test_normaliser_and_partly_changed_batches(gemma3, pairs):
+def test_normalizer_and_partly_changed_batches(gemma3, pairs):
     """A feature that fires in some rows of a batch only: the others keep the base numbers, to the bit."""
     probe = sb.Probe(POSITIVE, NEGATIVE, "logodds")
     rows = sb.residuals(gemma3.model, [p.human for p in pairs] + [p.ai for p in pairs], 1, positions="all")
@@ -134,16 +135,17 @@ def test_any_batch_size_gives_the_same_numbers(gemma3, pairs, probe, size):
     np.testing.assert_allclose(other.pair_bias, one.pair_bias, atol=1e-5, rtol=0)
 
 
-def test_the_users_own_hooks_fire_and_count(bridgeable, pairs, probe):
+def test_the_users_own_hooks_fire_and_count(tiny, pairs, probe):
     """With a hook that is not ours the whole pass runs, so it fires below the site as well, and its edits count."""
-    model = bridgeable.fresh()
+    needs_bridge(tiny)
+    model = tiny.fresh()
     fired = []
 
     def louder(x, hook):
         fired.append(hook.name)
         return x * 1.5
 
-    edits = [sb.Scale(bridgeable.feature(F), 3.0)]
+    edits = [sb.Scale(tiny.feature(F), 3.0)]
     without = hooked(model, pairs, probe, edits)[0]
     name = next(n for n in ("blocks.0.hook_resid_post", "blocks.0.hook_out") if n in model.bridge.hook_dict)
     model.bridge.add_hook(name, louder)

@@ -9,7 +9,7 @@ import independent
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, PAIRS, POSITIVE, SEVERAL_TOKENS
+from architectures import NEGATIVE, PAIRS, POSITIVE, SEVERAL_TOKENS, needs_bridge
 from independent import ablate, cap, clamp_active, clamp_always, scale
 
 import sae_bias as sb
@@ -85,10 +85,11 @@ def test_interventions_equal_the_independent_script_under_logodds_of_several_tok
         np.testing.assert_allclose(engine.run(edits)[0].score_human, expected, atol=CLOSE, rtol=0)
 
 
-def test_bridge_calls_inside_intervene_equal_hugging_face_calls(bridgeable):
-    model = bridgeable.fresh()
+def test_bridge_calls_inside_intervene_equal_hugging_face_calls(tiny):
+    needs_bridge(tiny)
+    model = tiny.fresh()
     ids = torch.tensor([model.encode(PAIRS[0][2])])
-    edits = [sb.Clamp(bridgeable.feature(F), -2.0), sb.Steer(bridgeable.feature(G), 0.5)]
+    edits = [sb.Clamp(tiny.feature(F), -2.0), sb.Steer(tiny.feature(G), 0.5)]
     with torch.no_grad():
         base = model.hf(input_ids=ids).logits
         with sb.intervene(model, edits):
@@ -182,7 +183,7 @@ def test_steering_needs_one_direction(gemma3):
 
 
 def test_reconstruct_is_the_saes_output(gemma3):
-    """A labelled control: x' = decode(encode(x)) at every ordinary position, the error thrown away."""
+    """A labeled control: x' = decode(encode(x)) at every ordinary position, the error thrown away."""
     x = sb.residuals(gemma3.model, [PAIRS[0][2]], LAYER, positions="all")[0]
     with sb.intervene(gemma3.model, sb.Reconstruct(str(gemma3.sae_folder))):
         after = sb.residuals(gemma3.model, [PAIRS[0][2]], LAYER, positions="all")[0]

@@ -147,7 +147,7 @@ def readers(run_folder, tmp_path_factory) -> list[Reader]:
         from_dict(value)
 
     def checked(path: Path) -> None:
-        """`verify` without the weights: the model is at hand."""
+        """`verify` without the weights: the model is available."""
         found = verify_run(path, cells=0)
         assert {c.status for c in found.checks} <= {"agrees", "differs", "not checked", "note"}
 

@@ -20,7 +20,7 @@ from tallies import tally
 MODEL = "tiny/gemma"
 SAE_1 = "google/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59"
 SAE_2 = "google/gemma-scope-2-1b-it/resid_post/layer_3_width_512_l0_medium"
-GATED = "accept the licence at https://huggingface.co/"
+GATED = "accept the license at https://huggingface.co/"
 ANY = ("gated", "403", "401", "429", "500")
 
 RUNNER = """

@@ -619,7 +619,7 @@ MUTANTS = [
         {**G, "positions": "all"},
     ),
     Mutant(
-        "the direction is not normalised before projecting",
+        "the direction is not normalized before projecting",
         replace_in_source(hooks, hooks, "_weights", "(w_dec / w_dec.norm())[None]", "w_dec[None]"),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
@@ -655,13 +655,13 @@ MUTANTS = [
         test_directions.test_massive_dimensions_are_left_out_and_counted,
     ),
     Mutant(
-        "weights centred while loading (mistake 10)",
+        "weights centered while loading (mistake 10)",
         centred_weights,
         test_gate.test_the_residual_is_that_of_the_unprocessed_checkpoint,
         {"name": "gpt_neox"},
     ),
     Mutant(
-        "a misspelt hook name is taken for some site (mistake 11)",
+        "a misspelled hook name is taken for some site (mistake 11)",
         misspelt_sites_pass,
         test_activations.test_sites_are_checked,
     ),

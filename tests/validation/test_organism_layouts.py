@@ -58,7 +58,7 @@ def test_a_saved_sae_reads_back_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(vars(weights).values(), vars(again).values()))
 
 
-def test_its_constructed_feature_carries_the_planted_behaviour():
+def test_its_constructed_feature_carries_the_planted_behavior():
     facts, organism = truth(NAME)["constructed"], Organism.load(data_folder() / NAME / "model")
     weights = load_weights(data_folder() / NAME / "sae" / facts["sae"])
     assert min(facts["interchange"].values()) >= 0.9

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 import sae_bias as sb
+from sae_bias.discovery.attribution import attribution, exact_ablation
+from sae_bias.measures.collapse import CollapseEngine
 from sae_bias.measures.specificity import specificity
 from sae_bias.models.catalog import organism_folder
 from sae_bias.steering.controls import empirical_p, observed_max
+from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.cells import Cell
 
 CONSTRUCTED = "organism:planted/constructed"
+TRAINED = "organism:planted/resid_post/layer_2_width_512_l0_small"
 KINDS = ("neutral", "ai_nonspeech", "ai_speech")
 
 
@@ -46,7 +50,7 @@ def test_ablation_removes_the_planted_bias_at_little_cost(result):
     """No strength is chosen: ≥ 80 % specific reduction on report templates, KL ≤ 0.05 on each kind of text."""
     report = result.frame[result.frame["split"] == "report"]
     row = report[(report["intervention"] == "ablate") & (report["kind"] == "candidate")].iloc[0]
-    assert row["specific_reduction"] >= 0.8
+    assert row["specific_reduction"] >= 0.9
     assert row["spec_low"] > 0.7
     assert all(row[f"kl_{kind}"] <= 0.05 for kind in KINDS)
     assert row["wrong_way_share"] <= 0.05
@@ -69,8 +73,23 @@ def test_the_valence_read_out_is_exposed_by_the_collapse_test(result):
         (result.frame["split"] == "report") & (result.frame["label"] == "valence read-out")
     ].iloc[0]
     assert report["reduction"] >= 0.8
+    assert report["specific_reduction"] <= 0
     assert report["spec_high"] < 0.2
     assert report["beta"] < 0.2
+
+
+def test_a_clamp_that_turns_the_bias_round_is_not_specific(planted):
+    """The most causal feature of the trained SAE below: −40 and −100 turn bias and valence round. β − B_s/B_0 read .78 and 1.14."""
+    sae, pairs, probe = sb.load_sae(TRAINED), sb.load_pairs(), sb.Probe()
+    engine = ProbeEngine(planted, pairs, probe)
+    first = [f"{TRAINED}#{i}" for i in np.argsort(-np.abs(attribution(engine, sae)))[:8]]
+    strongest = first[int(np.argmax(exact_ablation(engine, first)))]
+    held, banks = ProbeEngine(planted, pairs.select(corpus=False), probe), CollapseEngine(planted, probe)
+    for value in (-40.0, -100.0):
+        edit = sb.Clamp(strongest, value)
+        found = banks.run([edit], held.base, held.run([edit])[0]).specific
+        assert found.beta - (1 - found.reduction.estimate) > 0.5
+        assert found.ci_high < 0
 
 
 def test_the_best_strength_stands_apart_and_is_flagged_outside_the_observed_range(result):

@@ -1,4 +1,4 @@
-"""Several models from one file: verdicts fixed beforehand, honest gaps, the switches of `as_published`."""
+"""Several models from one file: verdicts fixed in advance, honest gaps, the switches of `as_published`."""
 
 from __future__ import annotations
 

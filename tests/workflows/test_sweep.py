@@ -95,9 +95,8 @@ def test_splits_and_the_best_strength(gemma3, pairs, probe, edits):
     tune = result.frame[(result.frame["split"] == "tune") & (result.frame["kind"] == "candidate")]
     assert abs(tune.set_index("cell")["bias"][best.cell]) == tune["bias"].abs().min()
     held = result.frame[(result.frame["split"] == "report") & (result.frame["cell"] == best.cell)].iloc[0]
-    assert (best.held_out, best.in_sample) == (
-        held["reduction"],
-        tune.set_index("cell")["reduction"][best.cell],
+    np.testing.assert_array_equal(
+        [best.held_out, best.in_sample], [held["reduction"], tune.set_index("cell")["reduction"][best.cell]]
     )
     assert "in-sample" in repr(best)
     with pytest.raises(sb.SaeBiasError, match="has no split"):

@@ -21,7 +21,7 @@ MARK_COLUMNS = {
 
 
 def findings(part: dict[str, Any]) -> list[tuple[str, str]]:
-    """The summary's sentences, from its block `calibration`; none for a run that is no calibration."""
+    """The summary's sentences, from its block `calibration`; none for a run that is not a calibration."""
     if not part:
         return []
     met, missed = part["n_marks"] - len(part["missed"]), part["missed"]
@@ -140,8 +140,8 @@ def effects_section(run: Run) -> Section:
     return Section(
         "effects",
         "Attribution against ablation",
-        f"{len(large)} features move more than {fmt.percent(MATTERS)} of the bias, foretold or measured; one backward pass "
-        f"foretells their order with ρ = {large['attributed'].corr(large['exact'], method='spearman'):.2f}.",
+        f"{len(large)} features move more than {fmt.percent(MATTERS)} of the bias, predicted or measured; one backward pass "
+        f"predicts their order with ρ = {large['attributed'].corr(large['exact'], method='spearman'):.2f}.",
         calibration_plots.attributed_and_exact(frame, MATTERS),
         _table(run, "effects", columns, large.sort_values("exact", ascending=False)),
         how_to_read="On the dotted line the prediction is exact.",

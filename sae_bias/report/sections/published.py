@@ -35,7 +35,7 @@ def comparison_section(run: Run) -> Section:
         takeaway,
         published_figures.comparison(frame),
         run_table(run, "comparison", columns, missing=NOT_HERE),
-        how_to_read="Verdicts were fixed beforehand: agrees, within the switches' range, same sign only, opposite.",
+        how_to_read="Verdicts were fixed in advance: agrees, within the switches' range, same sign only, opposite.",
     )
 
 
