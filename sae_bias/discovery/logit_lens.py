@@ -35,7 +35,7 @@ def logit_lens(
     """Logit of every token, less their mean (a constant changes no probability); on the CPU."""
     norm = model.arch.norm
     gain = norm.gain(model.final_norm, model.d_model)
-    written = norm.centre(direction.to(gain.device).float()) * gain * scale
+    written = norm.center(direction.to(gain.device).float()) * gain * scale
     w = model.w_unembed
     parts = [(rows.float() @ written.to(w.device)).cpu() for rows in w.split(_ROWS)]
     logits = torch.cat(parts)

@@ -25,18 +25,18 @@ from sae_bias.core.registry import Registry
 
 @dataclass(frozen=True)
 class Norm:
-    """A final norm as a gain, a bias and a scale: norm(x) = c(x) · scale(x) · gain + bias, c the identity or the centring."""
+    """A final norm as a gain, a bias and a scale: norm(x) = c(x) · scale(x) · gain + bias, c the identity or the centering."""
 
-    centred: bool
+    centered: bool
     """A LayerNorm subtracts the mean; an RMS norm does not."""
 
-    def centre(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
+    def center(self, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b d_model"]:
         """x without its mean where the norm takes it out."""
-        return x - x.mean(-1, keepdim=True) if self.centred else x
+        return x - x.mean(-1, keepdim=True) if self.centered else x
 
     def scale(self, module: nn.Module, x: Float[Tensor, "*b d_model"]) -> Float[Tensor, "*b 1"]:
         """1/rms(x), or 1/std(x) in a LayerNorm."""
-        return self.centre(x).pow(2).mean(-1, keepdim=True).add(_eps(module)).rsqrt()
+        return self.center(x).pow(2).mean(-1, keepdim=True).add(_eps(module)).rsqrt()
 
     @torch.no_grad()
     def gain(self, module: nn.Module, d_model: int) -> Float[Tensor, "d_model"]:
@@ -44,24 +44,24 @@ class Norm:
         weight = getattr(module, "weight", None)
         device = torch.device("cpu") if weight is None else weight.device
         ones = torch.ones(d_model, device=device)
-        if self.centred:
+        if self.centered:
             return ones if weight is None else weight.float()
         return module(ones) * (1 + _eps(module)) ** 0.5
 
     def bias(self, module: nn.Module) -> Float[Tensor, "d_model"] | float:
         """What a LayerNorm adds at the end."""
         bias = getattr(module, "bias", None)
-        return bias.float() if self.centred and bias is not None else 0.0
+        return bias.float() if self.centered and bias is not None else 0.0
 
     def frozen(
         self, module: nn.Module, x: Float[Tensor, "*b d_model"], at: Float[Tensor, "*b d_model"]
     ) -> Float[Tensor, "*b d_model"]:
         """The norm of x with its scale taken from `at`: linear in x."""
         gain = self.gain(module, x.shape[-1])
-        return self.centre(x) * self.scale(module, at) * gain + self.bias(module)
+        return self.center(x) * self.scale(module, at) * gain + self.bias(module)
 
 
-RMS, LAYER_NORM = Norm(centred=False), Norm(centred=True)
+RMS, LAYER_NORM = Norm(centered=False), Norm(centered=True)
 
 
 def _eps(module: nn.Module) -> float:

@@ -1,6 +1,6 @@
 """The header of a GGUF file, checked: typed key-values, then name, shape, type and offset of each tensor.
 
-Format: github.com/ggml-org/ggml, docs/gguf.md. Every count, length, offset and type is checked against the file before anything else
+Format: the GGUF specification of github.com/ggml-org/ggml. Every count, length, offset and type is checked against the file before anything else
 reads it, and nothing is allocated on a number's word alone.
 """
 
