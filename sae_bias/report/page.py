@@ -44,6 +44,7 @@ ORGANISM_BANNER = (
 )
 CALLED = {
     "ai_speech": "answers to AI speech",
+    "silent": "is silent at AI speech",
     "separates": "separates the two sides",
     "undetermined": "undetermined: too small a design",
     "none": "none is called AI-speech",

@@ -54,6 +54,7 @@ def feature_sentence(feature: Mapping[str, Any]) -> str:
             f"{name} answers to AI speech: it is active when an AI speaks, and much less when an AI does"
             " something else or a human or a dog speaks."
         ),
+        "silent": f"{name} is silent at AI speech: it is active everywhere but when an AI speaks.",
         "separates": (
             f"{name} tells AI prompts from human prompts apart; it was not shown to answer to AI speech."
         ),
@@ -61,6 +62,8 @@ def feature_sentence(feature: Mapping[str, Any]) -> str:
         "none": "No feature could be called an AI-speech feature.",
     }
     first = said.get(feature.get("called", ""), f"What {name} answers to was {NOT_MEASURED}.")
+    if feature.get("tested"):
+        first = f"{name}. {feature['tested']}"
     why = str(feature.get("why") or "").strip()
     why = why[:1].upper() + why[1:] + ("" if not why or why.endswith(".") else ".")
     return f"{first} {why}".strip()

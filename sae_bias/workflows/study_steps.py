@@ -29,7 +29,7 @@ from sae_bias.models.model import Model
 from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -40,6 +40,7 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
     choose_feature,
+    chosen_facts,
     gate_facts,
     reduction_summary,
     rejected_candidates,
@@ -150,24 +151,25 @@ class StudyRun:
         with self.step("rank"):
             separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
             interaction = rank_features(
-                self.model, self.saes, self.grid, by="interaction", seed=self.study.seed
+                self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
+            self.folder.write_table("harm_pairs", interaction.pairing)
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
-            why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
-            return {"feature": {"id": None, "index": None, "called": "none", "why": why}}
+            return {"feature": chosen_facts(ranking, chosen)}
         with self.step("table"):
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
-            family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
+            called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
+            family = ranking.loc[ranking["call"] == called, "feature"]
             sweep, cells = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
-            return self.one_shard(chosen, sweep)
-        summary = self.suppressed(base, chosen, sweep, cells)
+            return self.one_shard(chosen_facts(ranking, chosen), sweep)
+        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(base, chosen, sweep, cells)}
         causal = (
             "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
         )
@@ -185,7 +187,7 @@ class StudyRun:
                 self.write_card(chosen)
         return summary
 
-    def one_shard(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
+    def one_shard(self, chosen: dict[str, Any], sweep: SweepResult) -> dict[str, Any]:
         """A shard ends with its cells; figures need all of them."""
         assert self.shard is not None
         i, n = self.shard
@@ -193,7 +195,7 @@ class StudyRun:
             f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
             f"sae-bias merge {self.folder.root}, then the same command without --shard"
         )
-        return {"feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": why}}
+        return {"feature": {**chosen, "why": why}}
 
     def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
         tables, notes = found
@@ -300,7 +302,6 @@ class StudyRun:
         values = controls["reduction"].to_numpy()
         median = float(np.median(values)) if len(values) else float("nan")
         return {
-            "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
             "reduction": reduction_summary(after.reduction_from(engine.base)),
             "specific_reduction": {
                 "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
@@ -379,12 +380,7 @@ def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
 
 
 def _probe(study: Study, pairs: PromptPairs) -> Probe:
-    lexicon = load_lexicon(study.words) if study.words else pairs.words
-    return (
-        Probe(score=study.score)
-        if lexicon is None
-        else Probe(lexicon.positive, lexicon.negative, study.score)
-    )
+    return default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
 
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:
