@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts
+from sae_bias.cli.run_files import run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _end(
                 columns={"feature": "control", "label": "kind"}
             )
             folder.write_table("controls", table)
-        add_summary(folder, summary)
+        folder.add_summary(summary)
 
 
 def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:
@@ -338,9 +338,9 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
     if not held_out:
         console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
-        from sae_bias.runs.summary import controls_line
+        from sae_bias.runs.summary import ControlsFigure, controls_line
 
-        console.say(controls_line(controls))
+        console.say(controls_line(ControlsFigure.from_facts(controls)))
     elif controls_wanted:
         console.say(
             "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
