@@ -11,12 +11,13 @@ The two kinds give two p values, (1 + #≥) / (1 + N) each, never a pooled one, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
@@ -190,18 +191,22 @@ class ControlTest:
         }  # fmt: skip
 
 
-def control_test(candidate: float, values: Sequence[float], kinds: Sequence[str]) -> ControlTest:
+def control_test(candidate: float, values: ArrayLike, kinds: Iterable[str]) -> ControlTest:
     """Two empirical p of `candidate` from its controls' values and kinds; an undefined control is dropped and counted."""
-    x, kind = np.asarray(values, dtype=float), np.asarray(kinds, dtype=object)
+    x, kind = np.asarray(values, dtype=float), np.array(list(kinds), dtype=object)
     known = ~np.isnan(x)
-    parts = [x[known & (kind == k)] for k in (MATCHED, RANDOM)]
-    p = [empirical_p(candidate, part) if len(part) and candidate == candidate else float("nan") for part in parts]  # fmt: skip
-    both = np.concatenate(parts)
+    matched, random = (x[known & (kind == k)] for k in (MATCHED, RANDOM))
+    p_matched, p_random = (
+        empirical_p(candidate, part) if len(part) and not np.isnan(candidate) else float("nan")
+        for part in (matched, random)
+    )
+    both = np.concatenate([matched, random])
     middle, high = (float(np.quantile(both, q)) if len(both) else float("nan") for q in (0.5, 0.95))
-    return ControlTest(candidate, *p, *map(len, parts), middle, high, int((~known).sum()))
+    dropped = int((~known).sum())
+    return ControlTest(candidate, p_matched, p_random, len(matched), len(random), middle, high, dropped)
 
 
-def empirical_p(candidate: float, controls: Sequence[float]) -> float:
+def empirical_p(candidate: float, controls: ArrayLike) -> float:
     """(1 + how many controls do at least as much) / (1 + controls)."""
     values = np.asarray(controls)
     return float((1 + (values >= candidate).sum()) / (1 + len(values)))
