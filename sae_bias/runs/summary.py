@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_bias.core.text import TEXT_KINDS, number
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
+from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.stats.clustered import Clustered, effect_sizes
-from sae_bias.stats.reduction import Reduction
 
 
 def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
@@ -81,13 +82,6 @@ def _clustered_facts(stat: Clustered, values: np.ndarray, templates: Sequence[st
     }  # fmt: skip
 
 
-def reduction_summary(r: Reduction) -> dict[str, Any]:
-    return {
-        "estimate": r.estimate, "ci_low": r.ci_low, "ci_high": r.ci_high, "bounded": r.bounded, "overshoot": r.overshoot,
-        "bias_before": r.base_bias, "bias_after": r.after_bias, "change": r.change.mean, "change_low": r.change.ci_low, "change_high": r.change.ci_high,
-    }  # fmt: skip
-
-
 def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = None) -> dict[str, Any]:
     """The gate as a manifest holds it; without an SAE only the logits were compared."""
     if not gate:
@@ -124,21 +118,15 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     lines.append(f"feature {feature['id']}: {feature['why']}")
     if "reduction" not in summary:  # one shard: its cells alone
         return lines
-    cut, specific, costs = summary["reduction"], summary["specific_reduction"], summary["costs"]
-    lines.append(
-        f"ablated, on report templates: bias {cut['bias_before']:+.3f} → {cut['bias_after']:+.3f}, reduction {_share(cut['estimate'])} "
-        f"[{_share(cut['ci_low'])}, {_share(cut['ci_high'])}], specific {_share(specific['estimate'])} (β {_number(specific['beta'])})"
-    )
+    lines += effect_lines(summary, "report templates")
     lines.append(
         "cost in KL, nats a token: "
-        + ", ".join(f"{kind.replace('_', ' ')} {_number(c['kl_mean'])}" for kind, c in costs.items())
-    )
-    controls = summary["controls"]
-    if controls["n"]:
-        lines.append(
-            f"{controls['n']} controls: median {_share(controls['median'])}, 95th percentile {_share(controls['percentile95'])}, p {_p(controls['p_value'])}"
+        + ", ".join(
+            f"{TEXT_KINDS.get(kind, kind)} {number(c['kl_mean'])}" for kind, c in summary["costs"].items()
         )
-    return lines
+    )
+    lines.append(best_line(summary["best_strength"], "report templates"))
+    return lines + control_lines(summary.get("controls") or {})
 
 
 def _number(x: float | None) -> str:
