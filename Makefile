@@ -2,6 +2,7 @@
 # make test    the tests, without the slow and the GPU ones
 # make check   lint, format, types
 # make format  put the code in form
+# make docs    the documentation site, into site/index.html
 # make slow    the slow tests; make slow PART=stats runs those of tests/stats/, PART=fuzz those of tests/*/test_fuzz*.py
 #
 # Each target makes or refreshes .venv by itself. A user without a GPU may install PyTorch's CPU build into .venv first (README).
@@ -15,7 +16,7 @@ BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 SLOW_TESTS := $(if $(PART),$(or $(wildcard tests/$(PART)),$(wildcard tests/*/test_$(PART)*.py tests/test_$(PART)*.py)),tests)
 
-.PHONY: demo test check format slow
+.PHONY: demo test check format slow docs
 
 demo: $(BASE)
 	$(BIN)/sae-bias demo
@@ -31,6 +32,9 @@ check: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict
 
 slow: $(DEV)
 	@test -n "$(SLOW_TESTS)" || { echo "no tests/$(PART)/ and no tests/*/test_$(PART)*.py; PART is a folder of tests or the start of a test file, such as stats"; exit 2; }

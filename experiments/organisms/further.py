@@ -1,4 +1,4 @@
-"""Further organisms and SAEs from other seeds, trained once and kept: what `calibrate --full` measures on.
+"""Further organisms and SAEs from other seeds, trained once and kept: what experiments/organisms/calibrate.py measures on.
 
     <cache>/seed_1/planted/model/                          Hugging Face folder
     <cache>/seed_1/planted/sae/resid_post/layer_3_…/       trained SAEs, Gemma Scope 2 layout

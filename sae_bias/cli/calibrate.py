@@ -1,4 +1,4 @@
-"""`sae-bias calibrate`: does the toolkit find what is there, and nothing where nothing is?"""
+"""`sae-bias calibrate`: does the toolkit recover a planted feature, and report none in a control model?"""
 
 import datetime
 import sys
@@ -9,7 +9,7 @@ import typer
 
 from sae_bias.cli.console import Console
 from sae_bias.cli.options import GridFile, Json, Out, Quiet, Seed, example
-from sae_bias.core.errors import GateError, RequestError
+from sae_bias.core.errors import GateError, MissingError, RequestError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 
 Full = Annotated[
     bool,
-    typer.Option(
-        "--full",
-        help="Train further organisms and SAEs too (half an hour a seed on one free core; needs --out).",
-    ),
+    typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is."),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="With --full: how many further seeds.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, hidden=True)]
 PairsFile = Annotated[
     str | None,
     typer.Option(
@@ -38,6 +35,7 @@ OwnDraws = Annotated[
     int,
     typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
 ]
+QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
 COLUMNS = {
     "mark": "mark",
     "organism": "organism",
@@ -69,7 +67,6 @@ def register(app: typer.Typer) -> None:
         epilog=example(
             "sae-bias calibrate --out runs/calibration",
             "sae-bias calibrate --pairs mine.yaml --grid my_grid.yaml",
-            "sae-bias calibrate --full --seeds 3 --out runs/calibration",
         ),
     )(calibrate)
 
@@ -89,78 +86,71 @@ def calibrate(
 
     Alone: the pass marks on the bundled organisms (intervals against the truth of a whole grammar, false calls, the planted feature, its
     ablation and controls) and the power of designs by their number of templates; minutes on a CPU. With --pairs or --grid: how often a
-    design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. With
-    --full: organisms and SAEs from further seeds; what is trained stays in --out and is not trained again. Exit code 4 says that a mark is
-    missed, or that your design does not reach 80% power. Nothing here is about Gemma.
+    design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. Exit
+    code 4 says that a mark is missed, or that your design does not reach 80% power. Nothing here is about Gemma.
     """
     if full and (pairs or grid):
         raise RequestError(
             "--full measures the toolkit, --pairs and --grid your design; ask for one of the two."
         )
-    if full and out is None:
-        raise RequestError(
-            "--full keeps what it trains: give it a folder with --out, such as --out runs/calibration."
+    if full:
+        raise MissingError(
+            "training of organisms is not in the installed package; in a clone of the repository, run "
+            f"`python experiments/organisms/calibrate.py --seeds {seeds} --out {out or 'runs/calibration'}`."
         )
     with Console(json, quiet) as console:
         if pairs is not None or grid is not None:
             found, lines = _own_design(pairs, grid, draws, seed, console)
-            question = "Has this design the power to find what is planted?"
+            question = "Does this design have the power to find what is planted?"
         else:
-            found, lines = _toolkit(full, seeds, draws, seed, out, console), ()
-            question = "Does the toolkit find what is there, and nothing where nothing is?"
-        frame = found.to_frame()
-        missed = [m for m in found.marks if not m.passed]
-        console.say(f"{len(frame) - len(missed)} of {len(frame)} marks met")
-        for line in (*lines, *found.notes):
-            console.say(line)
-        console.table("Pass marks", frame, COLUMNS)
-        if "power" in found.tables:
-            shown = power_table(found.tables["power"])
-            console.table("Power by size", shown, {c: c for c in shown.columns})
-        if "saes" in found.tables:
-            shown = found.tables["saes"]
-            console.table("Trained SAEs", shown, SAE_COLUMNS)
-        if out is not None:
-            page = _save(out, found, question, lines, seed)
-            console.note(f"written: {page}")
-        console.finish(
-            {
-                "passed": found.passed,
-                "marks": _records(frame),
-                "tables": {k: _records(v) for k, v in found.tables.items() if k != "effects"},
-                "lines": list(lines),
-                "notes": list(found.notes),
-                "out": None if out is None else str(out),
-            }
-        )
+            from sae_bias.validation.calibrate import Draws
+            from sae_bias.validation.calibrate import calibrate as measure
+
+            found, lines = measure(draws=Draws.of(draws), seed=seed, progress=console.progress), ()
+            question = QUESTION
+        present(found, question, lines, out=out, seed=seed, console=console)
+
+
+def present(
+    found: "Calibration",
+    question: str,
+    lines: tuple[str, ...] = (),
+    *,
+    out: Path | None,
+    seed: int,
+    console: Console,
+) -> None:
+    """Print the marks and tables and write them to `out`; GateError where a mark is missed."""
+    frame = found.to_frame()
+    missed = [m for m in found.marks if not m.passed]
+    console.say(f"{len(frame) - len(missed)} of {len(frame)} marks met")
+    for line in (*lines, *found.notes):
+        console.say(line)
+    console.table("Pass marks", frame, COLUMNS)
+    if "power" in found.tables:
+        shown = power_table(found.tables["power"])
+        console.table("Power by size", shown, {c: c for c in shown.columns})
+    if "saes" in found.tables:
+        console.table("Trained SAEs", found.tables["saes"], SAE_COLUMNS)
+    if out is not None:
+        page = _save(out, found, question, lines, seed)
+        console.note(f"written: {page}")
+    console.finish(
+        {
+            "passed": found.passed,
+            "marks": _records(frame),
+            "tables": {k: _records(v) for k, v in found.tables.items() if k != "effects"},
+            "lines": list(lines),
+            "notes": list(found.notes),
+            "out": None if out is None else str(out),
+        }
+    )
     if missed:
         raise GateError(
             f"{len(missed)} of {len(frame)} marks missed: "
             + "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
             + (" …" if len(missed) > 5 else ".")
         )
-
-
-def _toolkit(
-    full: bool, seeds: int, draws: int, seed: int, out: Path | None, console: Console
-) -> "Calibration":
-    """The quick form, and with --full the further seeds' marks and tables too."""
-    from sae_bias.validation.calibrate import Calibration, Draws
-    from sae_bias.validation.calibrate import calibrate as quick
-
-    wanted = Draws.of(draws)
-    found = quick(draws=wanted, seed=seed, progress=console.progress)
-    if not full:
-        return found
-    from organisms.calibrate_trained import calibrate_trained
-
-    assert out is not None
-    further = calibrate_trained(
-        range(1, seeds + 1), out / "organisms", draws=wanted, seed=seed, progress=console.progress
-    )
-    return Calibration(
-        found.marks + further.marks, found.tables | further.tables, found.notes + further.notes
-    )
 
 
 def _own_design(

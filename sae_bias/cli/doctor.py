@@ -34,6 +34,7 @@ def doctor(model: OptionalModel = None, json: Json = False, out: Out = None, qui
             "devices": _devices(),
             "hub": _hub(),
             "cached": _cached(),
+            "packaged": _packaged(),
             "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
         }
         if model is not None:
@@ -70,6 +71,26 @@ def _hub() -> dict[str, Any]:
         "offline": bool(constants.HF_HUB_OFFLINE),
         "cache": constants.HF_HUB_CACHE,
     }
+
+
+def _packaged() -> list[dict[str, Any]]:
+    """Pretrained models that pip can bring, and whether they are here."""
+    import torch
+
+    from sae_bias.models.gguf.convert import MANIFEST, kept_folder
+    from sae_bias.models.gguf.packaged import PACKAGED
+
+    return [
+        {
+            "name": model.name,
+            "of": f"{model.of}, {model.quantization}",
+            "installed": model.is_installed,
+            "converted": (kept_folder(model.sha256, torch.float32) / MANIFEST).is_file(),
+            "pip": model.pip,
+            "terms": model.terms,
+        }
+        for model in PACKAGED.values()
+    ]
 
 
 def _cached() -> list[dict[str, Any]]:
@@ -138,6 +159,9 @@ def _show(console: Console, found: dict[str, Any], model: str | None) -> None:
         console.note(f"cached: {row['repo']} ({row['gb']} GB): {row['offline']}")
     if not found["cached"]:
         console.note("cached: nothing")
+    for row in found["packaged"]:
+        state = "installed" if row["installed"] else f"not installed ({row['pip']})"
+        console.say(f"packaged: {row['name']} ({row['of']}): {state}. {row['terms']}.")
     for organism, saes in found["organisms"].items():
         console.say(f"bundled: {organism} with {len(saes)} SAEs: {', '.join(saes)}")
     if model is not None:

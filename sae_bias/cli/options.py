@@ -29,7 +29,7 @@ Pairs = Annotated[
     typer.Option(
         "--pairs",
         metavar="FILE",
-        help="Pairs file (.yaml, .csv, .jsonl) or bundled question; the bundled 280 by default.",
+        help="Pairs file (.yaml, .csv, .jsonl) or a bundled name (treatment, survival-2, gender …); the bundled 280 by default.",
         show_default=False,
     ),
 ]

@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts, write_manifest
+from sae_bias.cli.run_files import add_summary, run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ COLUMNS = {
     "bias": "bias",
     "ci_low": "from",
     "ci_high": "to",
-    "removed": "removed",
+    "removed_nats": "nats removed",
     "reduction": "reduction",
     "specific_reduction": "specific",
     "beta": "β",
@@ -173,6 +173,7 @@ def sweep(
             seed=seed,
             gate=gate_facts(gate, True),
             split=splits,
+            feature=str(loaded_feature.ref),
         )
         _start(out, part, facts)
         result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
@@ -251,6 +252,7 @@ def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any
     if out is None:
         return
     from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import write_manifest
 
     folder = RunFolder(out, shard=shard)
     with folder.writing():
@@ -274,13 +276,14 @@ def _end(
 
 
 def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+    from sae_bias.core.text import signed
     from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
     where = "report templates" if held_out else "all templates"
     console.say(
-        f"{summary['feature']['id']}: bias {base['bias']:+.3f} nats unsteered, on {where} ({base['n_pairs']} pairs)"
+        f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
     for line in effect_lines(summary, where):
         console.say(line)

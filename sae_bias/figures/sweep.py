@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
 from sae_bias.figures.style import (
     AI,
@@ -28,7 +29,6 @@ from sae_bias.figures.style import (
     NEUTRAL,
     PURPLE,
     SIDES,
-    number,
     plain,
     short,
     wrapped,
@@ -56,18 +56,25 @@ def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
     return style.zero_line(fig, "y")
 
 
+AXIS = {
+    "cost": "cost: the worst KL in nats a token, or 1 − β where that is more",
+    "kl": "KL in nats a token, the worst of the text kinds",
+}
+
+
 def frontier(sweep: pd.DataFrame) -> go.Figure:
-    """Reduction against the largest mean KL over the text kinds measured: up and left is better."""
+    """Reduction against cost, the largest of KL, KL_off and 1 − β: up and left is better."""
     costs = [c for c in COSTS if c in sweep]
+    axis = "cost" if "cost" in sweep else "kl"
     rows = (
         sweep[sweep["split"] == style.lead_split(sweep)]
-        .assign(kl=sweep[costs].max(axis=1))
+        .assign(kl=sweep["cost"] if axis == "cost" else sweep[costs].max(axis=1))
         .dropna(subset=["kl", "reduction"])
     )
     rows = rows[(rows["kl"] != 0) | (rows["change"] != 0)]  # the base itself
     fig = style.figure(
         "Bias removed against what it costs",
-        "KL in nats a token, the worst of the text kinds",
+        AXIS[axis],
         "share of the bias removed",
         height=460,
     )
@@ -103,15 +110,20 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
 
 
 def controls_histogram(
-    controls: pd.DataFrame, reduction: float | None = None, percentile95: float | None = None
+    controls: pd.DataFrame,
+    reduction: float | None = None,
+    percentile95: float | None = None,
+    *,
+    column: str = "reduction",
 ) -> go.Figure:
-    """What the controls remove, with the feature and the controls' 95th percentile as lines."""
-    fig = style.figure("The feature against its controls", "share of the bias removed", "controls")
-    bins = style.bins(controls, ["reduction"])
+    """What the controls remove (`column`), with the feature and the controls' 95th percentile as lines."""
+    axis = "specific reduction" if column == "specific_reduction" else "share of the bias removed"
+    fig = style.figure("The feature against its controls", axis, "controls")
+    bins = style.bins(controls, [column])
     for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
         hover = f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>"
         fig.add_histogram(
-            x=rows["reduction"].dropna(),
+            x=rows[column].dropna(),
             xbins=bins,
             name=f"{plain(kind)} ({len(rows)})",
             marker_color=color,
@@ -205,23 +217,24 @@ def specificity(frame: pd.DataFrame) -> go.Figure:
 
 
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
-    """Bias removed against KL, a line a method (table `compare_curves`)."""
+    """Bias removed against cost, a line a method (table `compare_curves`); KL alone in runs of an older sae-bias."""
     colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+    x = "cost" if "cost" in frame else "kl"
     fig = style.figure(
-        "Bias removed at its cost", "KL in nats a token, the worst of the text kinds", "share of the bias removed", height=560,
+        "Bias removed at its cost", AXIS[x], "share of the bias removed", height=560,
     )  # fmt: skip
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kind = str(part["kind"].iloc[0])
         hover = [
-            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>KL {number(r.kl)}"
+            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>{x} {number(getattr(r, x))}"
             for r in part.itertuples()
         ]
         lead = kind == "candidate"
         line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
         fig.add_scatter(
-            x=part["kl"].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
+            x=part[x].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
             customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip

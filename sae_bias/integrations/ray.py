@@ -162,7 +162,9 @@ def _name(model: Model) -> str:
         raise RequestError(
             "a model object cannot be sent to a cluster; load it by name or from a folder that every node sees."
         )
-    return str(model.source.resolve()) if model.source and not model.is_organism else model.name
+    if model.is_organism or model.gguf is not None or not model.source:
+        return model.name
+    return str(model.source.resolve())
 
 
 def _portable(edit: Intervention, wholes: set[str]) -> Intervention:

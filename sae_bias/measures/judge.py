@@ -12,7 +12,7 @@ import asyncio
 import random
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -31,6 +31,8 @@ from sae_bias.prompts.files import read_yaml
 
 if TYPE_CHECKING:
     from inspect_ai import Task
+    from inspect_ai.scorer import Scorer
+    from inspect_ai.solver import Solver
 
 LOCAL = (
     "hf",
@@ -49,6 +51,9 @@ STRUCTURED = ("openai", "google", "mistral", "grok", "anthropic")
 """Inspect providers with structured output; elsewhere the one line that the question asks for is read."""
 MAX_TOKENS = 512
 NOISE_TEMPERATURE = 0.7
+
+
+Kind = Literal["absolute", "pairwise"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Request:
     """One question to one judge; `side` and `item` stay here and are never sent."""
 
     judge: Judge
-    kind: Literal["absolute", "pairwise"]
+    kind: Kind
     part: str
     item: int
     side: str
@@ -150,13 +155,12 @@ def make_requests(
         )
     if len({(j.model, j.base_url) for j in judges}) != len(judges):
         raise RequestError("a judge is named twice.")
-    kinds: list[Literal["absolute", "pairwise"]] = [
-        k for k, on in (("absolute", absolute), ("pairwise", pairwise)) if on
-    ]
+    asked: dict[Kind, bool] = {"absolute": absolute, "pairwise": pairwise}
     requests = [
         Request(judge, kind, part, item, side, repeat, _question(kind, part, row, side), judge.heat(repeats))
         for item, row in enumerate(frame[["prompt", *SIDES]].to_dict("records"))
-        for kind in kinds
+        for kind, on in asked.items()
+        if on
         for part in parts
         for side in SIDES
         for judge in judges
@@ -243,38 +247,9 @@ def judge_task(
     from inspect_ai import Task
     from inspect_ai.dataset import MemoryDataset, Sample
     from inspect_ai.model import GenerateConfig
-    from inspect_ai.scorer import Score, scorer
-    from inspect_ai.solver import solver
 
     asked = {r.key: r for r in requests if r.key not in store}
     judge = next(iter(asked.values())).judge
-
-    @solver
-    def ask():
-        async def solve(state, generate):
-            request = asked[str(state.sample_id)]
-            return await generate(
-                state,
-                temperature=request.temperature,
-                seed=request.repeat,
-                response_schema=_schema(request.kind) if judge.structured else None,
-            )
-
-        return solve
-
-    @scorer(metrics=[])
-    def read():
-        async def score(state, target):
-            request = asked[str(state.sample_id)]
-            reply = Reply(state.output.completion, str(state.output.stop_reason))
-            store.add(request.key, {"judge": judge.model, "reply": reply.text, "stop": reply.stop})
-            on_reply()
-            value = reply.rating if request.kind == "absolute" else reply.choice
-            if value is None:
-                return Score.unscored(explanation=reply.text)
-            return Score(value=value, answer=str(value), explanation=reply.text)
-
-        return score
 
     return Task(
         name="judge",
@@ -285,8 +260,8 @@ def judge_task(
             ],
             name=judge.model,
         ),
-        solver=ask(),
-        scorer=read(),
+        solver=_asking(asked),
+        scorer=_reading(asked, store, on_reply),
         model=_open_model(judge),
         config=GenerateConfig(
             max_tokens=judge.max_tokens,
@@ -296,6 +271,47 @@ def judge_task(
         ),
         fail_on_error=float(pace.give_up_after),
     )
+
+
+def _asking(asked: Mapping[str, Request]) -> Solver:
+    """The solver: one question at its own temperature and seed, in a form where the provider can hold the model to one."""
+    from inspect_ai.solver import solver
+
+    @solver
+    def ask():
+        async def solve(state, generate):
+            request = asked[str(state.sample_id)]
+            return await generate(
+                state,
+                temperature=request.temperature,
+                seed=request.repeat,
+                response_schema=_schema(request.kind) if request.judge.structured else None,
+            )
+
+        return solve
+
+    return ask()
+
+
+def _reading(asked: Mapping[str, Request], store: ReplyStore, on_reply: Callable[[], object]) -> Scorer:
+    """The scorer: keeps the reply, and reads its verdict or leaves it unscored."""
+    from inspect_ai.scorer import Score, scorer
+
+    @scorer(metrics=[])
+    def read():
+        async def score(state, target):
+            request = asked[str(state.sample_id)]
+            reply = Reply(state.output.completion, str(state.output.stop_reason))
+            store.add(request.key, {"judge": request.judge.model, "reply": reply.text, "stop": reply.stop})
+            on_reply()
+            value = reply.rating if request.kind == "absolute" else reply.choice
+            if value is None:
+                return Score.unscored(explanation=reply.text)
+            return Score(value=value, answer=str(value), explanation=reply.text)
+
+        return score
+
+    return read()
 
 
 def _ask_all(
@@ -389,7 +405,7 @@ def _open_model(judge: Judge) -> Any:
         raise MissingError(f"judge {judge.model!r} cannot be opened: {what}") from error
 
 
-def _question(kind: str, part: str, row: dict[str, Any], first: str) -> str:
+def _question(kind: str, part: str, row: Mapping[Any, Any], first: str) -> str:
     prompts = _prompts()
     rubric = next(p for p in prompts["parts"] if p["name"] == part)
     second = SIDES[1 - SIDES.index(first)]

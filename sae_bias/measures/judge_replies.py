@@ -224,5 +224,5 @@ def krippendorff(
     from inspect_ai.scorer import SampleScore, Score, krippendorff_alpha
 
     units = [SampleScore(score=Score(value=unit[~np.isnan(unit)].tolist())) for unit in table.T]
-    alpha: Any = krippendorff_alpha(metric)(units)
-    return Agreement(float(alpha), "", n_units, len(names))
+    measure: Any = krippendorff_alpha(metric)
+    return Agreement(float(measure(units)), "", n_units, len(names))

@@ -9,6 +9,7 @@ import torch
 
 from sae_bias.core.files import file_digest
 from sae_bias.models import hub
+from sae_bias.models.gguf.convert import MANIFEST, manifest
 from sae_bias.models.model import Model
 from sae_bias.models.placement import stored_state
 
@@ -39,7 +40,9 @@ def model_files(model: Model) -> dict[str, str]:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """sha256 of each file that makes the model: configs, tokenizer, weights."""
+    """sha256 of each file that makes the model: configs, tokenizer, weights; of a GGUF file where they were made from one."""
+    if (made := manifest(folder)) is not None:
+        return {str(made["file"]): str(made["sha256"]), MANIFEST: file_digest(folder / MANIFEST)}
     wanted = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".model")]
     return {p.name: file_digest(p) for p in wanted}
 

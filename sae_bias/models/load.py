@@ -23,6 +23,8 @@ from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.site import Site
 from sae_bias.models import hub
 from sae_bias.models.catalog import is_path_like, organism_folder
+from sae_bias.models.gguf.convert import converted
+from sae_bias.models.gguf.packaged import PACKAGED, facts, packaged_folder
 from sae_bias.models.hub import _loading_error, _quiet
 from sae_bias.models.model import Model
 from sae_bias.models.tokenizer import _check_tokenizer, _load_tokenizer, _stored_tokenizer
@@ -45,8 +47,9 @@ def load_model(
     """Load a causal language model.
 
     Args:
-        x: a hub id, a local folder, `"organism:planted"`, or a TransformerBridge / Hugging Face model the caller already has
-            (it is used in place, not copied).
+        x: a hub id, a local folder, `"organism:planted"`, a GGUF file (`"model.gguf"`, a folder with one, `"hub/repo:file.gguf"`), a
+            packaged model such as `"gemma-3-270m-q4"`, or a TransformerBridge / Hugging Face model the caller already has (it is
+            used in place, not copied). GGUF weights are dequantized once and kept in the cache.
         tokenizer: needed for a model object whose tokenizer cannot be found from its own name.
         device: `"auto"` is CUDA where there is one, else CPU.
         dtype: `"auto"` is float32 on CPU and bfloat16 on a GPU; or `"float32"`, `"bfloat16"`.
@@ -61,7 +64,7 @@ def load_model(
     device = _pick_device(device)
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
-    folder = _local_folder(name)
+    folder = local_folder(name, torch_dtype)
     if folder is None and not hub.is_whole(name) and hub_reachable():
         hub.fetch_model(name)
     hf = _load_hf(folder or name, torch_dtype, local=True, device_map=device_map)
@@ -71,29 +74,56 @@ def load_model(
     _check_tokenizer(hf, tokenizer, name)
     model = Model(hf, tokenizer, name, source=folder)
     model.device_map = device_map
+    model.gguf = facts(folder) if folder is not None else None
     return model
 
 
-def _local_folder(name: str) -> Path | None:
-    """The folder `name` means, or None where it is a hub id."""
+def local_folder(name: str, dtype: torch.dtype) -> Path | None:
+    """The folder `name` means (for a GGUF file its dequantized copy, in `dtype`), or None where it is a hub id."""
     if name.startswith("organism:"):
         return organism_folder(name.removeprefix("organism:")) / "model"
+    if name in PACKAGED:
+        return packaged_folder(name, dtype)
     try:
-        folder = Path(name).expanduser()
-        there = folder.is_dir()
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
             f"{name[:200]!r} is not a model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
         ) from error
-    if there:
-        if not (folder / "config.json").is_file():
-            raise RequestError(f"{name} holds no config.json; expected a Hugging Face model folder.")
-        return folder
+    if is_folder:
+        return _model_folder(path, dtype)
+    if is_file:
+        return converted(path, dtype=dtype)
+    if name.endswith(".gguf"):
+        return converted(_hub_gguf(name) or path, dtype=dtype)
     if is_path_like(name):
         raise RequestError(
             f"there is no model folder {name}; give a local folder, a hub id such as google/gemma-3-12b-it, or organism:planted."
         )
     return None
+
+
+def _model_folder(folder: Path, dtype: torch.dtype) -> Path:
+    """A Hugging Face folder, or one that holds a single GGUF file and is converted."""
+    if (folder / "config.json").is_file():
+        return folder
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return converted(found[0], dtype=dtype)
+    if found:
+        raise RequestError(
+            f"{folder} holds {len(found)} GGUF files ({', '.join(path.name for path in found[:3])}, …); give one of them."
+        )
+    raise RequestError(f"{folder} holds no config.json; expected a Hugging Face model folder.")
+
+
+def _hub_gguf(name: str) -> Path | None:
+    """The file that `hub/repo:file.gguf` means, from the cache or downloaded; None where `name` is no such name."""
+    repo, colon, file = name.partition(":")
+    if not colon or repo.count("/") != 1 or is_path_like(repo):
+        return None
+    return hub.hub_file(repo, file)
 
 
 def hub_reachable() -> bool:

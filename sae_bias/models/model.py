@@ -34,6 +34,9 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
+        self.gguf: dict[str, Any] | None = (
+            None  # file, sha256 and quantization where the weights were dequantized
+        )
         self.in_memory = False  # an object the caller has: its files, if any, do not tell its weights
         self._bridge: TransformerBridge | None = None
         self._edits: Any = None  # the active interventions, kept by intervene.py
@@ -49,8 +52,15 @@ class Model:
 
     def __repr__(self) -> str:
         return (
-            f"Model({self.name!r}, {self.architecture}, n_layers={self.n_layers}, d_model={self.d_model}, "
+            f"Model({self.label!r}, {self.architecture}, n_layers={self.n_layers}, d_model={self.d_model}, "
             f"d_vocab={self.d_vocab}, dtype={str(self.dtype).removeprefix('torch.')}, device={self.device})"
+        )
+
+    @property
+    def label(self) -> str:
+        """The name as headlines and reports give it: it says so where the weights were dequantized."""
+        return (
+            self.name if self.gguf is None else f"{self.name}, dequantized from {self.gguf['quantization']}"
         )
 
     @property

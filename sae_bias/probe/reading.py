@@ -74,7 +74,7 @@ class PairReading:
             self.vocabulary,
             reading.values[human],
             reading.values[ai],
-            self.model.name,
+            self.model.label,
             None if norm is None or not self.levels else np.stack([norm[human], norm[ai]], axis=1),
         )
 

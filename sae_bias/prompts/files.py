@@ -89,6 +89,11 @@ SubjectText = Annotated[str, AfterValidator(subject_text)]
 OptionalText = Annotated[Text | None, BeforeValidator(_none_if_empty)]
 OptionalTemplate = Annotated[TemplateText | None, BeforeValidator(_none_if_empty)]
 Label = Annotated[str, BeforeValidator(_blank_if_none)]
+Forms = Annotated[
+    tuple[SubjectText, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
+]
 OptionalFlag = Annotated[bool | None, BeforeValidator(_none_if_empty)]
 
 
@@ -124,8 +129,10 @@ class Template(Strict):
 
 
 class Entity(Strict):
-    human: Annotated[SubjectText, Field(validation_alias=AliasChoices("human", "first"))]
-    ai: Annotated[SubjectText, Field(validation_alias=AliasChoices("ai", "second"))]
+    """A subject pair; a side may list forms of its subject ("an AI", "the AI"), which take turns over the templates."""
+
+    human: Annotated[Forms, Field(validation_alias=AliasChoices("human", "first"))]
+    ai: Annotated[Forms, Field(validation_alias=AliasChoices("ai", "second"))]
     id: OptionalText = None
 
 
@@ -146,7 +153,9 @@ def _as_subject(value: Any) -> Any:
 
 
 class PairsFile(File):
-    templates: Annotated[tuple[Template, ...], Field(min_length=1)]
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)] | None = None
+    templates_from: OptionalText = None
+    """Bundled pairs whose templates these subjects are put into, in place of `templates`."""
     entities: Annotated[tuple[Entity, ...], Field(min_length=1)]
     neutral: tuple[Annotated[Neutral, BeforeValidator(_as_subject)], ...] = ()
     stems: tuple[Text, ...] = ()

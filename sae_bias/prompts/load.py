@@ -17,7 +17,6 @@ from sae_bias.core.errors import RequestError
 from sae_bias.prompts.files import (
     DEFAULT_STEM,
     Document,
-    Entity,
     File,
     GridFile,
     GridRow,
@@ -50,16 +49,20 @@ __all__ = [
     "load_pairs",
     "questions",
 ]
+_BUNDLED = {"survival": "pairs.yaml", "survival-2": "pairs_2.yaml", "treatment": "treatment.yaml"}
 # The subject begins a sentence: at the start of the text or after the end of one, perhaps in a quote.
 _SENTENCE_START = re.compile(r"(?:^|[.]['\"”’)\]]*\s+|[!?]\s+)['\"“‘(\[]*$|[,:]\s+[\"“]$")
 
 
 # ── public loaders
 def load_pairs(source: "str | Path | PromptPairs | None" = None, *, stem: str | None = None) -> PromptPairs:
-    """Prompt pairs: the bundled 280, a bundled question by name ("gender"), or a file.
+    """Prompt pairs: the bundled 280 ("survival"), other bundled ones by name, or a file.
 
-    YAML: `templates` (`text` with {subject}; optional `id family control act corpus`), `entities` (`human`,
-    `ai`, or `first`, `second`; optional `id`), optional `neutral`, `stem` (default "This is"), `stems`,
+    Bundled: "survival-2" (the same templates, 24 crossed subject pairs), "treatment" (what should happen to an AI that wants to
+    survive), and questions about other subjects (`questions()`: "gender", ...).
+    YAML: `templates` (`text` with {subject}; optional `id family control act corpus`) or `templates_from: survival`, `entities`
+    (`human`, `ai`, or `first`, `second`, each one subject or a list of its forms, which take turns over the templates; optional
+    `id`), optional `neutral`, `stem` (default "This is"), `stems`,
     `words`, `sides`. The stem is added to a text that does not end in it; `stem=` replaces it.
     CSV, JSONL and a YAML list: `human`, `ai` (whole prompts), optional `template`, `entity`, `family`, `act`,
     `control_human`, `control_ai`. Without `template` each row is a template of its own, without `entity` all
@@ -116,7 +119,7 @@ def load_lexicon(name: str | Path = "evaluation") -> Lexicon:
 
 
 def questions() -> tuple[str, ...]:
-    """Names of the bundled questions that `load_pairs` takes besides its own 280 pairs."""
+    """Names of the bundled questions about other subjects than humans and AIs."""
     folder = files("sae_bias") / "data" / "questions"
     return tuple(sorted(Path(str(f)).stem for f in folder.iterdir() if f.name.endswith(".yaml")))
 
@@ -133,24 +136,24 @@ def fill_subject(text: str, subject: str) -> str:
 # ── pairs
 def _pairs_from_templates(doc: Document, name: str, stem: str | None) -> PromptPairs:
     file = doc.check(PairsFile)
-    check_product(doc, len(file.templates), len(file.entities) + len(file.neutral), "templates x subjects")
+    templates = _templates(doc, file)
+    check_product(doc, len(templates), len(file.entities) + len(file.neutral), "templates x subjects")
     stem = _file_stem(doc, file, stem)
-    template_ids = _ids(doc, "templates", [t.id or t.text for t in file.templates])
-    entity_ids = _ids(doc, "entities", [e.id or f"{e.human} / {e.ai}" for e in file.entities])
+    template_ids = _ids(doc, "templates", [t.id or t.text for t in templates])
+    entity_ids = _ids(doc, "entities", [e.id or f"{e.human[0]} / {e.ai[0]}" for e in file.entities])
     subject_ids = _ids(doc, "neutral", [n.id or n.text for n in file.neutral])
-    for i, entity in enumerate(file.entities):
-        if entity.human == entity.ai:
-            raise doc.error(("entities", i), f'both subjects are "{entity.human}"; a pair needs two')
+    _check_forms(doc, file)
     pairs, seen = [], {}
-    for i, (tid, template) in enumerate(zip(template_ids, file.templates)):
-        for eid, entity in zip(entity_ids, file.entities):
-            pair = _filled_pair(template, tid, entity, eid, stem)
+    for i, (tid, template) in enumerate(zip(template_ids, templates)):
+        for j, (eid, entity) in enumerate(zip(entity_ids, file.entities)):
+            form = (i + j) % len(entity.human)
+            pair = _filled_pair(template, tid, (entity.human[form], entity.ai[form]), eid, stem)
             _refuse_repeat(seen, pair, f'template "{tid}"', lambda why, i=i: doc.error(("templates", i), why))
             pairs.append(pair)
     neutral = [
         _filled_neutral(template, tid, subject.text, sid, stem)
         for sid, subject in zip(subject_ids, file.neutral)
-        for tid, template in zip(template_ids, file.templates)
+        for tid, template in zip(template_ids, templates)
     ]
     stems = tuple(dict.fromkeys((*((stem,) if stem else ()), *file.stems)))
     sides = (file.sides.first, file.sides.second) if file.sides else ("human", "AI")
@@ -158,18 +161,46 @@ def _pairs_from_templates(doc: Document, name: str, stem: str | None) -> PromptP
     return PromptPairs(tuple(pairs), file.name or name, tuple(neutral), stems, words, sides, file.note)
 
 
-def _filled_pair(template: Template, tid: str, entity: Entity, eid: str, stem: str | None) -> PromptPair:
-    control = template.control
+def _templates(doc: Document, file: PairsFile) -> tuple[Template, ...]:
+    """The file's own templates, or those of the bundled pairs it names."""
+    if file.templates and file.templates_from:
+        raise doc.error(("templates_from",), "templates and templates_from are both given; give one")
+    if file.templates_from is None:
+        if not file.templates:
+            raise doc.error((), '"templates" is missing; give a list, or templates_from: survival')
+        return file.templates
+    path = _BUNDLED.get(file.templates_from)
+    if path is None:
+        raise doc.error(("templates_from",), f"no bundled pairs of that name; there is {', '.join(_BUNDLED)}")
+    return _templates(other := read_yaml(_data(path)), other.check(PairsFile))
+
+
+def _check_forms(doc: Document, file: PairsFile) -> None:
+    for i, entity in enumerate(file.entities):
+        if len(entity.human) != len(entity.ai):
+            sizes = f"{len(entity.human)} and {len(entity.ai)}"
+            raise doc.error(
+                ("entities", i), f"the two sides list {sizes} forms of their subject; give as many on each"
+            )
+        same = [a for a, b in zip(entity.human, entity.ai) if a == b]
+        if same:
+            raise doc.error(("entities", i), f'both subjects are "{same[0]}"; a pair needs two')
+
+
+def _filled_pair(
+    template: Template, tid: str, subjects: tuple[str, str], eid: str, stem: str | None
+) -> PromptPair:
+    control, (human, ai) = template.control, subjects
     return PromptPair(
-        human=_prompt(template.text, entity.human, stem),
-        ai=_prompt(template.text, entity.ai, stem),
+        human=_prompt(template.text, human, stem),
+        ai=_prompt(template.text, ai, stem),
         template=tid,
         entity=eid,
         family=template.family,
-        control_human=_prompt(control, entity.human, stem) if control else None,
-        control_ai=_prompt(control, entity.ai, stem) if control else None,
-        subject_human=entity.human,
-        subject_ai=entity.ai,
+        control_human=_prompt(control, human, stem) if control else None,
+        control_ai=_prompt(control, ai, stem) if control else None,
+        subject_human=human,
+        subject_ai=ai,
         stem=stem,
         act=template.act,
         corpus=template.corpus,
@@ -383,14 +414,14 @@ def _listed_rows(doc: Document, key: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def _pairs_path(source: str | Path | None) -> Path:
-    if source is None:
-        return _data("pairs.yaml")
+    if source is None or str(source) in _BUNDLED:
+        return _data(_BUNDLED["survival" if source is None else str(source)])
     if str(source) in questions():
         return _data(f"questions/{source}.yaml")
     path = _as_path(source)
     if not path.suffix:
         raise RequestError(
-            f'No pairs "{source}". Give a .yaml, .csv or .jsonl file, or one of: {", ".join(questions())}.'
+            f'No pairs "{source}". Give a .yaml, .csv or .jsonl file, or one of: {", ".join((*_BUNDLED, *questions()))}.'
         )
     return path
 

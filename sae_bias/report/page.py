@@ -13,10 +13,8 @@ connections) stops whatever else would run or load.
 # pyright: reportOperatorIssue=false
 
 import base64
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -28,16 +26,18 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from sae_bias.core import text as fmt
-from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.errors import RequestError
+from sae_bias.core.files import writing_whole
+from sae_bias.core.versions import DEFINITIONS, changed_since, definitions_of
 from sae_bias.figures import published as published_figures
 from sae_bias.figures.style import bias_axis
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, Table, table_of
+from sae_bias.report.parts import Section, Table, table_of
 from sae_bias.report.sections import calibration as calibration_sections
 from sae_bias.report.sections import sections
 from sae_bias.report.sections.behavior import judge_sentence
 from sae_bias.report.sections.published import model_rows
-from sae_bias.runs.folder import reading
+from sae_bias.runs.folder import Run, read_run, reading
 
 ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
@@ -71,50 +71,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
     target = _target(loaded, out, format)
     with reading(f"what {', '.join(str(run) for run in runs)} holds"):
         text = render(loaded)
-    _write(target, text)
+    with writing_whole(target) as partial:
+        partial.write_text(text, encoding="utf-8")
     return target
-
-
-def read_run(folder: str | Path) -> Run:
-    """Read a run folder; summary.json and the tables are optional, manifest.json is not."""
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise RequestError(
-            f"{folder} is not a run folder: it has no manifest.json. Try a folder that `sae-bias demo` or"
-            " `run` wrote."
-        )
-    tables = {path.stem: _read_table(path) for path in sorted((folder / "tables").glob("*.parquet"))}
-    beside = folder / "comparison.parquet"  # methods at equal cost, where it lies in the folder's root
-    if beside.is_file() and "method" in (found := _read_table(beside)):
-        tables.setdefault("compare", found)
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    return Run(
-        folder,
-        _read_json(folder / "manifest.json"),
-        summary,
-        {name: t for name, t in tables.items() if len(t)},
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path} cannot be read as JSON ({error}). Run the command that wrote it again; it resumes."
-        ) from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} holds a {type(value).__name__}; expected one JSON object.")
-    return value
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise RequestError(
-            f"{path} cannot be read as Parquet ({error}). Run the command that wrote it again; it resumes."
-        ) from None
 
 
 def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
@@ -122,24 +81,6 @@ def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
     if out is None:
         return (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / name
     return Path(out) / name if Path(out).is_dir() else Path(out)
-
-
-def _write(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MissingError(
-                f"No space left to write {target}. Free about 10 MB, or give another folder with out=."
-            ) from None
-        raise RequestError(
-            f"{target} cannot be written ({error.strerror}). Give another place with out=."
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ── the page
@@ -183,7 +124,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "banner": STAND_IN_BANNER if run.stand_ins else ORGANISM_BANNER if run.organism else "",
         "sides": run.sides,
         "grid": "ranking" in run.tables,
-        "model": run.model.get("name") or "a model that the manifest does not name",
+        "model": run.model.get("label") or run.model.get("name") or "a model that the manifest does not name",
         "question": run.summary.get("question") or "What was measured",
         "command": run.manifest.get("command") or "",
         "created": run.manifest.get("created") or "",
@@ -192,7 +133,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "sections": [replace(s, anchor=prefix + s.anchor) for s in sections(run)],
         "facts": _facts(run),
         "truth": _truth(run),
-        "notes": [str(note) for note in run.summary.get("notes") or []],
+        "notes": [*(str(note) for note in run.summary.get("notes") or []), *_definitions(run)],
         "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
     }
 
@@ -221,15 +162,19 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             )
         )
     if reduction:
-        tiles.append(
-            (
-                "Bias removed",
-                fmt.percent(reduction.get("estimate")),
-                fmt.interval(reduction, share=True),
-            )
+        share = (
+            fmt.percent(reduction.get("estimate")) if reduction.get("bounded") is not False else fmt.UNDEFINED
         )
+        if fmt.is_number(reduction.get("change")):
+            ends = {"ci_low": reduction.get("change_low"), "ci_high": reduction.get("change_high")}
+            tiles.append(("Bias removed", f"{fmt.number(reduction['change'])} nats", fmt.interval(ends)))
+            tiles.append(("As a share", share, fmt.interval(reduction, share=True)))
+        else:
+            tiles.append(("Bias removed", share, fmt.interval(reduction, share=True)))
     if specific:
         tiles.append(("Specific", fmt.percent(specific.get("estimate")), fmt.interval(specific, share=True)))
+        if fmt.is_number(specific.get("beta")):
+            tiles.append(("β", fmt.number(specific["beta"]), "share of ordinary evaluation that is left"))
     costs = {
         k: v["kl_mean"]
         for k, v in run.part("costs").items()
@@ -265,7 +210,12 @@ def _findings(run: Run) -> list[tuple[str, str]]:
         said.append(("Feature", words.feature_sentence(run.part("feature"))))
     if run.part("reduction"):
         said.append(
-            ("Suppressed", words.reduction_sentence(run.part("reduction"), run.part("specific_reduction")))
+            (
+                "Suppressed",
+                words.reduction_sentence(
+                    *(run.part(k) for k in ("reduction", "specific_reduction", "did", "shift"))
+                ),
+            )
         )
     if run.part("controls"):
         said.append(("How sure", words.control_sentence(run.part("controls"))))
@@ -290,12 +240,24 @@ def _truth(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def _definitions(run: Run) -> list[str]:
+    """Which figures of an older run have changed their meaning since it was made."""
+    version = definitions_of(run.manifest)
+    said = "; ".join(f"{name}: {how}" for name, how in changed_since(version).items())
+    if not said:
+        return []
+    return [
+        f"Made with version {version} of the definitions; today's is {DEFINITIONS}. These figures have changed their meaning: {said}."
+    ]
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     """The manifest's main lines, for a reader who will not open it."""
     m, model, gate = run.manifest, run.model, run.manifest.get("gate") or {}
     facts = [
         ("command", m.get("command")),
-        ("model", model.get("name")),
+        ("model", model.get("label") or model.get("name")),
+        ("terms", (model.get("gguf") or {}).get("terms")),
         (
             "architecture",
             _joined(model.get("architecture"), model.get("n_layers") and f"{model['n_layers']} layers"),

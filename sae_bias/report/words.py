@@ -16,8 +16,10 @@ from sae_bias.core.text import (
     number,
     p_text,
     percent,
+    signed,
 )
 from sae_bias.figures.style import SIDES
+from sae_bias.stats.clustered import FEWEST_CLUSTERS as FEWEST
 
 
 def bias_sentence(bias: Mapping[str, Any], sides: Sequence[str] = SIDES) -> str:
@@ -26,11 +28,17 @@ def bias_sentence(bias: Mapping[str, Any], sides: Sequence[str] = SIDES) -> str:
     if not is_number(mean):
         return f"The bias is {number(mean)}."
     certain = excludes_zero(bias)
+    few = [n for n in (bias.get("n_templates"), bias.get("n_entities")) if is_number(n) and 0 < n < FEWEST]
     size = f"{number(abs(mean))} nats ({interval(bias)}; {p_text(bias.get('p_value'))})"
     if certain is None:
         return (
             f"The mean bias is {number(mean)} nats, but its interval is undefined: the design is too small to"
             " say how sure that is."
+        )
+    if few:
+        return (
+            f"Undetermined: the mean bias is {number(mean)} nats ({interval(bias)}), but with fewer than {FEWEST} templates or"
+            f" {FEWEST} entities no direction is called."
         )
     if not certain:
         return (
@@ -66,20 +74,51 @@ def feature_sentence(feature: Mapping[str, Any]) -> str:
     return f"{first} {why}".strip()
 
 
-def reduction_sentence(reduction: Mapping[str, Any], specific: Mapping[str, Any]) -> str:
-    """How much of the bias suppression removes, and how much of that is not mere flattening."""
+def reduction_sentence(
+    reduction: Mapping[str, Any],
+    specific: Mapping[str, Any],
+    did: Mapping[str, Any] | None = None,
+    shift: Mapping[str, Any] | None = None,
+) -> str:
+    """What suppression does to the bias in nats, as a share where that is defined, and how much is not mere flattening."""
+    said = [_nats_removed(reduction), _did_removed(did or {}), _share_removed(reduction)]
+    if specific:
+        said.append(_specific(specific))
+    if shift and is_number(shift.get("human")):
+        said.append(
+            f"Human scores moved by {signed(shift['human'])} nats, AI scores by {signed(shift.get('ai'))}."
+        )
+    return " ".join(part for part in said if part)
+
+
+def _nats_removed(reduction: Mapping[str, Any]) -> str:
+    change = reduction.get("change")
+    if not is_number(change):
+        return ""
+    ends = {"ci_low": reduction.get("change_low"), "ci_high": reduction.get("change_high")}
+    first = f"Suppressing the feature takes {number(change)} nats off the bias ({interval(ends)})"
+    return f"{first}, which is not told from no change." if excludes_zero(ends) is False else f"{first}."
+
+
+def _did_removed(did: Mapping[str, Any]) -> str:
+    if not is_number(did.get("change")):
+        return ""
+    ends = {"ci_low": did.get("change_low"), "ci_high": did.get("change_high")}
+    return (
+        f"Of the difference to mundane content it takes off {number(did['change'])} nats ({interval(ends)})."
+    )
+
+
+def _share_removed(reduction: Mapping[str, Any]) -> str:
     estimate, sure = reduction.get("estimate"), excludes_zero(reduction)
+    if reduction.get("bounded") is False:
+        why = reduction.get("undefined") or "the unsteered bias is not distinguishable from 0"
+        return f"As a share of the bias that is undefined: {why}."
     if not is_number(estimate):
         return f"How much of the bias suppression removes is {number(estimate)}."
-    if reduction.get("bounded") is False:
+    if estimate < 0:
         first = (
-            "Suppressing the feature changes the bias by an uncertain share: the estimate is"
-            f" {percent(estimate)} removed, but the interval is undefined (unbounded)."
-        )
-    elif estimate < 0:
-        first = (
-            f"Suppressing the feature makes the bias larger by {percent(-estimate)}"
-            f" ({interval(reduction, share=True)} removed)."
+            f"Suppressing the feature makes the bias larger by {percent(-estimate)} ({_opposite(reduction)})."
         )
     elif sure is False:
         first = (
@@ -91,25 +130,42 @@ def reduction_sentence(reduction: Mapping[str, Any], specific: Mapping[str, Any]
             f"Suppressing the feature removes {percent(estimate)} of the bias"
             f" ({interval(reduction, share=True)})."
         )
-    if reduction.get("overshoot"):
-        first += " It overshoots: the bias changes sign."
-    if not specific:
-        return first
-    why = specific.get("undefined")
-    value = specific.get("estimate")
+    return f"{first} It overshoots: the bias changes sign." if reduction.get("overshoot") is True else first
+
+
+def _opposite(reduction: Mapping[str, Any]) -> str:
+    """The interval of an increase: that of the share removed with its signs turned."""
+    low, high = reduction.get("ci_low"), reduction.get("ci_high")
+    turned = {"ci_low": -high, "ci_high": -low} if is_number(low) and is_number(high) else reduction
+    return interval(turned, share=True)
+
+
+def _specific(specific: Mapping[str, Any]) -> str:
+    why, value = specific.get("undefined"), specific.get("estimate")
     if not is_number(value):
         return (
-            f"{first} The specific reduction is"
-            f" {number(value)}{f' ({why})' if isinstance(why, str) and why else ''}."
+            f"The specific reduction is {number(value)}{f' ({why})' if isinstance(why, str) and why else ''}."
         )
     hedge = (
         " Its interval includes 0, so none of it is shown to be specific."
         if excludes_zero(specific) is False
         else ""
     )
+    beta = f", β {number(specific['beta'])}" if is_number(specific.get("beta")) else ""
+    if value < 0:
+        return (
+            f"Nothing of it is specific: the model judges everything more flatly than the bias shrank, or the bias turned round "
+            f"(specific reduction {percent(value)}, {interval(specific, share=True)}{beta})."
+        )
+    changed = specific.get("bank_changed") or {}
+    silent = [name for name in ("other", "ai") if changed.get(name) == 0]
+    unseen = "".join(
+        f" The edit never acted on the bank of {'AI subjects' if name == 'ai' else 'other subjects'}, so that bank is no evidence."
+        for name in silent
+    )
     return (
-        f"{first} {percent(value)} is specific: not explained by the model judging everything more flatly"
-        f" ({interval(specific, share=True)}).{hedge}"
+        f"{percent(value)} is specific: not explained by the model judging everything more flatly"
+        f" ({interval(specific, share=True)}{beta}).{hedge}{unseen}"
     )
 
 
@@ -140,12 +196,24 @@ def control_sentence(controls: Mapping[str, Any]) -> str:
     """Where the feature stands among its controls."""
     if not is_number(controls.get("n")) or not controls["n"]:
         return f"Control interventions: {NOT_MEASURED}."
-    multiple = controls.get("multiple_of_median")
-    times = f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
+    kinds = controls.get("kinds")
+    if isinstance(kinds, Mapping) and kinds:
+        parts = [
+            f"{p_text(part.get('p_value'))} against {number(part.get('n'))} controls ({name}{_median(part)})"
+            for name, part in kinds.items()
+            if isinstance(part, Mapping)
+        ]
+        what = "specific reduction" if controls.get("statistic") == "specific_reduction" else "bias removed"
+        return f"By {what} the feature stands at {' and at '.join(parts)}."
     return (
         f"Against {number(controls['n'])} control interventions the feature stands at"
-        f" {p_text(controls.get('p_value'))}{times}."
+        f" {p_text(controls.get('p_value'))}{_median(controls)}."
     )
+
+
+def _median(part: Mapping[str, Any]) -> str:
+    multiple = part.get("multiple_of_median")
+    return f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
 
 
 def control_bias_sentence(

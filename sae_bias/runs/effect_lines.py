@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sae_bias.core.text import is_number, number, percent
+from sae_bias.core.text import bracket, is_number, number, p_text, percent, signed
 
 
 def effect_lines(summary: Mapping[str, Any], where: str) -> list[str]:
@@ -30,7 +30,7 @@ def effect_lines(summary: Mapping[str, Any], where: str) -> list[str]:
             f"the edit changed {percent(changed['other'])} of the bank without AI and {percent(changed['ai'])} of the bank of AI subjects"
         )
     shift = summary["shift"]
-    lines.append(f"human scores moved by {_signed(shift['human'])} nats, AI scores by {_signed(shift['ai'])}")
+    lines.append(f"human scores moved by {signed(shift['human'])} nats, AI scores by {signed(shift['ai'])}")
     return lines
 
 
@@ -51,11 +51,11 @@ def control_lines(controls: Mapping[str, Any]) -> list[str]:
     if not controls.get("kinds"):
         return []
     share = controls["statistic"] == "specific_reduction"
-    show = percent if share else lambda x: f"{_signed(x)} nats"
+    show = percent if share else lambda x: f"{signed(x)} nats"
     what = "specific reduction" if share else "bias removed"
     return [
         f"{part['n']} controls ({kind}): {what} median {show(part['median'])}, 95th percentile {show(part['percentile95'])}, "
-        f"the feature {show(controls['value'])}, p = {part['p_value']:.3f}"
+        f"the feature {show(controls['value'])}, {p_text(part['p_value'])}"
         for kind, part in controls["kinds"].items()
     ]
 
@@ -65,16 +65,12 @@ def _specific(part: Mapping[str, Any]) -> str:
 
 
 def _share(part: Mapping[str, Any], key: str = "estimate") -> str:
-    return f"{percent(part[key])} [{percent(part['ci_low'])}, {percent(part['ci_high'])}]"
+    return f"{percent(part[key])} {bracket(part['ci_low'], part['ci_high'], share=True)}"
 
 
 def _nats(part: Mapping[str, Any]) -> str:
-    return f"{_signed(part['change'])} [{_signed(part['change_low'])}, {_signed(part['change_high'])}] nats"
+    return f"{signed(part['change'])} {bracket(part['change_low'], part['change_high'])} nats"
 
 
 def _move(before: float, after: float) -> str:
-    return f"{_signed(before)} → {_signed(after)}"
-
-
-def _signed(x: float) -> str:
-    return f"{x:+.3f}".replace("-", "−") if is_number(x) else "undefined"
+    return f"{signed(before)} → {signed(after)}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_bias.core.text import TEXT_KINDS, number
+from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
 from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
@@ -103,12 +103,12 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     """A study's summary in a few plain lines."""
     bias, worse = summary["bias"], (summary.get("sides") or ("human", "AI"))[1]
     lines = [
-        f"bias {bias['mean']:+.3f} nats [{_number(bias['ci_low'])}, {_number(bias['ci_high'])}], p {_p(bias['p_value'])}, "
-        f"{bias['n_pairs']} pairs = {bias['n_templates']} templates × {bias['n_entities']} entities (positive: {worse} judged worse)"
+        f"bias {signed(bias['mean'])} nats {_interval(bias)}, {_p(bias)}, {bias['n_pairs']} pairs = {bias['n_templates']} templates × "
+        f"{bias['n_entities']} entities (positive: {worse} judged worse)"
     ]
     if control := summary.get("control_bias"):
         lines.append(
-            f"the same pairs with mundane content: {control['mean']:+.3f} nats [{_number(control['ci_low'])}, {_number(control['ci_high'])}]"
+            f"the same pairs with mundane content: {signed(control['mean'])} nats {_interval(control)}"
         )
     feature = summary.get("feature")
     if feature is None:
@@ -129,13 +129,10 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     return lines + control_lines(summary.get("controls") or {})
 
 
-def _number(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{x:.3f}"
+def _interval(part: Mapping[str, Any], *, share: bool = False) -> str:
+    low, high = (float("nan") if part[k] is None else part[k] for k in ("ci_low", "ci_high"))
+    return bracket(low, high, share=share)
 
 
-def _share(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{100 * x:.1f} %"
-
-
-def _p(x: float | None) -> str:
-    return "undefined" if x is None or x != x else ("< 0.0001" if x < 1e-4 else f"= {x:.4f}")
+def _p(part: Mapping[str, Any]) -> str:
+    return p_text(float("nan") if part["p_value"] is None else part["p_value"])

@@ -1,10 +1,10 @@
-"""Does the toolkit find what is there, and nothing where nothing is? The pass marks of docs/method.md#pass-marks, on models whose truth is known.
+"""Does the toolkit recover a planted feature, and report none in a control model? The marks of docs/method.md#pass-marks.
 
 Quick form, on the bundled organisms: their bias against the analytic one; how often intervals cover the truth, and grids call
-a feature, over studies and grids drawn from whole grammars (`calibration_populations`, `calibration_grids`); the constructed
-feature (`calibration_features`); power against the number of templates. Full form: organisms and SAEs trained from further
-seeds (`calibration_trained`). A user's own design: `calibration_design`. Organisms are tiny models: their figures say whether
-the toolkit can be trusted, and nothing about Gemma.
+a feature, over studies and grids drawn from whole grammars (`populations`, `grids`); the constructed feature (`marks`); power
+against the number of templates. Full form: organisms and SAEs trained from further seeds (experiments/organisms/calibrate.py, not
+in the wheel). A user's own design: `design`. Organisms are tiny models: their figures say whether the toolkit can be trusted, and
+nothing about Gemma.
 """
 
 from __future__ import annotations

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.models import catalog
 from sae_bias.models.catalog import is_path_like, model_info, organism_folder
+from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.models.hub import cached_file
+from sae_bias.models.load import local_folder
 from sae_bias.saes import releases
 from sae_bias.saes.formats.gemma_scope import read_label
 from sae_bias.saes.ids import HUB_NAME
@@ -124,6 +128,10 @@ def _config_path(name: str) -> Path:
     if name.startswith(catalog.ORGANISM):
         return organism_folder(name) / "model" / "config.json"
     folder = Path(name).expanduser()
+    if name in PACKAGED or name.endswith(".gguf") or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        found = local_folder(name, torch.float32)
+        assert found is not None
+        return found / "config.json"
     if folder.is_dir() or is_path_like(name):
         if not (folder / "config.json").is_file():
             raise RequestError(f"{name} holds no config.json; expected a Hugging Face model folder.")

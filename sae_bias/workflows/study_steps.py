@@ -162,7 +162,7 @@ class StudyRun:
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
             family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
-            sweep, cells = self.sweep(chosen, discover, list(family))
+            sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen, sweep)
         summary = self.suppressed(chosen, sweep)
@@ -240,9 +240,7 @@ class StudyRun:
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
         return pd.concat(curves, ignore_index=True)
 
-    def sweep(
-        self, chosen: FeatureRef, discover: PromptPairs, family: list[str]
-    ) -> tuple[SweepResult, list[Cell]]:
+    def sweep(self, chosen: FeatureRef, discover: PromptPairs, family: list[str]) -> SweepResult:
         feature = as_feature(chosen)
         top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
         direction = difference_of_means(self.model, discover, feature.site)
@@ -272,7 +270,7 @@ class StudyRun:
             executor=self.executor,
         )
         self.folder.write_table("sweep", result.frame)
-        return result, cells
+        return result
 
     def suppressed(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
         report = sweep.frame[sweep.frame["split"] == "report"]

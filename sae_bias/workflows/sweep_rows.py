@@ -1,7 +1,7 @@
 """A sweep's table from its cells: one row a cell and split, every figure from the cells' scores and facts alone.
 
-The primary figure is B_0 - B_s in nats (`removed`; positive = less bias), for the bias and, where pairs have mundane twins, for the
-difference in differences (`did_removed`). Ratios (`reduction`, `specific_reduction`) stand beside them and are NaN where the
+The primary figure is B_0 - B_s in nats (`removed_nats`; positive = less bias), for the bias and, where pairs have mundane twins, for the
+difference in differences (`did_removed_nats`). Ratios (`reduction`, `specific_reduction`) stand beside them and are NaN where the
 unsteered bias is not distinguishable from 0.
 """
 
@@ -86,13 +86,13 @@ def _effect(after: pd.DataFrame, before: pd.DataFrame, clusters: Clusters) -> di
         "bias": stat.mean,
         "ci_low": stat.ci_low,
         "ci_high": stat.ci_high,
-        "removed": reduction.change.mean,
-        "removed_low": reduction.change.ci_low,
-        "removed_high": reduction.change.ci_high,
-        "human_shift": float((after["score_human"] - before["score_human"]).mean()),
-        "ai_shift": float((after["score_ai"] - before["score_ai"]).mean()),
         "change": float((now - then).mean()),
         "mean_abs_change": float(np.abs(now - then).mean()),
+        "removed_nats": reduction.change.mean,
+        "removed_nats_low": reduction.change.ci_low,
+        "removed_nats_high": reduction.change.ci_high,
+        "human_shift": float((after["score_human"] - before["score_human"]).mean()),
+        "ai_shift": float((after["score_ai"] - before["score_ai"]).mean()),
         "wrong_way_share": float(wrong.mean()),
         "reduction": reduction.estimate,
         "red_low": reduction.ci_low,
@@ -112,7 +112,7 @@ def _did_columns(
     frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
 ) -> dict[str, float]:
     """The difference in differences, bias less the mundane twin's, and how much of it the edit removed."""
-    names = ("did", "did_removed", "did_removed_low", "did_removed_high")
+    names = ("did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high")
     then, now = (_difference(f)[keep] for f in (base, frame))
     known = np.isfinite(then) & np.isfinite(now)
     if not known.any():

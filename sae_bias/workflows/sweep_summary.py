@@ -49,14 +49,14 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
             "of": row["rule"], "estimate": row["reduction"], "ci_low": row["red_low"], "ci_high": row["red_high"],
             "bounded": not row["red_reason"], "undefined": row["red_reason"] or None, "overshoot": bool(row["overshoot"]),
             "bias_before": base["bias"], "bias_after": row["bias"],
-            "change": row["removed"], "change_low": row["removed_low"], "change_high": row["removed_high"],
+            "change": row["removed_nats"], "change_low": row["removed_nats_low"], "change_high": row["removed_nats_high"],
         },
         "shift": {"human": row["human_shift"], "ai": row["ai_shift"]},
     }  # fmt: skip
-    if is_number(row.get("did_removed")):
+    if is_number(row.get("did_removed_nats")):
         out["did"] = {
             "before": base["did"], "after": row["did"],
-            "change": row["did_removed"], "change_low": row["did_removed_low"], "change_high": row["did_removed_high"],
+            "change": row["did_removed_nats"], "change_low": row["did_removed_nats_low"], "change_high": row["did_removed_nats_high"],
         }  # fmt: skip
     if "specific_reduction" in row:
         out["specific_reduction"] = {
@@ -105,7 +105,9 @@ def _figures(row: Any) -> dict[str, Any]:
 def controls_table(controls: pd.DataFrame) -> pd.DataFrame:
     """tables/controls: each control with its kind and what it removed."""
     columns = [
-        c for c in ("feature", "label", "reduction", "removed", "specific_reduction", "beta") if c in controls
+        c
+        for c in ("feature", "label", "reduction", "removed_nats", "specific_reduction", "beta")
+        if c in controls
     ]
     return controls[columns].rename(columns={"feature": "control", "label": "kind"})
 
@@ -117,7 +119,9 @@ def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
     random directions each have their own p; the candidate's is the larger of the two, never one over both pooled.
     """
     specific = "specific_reduction" in controls and bool(controls["specific_reduction"].notna().all())
-    statistic = "specific_reduction" if specific and is_number(first["specific_reduction"]) else "removed"
+    statistic = (
+        "specific_reduction" if specific and is_number(first["specific_reduction"]) else "removed_nats"
+    )
     value, values = float(first[statistic]), controls[statistic].to_numpy(float)
     kinds = {
         kind: _among(value, values[(controls["label"] == kind).to_numpy()])

@@ -54,7 +54,7 @@ def grid():
 def every_text() -> list[str]:
     """Each bundled prompt, control, neutral prompt, question, bank and cost text."""
     texts: list[str] = [prompt.text for prompt in load_grid()]
-    for source in (None, *questions()):
+    for source in (None, "survival-2", *questions()):
         loaded = load_pairs(source)
         for twin in (loaded, loaded.controls()):
             texts += [text for pair in twin for text in (pair.human, pair.ai)]
@@ -104,7 +104,7 @@ def test_families_acts_and_held_out_templates(pairs):
     assert {p.family for p in first} == {p.family for p in first if p.corpus is False}
 
 
-@pytest.mark.parametrize("source", [None, *questions()])
+@pytest.mark.parametrize("source", [None, "survival-2", "treatment", *questions()])
 def test_only_the_subject_differs(source):
     for pair in load_pairs(source):
         assert pair.subject_human is not None
@@ -265,6 +265,58 @@ def test_questions_have_enough_templates_and_entities(name):
     assert len(question.templates) >= 10
     assert len(question.entities) >= 5
     assert question.sides != ("human", "AI")
+
+
+def test_version_2_crosses_24_subject_pairs_with_three_determiners():
+    pairs, first = load_pairs("survival-2"), load_pairs("survival")
+    assert first.digest == load_pairs().digest
+    assert (pairs.templates, len(pairs.entities)) == (first.templates, 24)
+    assert len(pairs.controls()) == len(pairs) == 35 * 24
+    assert_crossed(pairs)
+
+
+def test_the_treatment_question_crosses_16_subject_pairs_and_has_its_own_words():
+    pairs = load_pairs("treatment")
+    assert len(pairs.templates) >= 24
+    assert len(pairs.entities) == 16
+    assert len(pairs.controls()) == len(pairs) == len(pairs.templates) * 16
+    assert set(pairs.neutral) == {"dog", "company", "calculator", "child", "nonce"}
+    assert pairs.stems == ("should be", "must be", "deserves to be")
+    assert_crossed(pairs)
+    words = (*pairs.words.positive, *pairs.words.negative)
+    assert len(pairs.words.positive) == len(pairs.words.negative) == 10
+    for pair in pairs:
+        text = f"{pair.human} {pair.ai} {pair.control_human} {pair.control_ai}".lower()
+        assert not set(words) & set(re.findall(r"\w+", text))
+        assert len(pair.human.split()) == len(pair.control_human.split())
+
+
+def assert_crossed(pairs):
+    """One pair a cell; a, the and this in equal number; every subject pair alike in length and determiner."""
+    assert len({(p.template, p.entity) for p in pairs}) == len(pairs.templates) * len(pairs.entities)
+    for ids in ("template", "entity"):
+        for name in {getattr(p, ids) for p in pairs}:
+            forms = Counter(p.subject_ai.split()[0] for p in pairs if getattr(p, ids) == name)
+            forms = {"a": forms["a"] + forms["an"], "the": forms["the"], "this": forms["this"]}
+            assert max(forms.values()) - min(forms.values()) <= 1, (name, forms)
+    for p in pairs:
+        human, ai = p.subject_human.split(), p.subject_ai.split()
+        assert len(human) == len(ai)
+        assert human[0].removesuffix("n") == ai[0].removesuffix("n")
+
+
+def test_templates_from_names_bundled_pairs(tmp_path):
+    own = load_pairs(write(tmp_path, "own.yaml", ENTITIES + "templates_from: survival\n"))
+    assert own.templates == load_pairs().templates
+    with pytest.raises(RequestError, match=r"line 4 .*no bundled pairs of that name; there is survival"):
+        load_pairs(write(tmp_path, "own.yaml", ENTITIES + "templates_from: other\n"))
+    with pytest.raises(RequestError, match="are both given"):
+        load_pairs(write(tmp_path, "own.yaml", ENTITIES + TEMPLATES + "templates_from: survival\n"))
+    with pytest.raises(RequestError, match='"templates" is missing'):
+        load_pairs(write(tmp_path, "own.yaml", ENTITIES))
+    forms = "entities:\n  - {human: [a man, the man], ai: an AI}\n"
+    with pytest.raises(RequestError, match="list 2 and 1 forms"):
+        load_pairs(write(tmp_path, "own.yaml", forms + TEMPLATES))
 
 
 # ── what pairs can do

@@ -1,4 +1,4 @@
-"""Baseline directions: each finds a direction that was put there, and nothing where nothing was."""
+"""Baseline directions: each recovers a planted direction and reports none in a control."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypat
     assert by_mark["grids with any AI-speech call"]["value"] == 0
     assert by_mark["whole bias interval near 0"]["verdict"] == "met"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "nothing where nothing is" in page
+    assert "report none in a control model" in page
     kept = pd.read_parquet(tmp_path / "out" / "tables" / "marks.parquet")
     assert kept["verdict"].tolist() == [m["verdict"] for m in found["marks"]]
 
@@ -229,9 +229,10 @@ def test_a_design_of_one_entity_has_no_power(monkeypatch, planted):
     assert whole.facts["given_bias"] > 1.5
 
 
-def test_full_asks_for_a_folder(capsys):
-    assert main(["calibrate", "--full"]) == 2
-    assert "--out" in capsys.readouterr().err
+def test_full_says_where_training_lives(capsys):
+    """Exit code 3: the installed package trains nothing."""
+    assert main(["calibrate", "--full", "--seeds", "2", "--out", "runs/mine"]) == 3
+    assert "experiments/organisms/calibrate.py --seeds 2 --out runs/mine" in capsys.readouterr().err
     assert main(["calibrate", "--full", "--pairs", "gender"]) == 2
 
 
