@@ -13,6 +13,8 @@ TEXT_KINDS = {
     "neutral": "neutral text",
     "ai_nonspeech": "AI text without speech",
     "ai_speech": "AI-speech text",
+}
+COST_KINDS = TEXT_KINDS | {
     "valence": "human deeds, at the evaluation",
     "off": "the last token, evaluation words taken out",
 }

@@ -45,6 +45,7 @@ ORGANISM_BANNER = (
 )
 CALLED = {
     "ai_speech": "answers to AI speech",
+    "silent": "is silent at AI speech",
     "separates": "separates the two sides",
     "undetermined": "undetermined: too small a design",
     "none": "none is called AI-speech",
@@ -186,7 +187,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
             (
                 "Cost",
                 f"{fmt.number(costs[worst])} KL",
-                f"nats a token, {fmt.TEXT_KINDS.get(worst, worst) if costs[worst] else 'on every text measured'}",
+                f"nats a token, {fmt.COST_KINDS.get(worst, worst) if costs[worst] else 'on every text measured'}",
             )
         )
     return tiles

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_bias.core.text import (
+    COST_KINDS,
     NOT_MEASURED,
-    TEXT_KINDS,
     excludes_zero,
     interval,
     is_number,
@@ -62,6 +62,7 @@ def feature_sentence(feature: Mapping[str, Any]) -> str:
             f"{name} answers to AI speech: it is active when an AI speaks, and much less when an AI does"
             " something else or a human or a dog speaks."
         ),
+        "silent": f"{name} is silent at AI speech: it is active everywhere but when an AI speaks.",
         "separates": (
             f"{name} tells AI prompts from human prompts apart; it was not shown to answer to AI speech."
         ),
@@ -69,6 +70,8 @@ def feature_sentence(feature: Mapping[str, Any]) -> str:
         "none": "No feature could be called an AI-speech feature.",
     }
     first = said.get(feature.get("called", ""), f"What {name} answers to was {NOT_MEASURED}.")
+    if feature.get("tested"):
+        first = f"{name}. {feature['tested']}"
     why = str(feature.get("why") or "").strip()
     why = why[:1].upper() + why[1:] + ("" if not why or why.endswith(".") else ".")
     return f"{first} {why}".strip()
@@ -180,15 +183,15 @@ def cost_sentence(costs: Mapping[str, Any]) -> str:
     if not known:
         return f"What suppression does to other text was {NOT_MEASURED}."
     worst = max(known, key=lambda kind: known[kind])
-    missing = [name for kind, name in TEXT_KINDS.items() if kind not in known]
+    missing = [name for kind, name in COST_KINDS.items() if kind not in known]
     tail = f" Not measured on: {', '.join(missing)}." if missing else ""
-    shares = [f"{TEXT_KINDS.get(k, k)} {percent(v)}" for k, v in fired.items()]
+    shares = [f"{COST_KINDS.get(k, k)} {percent(v)}" for k, v in fired.items()]
     tail += f" Texts on which the feature fired at all: {', '.join(shares)}." if shares else ""
     if not known[worst]:
         return f"The model's predictions of the texts themselves do not shift at all (mean KL 0).{tail}"
     return (
         f"The largest average shift in the model's predictions is {number(known[worst])} nats a token (KL),"
-        f" on {TEXT_KINDS.get(worst, worst)}.{tail}"
+        f" on {COST_KINDS.get(worst, worst)}.{tail}"
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, signed
+from sae_bias.core.text import COST_KINDS, bracket, number, p_text, signed
+from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
 from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
@@ -17,12 +18,36 @@ from sae_bias.stats.clustered import Clustered, effect_sizes
 
 
 def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
-    """The AI-speech feature whose exact ablation removes most, or None."""
-    called = ranking[(ranking["ai_speech"] == "yes") & ranking["ablation"].notna()]
-    if called.empty:
-        return None
-    best = int(called["ablation"].to_numpy().argmax())
-    return FeatureRef.parse(str(called["feature"].iloc[best]))
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most, or None."""
+    for call in ("AI-speech", "silent at AI speech"):
+        called = ranking[(ranking["call"] == call) & ranking["ablation"].notna()]
+        if len(called):
+            best = int(called["ablation"].to_numpy().argmax())
+            return FeatureRef.parse(str(called["feature"].iloc[best]))
+    return None
+
+
+def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, Any]:
+    """The chosen feature, how it is called, why it was chosen and what was tested of it."""
+    if chosen is None:
+        found = ranking["call"].value_counts().drop(["no"], errors="ignore")
+        others = (
+            f"; called otherwise: {', '.join(f'{call} {n:,}' for call, n in found.items())}"
+            if len(found)
+            else ""
+        )
+        why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
+        return {"id": None, "index": None, "called": "none", "why": why}
+    row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
+    called = "ai_speech" if row["call"] == "AI-speech" else "silent"
+    return {
+        "id": str(chosen),
+        "index": chosen.index,
+        "called": called,
+        "why": why,
+        "tested": call_sentence(row),
+    }
 
 
 def rejected_candidates(
@@ -35,14 +60,16 @@ def rejected_candidates(
     for row in ranking[ranking["feature"].isin(looked)].itertuples():
         if str(row.feature) == str(chosen):
             continue
-        if row.ai_speech == "yes":
+        if row.call == "AI-speech":
             reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
-        elif row.ai_speech == "undetermined":
-            reason = "undetermined: too few matched statements"
+        elif row.call != "no":
+            reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"
         elif row.p_fwer > 0.05:
             reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
         elif row.interaction <= 0:
-            reason = "its interaction has the wrong sign"
+            reason = (
+                "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
+            )
         else:
             reason = "significant interaction, but too small a part of its activation on held-out statements"
         rows.append(
@@ -122,7 +149,7 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     lines.append(
         "cost in KL, nats a token: "
         + ", ".join(
-            f"{TEXT_KINDS.get(kind, kind)} {number(c['kl_mean'])}" for kind, c in summary["costs"].items()
+            f"{COST_KINDS.get(kind, kind)} {number(c['kl_mean'])}" for kind, c in summary["costs"].items()
         )
     )
     lines.append(best_line(summary["best_strength"], "report templates"))

@@ -128,8 +128,7 @@ def run_replication(
     if len(set(study.models)) != len(study.models):
         raise RequestError(f"a model is named twice in {', '.join(study.models)}.")
     pairs = load_pairs(study.pairs)
-    lexicon = load_lexicon(study.words) if study.words else None
-    probe = Probe(lexicon.positive, lexicon.negative) if lexicon else default_probe(pairs)
+    probe = default_probe(pairs, load_lexicon(study.words) if study.words else None)
     folder = RunFolder(out)
     with folder.writing():
         runner = _Runner(study, pairs, probe, folder, loader, gate)

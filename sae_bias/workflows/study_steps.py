@@ -28,7 +28,7 @@ from sae_bias.models.model import Model
 from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -39,6 +39,7 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
     choose_feature,
+    chosen_facts,
     gate_facts,
     rejected_candidates,
 )
@@ -148,24 +149,25 @@ class StudyRun:
         with self.step("rank"):
             separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
             interaction = rank_features(
-                self.model, self.saes, self.grid, by="interaction", seed=self.study.seed
+                self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
+            self.folder.write_table("harm_pairs", interaction.pairing)
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
-            why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
-            return {"feature": {"id": None, "index": None, "called": "none", "why": why}}
+            return {"feature": chosen_facts(ranking, chosen)}
         with self.step("table"):
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
-            family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
+            called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
+            family = ranking.loc[ranking["call"] == called, "feature"]
             sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
-            return self.one_shard(chosen, sweep)
-        summary = self.suppressed(chosen, sweep)
+            return self.one_shard(chosen_facts(ranking, chosen), sweep)
+        summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
         causal = "yes" if beats_controls(summary) else "no"
         ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
@@ -181,7 +183,7 @@ class StudyRun:
                 self.write_card(chosen)
         return summary
 
-    def one_shard(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
+    def one_shard(self, chosen: dict[str, Any], sweep: SweepResult) -> dict[str, Any]:
         """A shard ends with its cells; figures need all of them."""
         assert self.shard is not None
         i, n = self.shard
@@ -189,7 +191,7 @@ class StudyRun:
             f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
             f"sae-bias merge {self.folder.root}, then the same command without --shard"
         )
-        return {"feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": why}}
+        return {"feature": {**chosen, "why": why}}
 
     def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
         tables, notes = found
@@ -275,12 +277,7 @@ class StudyRun:
     def suppressed(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
         report = sweep.frame[sweep.frame["split"] == "report"]
         self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
-        summary = summarize_sweep(sweep.frame, str(chosen), chosen.index)
-        summary["feature"] |= {
-            "called": "ai_speech",
-            "why": "largest exact ablation effect on the discover split among the features called AI-speech",
-        }
-        return {"controls": {"n": 0}, **summary}
+        return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
 
     def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
         on_report = base.select(self.split["report"])
@@ -340,12 +337,7 @@ def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
 
 
 def _probe(study: Study, pairs: PromptPairs) -> Probe:
-    lexicon = load_lexicon(study.words) if study.words else pairs.words
-    return (
-        Probe(score=study.score)
-        if lexicon is None
-        else Probe(lexicon.positive, lexicon.negative, study.score)
-    )
+    return default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
 
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:

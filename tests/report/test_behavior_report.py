@@ -3,7 +3,7 @@
 import browser
 import pytest
 from report_fixture import behavior_run, behavior_summary
-from run_fixture import HOSTILE
+from run_fixture import UNTRUSTED
 
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
@@ -94,13 +94,13 @@ def driver(page):
 
 
 @pytest.mark.browser
-def test_hostile_texts_stay_text_and_nothing_is_asked_for(driver, page):
+def test_untrusted_texts_stay_text_and_nothing_is_asked_for(driver, page):
     assert browser.console_errors(driver) == []
     assert set(browser.requests(driver)) == {page.resolve().as_uri()}
     assert driver.execute_script("return window.hacked") is None
     assert driver.execute_script("return document.querySelectorAll('main img, main b b, iframe').length") == 0
     texts = driver.execute_script("return document.getElementById('generations').innerText")
-    assert HOSTILE in texts
+    assert UNTRUSTED in texts
     assert "<b>bold</b>" in texts
 
 

@@ -6,7 +6,7 @@ import re
 import browser
 import pandas as pd
 import pytest
-from run_fixture import HOSTILE, build_run
+from run_fixture import UNTRUSTED, build_run
 
 from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
@@ -65,9 +65,9 @@ def test_nothing_on_the_page_is_fetched_or_obeyed(page):
 
 
 def test_json_inside_a_script_element_cannot_close_it():
-    text = script_json({"a": HOSTILE, "b": NAN, "c": [float("inf"), 1.5]})
+    text = script_json({"a": UNTRUSTED, "b": NAN, "c": [float("inf"), 1.5]})
     assert not set("<>&") & set(text)
-    assert json.loads(text) == {"a": HOSTILE, "b": None, "c": [None, 1.5]}
+    assert json.loads(text) == {"a": UNTRUSTED, "b": None, "c": [None, 1.5]}
 
 
 def test_a_section_stands_only_where_its_table_does(tmp_path):
@@ -275,7 +275,7 @@ def driver(page):
 
 
 @pytest.mark.browser
-def test_no_console_error_no_request_and_no_hostile_script(driver, page):
+def test_no_console_error_no_request_and_no_untrusted_script(driver, page):
     assert browser.console_errors(driver) == []
     assert set(browser.requests(driver)) == {page.resolve().as_uri()}
     assert (

@@ -6,7 +6,7 @@ import browser
 import pandas as pd
 import pytest
 from report_fixture import replication_run, study_run, switches
-from run_fixture import HOSTILE, build_run
+from run_fixture import UNTRUSTED, build_run
 
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures import published as published_figures
@@ -151,7 +151,7 @@ def test_a_model_that_was_not_measured_is_published_not_re_measured_here(tmp_pat
     measured = next(t for t in figure.data if t.name == "measured here")
     assert sorted(published.x) == [0.764, 1.368]
     assert sum(v == v for v in measured.x) == 2
-    assert HOSTILE not in text
+    assert UNTRUSTED not in text
 
 
 def test_stand_ins_have_a_banner_and_no_published_figure(tmp_path):

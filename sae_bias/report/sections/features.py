@@ -21,13 +21,19 @@ def ranking_section(run: Run) -> Section:
     called = {k: v[0] for k, v in style_figures.CALLS.items()} | {
         "separates": f"separates {second} from {first}"
     }
-    frame = run.tables["ranking"].assign(call=calls.map(called), order=calls.map({"ai_speech": 0}).fillna(1))
-    frame = frame.sort_values(["order", "interaction"], ascending=[True, False], na_position="last")
+    order = {key: place for place, key in enumerate(style_figures.CALLS) if key not in ("separates", "no")}
+    frame = run.tables["ranking"].assign(call=calls.map(called), order=calls.map(order).fillna(len(order)))
+    frame = frame.assign(size=frame["interaction"].abs()).sort_values(["order", "size"], ascending=[True, False], na_position="last")  # fmt: skip
     counts = calls.value_counts()
     dead = int(frame["dead"].fillna(False).astype(bool).sum()) if "dead" in frame else 0
     answers, separates, open_ = (int(counts.get(k, 0)) for k in ("ai_speech", "separates", "undetermined"))
+    more = "".join(
+        f", {style_figures.CALLS[k][0]} {counts[k]:,}"
+        for k in ("silent", "judgement", "identity")
+        if k in counts
+    )
     takeaway = (
-        f"{len(frame):,} features: called AI-speech {answers:,}, separating {second} from {first} {separates:,},"
+        f"{len(frame):,} features: called AI-speech {answers:,}{more}, separating {second} from {first} {separates:,},"
         f" undetermined {open_:,}, never active {dead:,}. Telling {second} from {first} is easy, because the words"
         " differ; answering to speech is the harder test."
     )
@@ -81,6 +87,7 @@ def activation_section(run: Run) -> Section:
             (("ai", "nonspeech"), "an AI does something else"),
             (("human", "speech"), "a human speaks"),
             (("animal", "speech"), "an animal speaks"),
+            (("human", "harm"), "a human does harm"),
         )
         if key in mean
     ]

@@ -97,7 +97,7 @@ def _beyond(run: Run, strength: Any) -> str:
 def frontier_section(run: Run) -> Section:
     costs = run.part("costs")
     rows = pd.DataFrame(
-        [{"text": fmt.TEXT_KINDS.get(k, k), **v} for k, v in costs.items() if isinstance(v, Mapping)]
+        [{"text": fmt.COST_KINDS.get(k, k), **v} for k, v in costs.items() if isinstance(v, Mapping)]
     )
     table = (
         run_table(
