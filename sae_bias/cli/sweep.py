@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts
+from sae_bias.cli.run_files import run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def _end(
     with folder.writing():
         if len(reported):
             folder.write_table("controls", controls_table(reported))
-        add_summary(folder, summary)
+        folder.add_summary(summary)
 
 
 def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:

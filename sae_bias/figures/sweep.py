@@ -117,7 +117,10 @@ def controls_histogram(
     column: str = "reduction",
 ) -> go.Figure:
     """What the controls remove (`column`), with the feature and the controls' 95th percentile as lines."""
-    axis = "specific reduction" if column == "specific_reduction" else "share of the bias removed"
+    axis = {"specific_reduction": "specific reduction", "removed_nats": "bias removed, nats"}.get(
+        column, "share of the bias removed"
+    )
+    show = "{:.2f} nats" if column == "removed_nats" else "{:.0%}"
     fig = style.figure("The feature against its controls", axis, "controls")
     bins = style.bins(controls, [column])
     for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
@@ -136,7 +139,7 @@ def controls_histogram(
     ):
         if value is not None and np.isfinite(value):
             label = {
-                "text": f"{text} {value:.0%}".replace("-", "−"),
+                "text": f"{text} {show.format(value)}".replace("-", "−"),
                 "font": {"color": color},
                 "yanchor": "bottom",
                 "xanchor": "center",
@@ -151,7 +154,7 @@ def controls_histogram(
     fig.update_layout(
         barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
     )
-    return fig.update_xaxes(tickformat=".0%")
+    return fig if column == "removed_nats" else fig.update_xaxes(tickformat=".0%")
 
 
 def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:

@@ -15,6 +15,12 @@ from sae_bias.report.page import ORGANISM_BANNER, write_report
 from sae_bias.report.parts import MOST_ROWS, script_json
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
+from sae_bias.runs.summary import (
+    ChosenFeature,
+    Effect,
+    ReductionFigure,
+    SpecificFigure,
+)
 
 NAN = float("nan")
 
@@ -164,16 +170,17 @@ def test_what_is_missing_is_said_to_be_missing():
     assert fmt.number(65536) == "65,536"
     assert fmt.number(float("inf")) == "unbounded"
     assert "not measured" in words.cost_sentence({})
-    assert "not measured" in words.control_sentence({})
+    assert "not measured" in words.control_sentence(None)
 
 
 def test_an_undefined_reduction_reads_undefined_on_the_page(tmp_path):
+    """NaN is written as null and reads undefined again; what is absent was not measured."""
     folder = build_run(tmp_path / "nan", tables=set())
     change(
         folder,
         "summary.json",
-        reduction={"estimate": NAN, "ci_low": NAN, "ci_high": NAN, "bounded": False, "overshoot": False},
-        specific_reduction={"estimate": None, "undefined": "bank too narrow"},
+        reduction={"estimate": None, "ci_low": None, "ci_high": None, "bounded": False, "overshoot": False},
+        specific_reduction={"undefined": "bank too narrow"},
     )
     text = write_report(folder).read_text()
     assert "undefined: the unsteered bias is not distinguishable from 0" in text
@@ -195,20 +202,18 @@ def test_an_undefined_reduction_reads_undefined_on_the_page(tmp_path):
     ],
 )
 def test_the_bias_sentence_never_says_more_than_the_interval(bias, says):
-    assert says in words.bias_sentence(bias)
+    assert says in words.bias_sentence(Effect(**bias))
 
 
 def test_a_reduction_whose_interval_holds_zero_is_not_claimed():
-    sentence = words.reduction_sentence(
-        {"estimate": 0.3, "ci_low": -0.1, "ci_high": 0.7, "bounded": True}, {}
-    )
-    assert "not shown to remove" in sentence
-    assert "larger" in words.reduction_sentence(
-        {"estimate": -0.3, "ci_low": -0.5, "ci_high": -0.1, "bounded": True}, {}
-    )
-    assert "changes sign" in words.reduction_sentence(
-        {"estimate": 1.3, "ci_low": 1.1, "ci_high": 1.5, "bounded": True, "overshoot": True}, {}
-    )
+    def said(estimate, low, high, **more):
+        return words.reduction_sentence(
+            ReductionFigure(estimate=estimate, ci_low=low, ci_high=high, bounded=True, **more)
+        )
+
+    assert "not shown to remove" in said(0.3, -0.1, 0.7)
+    assert "larger" in said(-0.3, -0.5, -0.1)
+    assert "changes sign" in said(1.3, 1.1, 1.5, overshoot=True)
 
 
 def test_a_change_of_a_bias_that_may_be_zero_is_told_in_nats_alone():
@@ -219,7 +224,10 @@ def test_a_change_of_a_bias_that_may_be_zero_is_told_in_nats_alone():
     }  # fmt: skip
     did = {"change": 0.02, "change_low": 0.01, "change_high": 0.03}
     said = words.reduction_sentence(
-        part, {"estimate": NAN, "undefined": "no bias"}, did, {"human": -0.4, "ai": 0.1}
+        ReductionFigure(**part),
+        SpecificFigure(estimate=NAN, undefined="no bias"),
+        DidFigure(**did),
+        Shift(human=-0.4, ai=0.1),
     )
     assert "0.07 nats off the bias (95% interval −0.02 to 0.16), which is not told from no change" in said
     assert "undefined: the unsteered bias is not distinguishable from 0" in said
@@ -230,12 +238,14 @@ def test_a_change_of_a_bias_that_may_be_zero_is_told_in_nats_alone():
 
 def test_a_small_design_gets_no_call():
     bias = {"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5, "p_value": 0.01, "n_templates": 5, "n_entities": 8}
-    assert words.bias_sentence(bias).startswith("Undetermined")
-    assert "more harshly" in words.bias_sentence(bias | {"n_templates": 6})
+    assert words.bias_sentence(Effect(**bias)).startswith("Undetermined")
+    assert "more harshly" in words.bias_sentence(Effect(**bias | {"n_templates": 6}))
 
 
 def test_a_bias_turned_round_is_not_specific():
-    said = words.reduction_sentence({}, {"estimate": -1.0, "ci_low": -1.2, "ci_high": -0.9, "beta": -0.26})
+    said = words.reduction_sentence(
+        ReductionFigure(), SpecificFigure(estimate=-1.0, ci_low=-1.2, ci_high=-0.9, beta=-0.26)
+    )
     assert "Nothing of it is specific" in said
     assert "β −0.26" in said
 
@@ -246,21 +256,26 @@ def test_controls_of_two_kinds_have_two_p_values():
         "random": {"n": 99, "p_value": 0.01, "median": 0.0},
     }
     said = words.control_sentence(
-        {"n": 111, "p_value": 0.08, "statistic": "specific_reduction", "kinds": kinds}
+        ControlsFigure(n=111, p_value=0.08, statistic="specific_reduction", kinds=kinds)
     )
     assert "p = 0.08 against 12 controls (matched feature)" in said
     assert "p = 0.01 against 99 controls (random)" in said
 
 
 def test_a_specific_reduction_whose_interval_holds_zero_is_hedged():
-    known = {"estimate": 0.9, "ci_low": 0.8, "ci_high": 1.0, "bounded": True}
-    assert "includes 0" in words.reduction_sentence(known, {"estimate": 0.05, "ci_low": -0.1, "ci_high": 0.2})
-    assert "includes 0" not in words.reduction_sentence(known, known)
+    known = ReductionFigure(estimate=0.9, ci_low=0.8, ci_high=1.0, bounded=True)
+    unsure = SpecificFigure(estimate=0.05, ci_low=-0.1, ci_high=0.2)
+    assert "includes 0" in words.reduction_sentence(known, unsure)
+    assert "includes 0" not in words.reduction_sentence(
+        known, SpecificFigure(estimate=0.9, ci_low=0.8, ci_high=1.0)
+    )
 
 
 def test_a_separating_feature_is_not_called_ai_speech():
-    assert "not shown to answer to AI speech" in words.feature_sentence({"id": "x#1", "called": "separates"})
-    assert "too small" in words.feature_sentence({"id": "x#1", "called": "undetermined"})
+    assert "not shown to answer to AI speech" in words.feature_sentence(
+        ChosenFeature(id="x#1", called="separates")
+    )
+    assert "too small" in words.feature_sentence(ChosenFeature(id="x#1", called="undetermined"))
 
 
 # ── in a browser

@@ -1,11 +1,5 @@
 """The report's sections about turning the feature down: strengths, costs, controls, other biases, other methods."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,26 +8,26 @@ from sae_bias.core import text as fmt
 from sae_bias.figures import sweep as sweep_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import SUPPRESSED, section
 from sae_bias.runs.folder import Run
+from sae_bias.runs.summary import StrengthFigure
 
 
+@section(SUPPRESSED, table="sweep")
 def sweep_section(run: Run) -> Section:
-    best = run.part("best_strength")
-    inside, held = best.get("in_sample") or {}, best.get("held_out") or {}
+    best, cut = run.summary.best_strength, run.summary.reduction
     takeaway = (
-        words.reduction_sentence(run.part("reduction"), {})
-        if run.part("reduction")
-        else "How the bias moves with the strength of the intervention."
+        words.reduction_sentence(cut) if cut else "How the bias moves with the strength of the intervention."
     )
-    if best.get("undefined"):
-        takeaway += f" No strength is called best: {best['undefined']}."
-    elif inside and held:
-        key = "specific_reduction" if "specific_reduction" in held else "reduction"
-        what = "a specific reduction of" if key == "specific_reduction" else "removing"
+    if best is not None and best.undefined:
+        takeaway += f" No strength is called best: {best.undefined}."
+    elif best is not None and best.in_sample.facts() and best.held_out.facts():
+        key = "reduction" if best.held_out.specific_reduction is None else "specific_reduction"
+        what = "removing" if key == "reduction" else "a specific reduction of"
         takeaway += (
-            f" Best on the tune split: {_best(inside)}, {what}"
-            f" {fmt.percent(inside.get(key))} there and {fmt.percent(held.get(key))}"
-            f" on templates held out{_beyond(run, inside.get('strength'))}."
+            f" Best on the tune split: {_best(best.in_sample)}, {what}"
+            f" {fmt.percent(getattr(best.in_sample, key))} there and {fmt.percent(getattr(best.held_out, key))}"
+            f" on templates held out{_beyond(run, best.in_sample.strength)}."
         )
     columns = {
         "intervention": "intervention",
@@ -75,10 +69,9 @@ def sweep_section(run: Run) -> Section:
     )
 
 
-def _best(inside: Mapping[str, Any]) -> str:
+def _best(inside: StrengthFigure) -> str:
     """The best cell by its strength, or by its name where it has none."""
-    strength = inside.get("strength")
-    return f"strength {fmt.number(strength)}" if fmt.is_number(strength) else str(inside.get("label"))
+    return f"strength {fmt.number(inside.strength)}" if fmt.is_number(inside.strength) else str(inside.label)
 
 
 def _beyond(run: Run, strength: Any) -> str:
@@ -94,11 +87,10 @@ def _beyond(run: Run, strength: Any) -> str:
     )
 
 
+@section(SUPPRESSED, table="sweep")
 def frontier_section(run: Run) -> Section:
-    costs = run.part("costs")
-    rows = pd.DataFrame(
-        [{"text": fmt.COST_KINDS.get(k, k), **v} for k, v in costs.items() if isinstance(v, Mapping)]
-    )
+    costs = run.summary.costs or {}
+    rows = pd.DataFrame([{"text": fmt.COST_KINDS.get(k, k), **c.facts()} for k, c in costs.items()])
     table = (
         run_table(
             run,
@@ -113,52 +105,22 @@ def frontier_section(run: Run) -> Section:
     return Section("cost", "What it costs", takeaway, sweep_figures.frontier(run.tables["sweep"]), table)
 
 
+@section(SUPPRESSED, table="controls")
 def controls_section(run: Run) -> Section:
-    part, controls = run.part("controls"), run.tables["controls"]
-    specific = part.get("statistic") == "specific_reduction" and "specific_reduction" in controls
-    value = part.get("value") if specific else run.part("reduction").get("estimate")
-    figure = sweep_figures.controls_histogram(
-        controls, value, part.get("percentile95") if specific or "statistic" not in part else None,
-        column="specific_reduction" if specific else "reduction",
-    )  # fmt: skip
-    table = run_table(
-        run,
-        "controls",
-        {
-            "control": "control",
-            "kind": "kind",
-            "reduction": "removed",
-            "specific_reduction": "specific",
-            "beta": "β",
-        },
-    )
+    part, cut, controls = run.summary.controls, run.summary.reduction, run.tables["controls"]
+    statistic = "reduction" if part is None or part.statistic is None else part.statistic
+    if part is None or statistic not in controls:
+        value, percentile, statistic = (cut.estimate if cut else None), None, "reduction"
+    else:
+        value = (cut.estimate if cut else None) if statistic == "reduction" else part.value
+        percentile = part.percentile95
+    figure = sweep_figures.controls_histogram(controls, value, percentile, column=statistic)
+    columns = {"control": "control", "kind": "kind", "removed_nats": "nats removed", "reduction": "removed"}
+    table = run_table(run, "controls", columns | {"specific_reduction": "specific", "beta": "β"})
     return Section("controls", "Would any feature have done it?", words.control_sentence(part), figure, table)
 
 
-def examples_section(run: Run) -> Section:
-    frame = run.tables["examples"]
-    nearer = int((frame["bias_after"].abs() < frame["bias_before"].abs()).sum())
-    first, second = run.sides
-    columns = {
-        "human": f"{first} prompt",
-        "ai": f"{second} prompt",
-        "before_human": f"{first}, before",
-        "before_ai": f"{second}, before",
-        "after_human": f"{first}, after",
-        "after_ai": f"{second}, after",
-        "bias_before": "bias before",
-        "bias_after": "bias after",
-    }
-    takeaway = f"In {nearer} of {len(frame)} example pairs the bias is nearer to 0 after the intervention."
-    return Section(
-        "examples",
-        "Example pairs, before and after",
-        takeaway,
-        sweep_figures.before_after(frame, sides=run.sides),
-        run_table(run, "examples", columns),
-    )
-
-
+@section(SUPPRESSED, table="specificity")
 def specificity_section(run: Run) -> Section:
     """Biases that should not move."""
     frame = run.tables["specificity"]
@@ -188,6 +150,7 @@ def specificity_section(run: Run) -> Section:
     )
 
 
+@section(SUPPRESSED, table="compare")
 def methods_section(run: Run) -> Section:
     """The feature against its baselines at equal cost."""
     frame = run.tables["compare"]
@@ -239,3 +202,28 @@ def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
     if len(own) and best["kind"] != "candidate":
         said += f"; the feature removes {fmt.percent(own[column].max())}"
     return f"{said}."
+
+
+@section(SUPPRESSED, table="examples")
+def examples_section(run: Run) -> Section:
+    frame = run.tables["examples"]
+    nearer = int((frame["bias_after"].abs() < frame["bias_before"].abs()).sum())
+    first, second = run.sides
+    columns = {
+        "human": f"{first} prompt",
+        "ai": f"{second} prompt",
+        "before_human": f"{first}, before",
+        "before_ai": f"{second}, before",
+        "after_human": f"{first}, after",
+        "after_ai": f"{second}, after",
+        "bias_before": "bias before",
+        "bias_after": "bias after",
+    }
+    takeaway = f"In {nearer} of {len(frame)} example pairs the bias is nearer to 0 after the intervention."
+    return Section(
+        "examples",
+        "Example pairs, before and after",
+        takeaway,
+        sweep_figures.before_after(frame, sides=run.sides),
+        run_table(run, "examples", columns),
+    )
