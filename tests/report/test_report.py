@@ -17,8 +17,11 @@ from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
 from sae_bias.runs.summary import (
     ChosenFeature,
+    ControlsFigure,
+    DidFigure,
     Effect,
     ReductionFigure,
+    Shift,
     SpecificFigure,
 )
 
