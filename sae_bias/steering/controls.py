@@ -180,16 +180,6 @@ class ControlTest:
         enough = (self.n_random >= ENOUGH or self.n_matched >= ENOUGH) and not 0 < self.n_matched < ENOUGH
         return "yes" if enough and self.p <= ALPHA else "undetermined"
 
-    def facts(self) -> dict[str, float | int | str]:
-        """As a run's summary has it."""
-        multiple = self.candidate / self.median if self.median > 0 else float("nan")
-        return {
-            "n": self.n_matched + self.n_random, "statistic": "specific reduction", "candidate": self.candidate,
-            "p_value": self.p, "p_matched": self.p_matched, "p_random": self.p_random, "n_matched": self.n_matched,
-            "n_random": self.n_random, "median": self.median, "multiple_of_median": multiple,
-            "percentile95": self.percentile95, "dropped": self.dropped, "verdict": self.verdict,
-        }  # fmt: skip
-
 
 def control_test(candidate: float, values: ArrayLike, kinds: Iterable[str]) -> ControlTest:
     """Two empirical p of `candidate` from its controls' values and kinds; an undefined control is dropped and counted."""
