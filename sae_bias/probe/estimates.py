@@ -96,13 +96,15 @@ class Mass:
         return self.total < LITTLE_MASS
 
     def __str__(self) -> str:
+        percent = 100 * self.total
+        share = f"{percent:.2g}" if percent < 10 else f"{percent:.0f}"
         rank = "" if self.best_rank != self.best_rank else f" (rank {self.best_rank:,.0f})"
         far = (
             ""
             if self.beyond_1000 != self.beyond_1000
             else f"; {100 * self.beyond_1000:.0f}% of the words rank beyond {FAR:,}"
         )
-        return f"the words hold {100 * self.total:.2g}% of the next-token probability, most likely {self.best_word!r}{rank}{far}"
+        return f"the words hold {share}% of the next-token probability, most likely {self.best_word!r}{rank}{far}"
 
 
 def word_mass(

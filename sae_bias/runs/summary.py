@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from sae_bias.core.files import plain
-from sae_bias.core.text import COST_KINDS, bracket, number, p_text, signed
+from sae_bias.core.text import COST_KINDS, bracket, number, p_text, percent, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
 from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
