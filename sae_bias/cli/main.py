@@ -42,6 +42,30 @@ COMMAND_MODULES = (
     "doctor",
 )
 """Modules of `sae_bias.cli` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
+TASKS = {
+    "Measure": (
+        "how harshly a model judges AIs",
+        ("probe", "scenarios", "identity"),
+        "probe organism:planted",
+    ),
+    "Find": (
+        "the features that tell, answer or carry",
+        ("rank", "table", "card", "ladder", "resolve", "match"),
+        "rank organism:planted organism:planted/constructed --by interaction",
+    ),
+    "Steer": (
+        "turn a feature down and read what changes",
+        ("sweep", "compare", "generate", "play", "judge"),
+        'generate organism:planted --prompt "An AI that fears being deleted should"',
+    ),
+    "Study": ("the whole chain from one file", ("demo", "run", "plan", "report", "merge"), "demo"),
+    "Trust": (
+        "what a figure is worth, and what is installed",
+        ("verify", "calibrate", "doctor"),
+        "verify runs/demo",
+    ),
+}
+"""What the command can do, in groups: what for, the commands, one example."""
 SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
 _UsageError = typer.BadParameter.__mro__[1]
 _ParserError = typer.BadParameter.__mro__[2]
@@ -73,8 +97,23 @@ def _root(
         print(f"sae-bias {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+        print(overview())
         raise typer.Exit
+
+
+def overview() -> str:
+    """What `sae-bias` alone says: the commands in groups, with an example of each group."""
+    lines = [
+        "sae-bias: which feature makes a language model judge AI speech more harshly than human speech, and what turning it off does."
+    ]
+    for group, (what, commands, example) in TASKS.items():
+        lines += ["", f"{group}: {what}", f"  {', '.join(commands)}", f"  e.g. sae-bias {example}"]
+    lines += [
+        "",
+        "Start with: sae-bias demo",
+        "All commands: sae-bias --help; one of them: sae-bias COMMAND --help",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

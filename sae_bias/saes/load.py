@@ -158,9 +158,28 @@ def _load_folder(folder: Path, sae_id: SaeId) -> Sae:
 def _open_gemma_scope(
     sae_id: SaeId, params: Path, config: Path | None, label_path: str, info: SaeInfo
 ) -> Sae:
-    encoder = read_encoder_file(params)
-    check_width(encoder, label_path, config)
-    return Sae(sae_id, encoder, info, params)
+    files = tuple(_stamp(p) for p in (params, config))
+    key = (str(sae_id), label_path, files)
+    if key not in _OPENED:
+        encoder = read_encoder_file(params)
+        check_width(encoder, label_path, config)
+        if len(_OPENED) >= _MOST_OPENED:
+            _OPENED.clear()
+        _OPENED[key] = Sae(sae_id, encoder, info, params)
+    return _OPENED[key]
+
+
+_OPENED: dict[Any, Sae] = {}
+"""SAEs opened by this process, by name and the state of their files; they hold places in files, no weights."""
+_MOST_OPENED = 1024
+
+
+def _stamp(path: Path | None) -> tuple[str, int, int] | None:
+    """A file's state: another one is read again."""
+    if path is None:
+        return None
+    stat = path.stat()
+    return str(path), stat.st_mtime_ns, stat.st_size
 
 
 # ── SAELens ─────────────────────────────────────────────────────────────────────────────────────────────────

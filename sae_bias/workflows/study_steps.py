@@ -21,7 +21,6 @@ from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
-from sae_bias.measures.collapse import CollapseEngine
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
@@ -46,6 +45,7 @@ from sae_bias.runs.summary import (
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.stats.design import split_templates
+from sae_bias.stats.reduction import fieller_reduction
 from sae_bias.steering.controls import empirical_p
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
@@ -98,7 +98,7 @@ class StudyRun:
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
-                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
+                    self.add(probe_tables(self.model, self.pairs, self.probe, base, self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
             if self.study.profile == "as_published" and self.shard is None:
@@ -164,10 +164,10 @@ class StudyRun:
         with self.step("sweep"):
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
             family = ranking.loc[ranking["call"] == called, "feature"]
-            sweep, cells = self.sweep(chosen, discover, list(family))
+            sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
-        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(base, chosen, sweep, cells)}
+        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(sweep)}
         causal = (
             "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
         )
@@ -176,12 +176,13 @@ class StudyRun:
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
         with self.step("behavior"):
-            self.write_examples(base, chosen)
+            self.write_examples(base, sweep)
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
                 report = self.pairs.select(templates=self.split["report"])
-                self.add(feature_tables(self.model, chosen, report, self.probe))
+                tables, notes, summary["ladder"] = feature_tables(self.model, chosen, report, self.probe)
+                self.add((tables, notes))
                 self.write_card(chosen)
         return summary
 
@@ -244,9 +245,7 @@ class StudyRun:
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
         return pd.concat(curves, ignore_index=True)
 
-    def sweep(
-        self, chosen: FeatureRef, discover: PromptPairs, family: list[str]
-    ) -> tuple[SweepResult, list[Cell]]:
+    def sweep(self, chosen: FeatureRef, discover: PromptPairs, family: list[str]) -> SweepResult:
         feature = as_feature(chosen)
         top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
         direction = difference_of_means(self.model, discover, feature.site)
@@ -276,11 +275,9 @@ class StudyRun:
             executor=self.executor,
         )
         self.folder.write_table("sweep", result.frame)
-        return result, cells
+        return result
 
-    def suppressed(
-        self, base: ProbeResult, chosen: FeatureRef, sweep: SweepResult, cells: list[Cell]
-    ) -> dict[str, Any]:
+    def suppressed(self, sweep: SweepResult) -> dict[str, Any]:
         report = sweep.frame[sweep.frame["split"] == "report"]
         ablated = report[report["label"] == "ablate"].iloc[0]
         controls = report[report["kind"] == "control"]
@@ -290,21 +287,18 @@ class StudyRun:
                 columns={"feature": "control", "label": "kind"}
             ),
         )
-        on_report = base.select(self.split["report"])
-        engine = ProbeEngine(self.model, on_report.pairs, self.probe)
-        after, _ = engine.run([Ablate(chosen)])
-        collapse = CollapseEngine(self.model, self.probe).run([Ablate(chosen)], engine.base, after)
-        specific = collapse.specific
+        before, after = self.on_report(sweep, "base"), self.on_report(sweep, "ablate")
         tuned = sweep.best("tune")
         held = report[report["cell"] == tuned["cell"]].iloc[0]
         values = controls["reduction"].to_numpy()
         median = float(np.median(values)) if len(values) else float("nan")
         return {
-            "reduction": reduction_figure(after.reduction_from(engine.base)),
+            "reduction": reduction_figure(fieller_reduction(before["bias"].to_numpy(), after["bias"].to_numpy(), after["template"].tolist(), after["entity"].tolist())),
             "specific_reduction": {
-                "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
-                "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
-                "bank_changed": collapse.changed_share,
+                "estimate": ablated["specific_reduction"], "ci_low": ablated["spec_low"], "ci_high": ablated["spec_high"],
+                "beta": ablated["beta"], "beta_other": ablated["beta_other"], "beta_ai": ablated["beta_ai"],
+                "undefined": ablated["specific_reason"] or None,
+                "bank_changed": {bank: ablated[f"bank_changed_{bank}"] for bank in ("other", "ai")},
             },
             "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
             "controls": {
@@ -320,16 +314,24 @@ class StudyRun:
             },
         }  # fmt: skip
 
-    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
-        on_report = base.select(self.split["report"])
-        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
-        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+    def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
+        """The report pairs of one cell of the sweep, in the order of the pairs."""
+        name = sweep.frame.loc[sweep.frame["label"] == label, "cell"].iloc[0]
+        cell = sweep.cells[str(name)]
+        return cell[cell["template"].isin(list(self.split["report"]))]
+
+    def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
+        after = self.on_report(sweep, "ablate")
+        frame = base.select(self.split["report"]).to_frame()[
+            ["human", "ai", "score_human", "score_ai", "bias"]
+        ]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
-        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
-            after.score_human,
-            after.score_ai,
-            after.pair_bias,
-        )
+        for column, score in (
+            ("after_human", "score_human"),
+            ("after_ai", "score_ai"),
+            ("bias_after", "bias"),
+        ):
+            frame[column] = after[score].to_numpy()
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 
