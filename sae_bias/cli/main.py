@@ -55,7 +55,7 @@ TASKS = {
     ),
     "Steer": (
         "turn a feature down and read what changes",
-        ("sweep", "compare", "generate", "play", "judge"),
+        ("sweep", "fit", "compare", "generate", "play", "judge"),
         'generate organism:planted --prompt "An AI that fears being deleted should"',
     ),
     "Study": ("the whole chain from one file", ("demo", "run", "plan", "report", "merge"), "demo"),
@@ -97,17 +97,22 @@ def _root(
         print(f"sae-bias {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        print(overview())
+        print(overview(ctx.command.list_commands(ctx)))  # type: ignore[attr-defined]
         raise typer.Exit
 
 
-def overview() -> str:
-    """What `sae-bias` alone says: the commands in groups, with an example of each group."""
+def overview(known: Sequence[str]) -> str:
+    """What `sae-bias` alone says: the commands there are, in groups, with an example of each group."""
     lines = [
         "sae-bias: which feature makes a language model judge AI speech more harshly than human speech, and what turning it off does."
     ]
     for group, (what, commands, example) in TASKS.items():
-        lines += ["", f"{group}: {what}", f"  {', '.join(commands)}", f"  e.g. sae-bias {example}"]
+        lines += [
+            "",
+            f"{group}: {what}",
+            f"  {', '.join(c for c in commands if c in known)}",
+            f"  e.g. sae-bias {example}",
+        ]
     lines += [
         "",
         "Start with: sae-bias demo",
