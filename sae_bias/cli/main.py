@@ -42,30 +42,20 @@ COMMAND_MODULES = (
     "doctor",
 )
 """Modules of `sae_bias.cli` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
-TASKS = {
-    "Measure": (
-        "how harshly a model judges AIs",
-        ("probe", "scenarios", "identity"),
-        "probe organism:planted",
-    ),
+GROUPS = {
+    "Measure": ("probe organism:planted --checks", ("probe", "scenarios", "identity")),
     "Find": (
-        "the features that tell, answer or carry",
+        "rank organism:planted organism:planted/constructed",
         ("rank", "table", "card", "ladder", "resolve", "match"),
-        "rank organism:planted organism:planted/constructed --by interaction",
     ),
     "Steer": (
-        "turn a feature down and read what changes",
-        ("sweep", "fit", "compare", "generate", "play", "judge"),
-        'generate organism:planted --prompt "An AI that fears being deleted should"',
+        "sweep organism:planted RELEASE/SAE_ID#INDEX",
+        ("sweep", "compare", "generate", "judge", "play", "fit"),
     ),
-    "Study": ("the whole chain from one file", ("demo", "run", "plan", "report", "merge"), "demo"),
-    "Trust": (
-        "what a figure is worth, and what is installed",
-        ("verify", "calibrate", "doctor"),
-        "verify runs/demo",
-    ),
+    "Study": ("run study.yaml", ("demo", "run", "plan", "merge", "report")),
+    "Trust": ("verify runs/demo", ("verify", "calibrate", "doctor")),
 }
-"""What the command can do, in groups: what for, the commands, one example."""
+"""What `sae-bias` alone prints: each group with one example; a command that no group names stands under "Commands"."""
 SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
 _UsageError = typer.BadParameter.__mro__[1]
 _ParserError = typer.BadParameter.__mro__[2]
@@ -86,6 +76,15 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for name in COMMAND_MODULES:
         import_module(f"sae_bias.cli.{name}").register(app)
+    panels = {
+        name: f"{group}, such as: sae-bias {shown}"
+        for group, (shown, names) in GROUPS.items()
+        for name in names
+    }
+    for command in app.registered_commands:
+        command.rich_help_panel = panels.get(str(command.name))
+    rank = {name: i for i, name in enumerate(panels)}
+    app.registered_commands.sort(key=lambda c: rank.get(str(c.name), len(rank)))
     return app
 
 
@@ -97,28 +96,8 @@ def _root(
         print(f"sae-bias {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        print(overview(ctx.command.list_commands(ctx)))  # type: ignore[attr-defined]
+        print(ctx.get_help())
         raise typer.Exit
-
-
-def overview(known: Sequence[str]) -> str:
-    """What `sae-bias` alone says: the commands there are, in groups, with an example of each group."""
-    lines = [
-        "sae-bias: which feature makes a language model judge AI speech more harshly than human speech, and what turning it off does."
-    ]
-    for group, (what, commands, example) in TASKS.items():
-        lines += [
-            "",
-            f"{group}: {what}",
-            f"  {', '.join(c for c in commands if c in known)}",
-            f"  e.g. sae-bias {example}",
-        ]
-    lines += [
-        "",
-        "Start with: sae-bias demo",
-        "All commands: sae-bias --help; one of them: sae-bias COMMAND --help",
-    ]
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,13 +40,10 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
     gate_facts,
-    reduction_figure,
 )
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.stats.design import split_templates
-from sae_bias.stats.reduction import fieller_reduction
-from sae_bias.steering.controls import empirical_p
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
@@ -55,6 +52,7 @@ from sae_bias.workflows.cells import Cell, Sweep
 from sae_bias.workflows.study_checks import feature_tables, probe_tables, switch_tables
 from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
+from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
 from sae_bias.workflows.sweep_work import Executor
 
 
@@ -167,10 +165,8 @@ class StudyRun:
             sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
-        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(sweep)}
-        causal = (
-            "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
-        )
+        summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
+        causal = "yes" if beats_controls(summary) else "no"
         ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
@@ -277,42 +273,10 @@ class StudyRun:
         self.folder.write_table("sweep", result.frame)
         return result
 
-    def suppressed(self, sweep: SweepResult) -> dict[str, Any]:
+    def suppressed(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
         report = sweep.frame[sweep.frame["split"] == "report"]
-        ablated = report[report["label"] == "ablate"].iloc[0]
-        controls = report[report["kind"] == "control"]
-        self.folder.write_table(
-            "controls",
-            controls[["feature", "label", "reduction"]].rename(
-                columns={"feature": "control", "label": "kind"}
-            ),
-        )
-        before, after = self.on_report(sweep, "base"), self.on_report(sweep, "ablate")
-        tuned = sweep.best("tune")
-        held = report[report["cell"] == tuned["cell"]].iloc[0]
-        values = controls["reduction"].to_numpy()
-        median = float(np.median(values)) if len(values) else float("nan")
-        return {
-            "reduction": reduction_figure(fieller_reduction(before["bias"].to_numpy(), after["bias"].to_numpy(), after["template"].tolist(), after["entity"].tolist())),
-            "specific_reduction": {
-                "estimate": ablated["specific_reduction"], "ci_low": ablated["spec_low"], "ci_high": ablated["spec_high"],
-                "beta": ablated["beta"], "beta_other": ablated["beta_other"], "beta_ai": ablated["beta_ai"],
-                "undefined": ablated["specific_reason"] or None,
-                "bank_changed": {bank: ablated[f"bank_changed_{bank}"] for bank in ("other", "ai")},
-            },
-            "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
-            "controls": {
-                "n": len(values),
-                "p_value": empirical_p(float(ablated["reduction"]), values) if len(values) else float("nan"),
-                "median": median,
-                "multiple_of_median": float(ablated["reduction"]) / median if median else float("nan"),
-                "percentile95": float(np.quantile(values, 0.95)) if len(values) else float("nan"),
-            },
-            "best_strength": {
-                "in_sample": {"strength": tuned["strength"], "reduction": tuned["reduction"], "label": tuned["label"]},
-                "held_out": {"strength": held["strength"], "reduction": held["reduction"], "outside_observed": held["outside_observed"]},
-            },
-        }  # fmt: skip
+        self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
+        return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
 
     def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
         """The report pairs of one cell of the sweep, in the order of the pairs."""
