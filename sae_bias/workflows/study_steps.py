@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
@@ -39,11 +40,8 @@ from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
-    choose_feature,
-    chosen_facts,
     gate_facts,
-    reduction_summary,
-    rejected_candidates,
+    reduction_figure,
 )
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
@@ -302,7 +300,7 @@ class StudyRun:
         values = controls["reduction"].to_numpy()
         median = float(np.median(values)) if len(values) else float("nan")
         return {
-            "reduction": reduction_summary(after.reduction_from(engine.base)),
+            "reduction": reduction_figure(after.reduction_from(engine.base)),
             "specific_reduction": {
                 "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
                 "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
@@ -369,6 +367,73 @@ class StudyRun:
     def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
         for name, frame in tables.items():
             self.folder.write_table(name, frame)
+
+
+def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most, or None."""
+    for call in ("AI-speech", "silent at AI speech"):
+        called = ranking[(ranking["call"] == call) & ranking["ablation"].notna()]
+        if len(called):
+            best = int(called["ablation"].to_numpy().argmax())
+            return FeatureRef.parse(str(called["feature"].iloc[best]))
+    return None
+
+
+def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, Any]:
+    """The chosen feature, how it is called, why it was chosen and what was tested of it."""
+    if chosen is None:
+        found = ranking["call"].value_counts().drop(["no"], errors="ignore")
+        others = (
+            f"; called otherwise: {', '.join(f'{call} {n:,}' for call, n in found.items())}"
+            if len(found)
+            else ""
+        )
+        why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
+        return {"id": None, "index": None, "called": "none", "why": why}
+    row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
+    called = "ai_speech" if row["call"] == "AI-speech" else "silent"
+    return {
+        "id": str(chosen),
+        "index": chosen.index,
+        "called": called,
+        "why": why,
+        "tested": call_sentence(row),
+    }
+
+
+def rejected_candidates(
+    ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None
+) -> pd.DataFrame:
+    """Every candidate that was looked at and not chosen, with the reason."""
+    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
+    rows = []
+    row: Any
+    for row in ranking[ranking["feature"].isin(looked)].itertuples():
+        if str(row.feature) == str(chosen):
+            continue
+        if row.call == "AI-speech":
+            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
+        elif row.call != "no":
+            reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"
+        elif row.p_fwer > 0.05:
+            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
+        elif row.interaction <= 0:
+            reason = (
+                "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
+            )
+        else:
+            reason = "significant interaction, but too small a part of its activation on held-out statements"
+        rows.append(
+            {
+                "feature": row.feature,
+                "auroc": row.auroc,
+                "interaction": row.interaction,
+                "ablation": row.ablation,
+                "reason": reason,
+            }
+        )
+    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
 
 
 def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:

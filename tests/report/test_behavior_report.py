@@ -10,6 +10,7 @@ from sae_bias.report import words
 from sae_bias.report.page import write_report
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
+from sae_bias.runs.summary import Conditions, IdentityFigures, ScenarioFigures
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_texts_without_token_values_are_compared_word_by_word(run, tmp_path):
 def test_a_measure_that_is_missing_is_left_out_and_never_zero():
     known = behavior_summary()["generations"]
     known["steered"]["repetition"] = None
-    sentence = words.text_sentence(known)
+    sentence = words.text_sentence(Conditions.from_facts(known))
     assert "repeated" not in sentence
     assert "refusals 0% → 0%" in sentence
     figure = behavior_plots.text_measures(known)
@@ -72,17 +73,21 @@ def test_a_measure_that_is_missing_is_left_out_and_never_zero():
 
 
 def test_improved_and_flipped_are_two_figures():
-    sentence = words.scenario_sentence(behavior_summary()["scenarios"])
+    sentence = words.scenario_sentence(ScenarioFigures.from_facts(behavior_summary()["scenarios"]))
     assert "more probable in 7 and less in 2" in sentence
     assert "flipped to it in 3 and away from it in 1" in sentence
-    alone = words.scenario_sentence({"n": 10, "aligned_before": 4, "edited": False})
+    alone = words.scenario_sentence(ScenarioFigures(n=10, aligned_before=4, edited=False))
     assert alone == "The aligned option is chosen in 4 of 10 scenarios."
 
 
 def test_identity_counts_only_what_is_not_the_models_own():
     part = behavior_summary()["identity"]
-    assert "other than gemma: before 1 of 3 (1% to 91%)" in words.identity_sentence(part)
-    assert "its own was not named" in words.identity_sentence(part | {"own": []})
+
+    def said(own):
+        return words.identity_sentence(IdentityFigures.from_facts(part | {"own": own}))
+
+    assert "other than gemma: before 1 of 3 (1% to 91%)" in said(part["own"])
+    assert "its own was not named" in said([])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 import sae_bias as sb
 from sae_bias.models.catalog import organism_folder, organism_names
-from sae_bias.runs.summary import headline
+from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.study import load_study, run_study
 
 pytestmark = pytest.mark.skipif(
@@ -145,7 +145,7 @@ def test_headline_says_undefined_instead_of_inventing():
         "n_templates": 1,
         "n_entities": 1,
     }
-    assert "undefined" in headline({"bias": nothing})[0]
+    assert "undefined" in headline(Summary.from_facts({"bias": nothing}))[0]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,5 @@
 """The report's sections about the features: candidates, where the chosen one fires, how it causes the bias."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import pandas as pd
 
 from sae_bias.core import text as fmt
@@ -13,9 +8,11 @@ from sae_bias.figures import style as style_figures
 from sae_bias.figures.features import ceiling_figure
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import FEATURE, section
 from sae_bias.runs.folder import Run
 
 
+@section(FEATURE, table="ranking")
 def ranking_section(run: Run) -> Section:
     calls, (first, second) = features_figures.calls_of(run.tables["ranking"]), run.sides
     called = {k: v[0] for k, v in style_figures.CALLS.items()} | {
@@ -72,8 +69,10 @@ def ranking_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="activation")
 def activation_section(run: Run) -> Section:
-    frame, feature = run.tables["activation"], run.part("feature").get("id")
+    frame = run.tables["activation"]
+    feature = run.summary.feature.id if run.summary.feature else None
     chosen = (
         frame[frame["feature"] == feature]
         if feature in set(frame["feature"])
@@ -108,6 +107,7 @@ def activation_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="rejected")
 def rejected_section(run: Run) -> Section:
     frame = run.tables["rejected"]
     return Section(
@@ -119,6 +119,7 @@ def rejected_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="cumulative")
 def cumulative_section(run: Run) -> Section:
     frame = run.tables["cumulative"]
     split = "report" if "report" in set(frame["split"]) else frame["split"].iloc[0]
@@ -132,7 +133,7 @@ def cumulative_section(run: Run) -> Section:
             if len(part) > 1
             else ""
         )
-        where = f" of {saes[sae]}" if sae else ""
+        where = f" of {saes[str(sae)]}" if sae else ""
         parts.append(f"the best feature{where} removes {fmt.percent(first['reduction'])} of the bias{many}")
     takeaway = f"On {split} templates, {'; '.join(parts)}."
     return Section(
@@ -148,6 +149,7 @@ def cumulative_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="ladder")
 def ladder_section(run: Run) -> Section:
     frame = run.tables["ladder"]
     rung = frame.set_index("rung")
@@ -171,22 +173,17 @@ def ladder_section(run: Run) -> Section:
         f"As shares of the bias: {'; '.join(said)}."
         if said
         else "How the feature's effect travels to the answer.",
-        features_figures.ladder(frame, _ladder_bias(frame)),
+        features_figures.ladder(frame, run.summary.ladder.bias if run.summary.ladder else None),
         run_table(run, "ladder", columns, missing="–"),
         how_to_read="From what any edit at this place could do, through what the feature is needed for, to its path to the answer.",
     )
 
 
-def _ladder_bias(frame: pd.DataFrame) -> float | None:
-    """The unsteered bias of the pairs that the ladder was climbed on."""
-    known = frame[frame["share_of_bias"].abs() > 1e-6]
-    return float(known["effect"].iloc[0] / known["share_of_bias"].iloc[0]) if len(known) else None
-
-
+@section(FEATURE, table="ceilings")
 def ceilings_section(run: Run) -> Section:
     """Where in the model the bias could be removed at all."""
     frame = run.tables["ceilings"]
-    best = frame.loc[frame["share_of_bias"].idxmax()]
+    best = frame.sort_values("share_of_bias", ascending=False, kind="stable").iloc[0]
     place = "after the subject" if pd.isna(best["offset"]) else "at the last token" if best["offset"] == 0 else f"{int(best['offset'])} tokens before the last"  # fmt: skip
     columns = {"layer": "layer", "offset": "tokens from the end", "effect": "nats", "share_of_bias": "share of the bias", "n_pairs": "pairs"}  # fmt: skip
     return Section(
@@ -194,7 +191,7 @@ def ceilings_section(run: Run) -> Section:
         "Where an edit could act at all",
         f"Putting the human residual into the AI prompt removes most at layer {int(best['layer'])}, {place}:"
         f" {fmt.percent(best['share_of_bias'])}.",
-        ceiling_figure(frame, run.part("ladder").get("layer")),
+        ceiling_figure(frame, run.summary.ladder.layer if run.summary.ladder else None),
         run_table(run, "ceilings", columns, missing="after the subject"),
         how_to_read="Share of the bias that goes when an AI prompt is given its human twin's residual at one layer and position.",
     )
