@@ -66,7 +66,7 @@ def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
         raise RequestError(
             f"no folder {text[:200]!r}; expected a folder with params.safetensors, params.npz or cfg.json"
         )
-    return _once(text, lambda: _load_named(text), SaeId.parse(text))
+    return _load_named(text)
 
 
 def load_feature(name: str | FeatureRef) -> Feature:
@@ -104,7 +104,7 @@ def _load_named(text: str) -> Sae:
     folder = release.folder(sae_id.sae_id)
     if release.is_gemma_scope:
         return _load_hub_folder(sae_id, release.repo_id, folder, release.model, release.l0.get(sae_id.sae_id))
-    return _load_through_lens(sae_id, release)
+    return _once(text, lambda: _load_through_lens(sae_id, release), sae_id)
 
 
 def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None, l0: float | None) -> Sae:
@@ -114,7 +114,11 @@ def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None
     file_name = f"{folder}/params.{'safetensors' if '/gemma-scope-2-' in repo_id else 'npz'}"
     params, config = _hub_files(repo_id, file_name, f"{folder}/config.json")
     info = gemma_scope.read_info(label_path, config, model_name=model)
-    return gemma_scope.open_files(sae_id, params, config, label_path, _with_l0(info, l0))
+    return _once(
+        str(params),
+        lambda: gemma_scope.open_files(sae_id, params, config, label_path, _with_l0(info, l0)),
+        sae_id,
+    )
 
 
 def _hub_files(repo_id: str, params_name: str, config_name: str) -> tuple[Path, Path | None]:
