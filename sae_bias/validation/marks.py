@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core import text as fmt
-from sae_bias.core.text import TEXT_KINDS
+from sae_bias.core.text import COST_KINDS
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.measures.costs import CostEngine
+from sae_bias.measures.costs import CostEngine, pooled_kl_off
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.model import Model
 from sae_bias.probe.run import run_probe
@@ -185,7 +185,7 @@ def ablation_facts(
     return AblationFacts(
         engine.base.bias - after.bias,
         collapse.specific.estimate,
-        dict(zip(costs["kind"], costs["kl_mean"].astype(float))),
+        {**dict(zip(costs["kind"], costs["kl_mean"].astype(float))), "off": pooled_kl_off(costs)},
         np.array([engine.base.bias - other.bias for other, _ in others]),
     )
 
@@ -214,7 +214,7 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
     ]
     marks += [
         Mark(
-            f"its ablation's KL on {TEXT_KINDS[kind]}",
+            f"its ablation's KL on {COST_KINDS[kind]}",
             name,
             value,
             high=0.05,
