@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_bias.measures.collapse import bank_items
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.prompts.grid import PromptGrid
@@ -28,6 +27,7 @@ from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.stats.design import split_templates
+from sae_bias.steering.banks import bank_items
 from sae_bias.steering.engine import STACK, STACK_TOKENS
 from sae_bias.workflows.hardware import STREAMING, Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate
