@@ -17,8 +17,8 @@ import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.registry import Registry
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import Intervention
 
 
 @dataclass(frozen=True, eq=False)
