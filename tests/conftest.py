@@ -162,10 +162,11 @@ def demo(tmp_path_factory):
 
     from sae_bias.cli.main import main
     from sae_bias.saes import load
+    from sae_bias.saes.formats import gemma_scope
 
     folder, printed, texts, opened = tmp_path_factory.mktemp("demo"), io.StringIO(), Counter(), Counter()
-    call, read = PreTrainedTokenizerBase.__call__, load.read_encoder_file
-    load._OPENED.clear()  # what other tests opened
+    call, read = PreTrainedTokenizerBase.__call__, gemma_scope.read_encoder_file
+    load._OPEN.clear()  # what other tests opened
 
     def tokenizer(self, text=None, *args, **kwargs):
         texts[text] += 1
@@ -177,7 +178,7 @@ def demo(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         patch.setattr(PreTrainedTokenizerBase, "__call__", tokenizer)
-        patch.setattr(load, "read_encoder_file", read_encoder_file)
+        patch.setattr(gemma_scope, "read_encoder_file", read_encoder_file)
         assert main(["demo", "--json"]) == 0
     path = folder / "runs" / "demo"
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
