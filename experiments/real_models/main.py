@@ -49,7 +49,7 @@ def arguments(model: str, layers: Sequence[int], out: str, description: str) -> 
         "--k", type=float, default=SaeRecipe.k, help="live features a token, on average (default 50)"
     )
     parser.add_argument(
-        "--steps", type=int, default=SaeRecipe.steps, help="training steps of 2,048 residuals (default 1,000)"
+        "--steps", type=int, default=SaeRecipe.steps, help="training steps of 1,024 residuals (default 1,200)"
     )
     return parser.parse_args()
 

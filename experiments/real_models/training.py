@@ -36,9 +36,9 @@ class SaeRecipe:
     width: int = 8192
     k: float = 50.0
     """Live features a token, on average."""
-    steps: int = 1000
-    batch_size: int = 2048
-    learning_rate: float = 8e-4
+    steps: int = 1200
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
     seed: int = 0
     l0_name: str = "medium"
 
@@ -113,6 +113,7 @@ def train(
         if (step + 1) % CHECKPOINT_EVERY == 0:
             _checkpoint(trainer, work)
     bar.close()
+    _calibrate(trainer.sae, normalize, rows)
     return folded(trainer.sae, normalize, scale)
 
 
@@ -140,7 +141,7 @@ def _trainer(recipe: SaeRecipe, d_in: int, *, fast: bool) -> Any:
         lr_end=recipe.learning_rate / 20,
         lr_warm_up_steps=50,
         lr_decay_steps=recipe.steps // 3,
-        dead_feature_window=100,
+        dead_feature_window=25,  # early help for features that fall silent: a window of 100 left half of 8,192 dead
         logger=LoggingConfig(log_to_wandb=False),
     )
     sae.fast = fast
@@ -205,6 +206,19 @@ def _restore(trainer: Any, work: Path) -> int:
     trainer.n_training_steps = done
     trainer.n_training_samples = done * trainer.cfg.train_batch_size_samples
     return done
+
+
+@torch.no_grad()
+def _calibrate(sae: Any, normalize: Normalizer, rows: Float[Tensor, "n d_model"], n: int = 16_384) -> None:
+    """Set the global threshold so that k features are live on average; the running mean lags behind a short training."""
+    some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[:n]
+    most = min(512, sae.cfg.d_sae)
+    acts = [
+        ((normalize(part.float()) @ sae.W_enc + sae.b_enc) * sae.W_dec.norm(dim=-1)).topk(most).values
+        for part in rows[some].split(2048)
+    ]
+    kept = torch.cat(acts).flatten().topk(int(sae.cfg.k * len(some))).values
+    sae.topk_threshold.fill_(float(kept.min().clamp(min=0)))
 
 
 @torch.no_grad()
