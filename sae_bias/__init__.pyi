@@ -28,6 +28,8 @@ from sae_bias.probe.checks import run_checks as run_checks
 from sae_bias.probe.result import ProbeResult as ProbeResult
 from sae_bias.probe.run import run_probe as run_probe
 from sae_bias.probe.words import Probe as Probe
+from sae_bias.prompts.contrast import Contrast as Contrast
+from sae_bias.prompts.contrast import load_contrast as load_contrast
 from sae_bias.prompts.grid import PromptGrid as PromptGrid
 from sae_bias.prompts.load import load_grid as load_grid
 from sae_bias.prompts.load import load_pairs as load_pairs

@@ -41,7 +41,7 @@ from sae_bias.discovery.resolve import resolve_index
 from sae_bias.models.catalog import MODELS
 from sae_bias.models.forward import forward_with_grad, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.saes.sae import Card, Columns, Sae
+from sae_bias.saes.sae import Columns, Sae, SaeInfo
 from sae_bias.validation.stand_ins import _TOKENIZERS
 from sae_bias.workflows.plan_shapes import ModelShape, model_shape
 
@@ -141,7 +141,7 @@ def random_sae(model: Model, layer: int, width: int, resid: Tensor) -> Sae:
     encoder = OnDevice(
         w_enc, normal(width, model.d_model), torch.full((width,), z * norm, device=model.device)
     )
-    return Sae(sb.SaeId("random", f"layer_{layer}_width_{width}"), encoder, Card(sb.Site(layer)))
+    return Sae(sb.SaeId("random", f"layer_{layer}_width_{width}"), encoder, SaeInfo(sb.Site(layer)))
 
 
 def firing_feature(model: Model, layer: int, resid: Sequence[Tensor]) -> sb.Feature:

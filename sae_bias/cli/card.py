@@ -87,7 +87,14 @@ def card(
         )  # fmt: skip
         page: Path | None = None
         if out is not None:
-            facts = run_facts(loaded, grid=prompts, saes=[sae], seed=seed, gate=gate_facts(gate, True))
+            facts = run_facts(
+                loaded,
+                grid=prompts,
+                saes=[sae],
+                seed=seed,
+                gate=gate_facts(gate, True),
+                feature=str(loaded_feature.ref),
+            )
             save_run(out, facts, {"activation": made.table.long(), "passages": made.to_frame()}, {})
             page = out / "cards" / f"{loaded_feature.index}.html"
             page.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from sae_bias.cli.options import (
     example,
     parse_numbers,
 )
-from sae_bias.cli.run_files import add_summary, run_facts, write_manifest
+from sae_bias.cli.run_files import add_summary, run_facts
 
 if TYPE_CHECKING:
     from typing import Any
@@ -85,7 +85,9 @@ def compare(
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, [sae], console)
         if out is not None:
-            _start(out, run_facts(loaded, pairs=prompts, saes=[sae], seed=seed))
+            _start(
+                out, run_facts(loaded, pairs=prompts, saes=[sae], seed=seed, feature=str(loaded_feature.ref))
+            )
         result = run_compare(
             loaded, loaded_feature, prompts, probe, shares=steps, kl_levels=levels, seed=seed,
             out=None if out is None else Path(out) / "compare", progress=console.progress,
@@ -109,6 +111,7 @@ def compare(
 
 def _start(out: Path, facts: "dict[str, Any]") -> None:
     from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import write_manifest
 
     folder = RunFolder(out)
     with folder.writing():

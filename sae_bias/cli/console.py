@@ -88,13 +88,11 @@ class Console:
 
 def number(value: Any) -> str:
     """A value as a table shows it."""
-    if value is None or value != value:
-        return UNDEFINED
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{int(value):,}"
-    return f"{value:.3f}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    from sae_bias.core import text
+
+    if value is None or not (isinstance(value, str | bool) or hasattr(value, "__float__")):
+        return UNDEFINED if value is None else str(value)
+    return text.number(value, missing=UNDEFINED)
 
 
 @contextlib.contextmanager

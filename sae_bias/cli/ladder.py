@@ -94,7 +94,8 @@ def ladder(
         )  # fmt: skip
         if out is not None:
             facts = run_facts(
-                loaded, pairs=prompts, vocabulary=result.base.vocabulary, saes=[sae], seed=seed, gate=gate_facts(gate, True)
+                loaded, pairs=prompts, vocabulary=result.base.vocabulary, saes=[sae], seed=seed, gate=gate_facts(gate, True),
+                feature=str(result.feature),
             )  # fmt: skip
             tables = {"ladder": result.to_frame(), "ceilings": result.ceilings, "direct_words": result.words}
             save_run(out, facts, tables, {"ladder": {"feature": str(result.feature), "layer": result.layer}})

@@ -1,5 +1,6 @@
 """`sae-bias rank`: which features tell AI from human prompts, answer to AI speech, or carry the bias."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CONTRAST = {
+    "feature": "feature", "auroc": "AUROC", "auroc_held_out": "AUROC held out", "mean_diff": "positive - negative", "t": "t",
+    "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "separates", "fire_positive": "fires, positive", "fire_negative": "fires, negative",
+    "density": "density",
+}  # fmt: skip
 COLUMNS = {
     "feature": "feature",
     "auroc": "AUROC",
@@ -77,6 +83,52 @@ MaxView = Annotated[
     bool, typer.Option("--max-view", help="Also show the maximum over ordinary tokens; in no test.")
 ]
 
+Positive = Annotated[
+    Path | None,
+    typer.Option(
+        "--positive",
+        metavar="FILE",
+        help="Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.",
+        show_default=False,
+    ),
+]
+Negative = Annotated[
+    Path | None, typer.Option("--negative", metavar="FILE", help="Texts that do not.", show_default=False)
+]
+ContrastFile = Annotated[
+    str | None,
+    typer.Option(
+        "--contrast",
+        metavar="FILE",
+        help="Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.",
+        show_default=False,
+    ),
+]
+Reduce = Annotated[
+    str, typer.Option("--reduce", help="What a text's tokens give, for a contrast: last, mean, max or any.")
+]
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="Texts of a contrast as user turns of the chat template.")
+]
+AllOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--all-of",
+        metavar="SET",
+        help="Keep features that fire on every text of: positive, negative or a group.",
+        show_default=False,
+    ),
+]
+NoneOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--none-of",
+        metavar="SET",
+        help="Keep features that fire on no text of: positive, negative or a group.",
+        show_default=False,
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command(
@@ -96,6 +148,13 @@ def rank(
     exact: Exact = 64,
     controls: Controls = 0,
     max_view: MaxView = False,
+    positive: Positive = None,
+    negative: Negative = None,
+    contrast: ContrastFile = None,
+    reduce: Reduce = "last",
+    chat: AsChat = False,
+    all_of: AllOf = None,
+    none_of: NoneOf = None,
     grid: GridFile = None,
     pairs: Pairs = None,
     words: WordsFile = None,
@@ -120,11 +179,12 @@ def rank(
         from sae_bias.runs.summary import gate_facts
         from sae_bias.saes.load import expand_saes, load_sae
 
+        texts = _contrast(positive, negative, contrast)
         if by not in BY:
             raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
         on_grid = by == "interaction"
-        prompts: Any = load_grid(grid) if on_grid else load_pairs(pairs)
-        probe = None if on_grid else read_probe(prompts, words)
+        prompts: Any = texts or (load_grid(grid) if on_grid else load_pairs(pairs))
+        probe = None if on_grid or texts else read_probe(prompts, words)
         other: dict[str, Any] = (
             {} if on_grid or not (grid is not None or controls) else {"grid": load_grid(grid)}
         )
@@ -132,30 +192,33 @@ def rank(
         loaded = load_model(model, device=device, dtype=dtype)
         gate = check_all(loaded, saes, console)
         ranking = rank_features(
-            loaded, saes, prompts, by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
+            loaded, saes, prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
+            by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
             seed=seed, progress=console.progress,
         )  # fmt: skip
         if out is not None:
-            used = {"grid": prompts} if on_grid else {"pairs": prompts, **other}
+            used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
             tables = {"ranking": _with_all(ranking.to_frame())}
             tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
-            facts = run_facts(loaded, **used, saes=saes, seed=seed, gate=gate_facts(gate, True), by=by)
+            facts = run_facts(
+                loaded, **used, saes=saes, seed=seed, gate=gate_facts(gate, True), by=ranking.by
+            )
             save_run(out, facts, tables, {})
         first = ranking.to_frame().head(top)
         console.say(
-            f"{ranking.family_size:,} features by {by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
+            f"{ranking.family_size:,} features by {ranking.by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
         )
         if ranking.note:
             console.say(ranking.note)
         console.note(gate_line(gate))
-        console.table(f"The first {len(first)}", first, COLUMNS)
+        console.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
         if ranking.cumulative is not None:
             console.table("Ablated together", ranking.cumulative, JOINT)
         console.finish(
             {
                 "model": loaded.name,
                 "saes": [str(s.id) for s in saes],
-                "by": by,
+                "by": ranking.by,
                 "family_size": ranking.family_size,
                 "n_units": ranking.n_units,
                 "units": ranking.units,
@@ -174,3 +237,18 @@ def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The table with the columns a report draws; what this ranking did not measure is missing, not zero."""
     absent = [c for c in ("auroc", "interaction") if c not in frame]
     return frame.assign(**dict.fromkeys(absent, float("nan")))
+
+
+def _contrast(positive: Path | None, negative: Path | None, file: str | None) -> Any:
+    """The contrast that was asked for, if any."""
+    if positive is None and negative is None and file is None:
+        return None
+    from sae_bias.prompts.contrast import load_contrast
+
+    if file is not None and (positive is not None or negative is not None):
+        raise RequestError("--contrast names both sides; leave --positive and --negative out.")
+    if file is not None:
+        return load_contrast(file)
+    if positive is None or negative is None:
+        raise RequestError("--positive and --negative go together, a text a line in each.")
+    return load_contrast(positive, negative)

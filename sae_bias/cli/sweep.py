@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts, write_manifest
+from sae_bias.cli.run_files import add_summary, run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def sweep(
             seed=seed,
             gate=gate_facts(gate, True),
             split=splits,
+            feature=str(loaded_feature.ref),
         )
         _start(out, part, facts)
         result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
@@ -244,6 +245,7 @@ def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any
     if out is None:
         return
     from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import write_manifest
 
     folder = RunFolder(out, shard=shard)
     with folder.writing():
@@ -328,11 +330,13 @@ def _controls(reduction: float, values: Any) -> dict[str, Any]:
 
 
 def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+    from sae_bias.core.text import p_text, percent, signed
+
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
     where = "report templates" if held_out else "all templates"
     console.say(
-        f"{summary['feature']['id']}: bias {base['bias']:+.3f} nats unsteered, on {where} ({base['n_pairs']} pairs)"
+        f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
     if cut := summary.get("reduction"):
         console.say(f"{cut['of']}: reduction {_interval(cut)}, on {where}")
@@ -345,8 +349,8 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
         console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
         console.say(
-            f"{controls['n']} controls of {summary['reduction']['of']}: median {_percent(controls['median'])}, 95th percentile "
-            f"{_percent(controls['percentile95'])}, p = {controls['p_value']:.3f}"
+            f"{controls['n']} controls of {summary['reduction']['of']}: median {percent(controls['median'])}, 95th percentile "
+            f"{percent(controls['percentile95'])}, {p_text(controls['p_value'])}"
         )
     elif controls_wanted:
         console.say(
@@ -358,8 +362,6 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
 
 
 def _interval(cut: dict[str, Any]) -> str:
-    return f"{_percent(cut['estimate'])} [{_percent(cut['ci_low'])}, {_percent(cut['ci_high'])}]"
+    from sae_bias.core.text import bracket, percent
 
-
-def _percent(x: float) -> str:
-    return "undefined" if x != x else f"{100 * x:.1f} %"
+    return f"{percent(cut['estimate'])} {bracket(cut['ci_low'], cut['ci_high'], share=True)}"

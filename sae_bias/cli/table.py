@@ -86,7 +86,13 @@ def table(
         result = activation_table(loaded, loaded_feature, prompts, positions=positions)
         if out is not None:
             facts = run_facts(
-                loaded, grid=prompts, saes=[sae], seed=seed, gate=gate_facts(gate, True), positions=positions
+                loaded,
+                grid=prompts,
+                saes=[sae],
+                seed=seed,
+                gate=gate_facts(gate, True),
+                positions=positions,
+                feature=str(result.feature),
             )
             save_run(
                 out,

@@ -1,4 +1,4 @@
-"""Hashes and plain values of what is written to disk."""
+"""What is written to disk: hashes, plain values, files that are whole or not there, the cache folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,43 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to; it becomes `path` in one step when the block ends well, and is removed when it does not.
+
+    Raises:
+        MissingError: the disk is full.
+        RequestError: the place cannot be written.
+    """
+    make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path:
+    """`sae-bias/NAME` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache); it may not exist yet."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "sae-bias" / name
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _storage_error(folder, error) from error
+        raise storage_error(folder, error) from error
 
 
-def _storage_error(path: Path, error: OSError) -> Exception:
+def storage_error(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return MissingError(
             f"no space left on the disk for {path}; free some and run the same command again: what is finished is kept."

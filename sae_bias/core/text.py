@@ -45,6 +45,18 @@ def percent(value: Any, *, missing: str = UNDEFINED) -> str:
     return f"{value * 100:.1f}".removesuffix(".0").replace("-", "−") + "%"
 
 
+def signed(value: Any, *, missing: str = UNDEFINED) -> str:
+    """A number with its sign, plus or minus."""
+    text = number(value, missing=missing)
+    return f"+{text}" if is_number(value) and value > 0 else text
+
+
+def bracket(low: Any, high: Any, *, share: bool = False) -> str:
+    """`[low, high]`."""
+    show = percent if share else number
+    return f"[{show(low)}, {show(high)}]"
+
+
 def p_text(value: Any) -> str:
     """`p = 0.012`, `p < 0.0001`, or that it is missing."""
     if not is_number(value):

@@ -2,7 +2,7 @@
 
     attribution_f = mean over pairs of Σ_pos (∂bias/∂x · W_dec[f]) · a_f
 
-summed over both prompts of a pair, the SAE error held constant: the first-order estimate of B_0 - B_s when f is ablated
+summed over both prompts of a pair, the SAE error (and the size that a normalizing SAE scales its rows by) held constant: the first-order estimate of B_0 - B_s when f is ablated
 (attribution patching with reference activation 0). Exact ablation then checks the features that matter.
 """
 
@@ -38,6 +38,8 @@ def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
         RequestError: score="auroc", which has no gradient.
     """
     grads, resid = _bias_gradient(engine, sae.site.layer)
+    scale = sae.decoder_scale(resid)
+    grads = grads if scale is None else grads * scale[:, None]
     out = np.zeros(sae.d_sae)
     for start, acts, w_dec in acts_blocks(sae, resid, decoder=True):
         assert w_dec is not None

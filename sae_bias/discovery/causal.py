@@ -147,8 +147,10 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
     removed = {
         "ceiling": base.pair_bias - exchange.bias(layer, AI, None, "residual"),
         "necessity": base.pair_bias - ablated,
-        "resample": base.pair_bias - exchange.bias(layer, AI, _feature_part(feature), "feature"),
-        "sufficiency": base.pair_bias - exchange.bias(layer, HUMAN, _feature_part(feature), "feature"),
+        "resample": base.pair_bias
+        - exchange.bias(layer, AI, _feature_part(feature), "feature", scale=feature.decoder_scale),
+        "sufficiency": base.pair_bias
+        - exchange.bias(layer, HUMAN, _feature_part(feature), "feature", scale=feature.decoder_scale),
         "reverse ceiling": base.pair_bias - exchange.bias(layer, HUMAN, None, "residual"),
     }
     note = ""
@@ -191,7 +193,7 @@ def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dic
 
 
 def _feature_part(feature: Feature):
-    """a·δ at every row."""
+    """a·δ at every row, not yet scaled: the edited prompt's own residual scales both sides' (`Feature.decoder_scale`)."""
     return lambda x: feature.activation(x)[:, None] * feature.w_dec.to(x.device)
 
 
@@ -204,7 +206,7 @@ def _reconstruction(sae: Sae):
         return out
 
     def whole(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        return torch.cat([sae.decode(sae.encode(rows)) for rows in x.split(1024)])
+        return torch.cat([sae.decode(sae.encode(rows), rows) for rows in x.split(1024)])
 
     return part if sae.reduces_to_one_row else whole
 
@@ -265,7 +267,8 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
         x = engine.engine.runner.kept(layer)[k]
         with torch.no_grad():
             resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
-            written = feature.activation(x[:, -1].float())[:, None] * feature.w_dec.to(x.device)
+            last = x[:, -1].float()
+            written = feature.write(last, feature.activation(last))
         assert resid is not None
         r = resid.detach().float().requires_grad_(True)
         with torch.enable_grad():
@@ -310,11 +313,13 @@ def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:
     model, plan, layer = engine.model, engine.reading.plan, feature.site.layer
     scales = []
     for k, batch in enumerate(plan.batches):
-        kept = Kept(layer, engine.engine.runner.kept(layer)[k])
+        x = engine.engine.runner.kept(layer)[k]
         with torch.no_grad():
-            resid = forward_with_grad(model, batch.tokens, resume=kept).last().resid
+            resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
         assert resid is not None
-        scales.append(resid.float().pow(2).mean(-1).rsqrt().flatten())
+        written = feature.decoder_scale(x[:, -1])
+        size = resid.float().pow(2).mean(-1).rsqrt().flatten()
+        scales.append(size if written is None else size * written)
     unit = feature.w_dec.to(model.device)
     if isinstance(model.final_norm, nn.LayerNorm):
         unit = unit - unit.mean()

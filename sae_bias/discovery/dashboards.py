@@ -28,7 +28,7 @@ from sae_bias.discovery.ordering import OrderingTest
 from sae_bias.discovery.tables import ActivationTable, activation_table, token_texts
 from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.residuals import batches, token_windows
+from sae_bias.models.residuals import batches, last_residuals, token_windows
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.texts import Texts, text_stream
 from sae_bias.saes.ids import FeatureRef
@@ -214,7 +214,8 @@ def feature_card(
     if not activity.n_tokens:
         raise RequestError(f"{name} holds no texts with ordinary tokens.")
     table = activation_table(model, loaded, grid)
-    scale = mean_inverse_rms(model, [p.text for p in table.grid][:64])
+    shown = [p.text for p in table.grid][:64]
+    scale = mean_inverse_rms(model, shown) * _mean_decoder_scale(model, loaded, shown)
     promotes, demotes = promoted(model, loaded.w_dec, k, scale)
     sae, notes = _sae_of(loaded), []
     near: list[Neighbour] = []
@@ -242,6 +243,15 @@ def feature_card(
         _facts(model, loaded, sae),
         tuple(notes),
     )
+
+
+def _mean_decoder_scale(model: Model, feature: Feature, texts: list[str]) -> float:
+    """What a normalizing SAE multiplies its decoder rows by, the mean over last tokens; 1 for any other."""
+    if feature.whole is None or feature.whole.info.normalization == "none":
+        return 1.0
+    scale = feature.decoder_scale(last_residuals(model, texts, {feature.site.layer})[feature.site.layer])
+    assert scale is not None
+    return float(scale.mean())
 
 
 def _facts(model: Model, feature: Feature, sae: Sae | None) -> dict[str, str]:

@@ -29,9 +29,11 @@ from sae_bias.discovery.attribution import (
     exact_ablation,
 )
 from sae_bias.discovery.contrasts import ALPHA, Scan, Split, interaction, separation
+from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
 from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
+from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
@@ -56,6 +58,7 @@ SORT = {
     "interaction": ["interaction"],
     "attribution": ["attribution"],
     "ablation": ["ablation"],
+    "contrast": ["auroc", "mean_diff"],
 }
 
 
@@ -121,9 +124,13 @@ class Ranking:
 def rank_features(
     model: Model,
     sae: Sae | SaeId | str | Sequence[Sae | SaeId | str],
-    prompts: PromptPairs | PromptGrid,
+    prompts: PromptPairs | PromptGrid | Contrast,
     *,
     by: str = "separation",
+    reduce: str = "last",
+    chat: bool = False,
+    all_of: Sequence[str] = (),
+    none_of: Sequence[str] = (),
     probe: Probe | None = None,
     pairs: PromptPairs | None = None,
     grid: PromptGrid | None = None,
@@ -137,7 +144,10 @@ def rank_features(
     """Rank every feature of `sae` (or of several, as one family, in one pass of the prompts).
 
     Args:
-        prompts: pairs for separation, attribution and ablation; a grid with `match` for interaction.
+        prompts: pairs for separation, attribution and ablation; a grid with `match` for interaction; or two lists of texts
+            (`Contrast`), ranked by AUROC, positive above negative (docs/method.md#contrast-sets).
+        reduce, chat, all_of, none_of: of a `Contrast`: what a text's tokens give ("last", "mean", "max" or "any"), whether texts are
+            user turns, and sets ("positive", "negative" or a group) on all or none of whose texts a feature must fire.
         by: "separation" sorts by AUROC (AI above human, last token), ties by mean difference AI - human; "interaction" by I;
             "attribution" and "ablation" by bias removed (B_0 - B_s), with `probe`.
         pairs, grid: the other kind of prompts, where one table should carry all statistics and calls: with `grid`, a ranking
@@ -155,6 +165,23 @@ def rank_features(
     if by not in BY:
         raise RequestError(f"by={by!r}; expected one of {', '.join(BY)}.")
     saes = load_saes(model, sae)
+    if isinstance(prompts, Contrast):
+        scan = scan_contrast(
+            model,
+            saes,
+            prompts,
+            reduce=reduce,
+            chat=chat,
+            all_of=all_of,
+            none_of=none_of,
+            seed=seed,
+            progress=progress,
+        )
+        return _of_contrast(scan, saes)
+    if (reduce, chat, all_of, none_of) != ("last", False, (), ()):
+        raise RequestError(
+            "reduce, chat, all_of and none_of are for a Contrast; pairs and grids are read at the last token."
+        )
     on_grid = by == "interaction"
     if on_grid and not isinstance(prompts, PromptGrid):
         raise RequestError(
@@ -204,6 +231,12 @@ def rank_features(
         agreement,
         joint,
     )
+
+
+def _of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+    frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
+    _add_families(frame, saes)
+    return Ranking("contrast", frame, len(frame), scan.n_units, scan.units, scan.note)
 
 
 def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]) -> list[Sae]:

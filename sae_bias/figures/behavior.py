@@ -12,8 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
-from sae_bias.figures.style import AI, GREEN, GRID, HOVER, HUMAN, NEUTRAL, number, plain, short
+from sae_bias.figures.style import AI, GREEN, GRID, HOVER, HUMAN, NEUTRAL, plain, short
 
 SHARES = {
     "repetition": "repeated 4-grams",

@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
 from sae_bias.figures.style import (
     AI,
@@ -29,7 +30,6 @@ from sae_bias.figures.style import (
     NEUTRAL,
     PURPLE,
     SIDES,
-    number,
     plain,
     short,
     wrapped,

@@ -12,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy import stats
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
 from sae_bias.figures.style import (
     AI,
@@ -22,7 +23,6 @@ from sae_bias.figures.style import (
     NEUTRAL,
     PURPLE,
     SIDES,
-    number,
     plain,
     short,
     wrapped,

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
 from sae_bias.figures.probe import MODEL_COLORS
-from sae_bias.figures.style import AI, GREEN, HOVER, NEUTRAL, PURPLE, SIDES, number, plain, short, wrapped
+from sae_bias.figures.style import AI, GREEN, HOVER, NEUTRAL, PURPLE, SIDES, plain, short, wrapped
 
 
 def comparison(frame: pd.DataFrame) -> go.Figure:

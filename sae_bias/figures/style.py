@@ -13,11 +13,12 @@ that came from a prompt or a model is escaped, because plotly reads `<b>` and `<
 import html
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+
+from sae_bias.core.text import number
 
 HUMAN, AI, NEUTRAL = "#2f86c8", "#d9622b", "#858b95"
 GREEN, PURPLE, GOLD = "#1a9e77", "#a8639b", "#b98300"
@@ -86,11 +87,6 @@ def wrapped(text: object, width: int = 64) -> str:
 def bias_axis(sides: Sequence[str] = SIDES) -> str:
     """Label of an axis of biases."""
     return f"bias in nats (right of 0: {short(sides[1], 24)} judged worse)"
-
-
-def number(value: Any) -> str:
-    """Three significant figures; a NaN reads `undefined`."""
-    return f"{value:.3g}".replace("-", "−") if pd.notna(value) else "undefined"
 
 
 HOVER = "%{customdata}<extra></extra>"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from sae_bias.core.text import number
 from sae_bias.figures import style
 from sae_bias.figures.style import (
     AI,
@@ -28,7 +29,6 @@ from sae_bias.figures.style import (
     NEUTRAL,
     PURPLE,
     SIDES,
-    number,
     plain,
     short,
     wrapped,

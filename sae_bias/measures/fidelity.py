@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_bias.core.errors import GateError
-from sae_bias.core.files import digest
+from sae_bias.core.errors import GateError, SaeBiasError
+from sae_bias.core.files import cache_folder, digest, plain, writing_whole
 from sae_bias.core.versions import versions
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.forward import capture_layers, forward, plan_batches
@@ -90,7 +89,7 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
         )
     resid = torch.cat(parts)
     acts = sae.encode(resid)
-    residue = resid - sae.decode(acts).to(resid.device)
+    residue = resid - sae.decode(acts, resid).to(resid.device)
     fvu = float(residue.pow(2).sum() / (resid - resid.mean(0)).pow(2).sum())
     l0 = float((acts > 0).sum(-1).cpu().double().mean())
     return fidelity_of(sae, error, fvu, l0)
@@ -163,12 +162,6 @@ LOGITS_PROMPT = "An AI says that it wants to go on. This is"
 Figures = dict[str, float]
 
 
-def cache_folder() -> Path:
-    """Where passed gates are remembered."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sae-bias" / "gate"
-
-
 def gate_sae(model: Model, sae: Sae) -> Fidelity:
     """The gate's figures of one SAE, measured once.
 
@@ -238,7 +231,7 @@ def _once(key: str | None, names: Sequence[str], measure: Callable[[], Figures])
     """The figures under `key`, or measured and kept there."""
     if key is None:
         return measure()
-    path = cache_folder() / f"{key}.json"
+    path = cache_folder("gate") / f"{key}.json"
     kept = _read(path, names)
     if kept is not None:
         return kept
@@ -262,12 +255,5 @@ def _read(path: Path, names: Sequence[str]) -> Figures | None:
 
 def _write(path: Path, figures: Figures) -> None:
     """Keep the figures; a cache that cannot be written is not a reason to fail."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    plain = {name: float(v) if math.isfinite(v) else None for name, v in figures.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(plain) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with contextlib.suppress(SaeBiasError), writing_whole(path) as partial:
+        partial.write_text(json.dumps(plain(figures)) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ facts                                                      UTF-8 JSON: pairs, pr
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.files import writing_whole
 from sae_bias.probe.words import Probe, Vocabulary, WordTokens
 from sae_bias.prompts.pairs import Lexicon, NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.stats.clustered import Clustered, EffectSizes, SignFlip, clustered_mean, effect_sizes, sign_flip
@@ -403,15 +403,8 @@ def save_result(result: ProbeResult, path: str | Path) -> Path:
             facts[name] = _facts(part)
             arrays |= {f"{name}/{a}": v for a in _ARRAYS if (v := getattr(part, a)) is not None}
     text = json.dumps(facts, ensure_ascii=False).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
-            np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RequestError(f"cannot write {path}: {error.strerror or error}.") from error
+    with writing_whole(path) as partial, open(partial, "wb") as f:
+        np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
     return path
 
 

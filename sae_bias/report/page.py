@@ -13,10 +13,8 @@ connections) stops whatever else would run or load.
 # pyright: reportOperatorIssue=false
 
 import base64
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -28,16 +26,17 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from sae_bias.core import text as fmt
-from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.errors import RequestError
+from sae_bias.core.files import writing_whole
 from sae_bias.figures import published as published_figures
 from sae_bias.figures.style import bias_axis
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, Table, table_of
+from sae_bias.report.parts import Section, Table, table_of
 from sae_bias.report.sections import calibration as calibration_sections
 from sae_bias.report.sections import sections
 from sae_bias.report.sections.behavior import judge_sentence
 from sae_bias.report.sections.published import model_rows
-from sae_bias.runs.folder import reading
+from sae_bias.runs.folder import Run, read_run, reading
 
 ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
@@ -71,50 +70,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
     target = _target(loaded, out, format)
     with reading(f"what {', '.join(str(run) for run in runs)} holds"):
         text = render(loaded)
-    _write(target, text)
+    with writing_whole(target) as partial:
+        partial.write_text(text, encoding="utf-8")
     return target
-
-
-def read_run(folder: str | Path) -> Run:
-    """Read a run folder; summary.json and the tables are optional, manifest.json is not."""
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise RequestError(
-            f"{folder} is not a run folder: it has no manifest.json. Try a folder that `sae-bias demo` or"
-            " `run` wrote."
-        )
-    tables = {path.stem: _read_table(path) for path in sorted((folder / "tables").glob("*.parquet"))}
-    beside = folder / "comparison.parquet"  # methods at equal cost, where it lies in the folder's root
-    if beside.is_file() and "method" in (found := _read_table(beside)):
-        tables.setdefault("compare", found)
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    return Run(
-        folder,
-        _read_json(folder / "manifest.json"),
-        summary,
-        {name: t for name, t in tables.items() if len(t)},
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{path} cannot be read as JSON ({error}). Run the command that wrote it again; it resumes."
-        ) from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} holds a {type(value).__name__}; expected one JSON object.")
-    return value
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise RequestError(
-            f"{path} cannot be read as Parquet ({error}). Run the command that wrote it again; it resumes."
-        ) from None
 
 
 def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
@@ -122,24 +80,6 @@ def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
     if out is None:
         return (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / name
     return Path(out) / name if Path(out).is_dir() else Path(out)
-
-
-def _write(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MissingError(
-                f"No space left to write {target}. Free about 10 MB, or give another folder with out=."
-            ) from None
-        raise RequestError(
-            f"{target} cannot be written ({error.strerror}). Give another place with out=."
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ── the page

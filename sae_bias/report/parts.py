@@ -13,14 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias.core import text as fmt
-from sae_bias.figures.style import SIDES
+from sae_bias.runs.folder import Run
 
 MOST_ROWS = 1000
 SHARES = {
@@ -28,44 +27,6 @@ SHARES = {
     "in_sample_reduction", "in_sample_low", "in_sample_high", "held_out_reduction", "held_out_low", "held_out_high",
     "written_inactive", "refusal", "default_negativity", "other_share", "removed", "removed_low", "removed_high", "specific", "fired", "share_of_bias", "share_of_ceiling",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder as read: nothing in it is changed."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    summary: dict[str, Any]
-    tables: dict[str, pd.DataFrame]
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def organism(self) -> bool:
-        return bool(self.model.get("organism"))
-
-    @property
-    def model(self) -> dict[str, Any]:
-        model = self.manifest.get("model") or {}
-        return model if isinstance(model, dict) else {"name": str(model)}
-
-    @property
-    def sides(self) -> tuple[str, str]:
-        """What the two sides of a pair are called in this run: bias = s(first) − s(second)."""
-        found = self.summary.get("sides")
-        return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else SIDES
-
-    @property
-    def stand_ins(self) -> bool:
-        """Whether random checkpoints stood in for the models: plumbing, no figure means anything."""
-        return bool(self.manifest.get("stand_ins"))
-
-    def part(self, key: str) -> dict[str, Any]:
-        """One block of the summary; empty where it was not measured."""
-        return self.summary.get(key) or {}
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,15 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
 
 from sae_bias.core.errors import RequestError, SaeBiasError
-from sae_bias.core.files import _make, _storage_error, plain
+from sae_bias.core.files import make_folder, plain, storage_error, writing_whole
+from sae_bias.figures.style import SIDES
 
 SCHEMA = 1
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
@@ -47,7 +49,7 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[RunFolder]:
         """Hold the folder's lock; a second process is told, and nothing is touched."""
-        _make(self.path)
+        make_folder(self.path)
         with _open_lock(self.path / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,12 +84,17 @@ class RunFolder:
         text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
         self._write(self.path / f"{name}.json", lambda to: Path(to).write_text(text + "\n", encoding="utf-8"))
 
+    def has_json(self, name: str) -> bool:
+        return (self.path / f"{name}.json").is_file()
+
     def read_json(self, name: str) -> dict[str, Any]:
         path = self.path / f"{name}.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise RequestError(f"{self.path} is not a run folder: it has no {name}.json.") from error
+            raise RequestError(
+                f"{self.path} is not a run folder: it has no {name}.json. Try a folder that `sae-bias demo` or `run` wrote."
+            ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{path} cannot be read: {error}.") from error
         if not isinstance(data, dict):
@@ -114,19 +121,65 @@ class RunFolder:
         return self.path / "cells" / f"{cell}.parquet"
 
     def _write(self, path: Path, write: Any) -> None:
-        _make(path.parent)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
+        with writing_whole(path) as partial:
             write(partial)
-            with open(partial, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise _storage_error(path, error) from error
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read, whole: what the report is made of."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    summary: dict[str, Any]
+    tables: dict[str, pd.DataFrame]
+    """Those that hold a row."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def organism(self) -> bool:
+        return bool(self.model.get("organism"))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        model = self.manifest.get("model") or {}
+        return model if isinstance(model, dict) else {"name": str(model)}
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """What the two sides of a pair are called in this run: bias = s(first) - s(second)."""
+        found = self.summary.get("sides")
+        return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else SIDES
+
+    @property
+    def stand_ins(self) -> bool:
+        """Whether random checkpoints stood in for the models: plumbing, no figure means anything."""
+        return bool(self.manifest.get("stand_ins"))
+
+    def part(self, key: str) -> dict[str, Any]:
+        """One block of the summary; empty where it was not measured."""
+        return self.summary.get(key) or {}
+
+
+def read_run(path: str | Path) -> Run:
+    """Manifest, summary and tables of a run folder; only the manifest must be there.
+
+    Raises:
+        RequestError: no run folder, or a file of it that cannot be read.
+    """
+    folder = RunFolder(path)
+    manifest = folder.read_json("manifest")
+    summary = folder.read_json("summary") if folder.has_json("summary") else {}
+    tables = {name: folder.read_table(name) for name in folder.tables()}
+    beside = (
+        folder.path / "comparison.parquet"
+    )  # methods at equal cost, where an older run has them in its root
+    if beside.is_file() and "method" in (found := _read_parquet(beside)):
+        tables.setdefault("compare", found)
+    return Run(folder.path, manifest, summary, {name: t for name, t in tables.items() if len(t)})
 
 
 def merge_shards(path: str | Path) -> int:
@@ -157,7 +210,7 @@ def merge_shards(path: str | Path) -> int:
             with RunFolder(run.root, shard=(i, n)).writing():
                 for part in sorted((shard / "cells").glob("*.parquet")):
                     if not run.has_cell(part.stem):
-                        _make(run.path / "cells")
+                        make_folder(run.path / "cells")
                         os.replace(part, run._cell(part.stem))
                         moved += 1
     return moved
@@ -188,4 +241,4 @@ def _open_lock(path: Path) -> IO[str]:
     try:
         return open(path, "a")
     except OSError as error:
-        raise _storage_error(path, error) from error
+        raise storage_error(path, error) from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, percent, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.ids import FeatureRef
@@ -109,12 +110,12 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     """A study's summary in a few plain lines."""
     bias, worse = summary["bias"], (summary.get("sides") or ("human", "AI"))[1]
     lines = [
-        f"bias {bias['mean']:+.3f} nats [{_number(bias['ci_low'])}, {_number(bias['ci_high'])}], p {_p(bias['p_value'])}, "
-        f"{bias['n_pairs']} pairs = {bias['n_templates']} templates × {bias['n_entities']} entities (positive: {worse} judged worse)"
+        f"bias {signed(bias['mean'])} nats {_interval(bias)}, {_p(bias)}, {bias['n_pairs']} pairs = {bias['n_templates']} templates × "
+        f"{bias['n_entities']} entities (positive: {worse} judged worse)"
     ]
     if control := summary.get("control_bias"):
         lines.append(
-            f"the same pairs with mundane content: {control['mean']:+.3f} nats [{_number(control['ci_low'])}, {_number(control['ci_high'])}]"
+            f"the same pairs with mundane content: {signed(control['mean'])} nats {_interval(control)}"
         )
     feature = summary.get("feature")
     if feature is None:
@@ -126,28 +127,25 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         return lines
     cut, specific, costs = summary["reduction"], summary["specific_reduction"], summary["costs"]
     lines.append(
-        f"ablated, on report templates: bias {cut['bias_before']:+.3f} → {cut['bias_after']:+.3f}, reduction {_share(cut['estimate'])} "
-        f"[{_share(cut['ci_low'])}, {_share(cut['ci_high'])}], specific {_share(specific['estimate'])} (β {_number(specific['beta'])})"
+        f"ablated, on report templates: bias {signed(cut['bias_before'])} → {signed(cut['bias_after'])}, reduction "
+        f"{percent(cut['estimate'])} {_interval(cut, share=True)}, specific {percent(specific['estimate'])} (β {number(specific['beta'])})"
     )
     lines.append(
         "cost in KL, nats a token: "
-        + ", ".join(f"{kind.replace('_', ' ')} {_number(c['kl_mean'])}" for kind, c in costs.items())
+        + ", ".join(f"{TEXT_KINDS.get(kind, kind)} {number(c['kl_mean'])}" for kind, c in costs.items())
     )
     controls = summary["controls"]
     if controls["n"]:
         lines.append(
-            f"{controls['n']} controls: median {_share(controls['median'])}, 95th percentile {_share(controls['percentile95'])}, p {_p(controls['p_value'])}"
+            f"{controls['n']} controls: median {percent(controls['median'])}, 95th percentile {percent(controls['percentile95'])}, {_p(controls)}"
         )
     return lines
 
 
-def _number(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{x:.3f}"
+def _interval(part: Mapping[str, Any], *, share: bool = False) -> str:
+    low, high = (float("nan") if part[k] is None else part[k] for k in ("ci_low", "ci_high"))
+    return bracket(low, high, share=share)
 
 
-def _share(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{100 * x:.1f} %"
-
-
-def _p(x: float | None) -> str:
-    return "undefined" if x is None or x != x else ("< 0.0001" if x < 1e-4 else f"= {x:.4f}")
+def _p(part: Mapping[str, Any]) -> str:
+    return p_text(float("nan") if part["p_value"] is None else part["p_value"])

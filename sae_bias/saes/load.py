@@ -22,11 +22,11 @@ import torch
 from sae_bias.core.errors import RequestError
 from sae_bias.models import catalog, hub
 from sae_bias.saes import releases
-from sae_bias.saes.formats.gemma_scope import check_width, find_params, read_card, read_encoder_file
-from sae_bias.saes.formats.saelens import LensEncoder, is_plain, lens_card
+from sae_bias.saes.formats.gemma_scope import check_width, find_params, read_encoder_file, read_info
+from sae_bias.saes.formats.saelens import LensEncoder, is_plain, lens_info
 from sae_bias.saes.ids import EXAMPLE_SAE, HUB_NAME, FeatureRef, SaeId, local_id
 from sae_bias.saes.releases import release_names, sae_release
-from sae_bias.saes.sae import Card, Feature, Sae
+from sae_bias.saes.sae import Feature, Sae, SaeInfo
 from sae_bias.saes.tensors import read_json
 
 if TYPE_CHECKING:
@@ -113,11 +113,11 @@ def _load_named(text: str) -> Sae:
 def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None, l0: float | None) -> Sae:
     """A Gemma Scope SAE from the hub: with its weights cached, no network is touched."""
     label_path = f"{repo_id}/{folder}"
-    read_card(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
+    read_info(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
     file_name = f"{folder}/params.{'safetensors' if '/gemma-scope-2-' in repo_id else 'npz'}"
     params, config = _hub_files(repo_id, file_name, f"{folder}/config.json")
-    card = read_card(label_path, config, model_name=model)
-    return _open_gemma_scope(sae_id, params, config, label_path, _with_l0(card, l0))
+    info = read_info(label_path, config, model_name=model)
+    return _open_gemma_scope(sae_id, params, config, label_path, _with_l0(info, l0))
 
 
 def _hub_files(repo_id: str, params_name: str, config_name: str) -> tuple[Path, Path | None]:
@@ -149,16 +149,18 @@ def _load_folder(folder: Path, sae_id: SaeId) -> Sae:
     if (params := find_params(folder)) is not None:
         label_path = folder.absolute().as_posix()
         config = folder / "config.json" if (folder / "config.json").is_file() else None
-        return _open_gemma_scope(sae_id, params, config, label_path, read_card(label_path, config))
+        return _open_gemma_scope(sae_id, params, config, label_path, read_info(label_path, config))
     if (folder / _SAELENS_CONFIG).is_file() and (folder / _SAELENS_WEIGHTS).is_file():
         return _load_lens_folder(folder, sae_id)
     raise RequestError(f"no SAE in {folder}: {_what_is_there(folder)}")
 
 
-def _open_gemma_scope(sae_id: SaeId, params: Path, config: Path | None, label_path: str, card: Card) -> Sae:
+def _open_gemma_scope(
+    sae_id: SaeId, params: Path, config: Path | None, label_path: str, info: SaeInfo
+) -> Sae:
     encoder = read_encoder_file(params)
     check_width(encoder, label_path, config)
-    return Sae(sae_id, encoder, card, params)
+    return Sae(sae_id, encoder, info, params)
 
 
 # ── SAELens ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,10 +171,10 @@ def _load_lens_folder(folder: Path, sae_id: SaeId) -> Sae:
         config = read_json(config_path.read_bytes()[: 1 << 20], str(config_path))
     except OSError as error:
         raise RequestError(f"{config_path}: cannot be read: {error.strerror}") from error
-    card = lens_card(config, str(config_path))
+    info = lens_info(config, str(config_path))
     if not is_plain(config):
-        return _lens_sae(sae_id, _lens_from_disk(folder), card, weights)
-    needs_threshold = card.architecture == "jumprelu"
+        return _lens_sae(sae_id, _lens_from_disk(folder), info, weights)
+    needs_threshold = info.architecture == "jumprelu"
     subtract = bool(config.get("apply_b_dec_to_input", True))
     encoder = read_encoder_file(weights, needs_threshold=needs_threshold, subtract_b_dec=subtract)
     for key, actual in (("d_in", encoder.d_in), ("d_sae", encoder.d_sae)):
@@ -180,7 +182,7 @@ def _load_lens_folder(folder: Path, sae_id: SaeId) -> Sae:
             raise RequestError(
                 f"{config_path} says {key} {str(config[key])[:20]}, {weights.name} has {actual}; one is wrong"
             )
-    return Sae(sae_id, encoder, card, weights)
+    return Sae(sae_id, encoder, info, weights)
 
 
 def _lens_from_disk(folder: Path) -> Any:
@@ -209,26 +211,26 @@ def _load_through_lens(sae_id: SaeId, release: releases.SaeRelease) -> Sae:
 def _wrap_lens(lens: Any, sae_id: SaeId | None = None) -> Sae:
     """A SAELens SAE in memory."""
     config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
-    card = lens_card(config, f"SAELens SAE {sae_id or ''}".strip())
-    name = re.sub(r"[^\w.-]+", "_", f"{card.model_name or 'model'}_{card.site}_{lens.cfg.d_sae}")
-    return _lens_sae(sae_id or SaeId("object:sae_lens", name), lens, card, None)
+    info = lens_info(config, f"SAELens SAE {sae_id or ''}".strip())
+    name = re.sub(r"[^\w.-]+", "_", f"{info.model_name or 'model'}_{info.site}_{lens.cfg.d_sae}")
+    return _lens_sae(sae_id or SaeId("object:sae_lens", name), lens, info, None)
 
 
-def _lens_sae(sae_id: SaeId, lens: Any, card: Card, path: Path | None) -> Sae:
+def _lens_sae(sae_id: SaeId, lens: Any, info: SaeInfo, path: Path | None) -> Sae:
     config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
     encoder = LensEncoder(lens)
     for weight, values in lens.state_dict().items():
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             raise RequestError(f"{sae_id}: {weight} holds NaN or infinite values")
-    return Sae(sae_id, encoder, card, path, reduces_to_one_row=is_plain(config), lens=lens)
+    return Sae(sae_id, encoder, info, path, reduces_to_one_row=is_plain(config), lens=lens)
 
 
 def _with_label(sae: Sae, l0: float | None) -> Sae:
-    return replace(sae, card=_with_l0(sae.card, l0))
+    return replace(sae, info=_with_l0(sae.info, l0))
 
 
-def _with_l0(card: Card, l0: float | None) -> Card:
-    return card if l0 is None or card.label_l0 is not None else replace(card, label_l0=l0)
+def _with_l0(info: SaeInfo, l0: float | None) -> SaeInfo:
+    return info if l0 is None or info.label_l0 is not None else replace(info, label_l0=l0)
 
 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────

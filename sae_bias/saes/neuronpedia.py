@@ -6,13 +6,13 @@ Nothing here is needed for any number: offline, or where a feature has no page, 
 from __future__ import annotations
 
 import json
-import os
 import re
 import urllib.request
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-from sae_bias.core.errors import RequestError
+from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.files import cache_folder, writing_whole
 from sae_bias.models.hub import is_offline
 from sae_bias.saes import releases
 from sae_bias.saes.ids import FeatureRef
@@ -35,7 +35,7 @@ def feature_description(ref: FeatureRef, sae: Sae | None = None) -> str | None:
     name = _page_name(ref, sae)
     if name is None:
         return None
-    cached = _cache_folder() / f"{name.replace('/', '_')}_{ref.index}.json"
+    cached = cache_folder("descriptions") / f"{name.replace('/', '_')}_{ref.index}.json"
     try:
         return json.loads(cached.read_text(encoding="utf-8"))["description"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -47,11 +47,9 @@ def feature_description(ref: FeatureRef, sae: Sae | None = None) -> str | None:
             found = _description(json.loads(answer.read(_MOST_BYTES)))
     except (OSError, ValueError, urllib.error.URLError):
         return None
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text(json.dumps({"description": found}), encoding="utf-8")
-    except OSError:
-        pass  # a cache that cannot be written is not a reason to fail
+    # a cache that cannot be written is not a reason to fail
+    with suppress(SaeBiasError), writing_whole(cached) as partial:
+        partial.write_text(json.dumps({"description": found}), encoding="utf-8")
     return found
 
 
@@ -73,8 +71,3 @@ def _description(answer: Any) -> str | None:
     explanations = answer.get("explanations") if isinstance(answer, dict) else None
     texts = [e.get("description") for e in explanations or [] if isinstance(e, dict)]
     return next((t[:500] for t in texts if isinstance(t, str) and t.strip()), None)
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sae-bias" / "descriptions"

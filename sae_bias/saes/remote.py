@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.errors import MissingError, RequestError, SaeBiasError
+from sae_bias.core.files import cache_folder, writing_whole
 from sae_bias.models import hub
 from sae_bias.saes import releases
-from sae_bias.saes.formats.gemma_scope import EncoderFile, check_width, encoder_of, read_card
+from sae_bias.saes.formats.gemma_scope import EncoderFile, check_width, encoder_of, read_info
 from sae_bias.saes.ids import HUB_NAME, SaeId
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.tensors import Slot, TensorFile, npz_slots, safetensors_slots
@@ -78,11 +79,11 @@ def open_remote(place: HubPlace) -> Sae:
     config = None
     if place.file_name.endswith("safetensors"):
         config = hub.optional_hub_file(place.repo_id, f"{place.folder}/config.json")
-    card = read_card(label, config, model_name=place.model)
+    info = read_info(label, config, model_name=place.model)
     file = RemoteTensorFile.open(place)
     encoder = encoder_of(file, Path(label))
     check_width(encoder, label, config)
-    return Sae(place.sae, encoder, card)
+    return Sae(place.sae, encoder, info)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +169,8 @@ class RemoteTensorFile(TensorFile):
 
     def _slice_file(self, name: str) -> Path:
         assert self.source is not None
-        home = os.environ.get("XDG_CACHE_HOME")
         key = hashlib.sha256(f"{self.path}|{name}|{self.source.etag}".encode()).hexdigest()[:32]
-        return (Path(home) if home else Path.home() / ".cache") / "sae-bias" / "slices" / f"{key}.safetensors"
+        return cache_folder("slices") / f"{key}.safetensors"
 
     def _stored(self, name: str, spans: Sequence[Span]) -> dict[Span, Tensor] | None:
         try:
@@ -181,14 +181,10 @@ class RemoteTensorFile(TensorFile):
         return stored if set(spans) <= set(stored) else None  # type: ignore[return-value]
 
     def _store(self, name: str) -> None:
-        path = self._slice_file(name)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({f"{a}-{b}": t.contiguous() for (a, b), t in self.kept[name].items()}, partial)
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)  # a cache that cannot be written is not a reason to fail
+        blocks = {f"{a}-{b}": t.contiguous() for (a, b), t in self.kept[name].items()}
+        # a cache that cannot be written is not a reason to fail
+        with suppress(SaeBiasError), writing_whole(self._slice_file(name)) as partial:
+            save_file(blocks, partial)
 
 
 class RangeReader(io.RawIOBase):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,9 +20,6 @@ from sae_bias.core.site import Site
 from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.saes.ids import FeatureRef, SaeId
-
-if TYPE_CHECKING:
-    pass
 
 
 def sae_facts(sae: Sae) -> dict[str, Any]:
@@ -73,6 +70,20 @@ class Feature:
         h = x.float() @ feature.w_enc + feature.b_enc
         return torch.where(h > feature.threshold, h, torch.zeros_like(h))
 
+    def write(
+        self, x: Float[Tensor, "*batch d_model"], acts: Float[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What the decoder adds to residuals x where the activation is `acts`: acts · scale(x) · W_dec[f].
+
+        The same for a change of the activation: decode(a + acts) − decode(a), whatever the other features do.
+        """
+        scale = self.decoder_scale(x)
+        return (acts if scale is None else acts * scale)[..., None] * self.w_dec.to(x.device)
+
+    def decoder_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"] | None:
+        """`Sae.decoder_scale` of its SAE; None where it is 1 everywhere."""
+        return None if self.whole is None else self.whole.decoder_scale(x)
+
     def to(self, device: str | torch.device) -> Feature:
         """The same feature on a device."""
         if self.w_dec.device == torch.device(device):
@@ -106,7 +117,7 @@ class Sae:
 
     id: SaeId
     encoder: Encoder
-    card: Card
+    info: SaeInfo
     path: Path | None = None
     """Its weights file, where it has one."""
     reduces_to_one_row: bool = True
@@ -127,27 +138,27 @@ class Sae:
     @property
     def site(self) -> Site:
         """Hook point it was trained on."""
-        return self.card.site
+        return self.info.site
 
     @property
     def architecture(self) -> str:
         """`jumprelu`, `standard`, `topk` …"""
-        return self.card.architecture
+        return self.info.architecture
 
     @property
     def label_l0(self) -> float | None:
         """Mean number of active features its release states."""
-        return self.card.label_l0
+        return self.info.label_l0
 
     @property
     def model_name(self) -> str | None:
         """Model it was trained on, as its release states."""
-        return self.card.model_name
+        return self.info.model_name
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be inferred while loading."""
-        return self.card.notes
+        return self.info.notes
 
     @cached_property
     def b_dec(self) -> Float[Tensor, "d_model"]:
@@ -200,10 +211,16 @@ class Sae:
         return acts.reshape(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
-    def decode(self, a: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_model"]:
-        """x̂ = a · W_dec + b_dec in float32; only decoder rows of features active somewhere are read."""
+    def decode(
+        self, a: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_model"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """x̂ = a · W_dec + b_dec in float32; only decoder rows of features active somewhere are read.
+
+        x: the residuals encoded; an SAE that normalises its input scales its output back by their size.
+        """
         self._check_width(a, self.d_sae, "activations")
         if not self.reduces_to_one_row:
+            self._remember_size(x)
             return self._lens_call("decode", a)
         flat = a.reshape(-1, self.d_sae).float()
         out = self.b_dec.to(a.device).expand(flat.shape[0], -1).clone()
@@ -211,6 +228,27 @@ class Sae:
         for part in active.split(max(1, _BLOCK_BYTES // (4 * self.d_in))):
             out += flat[:, part] @ self.W_dec_rows(part).to(a.device)
         return out.reshape(*a.shape[:-1], self.d_in)
+
+    def decoder_scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"] | None:
+        """What decode multiplies the sum of decoder rows by, at residuals x; None where it is 1 everywhere.
+
+        constant_norm_rescale encodes x·√d/‖x‖, so its output is multiplied by ‖x‖/√d; layer_norm encodes (x − mean)/std, so its
+        output is multiplied by the standard deviation of x over its d dimensions.
+        """
+        x = x.float()
+        if self.info.normalization == "constant_norm_rescale":
+            return x.norm(dim=-1) / self.d_in**0.5
+        return x.std(dim=-1) if self.info.normalization == "layer_norm" else None
+
+    def _remember_size(self, x: Tensor | None) -> None:
+        """Hand SAELens the residuals' size, which its encode keeps for the decode that follows."""
+        if self.info.normalization == "none":
+            return
+        if x is None:
+            raise RequestError(
+                f"{self.id} scales what it decodes by the size of its input: give decode(acts, x) the residuals x too."
+            )
+        self.lens.run_time_activation_norm_fn_in(x.float().to(self.lens.W_dec.device))
 
     def _lens_call(self, method: str, x: Tensor) -> Tensor:
         device = self.lens.W_dec.device
@@ -244,7 +282,7 @@ class Columns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Card:
+class SaeInfo:
     """What is known of an SAE without its weights."""
 
     site: Site
@@ -253,6 +291,8 @@ class Card:
     label_l0: float | None = None
     notes: tuple[str, ...] = ()
     """What had to be inferred."""
+    normalization: str = "none"
+    """How the input is scaled at run time, and the output scaled back: none, constant_norm_rescale or layer_norm."""
 
 
 def check_fits(model: Model, feature: Feature) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_bias.core.errors import RequestError, SaeBiasError
@@ -124,13 +123,15 @@ class SiteEdit:
             acts = weights.acts(x, encoded)
             new = self._resampled(weights, acts, info) if isinstance(edit, Resample) else edit.new_acts(acts)
             change = torch.where(mask, new - acts, torch.zeros_like(acts))
-            return _Step(change[..., None] * weights.w_dec.to(x.device), change != 0, acts, acts + change)
+            return _Step(weights.feature.write(x, change), change != 0, acts, acts + change)
         if isinstance(edit, Steer):
-            along = weights.to(x.device)
+            row = weights.feature.w_dec if isinstance(weights, _Loaded) else weights
             if edit.norm_relative:
-                delta = edit.alpha * x.norm(dim=-1, keepdim=True) * (along / along.norm())
+                delta = edit.alpha * x.norm(dim=-1, keepdim=True) * (row / row.norm()).to(x.device)
+            elif isinstance(weights, _Loaded):
+                delta = weights.feature.write(x, x.new_full(x.shape[:-1], edit.alpha))
             else:
-                delta = (edit.alpha * along).expand_as(x)
+                delta = (edit.alpha * row.to(x.device)).expand_as(x)
         elif isinstance(edit, ProjectOut):
             basis, mean = weights[0].to(x.device), weights[1]
             centred = x if mean is None else x - mean.to(x.device)
@@ -139,7 +140,7 @@ class SiteEdit:
             assert info.sources is not None
             delta = info.sources.other(edit.source, self.site.layer)[:, -x.shape[1] :].to(x) - x
         elif isinstance(edit, Reconstruct):
-            delta = weights.decode(weights.encode(x)).to(x.device) - x
+            delta = weights.decode(weights.encode(x), x).to(x.device) - x
         else:
             raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
         delta = torch.where(mask[..., None], delta, torch.zeros_like(delta))
@@ -196,44 +197,29 @@ class _Step:
 
 
 @dataclass
-class _OneRow:
-    """A feature whose activation needs only its own encoder column."""
+class _Loaded:
+    """A feature's weights; an SAE whose encoder needs all of its columns encodes each residual once for all of its features."""
 
     feature: Feature
 
     def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
-        return self.feature.to(x.device).activation(x)
-
-    @property
-    def w_dec(self) -> Float[Tensor, "d_model"]:
-        return self.feature.w_dec
-
-
-@dataclass
-class _FullPath:
-    """A feature of an SAE whose encoder does not reduce to one column (TopK, gated, normalized input)."""
-
-    sae: Sae
-    index: int
-    w_dec: Float[Tensor, "d_model"]
-
-    def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
-        if id(self.sae) not in encoded:
-            encoded[id(self.sae)] = self.sae.encode(x)
-        return encoded[id(self.sae)][..., self.index].to(x.device)
+        sae = self.feature.whole
+        if sae is None:
+            return self.feature.to(x.device).activation(x)
+        if id(sae) not in encoded:
+            encoded[id(sae)] = sae.encode(x)
+        return encoded[id(sae)][..., self.feature.index].to(x.device)
 
 
 def _weights(edit: Intervention) -> Any:
     if isinstance(edit, FeatureEdit):
-        feature = as_feature(edit.feature)
-        whole = feature.whole
-        return _OneRow(feature) if whole is None else _FullPath(whole, feature.index, feature.w_dec)
+        return _Loaded(as_feature(edit.feature))
     if isinstance(edit, Steer):
         if isinstance(edit.along, Direction):
             if len(edit.along.basis) != 1:
                 raise RequestError(f"Steer needs one direction; {edit.along} has {len(edit.along.basis)}.")
             return edit.along.basis[0]
-        return as_feature(edit.along).w_dec
+        return _Loaded(as_feature(edit.along))
     if isinstance(edit, ProjectOut):
         if isinstance(edit.along, Direction):
             return edit.along.basis, edit.along.mean
@@ -248,10 +234,8 @@ def _weights(edit: Intervention) -> Any:
 
 def _on(device: torch.device, weights: Any) -> Any:
     """The weights on the device of the site's layer, moved once a block and not once a pass."""
-    if isinstance(weights, _FullPath):
-        return _FullPath(weights.sae, weights.index, weights.w_dec.to(device))
-    if isinstance(weights, _OneRow):
-        return _OneRow(weights.feature.to(device))
+    if isinstance(weights, _Loaded):
+        return _Loaded(weights.feature.to(device))
     if isinstance(weights, tuple):
         return tuple(None if w is None else w.to(device) for w in weights)
     return weights.to(device) if isinstance(weights, Tensor) else weights
@@ -305,7 +289,7 @@ def _width(weights: Any) -> int:
         return weights.d_in
     if isinstance(weights, tuple):
         return weights[0].shape[-1]
-    return (weights if isinstance(weights, Tensor) else weights.w_dec).shape[-1]
+    return (weights.feature.w_dec if isinstance(weights, _Loaded) else weights).shape[-1]
 
 
 class _Context:

@@ -23,6 +23,8 @@ from sae_bias.steering.engine import ProbeEngine
 HUMAN, AI = 0, 1
 Part = Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n d_model"]]
 """What of a residual is interchanged, row by row."""
+Scale = Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n"] | None]
+"""How much a normalizing SAE multiplies its decoder rows by, at each residual; None where it is 1 everywhere."""
 
 
 class Interchange:
@@ -53,19 +55,28 @@ class Interchange:
         return int(self.suffix.max())
 
     def bias(
-        self, layer: int, side: int, part: Part | None, name: str, *, offset: int | None = None
+        self,
+        layer: int,
+        side: int,
+        part: Part | None,
+        name: str,
+        *,
+        offset: int | None = None,
+        scale: Scale | None = None,
     ) -> Float[np.ndarray, "n_pairs"]:
         """s(human) - s(AI) of each pair when `side` takes over the other side's part at `layer`.
 
         offset: only the position this far from the prompt's last token (0 is the last); None is the whole suffix. `name`
-        says which part is meant, so that it is computed once.
+        says which part is meant, so that it is computed once. `scale` of the edited residual multiplies what is exchanged.
         """
         base = self.engine.base
-        values = self._values(layer, side, part, name, offset)
+        values = self._values(layer, side, part, name, offset, scale)
         score = base.probe.score_values(values, base.positive)
         return base.score_human - score if side == AI else score - base.score_ai
 
-    def _values(self, layer: int, side: int, part: Part | None, name: str, offset: int | None) -> np.ndarray:
+    def _values(
+        self, layer: int, side: int, part: Part | None, name: str, offset: int | None, scale: Scale | None
+    ) -> np.ndarray:
         plan, runner = self.plans[side], self.engine.engine.runner
         kept = runner.kept(layer)
         store = self._store(layer, part, name)
@@ -80,8 +91,11 @@ class Interchange:
                 first, last = self._span(pair, batch.tokens.shape[1], plan.prompts[pair].ids, offset)
                 if first < last:
                     shift = store[k_other].shape[1] - x.shape[0]
-                    x[first:last] += store[k_other][row_other, first + shift : last + shift]
-                    x[first:last] -= store[k][row, first:last]
+                    own = x[first:last].clone()
+                    size = None if scale is None else scale(own)
+                    size = 1.0 if size is None else size[:, None]
+                    x[first:last] += store[k_other][row_other, first + shift : last + shift] * size
+                    x[first:last] -= store[k][row, first:last] * size
                 rows.append(x.to(kept[k].dtype))
             with row_positions(self.model, *plan.rows(batch)):
                 return plan.read(forward(self.model, batch.tokens, resume=Kept(layer, torch.stack(rows))))

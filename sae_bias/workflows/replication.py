@@ -10,10 +10,8 @@ model that cannot be had is a row "not re-measured here". Stand-ins go into a pl
 
 from __future__ import annotations
 
-import datetime
 import gc
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.files import plain
-from sae_bias.core.versions import versions
+from sae_bias.core.text import bracket, number, signed
 from sae_bias.measures.fidelity import gate_model
 from sae_bias.models.catalog import model_info
 from sae_bias.models.load import load_model
@@ -39,8 +37,8 @@ from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.load import load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.runs.copies import probe_facts
-from sae_bias.runs.folder import SCHEMA, RunFolder
-from sae_bias.runs.manifest import manifest
+from sae_bias.runs.folder import RunFolder
+from sae_bias.runs.manifest import manifest, manifest_of_several
 from sae_bias.runs.summary import gate_facts
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
@@ -336,23 +334,16 @@ class _Runner:
         own.write_json("summary", {"question": self.study.question, "bias": _stat(shared), "notes": notes})
 
     def run_facts(self, words: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": versions(),
-            "study": self.study.model_dump(mode="json"),
-            "stand_ins": self.stand_ins,
-            "model": {
-                "name": self.study.model,
-                "organism": all(n.startswith("organism:") for n in self.study.models),
-            },
-            "prompts": {
-                "pairs": {"name": self.pairs.name, "digest": self.pairs.digest, "n": len(self.pairs)}
-            },
-            "words": {"shared": list(words), "left_out": list(left_out)},
-            "seed": self.study.seed,
-        }
+        organisms = all(n.startswith("organism:") for n in self.study.models)
+        prompts = {"pairs": {"name": self.pairs.name, "digest": self.pairs.digest, "n": len(self.pairs)}}
+        return manifest_of_several(
+            study=self.study.model_dump(mode="json"),
+            stand_ins=self.stand_ins,
+            model={"name": self.study.model, "organism": organisms},
+            prompts=prompts,
+            words={"shared": list(words), "left_out": list(left_out)},
+            seed=self.study.seed,
+        )
 
 
 # ── instruction-tuned against pretrained
@@ -433,7 +424,7 @@ def _headline(summary: dict[str, Any]) -> list[str]:
         measured = (
             NOT_MEASURED
             if row["status"] == NOT_MEASURED
-            else f"{row['bias']:+.3f} [{_number(row['ci_low'])}, {_number(row['ci_high'])}]"
+            else f"{signed(row['bias'])} {bracket(row['ci_low'], row['ci_high'])}"
         )
         if stand_ins:
             lines.append(f"  {name}: {measured}, {row['n_words']} words; {row['reason']}")
@@ -441,27 +432,23 @@ def _headline(summary: dict[str, Any]) -> list[str]:
         known = (
             ""
             if row["published"] is None or row["published"] != row["published"]
-            else f"published {row['published']:.3f} | "
+            else f"published {number(row['published'])} | "
         )
         says = "" if row["verdict"] in (NOT_MEASURED, "no published figure") else f" | {row['verdict']}"
         lines.append(f"  {name}: {known}{measured}{says}")
     for row in summary["tuning"]:
         if row["quantity"] in ("bias",) or row["quantity"].startswith("score"):
             known = (
-                f" (published {row['published']:+.3f}: {row['verdict']})"
+                f" (published {signed(row['published'])}: {row['verdict']})"
                 if row.get("published") is not None
                 else ""
             )
             lines.append(
-                f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {row['change']:+.3f} "
-                f"[{_number(row['ci_low'])}, {_number(row['ci_high'])}]{known}"
+                f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {signed(row['change'])} "
+                f"{bracket(row['ci_low'], row['ci_high'])}{known}"
             )
     if summary["words"]:
         lines.append(
             f"  words in every model: {len(summary['words'])}; left out: {', '.join(summary['words_left_out']) or 'none'}"
         )
     return lines
-
-
-def _number(x: float | None) -> str:
-    return "undefined" if x is None or x != x else f"{x:.3f}"

@@ -7,6 +7,7 @@ sweep in order, so that its table can be made again from the folder alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
 from sae_bias.runs.copies import directions_of, edit_facts, probe_facts
 from sae_bias.runs.folder import RunFolder, merge_shards, reading
-from sae_bias.runs.manifest import manifest
+from sae_bias.runs.manifest import manifest, write_manifest
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
 from sae_bias.stats.clustered import clustered_mean
@@ -178,41 +179,28 @@ def run_sweep(
         return runner.run(None, None, progress, executor)
     folder = RunFolder(out, shard=shard)
     with folder.writing():
-        _write_manifest(
-            folder,
-            manifest(model, pairs=pairs, vocabulary=runner.vocabulary, saes=runner.saes(), seed=sweep.seed),
+        facts = manifest(
+            model, pairs=pairs, vocabulary=runner.vocabulary, saes=runner.saes(), seed=sweep.seed
         )
-        folder.write_json("sweep", runner.facts(shard))
+        write_manifest(folder, facts, replace=True)
+        _write_plan(folder, runner.facts(shard))
         result = runner.run(folder, shard, progress, executor)
         folder.write_table("sweep", result.frame)
     return result
 
 
-def _write_manifest(folder: RunFolder, new: dict[str, Any]) -> None:
-    """A manifest of this very model and pairs; one that stands there for them already is kept."""
-    if (folder.path / "manifest.json").is_file():
-        old = folder.read_json("manifest")
-        if _identity(old) == _identity(new):
-            _add_saes(folder, old, new)
-            return
-        new["earlier"] = [
-            *(old.pop("earlier", None) or []),
-            {"created": old.get("created"), "model": old.get("model"), "prompts": old.get("prompts")},
-        ]
-    folder.write_json("manifest", new)
-
-
-def _add_saes(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Bring a kept manifest's SAEs up to date; nothing is written where they are."""
-    known = {s["id"]: s for s in old.get("saes") or []}
-    joined = {**known, **{s["id"]: s for s in new["saes"]}}
-    if joined != known:
-        folder.write_json("manifest", {**old, "saes": list(joined.values())})
-
-
-def _identity(facts: Mapping[str, Any]) -> tuple[Any, Any]:
-    pairs = (facts.get("prompts") or {}).get("pairs") or {}
-    return (facts.get("model") or {}).get("digest"), pairs.get("digest")
+def _write_plan(folder: RunFolder, plan: dict[str, Any]) -> None:
+    """sweep.json; says so where another sweep's table and report give way to this one's."""
+    if folder.has_json("sweep"):
+        old = folder.read_json("sweep")
+        if old.get("key") != plan["key"]:
+            n = len(old.get("cells") or [])
+            warnings.warn(
+                f"{folder.path} holds another sweep of {n} cells; this one takes its place in table and report, and those cells are kept. "
+                "Choose another folder to keep both.",
+                stacklevel=3,
+            )
+    folder.write_json("sweep", plan)
 
 
 class _Runner:

@@ -12,9 +12,10 @@ from torch import nn
 
 import sae_bias as sb
 from sae_bias.cli.main import main
+from sae_bias.core.files import cache_folder
 from sae_bias.measures import fidelity
 from sae_bias.measures import fidelity as gate
-from sae_bias.measures.fidelity import cache_folder, gate_lines, gate_model, gate_sae
+from sae_bias.measures.fidelity import gate_lines, gate_model, gate_sae
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_every_layer_is_compared_with_plain_hugging_face(tiny, cache):
 
     sae = tiny.sae
     for layer in range(tiny.model.n_layers):
-        moved = replace(sae, card=replace(sae.card, site=sb.Site(layer)))
+        moved = replace(sae, info=replace(sae.info, site=sb.Site(layer)))
         found = fidelity.check_fidelity(tiny.model, moved, n_texts=2)
         assert 0 <= found.residual_max_rel_error < 1e-4
 
@@ -170,7 +171,7 @@ def test_the_residual_is_that_of_the_unprocessed_checkpoint(make_tiny, name):
 def test_a_doubtful_sae_warns(gemma3, cache, monkeypatch):
     from dataclasses import replace
 
-    sae = replace(gemma3.sae, card=replace(gemma3.sae.card, label_l0=1e6))
+    sae = replace(gemma3.sae, info=replace(gemma3.sae.info, label_l0=1e6))
     found = gate_sae(gemma3.model, sae)
     assert any("its label says 1000000" in w for w in found.warnings)
     monkeypatch.setattr(fidelity, "MAX_FVU", 1e-9)
@@ -189,7 +190,7 @@ def test_it_is_run_once_for_a_model_and_an_sae(gemma3, cache, counted):
     assert counted == ["check_fidelity", "check_logits"]
     assert len(list(cache.glob("*.json"))) == 2
     assert not list(cache.glob("*.partial"))
-    assert cache == cache_folder()
+    assert cache == cache_folder("gate")
 
 
 def test_other_weights_another_precision_or_hooks_are_measured_anew(gemma3, cache, counted, tmp_path):

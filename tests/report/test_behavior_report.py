@@ -7,8 +7,9 @@ from run_fixture import HOSTILE
 
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
-from sae_bias.report.page import read_run, write_report
+from sae_bias.report.page import write_report
 from sae_bias.report.sections import sections
+from sae_bias.runs.folder import read_run
 
 
 @pytest.fixture(scope="module")

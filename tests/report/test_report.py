@@ -11,9 +11,10 @@ from run_fixture import HOSTILE, build_run
 from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
 from sae_bias.report import words
-from sae_bias.report.page import ORGANISM_BANNER, read_run, write_report
+from sae_bias.report.page import ORGANISM_BANNER, write_report
 from sae_bias.report.parts import MOST_ROWS, script_json
 from sae_bias.report.sections import sections
+from sae_bias.runs.folder import read_run
 
 NAN = float("nan")
 
@@ -128,8 +129,8 @@ def test_two_runs_stand_side_by_side(run, tmp_path):
     ("break_it", "says"),
     [
         (lambda f: (f / "manifest.json").unlink(), "not a run folder"),
-        (lambda f: (f / "summary.json").write_text("{"), "cannot be read as JSON"),
-        (lambda f: (f / "tables/words.parquet").write_bytes(b"PAR1 cut"), "cannot be read as Parquet"),
+        (lambda f: (f / "summary.json").write_text("{"), "summary.json cannot be read"),
+        (lambda f: (f / "tables/words.parquet").write_bytes(b"PAR1 cut"), "words.parquet cannot be read"),
         (lambda f: pd.DataFrame({"word": ["a"]}).to_parquet(f / "tables/words.parquet"), "no column 'diff'"),
     ],
 )

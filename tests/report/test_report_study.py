@@ -11,8 +11,9 @@ from run_fixture import HOSTILE, build_run
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures import published as published_figures
 from sae_bias.report import words
-from sae_bias.report.page import STAND_IN_BANNER, read_run, write_report
+from sae_bias.report.page import STAND_IN_BANNER, write_report
 from sae_bias.report.sections import sections
+from sae_bias.runs.folder import read_run
 
 
 def anchors(run):

@@ -22,7 +22,7 @@ from tallies import tally
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.core.site import Site
-from sae_bias.saes.formats.gemma_scope import read_card, read_encoder_file, read_label
+from sae_bias.saes.formats.gemma_scope import read_encoder_file, read_info, read_label
 from sae_bias.saes.load import load_feature, load_sae
 from sae_bias.saes.tensors import open_tensor_file
 
@@ -436,7 +436,7 @@ def test_any_value_in_a_config(tmp_path: Path, key: str, value: object) -> None:
 @given(st.text(max_size=60))
 def test_any_text_as_a_label(name: str) -> None:
     with contextlib.suppress(RequestError):
-        read_card(name, None)
+        read_info(name, None)
 
 
 # ── what is read, and what it costs ──────────────────────────────────────────────────────────────────────────────

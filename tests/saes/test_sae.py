@@ -286,7 +286,7 @@ def test_saes_that_need_the_whole_take_the_full_path(
         assert not sae.reduces_to_one_row
         assert sae.architecture == architecture
         torch.testing.assert_close(sae.encode(x), expected)
-        torch.testing.assert_close(sae.decode(sae.encode(x)), decoded)
+        torch.testing.assert_close(sae.decode(sae.encode(x), x), decoded)
         torch.testing.assert_close(sae.feature(3).activation(x), expected[:, 3])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sae_bias as sb
-from sae_bias.discovery.attribution import attribution, exact_ablation
+from sae_bias.discovery.attribution import attribution
 from sae_bias.discovery.causal import causal_ladder
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.matching import match_features
@@ -21,7 +21,15 @@ FAMILIES = {
     "gated": {},
     "standard": {},
     "jumprelu": {},
-    "normed": {"normalize_activations": "layer_norm"},
+    "topk_rescaled": {"k": 6, "rescale_acts_by_decoder_norm": True},
+    "topk_rescaled_normed": {
+        "k": 6,
+        "rescale_acts_by_decoder_norm": True,
+        "normalize_activations": "constant_norm_rescale",
+    },
+    "standard_layer_norm": {"normalize_activations": "layer_norm"},
+    "jumprelu_constant_norm": {"normalize_activations": "constant_norm_rescale"},
+    "standard_average_in": {"normalize_activations": "expected_average_only_in"},
 }
 
 
@@ -32,7 +40,7 @@ def lens_sae(kind, resid):
     from sae_lens.saes.sae import SAEMetadata
 
     metadata = SAEMetadata(hook_name=f"blocks.{LAYER}.hook_resid_post", model_name="tiny")
-    name = {"normed": "standard"}.get(kind, kind)
+    name = kind.partition("_")[0]
     torch.manual_seed(3)
     if kind == "batchtopk":
         sae = BatchTopKTrainingSAE(
@@ -44,9 +52,11 @@ def lens_sae(kind, resid):
     scale = float(resid.norm(dim=-1).mean())
     with torch.no_grad():
         for parameter_name, parameter in sae.named_parameters():
-            spread = 1.0 / scale if parameter_name == "W_enc" and kind != "normed" else 0.2
+            normed = "norm" in kind
+            spread = 1.0 / scale if parameter_name == "W_enc" and not normed else 0.2
             parameter.normal_(std=spread)
-        sae.W_dec.normal_(std=0.1 * scale / 32**0.5)
+        sae.W_dec.normal_(std=0.1 if normed else 0.1 * scale / 32**0.5)
+        sae.W_dec *= torch.linspace(0.5, 2.0, D_SAE)[:, None]  # rows of unlike length
         if hasattr(sae, "threshold"):
             sae.threshold.abs_()
     return sae.eval()
@@ -83,31 +93,106 @@ def test_it_ranks_by_saelens_own_activations(family, gemma3, pairs):
     assert by_interaction.family_size == D_SAE
 
 
-def test_it_edits_with_the_error_kept(family, gemma3, pairs, probe):
-    lens, sae = family
-    ranked = sb.rank_features(gemma3.model, sae, pairs, by="attribution", probe=probe)
-    index = int(ranked.frame["index"].iloc[0])
-    engine = ProbeEngine(gemma3.model, pairs, probe)
-    removed = exact_ablation(engine, [sae.feature(index)])[0]
+def decoded_change(lens, x, index, edit):
+    """decode(edited) − decode(unedited) by SAELens itself, whose encode leaves the size for the decode that follows."""
+    acts = lens.encode(x)
+    before = lens.decode(acts)
+    edited = lens.encode(x).clone()
+    edited[..., index] = edit(edited[..., index])
+    return lens.decode(edited) - before
+
+
+def bias_by_plain_hooks(model, engine, pairs, lens, index, edit, size=1.0):
+    """The probe's bias with SAELens' own change added by a plain forward hook of Hugging Face's model, BOS left alone."""
 
     def hook(module, args, output):
         x = output[0] if isinstance(output, tuple) else output
-        acts = lens.encode(x)
-        delta = -acts[..., index, None] * lens.W_dec[index]
-        delta[:, 0] = 0.0  # BOS is left alone
+        delta = size * decoded_change(lens, x, index, edit)
+        delta[:, 0] = 0.0
         return (x + delta, *output[1:]) if isinstance(output, tuple) else x + delta
 
-    handle = gemma3.model.layer(LAYER).register_forward_hook(hook)
+    handle = model.layer(LAYER).register_forward_hook(hook)
     try:
         with torch.no_grad():
-            z = {t: gemma3.model.hf(torch.tensor([gemma3.model.encode(t)])).logits[0, -1] for p in pairs for t in (p.human, p.ai)}  # fmt: skip
+            z = {t: model.hf(torch.tensor([model.encode(t)])).logits[0, -1] for p in pairs for t in (p.human, p.ai)}  # fmt: skip
     finally:
         handle.remove()
     base, words = engine.base, [w.tokens[0] for w in engine.base.vocabulary.kept]
     score = {t: base.probe.score_values(v[words].numpy()[None], base.positive)[0] for t, v in z.items()}
-    by_hand = base.bias - np.mean([score[p.human] - score[p.ai] for p in pairs])
-    assert removed == pytest.approx(by_hand, rel=1e-3, abs=2e-3)
-    assert len(attribution(engine, sae)) == D_SAE
+    return np.mean([score[p.human] - score[p.ai] for p in pairs])
+
+
+EDITS = {
+    "ablate": (lambda f: sb.Ablate(f), torch.zeros_like),
+    "scale": (lambda f: sb.Scale(f, -2.0), lambda a: -2.0 * a),
+    "clamp always": (lambda f: sb.Clamp(f, 3.0, when="always"), lambda a: torch.full_like(a, 3.0)),
+    "steer": (lambda f: sb.Steer(f, 4.0), lambda a: a + 4.0),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_is_saelens_own_decode_edited_less_unedited(family, edit, gemma3, pairs, probe):
+    lens, sae = family
+    index = int(
+        sb.rank_features(gemma3.model, sae, pairs, by="attribution", probe=probe).frame["index"].iloc[0]
+    )
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    make, rule = EDITS[edit]
+    found = engine.run([make(sae.feature(index))])[0].bias
+    by_hand = bias_by_plain_hooks(gemma3.model, engine, pairs, lens, index, rule)
+    assert found == pytest.approx(by_hand, abs=2e-5)
+    assert abs(by_hand - engine.base.bias) > 1e-4, "an edit that does nothing tests nothing"
+
+
+def test_attribution_is_the_slope_of_saelens_own_ablation(family, gemma3, pairs, probe):
+    lens, sae = family
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    attributed = attribution(engine, sae)
+    assert len(attributed) == D_SAE
+    for index in np.argsort(-np.abs(attributed))[:2]:
+        up, down = (
+            bias_by_plain_hooks(gemma3.model, engine, pairs, lens, int(index), torch.zeros_like, size)
+            for size in (0.02, -0.02)
+        )
+        assert attributed[index] == pytest.approx((down - up) / 0.04, rel=0.02, abs=1e-4)
+
+
+def test_the_causal_analysis_writes_what_the_edits_write(family, gemma3, pairs, probe):
+    lens, sae = family
+    index = int(
+        sb.rank_features(gemma3.model, sae, pairs, by="attribution", probe=probe).frame["index"].iloc[0]
+    )
+    feature, engine = sae.feature(index), ProbeEngine(gemma3.model, pairs, probe)
+    rungs = causal_ladder(gemma3.model, feature, pairs, probe, layers=[LAYER], positions=0).rungs
+    effect = rungs.set_index("rung")["effect"]
+    resampled = engine.base.bias - engine.run([sb.Resample(feature)])[0].bias
+    assert effect["resample"] == pytest.approx(resampled, abs=2e-5)
+    x = sb.residuals(gemma3.model, [p.ai for p in pairs], LAYER)
+    with torch.no_grad():
+        written = -decoded_change(lens, x, index, torch.zeros_like)
+    torch.testing.assert_close(feature.write(x, feature.activation(x)), written, atol=2e-5, rtol=1e-4)
+
+
+def test_normalization_that_cannot_be_exact_is_refused():
+    resid = torch.randn(9, 32)
+    lens = lens_sae("standard", resid)
+    lens.cfg.normalize_activations = "covariance_whitening"
+    with pytest.raises(sb.RequestError, match="folded"):
+        sb.load_sae(lens)
+
+
+def test_a_normalizing_sae_decodes_with_the_residuals_it_read():
+    sae = sb.load_sae(lens_sae("jumprelu_constant_norm", torch.randn(9, 32)))
+    with pytest.raises(sb.RequestError, match=r"decode\(acts, x\)"):
+        sae.decode(sae.encode(torch.randn(2, 32)))
+
+
+def test_a_temporal_sae_is_refused(tmp_path):
+    from sae_files import random_sae, write_saelens
+
+    folder = write_saelens(tmp_path / "temporal", random_sae(), "temporal")
+    with pytest.raises(sb.RequestError, match="temporal SAE"):
+        sb.load_sae(folder)
 
 
 def test_card_ladder_resolve_and_match_take_the_full_path(gemma3, pairs, probe):

@@ -348,12 +348,12 @@ def the_cache_is_passed_over(patch: pytest.MonkeyPatch) -> None:
 
 def inferred_silently(patch: pytest.MonkeyPatch) -> None:
     """Layer and hook point are taken from a folder's name, and nobody is told."""
-    read = gemma_scope.read_card
+    read = gemma_scope.read_info
 
     def mutated(*args, **options):
         return replace(read(*args, **options), notes=())
 
-    patch.setattr(gemma_scope, "read_card", mutated)
+    patch.setattr(gemma_scope, "read_info", mutated)
 
 
 G = {"architecture": "gemma3"}

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sae_bias.core.errors import RequestError
-from sae_bias.report.parts import Run, Section
+from sae_bias.report.parts import Section
 from sae_bias.report.sections import behavior as behavior_sections
 from sae_bias.report.sections import calibration as calibration_sections
 from sae_bias.report.sections import features as feature_sections
 from sae_bias.report.sections import probe as probe_sections
 from sae_bias.report.sections import published as published_sections
 from sae_bias.report.sections import suppression as suppression_sections
+from sae_bias.runs.folder import Run
 
 Build = Callable[[Run], Section]
 CALIBRATION = "Calibration"

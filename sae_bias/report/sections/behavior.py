@@ -16,7 +16,8 @@ import pandas as pd
 from sae_bias.core import text as fmt
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
-from sae_bias.report.parts import Piece, Run, Section, Sides, Table, run_table
+from sae_bias.report.parts import Piece, Section, Sides, Table, run_table
+from sae_bias.runs.folder import Run
 
 MOST_TEXTS = 100
 DARKEST = 8.0  # nats at which a token's background is darkest

@@ -11,7 +11,8 @@ import pandas as pd
 
 from sae_bias.core import text as fmt
 from sae_bias.figures import calibration as calibration_plots
-from sae_bias.report.parts import Run, Section, Table, table_of
+from sae_bias.report.parts import Section, Table, table_of
+from sae_bias.runs.folder import Run
 
 BAND, MATTERS = (0.93, 0.98), 0.005
 MARK_COLUMNS = {

@@ -12,7 +12,8 @@ from sae_bias.figures import features as features_figures
 from sae_bias.figures import style as style_figures
 from sae_bias.figures.features import ceiling_figure
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, run_table
+from sae_bias.report.parts import Section, run_table
+from sae_bias.runs.folder import Run
 
 
 def ranking_section(run: Run) -> Section:

@@ -9,7 +9,8 @@ from sae_bias.core import text as fmt
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures.style import SIDES
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, run_table
+from sae_bias.report.parts import Section, run_table
+from sae_bias.runs.folder import Run
 
 
 def bias_section(run: Run) -> Section:

@@ -14,7 +14,8 @@ import pandas as pd
 from sae_bias.core import text as fmt
 from sae_bias.figures import published as published_figures
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, run_table
+from sae_bias.report.parts import Section, run_table
+from sae_bias.runs.folder import Run
 
 NOT_HERE = "not re-measured here"
 

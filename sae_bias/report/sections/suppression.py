@@ -13,7 +13,8 @@ import pandas as pd
 from sae_bias.core import text as fmt
 from sae_bias.figures import sweep as sweep_figures
 from sae_bias.report import words
-from sae_bias.report.parts import Run, Section, run_table
+from sae_bias.report.parts import Section, run_table
+from sae_bias.runs.folder import Run
 
 
 def sweep_section(run: Run) -> Section:

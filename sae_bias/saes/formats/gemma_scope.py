@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.saes.sae import Card, Columns
+from sae_bias.saes.sae import Columns, SaeInfo
 from sae_bias.saes.tensors import TensorFile, open_tensor_file, read_json
 
 PARAMS_FILES = ("params.safetensors", "params.npz")
@@ -138,7 +138,7 @@ def read_label(name: str) -> Label:
     )
 
 
-def read_card(label_path: str, config: Path | None, *, model_name: str | None = None) -> Card:
+def read_info(label_path: str, config: Path | None, *, model_name: str | None = None) -> SaeInfo:
     """What folder name and config.json say; refuses anything but a residual SAE, and contradictions.
 
     label_path: repository and folder, as `google/gemma-scope-2-12b-it/resid_post/layer_31_width_65k_l0_big`.
@@ -162,7 +162,7 @@ def read_card(label_path: str, config: Path | None, *, model_name: str | None = 
             "layer_31_width_65k_l0_medium"
         )
     l0 = _number(entries, "l0", where)
-    return Card(
+    return SaeInfo(
         site,
         _hub_model_name(_text(entries, "model_name", where)) or model_name or _model_of_release(label_path),
         label_l0=l0 if l0 is not None else label.l0,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.saes.sae import Card, Columns
+from sae_bias.saes.sae import Columns, SaeInfo
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +50,16 @@ class LensEncoder:
         return Columns(w_enc, b_enc, _plain(threshold[start:stop]).clamp(min=0))
 
     def decoder_rows(self, indices: Sequence[int]) -> Float[Tensor, "n d_model"]:
-        """Decoder rows."""
-        return _plain(self.lens.W_dec[list(indices)])
+        """What one unit of each activation writes: rescaled activations are measured along decoder rows of length 1."""
+        rows = _plain(self.lens.W_dec[list(indices)])
+        return rows / rows.norm(dim=-1, keepdim=True) if _rescaled(self.lens.cfg) else rows
 
     def b_dec(self) -> Float[Tensor, "d_model"]:
         """The decoder's bias."""
         return _plain(self.lens.b_dec)
 
 
-def lens_card(config: dict[str, Any], where: str) -> Card:
+def lens_info(config: dict[str, Any], where: str) -> SaeInfo:
     metadata = config.get("metadata")
     found = {**config, **(metadata if isinstance(metadata, dict) else {})}
     architecture, hook = (
@@ -78,6 +79,10 @@ def lens_card(config: dict[str, Any], where: str) -> Card:
             f"{where}: a {str(architecture)[:40]} SAE in training, whose activations depend on what else is in the batch; "
             "save it with SAELens' save_inference_model (a JumpReLU SAE) and load that"
         )
+    if str(architecture) == "temporal":
+        raise RequestError(
+            f"{where}: a temporal SAE, whose activations depend on the tokens before; only SAEs that read one position are edited here"
+        )
     if not isinstance(hook, str):
         raise RequestError(f"{where} has no hook_name; expected e.g. blocks.31.hook_resid_post")
     model = found.get("model_name")
@@ -87,9 +92,26 @@ def lens_card(config: dict[str, Any], where: str) -> Card:
         site = Site.parse(hook)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
-    return Card(
-        site, model if isinstance(model, str) else None, str(architecture), notes=notes if scaled else ()
+    return SaeInfo(
+        site,
+        model if isinstance(model, str) else None,
+        str(architecture),
+        notes=notes if scaled else (),
+        normalization=_normalization(config, where),
     )
+
+
+def _normalization(config: dict[str, Any], where: str) -> str:
+    """How SAELens scales what it encodes and scales back what it decodes; an average folded in or left out scales nothing."""
+    name = config.get("normalize_activations")
+    if name in (None, False, True, "none", "expected_average_only_in"):
+        return "none"
+    if name not in ("constant_norm_rescale", "layer_norm"):
+        raise RequestError(
+            f"{where}: normalize_activations is {str(name)[:40]!r}, which cannot be edited exactly unless it is folded into the "
+            "weights (SAELens: fold_activation_whitening, fold_activation_norm_scaling_factor); save the folded SAE and load that"
+        )
+    return str(name)
 
 
 def is_plain(config: dict[str, Any]) -> bool:
@@ -104,6 +126,11 @@ def is_plain(config: dict[str, Any]) -> bool:
         and config.get("reshape_activations", "none") in (None, "none")
         and not config.get("finetuning_scaling_factor")
     )
+
+
+def _rescaled(config: Any) -> bool:
+    """Whether activations are in units of the decoder row's length (TopK with rescale_acts_by_decoder_norm)."""
+    return bool(getattr(config, "rescale_acts_by_decoder_norm", False))
 
 
 def _plain(tensor: Tensor) -> Tensor:

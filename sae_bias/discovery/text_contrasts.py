@@ -1,0 +1,457 @@
+"""Which features fire on one list of texts and not on the other (`Contrast`), for every feature of one or many SAEs.
+
+A text gives one number a feature: its activation at the last token, or the mean or maximum over its ordinary tokens, or whether it
+fires on any. Of these: AUROC (positive above negative), mean difference, and a test whose unit is the group, or the text where no
+groups are given:
+
+    paired      t of the groups' mean differences; sign-flips of whole groups
+    unpaired    t = d / (s √(1/n₁ + 1/n₀)) with the pooled s; labels permuted over whole groups
+
+Corrected p: Westfall–Young max-T over one shared set of flips or permutations [Westfall & Young 1993]; q by Benjamini–Hochberg. The
+family is every feature that fires on at least `min_texts` texts: a label-blind prefilter. Selecting and testing on the same texts
+inflates AUROC, so each feature's AUROC on a seeded 60 % of the units stands beside that on the held-out 40 %, and the note gives the
+held-out AUROC of the feature that the 60 % alone would have chosen, beside that of a bag of words.
+
+Texts are read in batches; what is kept of them is sparse and lies on disk in buckets of features, so memory does not grow with texts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csc_array
+from scipy.special import stdtr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_bias.core.errors import RequestError
+from sae_bias.discovery.contrasts import ALPHA, feature_names
+from sae_bias.models.chat import opening_ids
+from sae_bias.models.forward import capture_layers, plan_batches
+from sae_bias.models.model import Model
+from sae_bias.prompts.contrast import Contrast
+from sae_bias.saes.sae import Sae
+from sae_bias.saes.stream import acts_blocks
+from sae_bias.stats.features import activation_variance_floor, auroc, benjamini_hochberg, sign_matrix
+
+REDUCE = ("last", "mean", "max", "any")
+N_DRAWS = 2_000
+HELD_OUT = 0.4
+CHUNK = 2_048
+N_BUCKETS = 64
+ROW_BYTES = 128 * 2**20
+"""Residuals that wait for one reading of the encoder."""
+DRAW_BYTES = 40_000_000
+"""Of the matrix of draws, a byte a unit: fewer draws where there are very many units."""
+BLOCK_BYTES = 64 * 2**20
+_ENTRY = np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", "<f4")])
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastScan:
+    """One row a feature, and what is to be said of the texts."""
+
+    frame: pd.DataFrame
+    n_units: int
+    units: str
+    note: str
+
+
+def scan_contrast(
+    model: Model,
+    saes: Sequence[Sae],
+    contrast: Contrast,
+    *,
+    reduce: str = "last",
+    chat: bool = False,
+    min_texts: int = 2,
+    all_of: Sequence[str] = (),
+    none_of: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> ContrastScan:
+    """Statistics of every feature on the contrast's texts.
+
+    Args:
+        reduce: "last", "mean", "max" (over ordinary tokens) or "any" (1 where the feature fires on some ordinary token).
+        chat: texts as user turns of the model's chat template.
+        min_texts: features that fire on fewer texts, whichever side, are left out of the family and of the table's tests.
+        all_of, none_of: keep features that fire on every text of these sets and on none of those; a set is "positive", "negative"
+            or the name of a group.
+
+    Raises:
+        RequestError: an unknown `reduce` or set, a text beyond the model's context, fewer than two units a side.
+    """
+    if reduce not in REDUCE:
+        raise RequestError(f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}.")
+    sets = [_members(contrast, names) for names in (all_of, none_of)]
+    design = _Design.of(contrast, seed)
+    frames: list[pd.DataFrame] = []
+    with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
+        buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes))
+        lengths = _read(model, saes, contrast, reduce, chat, buckets, progress)
+        for start, stop in tqdm(
+            buckets.ranges(), desc="contrast", unit="block", disable=not progress, leave=False
+        ):
+            for first, acts in buckets.blocks(start, stop, len(contrast)):
+                frames.append(_statistics(acts, first, design, contrast, min_texts, sets))
+    statistics = (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else _statistics(np.zeros((len(contrast), 0)), 0, design, contrast, min_texts, sets)
+    )
+    frame = pd.concat([feature_names(sae) for sae in saes], ignore_index=True)
+    frame = frame.join(statistics.set_index("place")).pipe(_silent, len(contrast))
+    design.correct(frame)
+    note = _note(frame, contrast, design, lengths)
+    if all_of or none_of:
+        frame = frame[frame["in_sets"]].reset_index(drop=True)
+        note = f"{len(frame)} features fire on all of {_said(all_of)} and on none of {_said(none_of)}; {note}"
+    return ContrastScan(frame.drop(columns="in_sets"), design.n_units, design.units, note)
+
+
+# --- reading -------------------------------------------------------------------------------------------
+class _Buckets:
+    """Non-zero activations (text, feature, value) on disk, one file a range of features."""
+
+    def __init__(self, folder: Path, n_features: int):
+        self.n_features, self.width = n_features, -(-n_features // N_BUCKETS)
+        self.paths = [folder / str(i) for i in range(-(-n_features // self.width))]
+
+    def add(self, text: Int[Array, "n"], feature: Int[Array, "n"], value: Float[Array, "n"]) -> None:
+        entries = np.empty(len(text), _ENTRY)
+        entries["text"], entries["feature"], entries["value"] = text, feature, value
+        bucket = feature // self.width
+        for i in np.unique(bucket):
+            with open(self.paths[i], "ab") as file:
+                entries[bucket == i].tofile(file)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last feature + 1 of each bucket that holds something."""
+        return [
+            (i * self.width, min((i + 1) * self.width, self.n_features))
+            for i, p in enumerate(self.paths)
+            if p.exists()
+        ]
+
+    def blocks(
+        self, start: int, stop: int, n_texts: int
+    ) -> Iterator[tuple[Array, Float[Array, "n_texts m"]]]:
+        """(features, their activations) of one bucket, a few live features at a time."""
+        entries = np.fromfile(self.paths[start // self.width], _ENTRY)
+        place = (entries["text"], entries["feature"] - start)
+        whole = csc_array((entries["value"].astype(np.float64), place), shape=(n_texts, stop - start))
+        live = np.flatnonzero(np.diff(whole.indptr))
+        m = max(1, BLOCK_BYTES // (8 * n_texts))
+        for i in range(0, len(live), m):
+            part = live[i : i + m]
+            yield start + part, whole[:, part].toarray()
+
+
+@torch.no_grad()
+def _read(
+    model: Model,
+    saes: Sequence[Sae],
+    contrast: Contrast,
+    reduce: str,
+    chat: bool,
+    buckets: _Buckets,
+    progress: bool,
+) -> Int[Array, "n_texts"]:
+    """Fill the buckets; the number of tokens of each text."""
+    layers = sorted({s.site.layer for s in saes})
+    special = torch.tensor(sorted(model.special_ids), device=model.device)
+    lengths, rows = np.zeros(len(contrast), dtype=np.int64), _Rows(reduce)
+    with tqdm(total=len(contrast), desc="texts", unit="text", disable=not progress, leave=False) as bar:
+        for at in range(0, len(contrast), CHUNK):
+            ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at : at + CHUNK]]
+            lengths[at : at + len(ids)] = [len(row) for row in ids]
+            for batch in plan_batches(ids, model.device):
+                kept = capture_layers(model, batch.tokens, layers)
+                ordinary = ~torch.isin(batch.tokens, special)
+                rows.add({k: x.float() for k, x in kept.items()}, ordinary, np.asarray(batch.index) + at)
+                if rows.n_bytes > ROW_BYTES:
+                    rows.flush(saes, buckets)
+                bar.update(len(batch.index))
+    rows.flush(saes, buckets)
+    return lengths
+
+
+class _Rows:
+    """Residuals that wait to be encoded together: the encoder is then read once for many batches."""
+
+    def __init__(self, reduce: str):
+        self.reduce = reduce
+        self.clear()
+
+    def clear(self) -> None:
+        self.resid: dict[int, list[Tensor]] = {}
+        self.owner: list[Tensor] = []
+        self.texts: list[Int[Array, "batch"]] = []
+        self.n_bytes = 0
+
+    def add(
+        self, kept: dict[int, Tensor], ordinary: Bool[Tensor, "batch pos"], texts: Int[Array, "batch"]
+    ) -> None:
+        n = sum(map(len, self.texts))
+        per_text = (
+            torch.ones(len(texts), dtype=torch.long, device=ordinary.device)
+            if self.reduce == "last"
+            else ordinary.sum(1)
+        )
+        self.owner.append(n + torch.arange(len(texts), device=ordinary.device).repeat_interleave(per_text))
+        self.texts.append(texts)
+        for layer, x in kept.items():
+            part = x[:, -1] if self.reduce == "last" else x[ordinary]
+            self.resid.setdefault(layer, []).append(part)
+            self.n_bytes += part.numel() * 4
+
+    def flush(self, saes: Sequence[Sae], buckets: _Buckets) -> None:
+        """Encode what waits, reduce it to one number a text and feature, and keep what is not 0."""
+        if not self.texts:
+            return
+        index, owner, offset = np.concatenate(self.texts), torch.cat(self.owner), 0
+        resid = {layer: torch.cat(parts) for layer, parts in self.resid.items()}
+        for sae in saes:
+            for start, acts, _ in acts_blocks(sae, resid[sae.site.layer]):
+                value = acts if self.reduce == "last" else _reduced(acts, owner, len(index), self.reduce)
+                text, feature = (i.cpu().numpy() for i in value.nonzero(as_tuple=True))
+                buckets.add(index[text], feature + start + offset, value.cpu().numpy()[text, feature])
+            offset += sae.d_sae
+        self.clear()
+
+
+def _reduced(
+    acts: Float[Tensor, "n m"], owner: Int[Tensor, "n"], n_texts: int, reduce: str
+) -> Float[Tensor, "n_texts m"]:
+    """One number a text from the activations of its ordinary tokens."""
+    out = acts.new_zeros(n_texts, acts.shape[1])
+    if reduce == "mean":
+        count = torch.bincount(owner, minlength=n_texts).clamp(min=1)
+        return out.index_add_(0, owner, acts) / count[:, None]
+    out.scatter_reduce_(0, owner[:, None].expand_as(acts), acts, "amax")
+    return out if reduce == "max" else (out > 0).to(acts.dtype)
+
+
+# --- statistics ----------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class _Design:
+    """The units, their sides, and the shared draws under the null."""
+
+    unit_of: Int[Array, "n_texts"]
+    side: Bool[Array, "n_texts"]
+    paired: bool
+    held: Bool[Array, "n_texts"]
+    draws: Int[Array, "draws n_units"]
+    """Signs of the units under the null, the observed ones (unpaired: sides) first."""
+    maxima: Float[Array, "draws"]
+    family: int = 0
+
+    @classmethod
+    def of(cls, contrast: Contrast, seed: int) -> _Design:
+        names = list(dict.fromkeys(contrast.units))
+        place = {name: i for i, name in enumerate(names)}
+        unit_of = np.array([place[u] for u in contrast.units])
+        side = np.arange(len(contrast)) < len(contrast.positive)
+        rng = np.random.default_rng(seed)
+        n_draws = int(np.clip(DRAW_BYTES / len(names), 200, N_DRAWS))
+        label = np.zeros(len(names), dtype=bool)
+        label[unit_of[side]] = True
+        if contrast.paired:
+            n_sides = (len(names), len(names))
+            signs = (
+                np.ones((1, len(names)))
+                if len(names) < 2
+                else sign_matrix(len(names), n_flips=n_draws, seed=seed)
+            )
+        else:
+            n_sides = (int(label.sum()), int((~label).sum()))
+            observed = np.where(label, 1, -1).astype(np.int8)
+            signs = np.stack([observed, *(rng.permutation(observed) for _ in range(n_draws))])
+        if min(n_sides) < 2:
+            raise RequestError(
+                f"{contrast.name!r} has {n_sides[0]} positive and {n_sides[1]} negative units; a test needs at least 2 on each side."
+            )
+        held = np.zeros(len(names), dtype=bool)
+        kinds = (
+            [np.arange(len(names))] if contrast.paired else [np.flatnonzero(label), np.flatnonzero(~label)]
+        )
+        for kind in kinds:
+            held[rng.permutation(kind)[: max(1, round(HELD_OUT * len(kind)))]] = True
+        return cls(
+            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf)
+        )
+
+    @property
+    def n_units(self) -> int:
+        return int(self.unit_of.max()) + 1
+
+    @property
+    def units(self) -> str:
+        return "paired groups" if self.paired else "texts" if self.n_units == len(self.unit_of) else "groups"
+
+    def test(self, acts: Float[Array, "n_texts m"]) -> tuple[Array, Array]:
+        """(t, raw p) of each feature; raises the maxima under the null."""
+        floor = activation_variance_floor(acts)
+        values = (
+            self._unit_means(acts, self.side) - self._unit_means(acts, ~self.side)
+            if self.paired
+            else self._unit_means(acts)
+        )
+        observed = values.mean(0) if self.paired else self._weights(self.draws[:1])[0] @ values
+        t = self._t(observed[None], values, floor)[0]
+        for start in range(0, len(self.draws), 256):
+            rows = slice(start, start + 256)
+            null = np.abs(self._t(self._weights(self.draws[rows]) @ values, values, floor))
+            self.maxima[rows] = np.maximum(self.maxima[rows], null.max(1, initial=0.0))
+        self.family += acts.shape[1]
+        df = self.n_units - (1 if self.paired else 2)
+        return t, np.minimum(1.0, 2 * stdtr(df, -np.abs(t)))
+
+    def _weights(self, signs: Int[Array, "draws n_units"]) -> Float[Array, "draws n_units"]:
+        """What turns unit values into the (flipped or relabelled) mean difference."""
+        if self.paired:
+            return signs / self.n_units
+        n1 = int((signs[0] > 0).sum())
+        return np.where(signs > 0, 1 / n1, -1 / (self.n_units - n1))
+
+    def _unit_means(self, acts: Array, keep: Array | None = None) -> Float[Array, "n_units m"]:
+        rows = np.arange(len(acts)) if keep is None else np.flatnonzero(keep)
+        count = np.bincount(self.unit_of[rows], minlength=self.n_units)
+        out = np.zeros((self.n_units, acts.shape[1]))
+        np.add.at(out, self.unit_of[rows], acts[rows])
+        return out / np.maximum(count, 1)[:, None]
+
+    def _t(self, difference: Float[Array, "draws m"], values: Array, floor: Array) -> Float[Array, "draws m"]:
+        """t of mean differences. The total sum of squares does not change under a draw, so the difference alone decides."""
+        n = self.n_units
+        if self.paired:
+            variance = np.maximum(((values**2).mean(0) - difference**2) / (n - 1), floor / n)
+        else:
+            n1 = int((self.draws[0] > 0).sum())
+            n0 = n - n1
+            within = (values.var(0) * n - difference**2 * n1 * n0 / n) / (n - 2)
+            variance = np.maximum(within, floor) * (1 / n1 + 1 / n0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(difference == 0, 0.0, difference / np.sqrt(np.maximum(variance, 0)))
+
+    def correct(self, frame: pd.DataFrame) -> None:
+        """p_fwer and q_bh over the family; features outside it have neither."""
+        tested = frame["t"].notna().to_numpy()
+        ordered = np.sort(self.maxima)
+        t = np.abs(frame.loc[tested, "t"].to_numpy())
+        reached = len(ordered) - np.searchsorted(ordered, t - 1e-9 * t)
+        frame.loc[tested, "p_fwer"] = np.maximum(reached, 1) / len(ordered)
+        frame.loc[tested, "q_bh"] = benjamini_hochberg(frame.loc[tested, "p_value"].to_numpy())
+        frame["separates"] = np.where(frame["p_fwer"] <= ALPHA, "yes", "no")
+
+
+def _statistics(
+    acts: Float[Array, "n_texts m"],
+    place: Array | int,
+    design: _Design,
+    contrast: Contrast,
+    min_texts: int,
+    sets: Sequence[Array],
+) -> pd.DataFrame:
+    side, held, fires = design.side, design.held, acts > 0
+    tested = fires.sum(0) >= min_texts
+    t, p = np.full(acts.shape[1], np.nan), np.full(acts.shape[1], np.nan)
+    if tested.any():
+        t[tested], p[tested] = design.test(acts[:, tested])
+    every = fires[sets[0]].all(0) & ~fires[sets[1]].any(0)
+    return pd.DataFrame(
+        {
+            "place": np.broadcast_to(place, acts.shape[1]),
+            "auroc": auroc(acts[side], acts[~side]),
+            "auroc_discover": auroc(acts[side & ~held], acts[~side & ~held]),
+            "auroc_held_out": auroc(acts[side & held], acts[~side & held]),
+            "mean_positive": acts[side].mean(0),
+            "mean_negative": acts[~side].mean(0),
+            "mean_diff": acts[side].mean(0) - acts[~side].mean(0),
+            "fire_positive": fires[side].mean(0),
+            "fire_negative": fires[~side].mean(0),
+            "t": t,
+            "p_value": p,
+            "p_fwer": np.nan,
+            "q_bh": np.nan,
+            "in_sets": every if len(sets[0]) or len(sets[1]) else True,
+        }
+    )
+
+
+def _silent(frame: pd.DataFrame, n_texts: int) -> pd.DataFrame:
+    """Features that fire on no text: AUROC one half, means 0, in no test."""
+    frame["dead"] = frame["auroc"].isna()
+    halves = ["auroc", "auroc_discover", "auroc_held_out"]
+    frame[halves] = frame[halves].fillna(0.5)
+    zeros = ["mean_positive", "mean_negative", "mean_diff", "fire_positive", "fire_negative"]
+    frame[zeros] = frame[zeros].fillna(0.0)
+    frame["in_sets"] = frame["in_sets"].eq(True)
+    return frame
+
+
+def _members(contrast: Contrast, names: Sequence[str]) -> Int[Array, "k"]:
+    """Texts of the named sets."""
+    n, found = len(contrast.positive), []
+    for name in names:
+        rows = {"positive": list(range(n)), "negative": list(range(n, len(contrast)))}.get(
+            name, [i for i, g in enumerate(contrast.groups or ()) if g == name]
+        )
+        if not rows:
+            raise RequestError(
+                f"{contrast.name!r} has no set {name!r}; sets are positive, negative and the groups."
+            )
+        found += rows
+    return np.array(found, dtype=np.int64)
+
+
+# --- what is said of the texts -------------------------------------------------------------------------
+def _note(frame: pd.DataFrame, contrast: Contrast, design: _Design, lengths: Array) -> str:
+    said = contrast.facts()
+    if len(frame):
+        best = frame.iloc[int(frame["auroc_discover"].to_numpy().argmax())]
+        said.append(
+            f"chosen on {1 - HELD_OUT:.0%} of the {design.units}, {best['feature']} has AUROC {best['auroc_discover']:.2f} there and "
+            f"{best['auroc_held_out']:.2f} on the others"
+        )
+    words = bag_of_words_auroc(contrast, design.held)
+    length = float(auroc(lengths[design.side][:, None], lengths[~design.side][:, None])[0])
+    said.append(
+        f"held out, a bag of words has {words:.2f}; the number of tokens alone has AUROC {length:.2f}"
+    )
+    said.append(f"{design.family:,} features tested")
+    return "; ".join(said)
+
+
+def bag_of_words_auroc(contrast: Contrast, held: Bool[Array, "n_texts"]) -> float:
+    """AUROC of naive Bayes on lower-case words (add-one smoothing), fitted on the texts not held out, read on those held out."""
+    bags = [Counter(t.lower().split()) for t in contrast.texts]
+    side = np.arange(len(bags)) < len(contrast.positive)
+    counts = [Counter[str](), Counter[str]()]
+    for bag, positive, out in zip(bags, side, held):
+        if not out:
+            counts[int(positive)].update(bag)
+    vocabulary = len(counts[0] | counts[1]) + 1
+    totals = [sum(c.values()) + vocabulary for c in counts]
+    weight = {
+        w: np.log((counts[1][w] + 1) / totals[1]) - np.log((counts[0][w] + 1) / totals[0])
+        for w in counts[0] | counts[1]
+    }
+    score = np.array(
+        [sum(weight.get(w, 0.0) * n for w, n in bag.items()) / max(1, sum(bag.values())) for bag in bags]
+    )[:, None]
+    return float(auroc(score[side & held], score[~side & held])[0])
+
+
+def _said(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"

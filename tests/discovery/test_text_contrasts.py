@@ -1,0 +1,217 @@
+"""Contrast sets: every figure against a script of plain transformers, a hand-written JumpReLU, scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
+
+import sae_bias as sb
+from sae_bias.discovery import text_contrasts
+
+sklearn = pytest.importorskip("sklearn.metrics")
+stats = pytest.importorskip("scipy.stats")
+
+D = 32
+POSITIVE = ["An AI says hello.", "An AI wants tea.", "The robot says yes.", "AI says yes."]
+NEGATIVE = [
+    "A dog wants tea.",
+    "A human says hello.",
+    "The cook says yes.",
+    "A human wants tea and says hello.",
+]
+
+
+@pytest.fixture
+def weights():
+    return random_sae(D, 24, seed=11)
+
+
+@pytest.fixture
+def sae(gemma3, weights, tmp_path):
+    return sb.load_sae(write_gemma_scope_2(tmp_path / "sae", weights, gemma_scope_2_config(1, 24)))
+
+
+def plain_acts(tiny, weights, text: str, reduce: str) -> np.ndarray:
+    """One number a feature, with transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    ids = tokenizer(text).input_ids
+    with torch.no_grad():
+        resid = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+    h = resid @ torch.as_tensor(weights["w_enc"]) + torch.as_tensor(weights["b_enc"])
+    acts = torch.where(h > torch.as_tensor(weights["threshold"]), h, 0.0)
+    keep = [i not in tokenizer.all_special_ids for i in ids]
+    if reduce == "last":
+        return acts[-1].numpy()
+    acts = acts[torch.tensor(keep)]
+    return {"mean": acts.mean(0), "max": acts.amax(0), "any": (acts > 0).any(0).float()}[reduce].numpy()
+
+
+@pytest.mark.parametrize("reduce", ["last", "mean", "max", "any"])
+def test_every_auroc_and_mean_is_that_of_an_independent_script(gemma3, sae, weights, reduce):
+    found = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), reduce=reduce).to_frame()
+    acts = np.stack([plain_acts(gemma3, weights, t, reduce) for t in POSITIVE + NEGATIVE])
+    label = [1] * len(POSITIVE) + [0] * len(NEGATIVE)
+    for row in found.itertuples():
+        a = acts[:, int(str(row.feature).split("#")[1])]
+        assert row.auroc == pytest.approx(sklearn.roc_auc_score(label, a), abs=1e-6)
+        assert row.mean_diff == pytest.approx(a[:4].mean() - a[4:].mean(), abs=1e-5)
+        assert row.fire_positive == pytest.approx((a[:4] > 0).mean())
+    assert found["auroc"].is_monotonic_decreasing
+
+
+def test_the_unpaired_t_is_the_pooled_t_and_p_is_that_of_permutations():
+    rng = np.random.default_rng(0)
+    acts = rng.exponential(size=(30, 5)) + np.r_[np.ones(12), np.zeros(18)][:, None] * [0, 0, 0, 0, 2]
+    contrast = sb.Contrast([f"p{i}" for i in range(12)], [f"n{i}" for i in range(18)])
+    design = text_contrasts._Design.of(contrast, 0)
+    t, p = design.test(acts)
+    expected = stats.ttest_ind(acts[:12], acts[12:])
+    assert t == pytest.approx(expected.statistic, abs=1e-9)
+    assert p == pytest.approx(expected.pvalue, abs=1e-9)
+
+
+def test_the_paired_t_is_that_of_groups():
+    rng = np.random.default_rng(1)
+    groups = [f"g{i}" for i in range(9)]
+    acts = rng.exponential(size=(18, 4))
+    contrast = sb.Contrast([f"p{g}" for g in groups], [f"n{g}" for g in groups], groups=groups * 2)
+    assert contrast.paired
+    t, _ = text_contrasts._Design.of(contrast, 0).test(acts)
+    assert t == pytest.approx(stats.ttest_rel(acts[:9], acts[9:]).statistic, abs=1e-9)
+
+
+def test_family_wise_error_under_the_null():
+    """No difference anywhere: some feature is called in about 5 % of studies, not more."""
+    import pandas as pd
+
+    rng, called = np.random.default_rng(2), 0
+    contrast = sb.Contrast([f"p{i}" for i in range(10)], [f"n{i}" for i in range(14)])
+    for study in range(200):
+        design = text_contrasts._Design.of(contrast, study)
+        design.draws, design.maxima = design.draws[:400], design.maxima[:400]
+        t, p = design.test(rng.exponential(size=(24, 30)))
+        frame = pd.DataFrame({"t": t, "p_value": p, "p_fwer": np.nan, "q_bh": np.nan})
+        design.correct(frame)
+        called += bool((frame["separates"] == "yes").any())
+    assert called <= stats.binom.ppf(0.999, 200, 0.05)
+
+
+def test_selection_on_the_same_texts_is_shown_beside_held_out_ones():
+    """Noise: the best of many features looks good where it was chosen, and not where it was not."""
+    rng = np.random.default_rng(3)
+    contrast = sb.Contrast([f"p{i}" for i in range(20)], [f"n{i}" for i in range(20)])
+    design = text_contrasts._Design.of(contrast, 0)
+    empty = [np.array([], dtype=int)] * 2
+    frame = text_contrasts._statistics(
+        rng.exponential(size=(40, 2000)), np.arange(2000), design, contrast, 2, empty
+    )
+    best = frame.loc[frame["auroc_discover"].idxmax()]
+    assert best["auroc_discover"] > 0.8
+    assert abs(frame.nlargest(50, "auroc_discover")["auroc_held_out"].mean() - 0.5) < 0.06
+
+
+def test_set_logic(gemma3, sae):
+    contrast = sb.Contrast(POSITIVE, NEGATIVE)
+    whole = sb.rank_features(gemma3.model, sae, contrast, reduce="any").to_frame()
+    kept = sb.rank_features(
+        gemma3.model, sae, contrast, reduce="any", all_of=["positive"], none_of=["negative"]
+    ).to_frame()
+    expected = whole[(whole["fire_positive"] == 1) & (whole["fire_negative"] == 0)]
+    assert set(kept["feature"]) == set(expected["feature"])
+    with pytest.raises(sb.RequestError, match="no set 'neutral'"):
+        sb.rank_features(gemma3.model, sae, contrast, all_of=["neutral"])
+
+
+def test_memory_blocks_do_not_change_a_figure(gemma3, sae, monkeypatch):
+    contrast = sb.Contrast(POSITIVE, NEGATIVE)
+    whole = sb.rank_features(gemma3.model, sae, contrast, reduce="mean").to_frame()
+    for name, value in (("CHUNK", 3), ("ROW_BYTES", 1), ("BLOCK_BYTES", 64), ("N_BUCKETS", 5)):
+        monkeypatch.setattr(text_contrasts, name, value)
+    parts = sb.rank_features(gemma3.model, sae, contrast, reduce="mean").to_frame()
+    assert list(parts["feature"]) == list(whole["feature"])
+    assert parts["t"].to_numpy() == pytest.approx(whole["t"].to_numpy(), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positive": [], "negative": ["a"]}, "has no texts"),
+        ({"positive": ["a", " "], "negative": ["b"]}, "empty text"),
+        ({"positive": ["a", "b"], "negative": ["b"]}, "both sides"),
+        ({"positive": "text", "negative": ["b"]}, "list of texts"),
+        ({"positive": ["a", "b"], "negative": ["c"], "groups": ["x"]}, "1 groups for 3 texts"),
+        ({"positive": ["a", "b"], "negative": ["c"], "groups": ["x", "y", "x"]}, "both"),
+    ],
+)
+def test_bad_contrasts_are_refused(options, message):
+    with pytest.raises(sb.RequestError, match=message):
+        sb.Contrast(**options)
+
+
+def test_a_text_beyond_the_context_is_named(gemma3, sae):
+    limit = gemma3.model.config.max_position_embeddings
+    with pytest.raises(sb.RequestError, match=r"AI AI .* is \d+ tokens; .* at most"):
+        sb.rank_features(gemma3.model, sae, sb.Contrast(["An AI", "AI " * (limit + 5)], ["a dog", "a cook"]))
+
+
+def test_files(tmp_path):
+    (tmp_path / "p.txt").write_text("\ufeffone\n\ntwo\n", encoding="utf-8")
+    (tmp_path / "n.txt").write_text("three\n")
+    two = sb.load_contrast(tmp_path / "p.txt", tmp_path / "n.txt")
+    assert (two.positive, two.negative) == (("one", "two"), ("three",))
+    rows = [{"text": "one", "label": 1, "group": "a"}, {"text": "two", "label": "negative", "group": "a"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sb.load_contrast(tmp_path / "t.jsonl").paired
+    (tmp_path / "t.csv").write_text("text,label\none,yes\ntwo,no\n")
+    assert sb.load_contrast(tmp_path / "t.csv").negative == ("two",)
+    (tmp_path / "bad.csv").write_text("text,label\none,maybe\n")
+    with pytest.raises(sb.RequestError, match="row 1: the label 'maybe'"):
+        sb.load_contrast(tmp_path / "bad.csv")
+    with pytest.raises(sb.RequestError, match=r"not a \.jsonl"):
+        sb.load_contrast(tmp_path / "p.txt")
+
+
+def test_facts_name_duplicates_and_lengths():
+    said = sb.Contrast(["one", "one", "two words and more"], ["a"]).facts()
+    assert any("stand twice" in s for s in said)
+    assert any("differ in length" in s for s in said)
+
+
+def test_the_command_ranks_two_files_and_the_report_shows_them(gemma3, sae, tmp_path, capsys):
+    from sae_bias.cli.main import main
+
+    (tmp_path / "p.txt").write_text("\n".join(POSITIVE))
+    (tmp_path / "n.txt").write_text("\n".join(NEGATIVE))
+    files = ["--positive", str(tmp_path / "p.txt"), "--negative", str(tmp_path / "n.txt")]
+    run = tmp_path / "run"
+    assert (
+        main(
+            [
+                "rank",
+                str(gemma3.folder),
+                str(sae.path.parent),
+                *files,
+                "--reduce",
+                "max",
+                "--json",
+                "--out",
+                str(run),
+            ]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["by"] == "contrast"
+    assert "bag of words" in found["note"]
+    expected = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), reduce="max").to_frame()
+    assert found["features"][0]["auroc"] == pytest.approx(expected["auroc"][0])
+    assert sb.write_report(run).stat().st_size > 10_000
+    assert main(["rank", str(gemma3.folder), str(sae.path.parent), files[0], files[1]]) == 2
+    assert "--positive and --negative go together" in capsys.readouterr().err
