@@ -57,7 +57,7 @@ def clean(output: Any) -> Any:
 
 def add_pictures(notebooks: list[nbformat.NotebookNode]) -> None:
     """A PNG beside every plotly figure; without a Chromium the figures stay as they are."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
     import browser
     from plotly.offline import get_plotlyjs
 

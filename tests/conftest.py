@@ -141,3 +141,23 @@ def real_data() -> Path:
     if not (folder / "SOURCE.md").is_file():
         pytest.skip(f"no real data at {folder}; set {REAL_DATA} to the folder that holds SOURCE.md")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """`sae-bias demo` in an empty folder, as a user runs it, once a session: its run folder (not to be written in), and what it printed."""
+    import contextlib
+    import io
+    import json
+    from types import SimpleNamespace
+
+    from sae_bias.cli.main import main
+
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        assert main(["demo", "--json"]) == 0
+    path = folder / "runs" / "demo"
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(
+        path=path, summary=summary, report=path / "report.html", printed=printed.getvalue()
+    )

@@ -12,7 +12,17 @@ from sae_bias.models.catalog import organism_names
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 1_500_000
-OTHERS = {"torch", "ipywidgets", "json", "re", "threading", "http.server", "pandas", "numpy"}
+OTHERS = {
+    "torch",
+    "ipywidgets",
+    "json",
+    "re",
+    "threading",
+    "http.server",
+    "pandas",
+    "numpy",
+    "importlib.util",
+}
 """What a notebook may import beside the package: the standard library and what the package itself needs."""
 
 

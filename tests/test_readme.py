@@ -1,4 +1,4 @@
-"""The pages a user copies from: every block parses, and every offline block of the README runs as written.
+"""The pages a user copies from: every block parses, and every offline block of README and docs runs as written.
 
 A block under `<!-- needs: … -->` wants weights, keys, a network or a cluster; it is parsed only. The two `make` commands are run by
 hand in a fresh clone.
@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "experiments").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")])
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]*?) -->\s*)?^```(?P<language>\w*)\n(?P<text>.*?)^```", re.M | re.S
 )
@@ -44,7 +44,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
-OFFLINE = [b for b in ALL if b.page == "README.md" and b.needs is None]
+OFFLINE = [b for b in ALL if b.page.startswith(("README.md", "docs/")) and b.needs is None]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -109,23 +109,33 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
+def scripts(page: str) -> list[list[str]]:
+    """What a reader of `page` types: its Python blocks as one session, then each shell block."""
+    mine = [b for b in OFFLINE if b.page == page]
+    python = "\n".join(b.text for b in mine if b.language == "python")
+    shell = [b.text for b in mine if b.language == "bash" and "make " not in b.text]
+    return [
+        *([[sys.executable, "-c", python]] if python else []),
+        *(["bash", "-euo", "pipefail", "-c", s] for s in shell),
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_offline_blocks_run_as_written(tmp_path):
-    """From top to bottom in one empty folder, as a reader would."""
-    ran = 0
-    for block in OFFLINE:
-        if block.language == "python":
-            command = [sys.executable, "-c", block.text]
-        elif block.language == "bash" and "make " not in block.text:
-            command = ["bash", "-euo", "pipefail", "-c", block.text]
-        else:
-            continue
+@pytest.mark.parametrize("page", sorted({b.page for b in OFFLINE if b.language in ("python", "bash")}))
+def test_the_offline_blocks_run_as_written(page, tmp_path):
+    """In one empty folder, as a reader would."""
+    for command in scripts(page):
         done = subprocess.run(
             command, cwd=tmp_path, env=_environment(), text=True, capture_output=True, check=False
         )
-        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert done.stdout
-        ran += 1
-    assert ran >= 3
-    assert list(tmp_path.rglob("report.html"))
+
+
+def test_the_grid_of_the_guide_loads(tmp_path):
+    import sae_bias as sb
+
+    (text,) = [b.text for b in OFFLINE if b.language == "yaml" and "statements" in b.text]
+    (tmp_path / "grid.yaml").write_text(text, encoding="utf-8")
+    assert len(sb.load_grid(tmp_path / "grid.yaml")) == 6

@@ -30,7 +30,7 @@ import sae_bias as sb
 from sae_bias.integrations.ray import Cluster, _Job, _Pool, _Worker
 from sae_bias.workflows.sweep_work import Group, Results, Work
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 import sweep as shapes
 from ray_nodes import nodes
 

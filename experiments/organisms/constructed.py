@@ -20,6 +20,7 @@ from tqdm.auto import trange
 
 from organisms.plain import Organism
 from organisms.sae_training import SaeWeights
+from sae_bias.prompts.files import bundled_yaml
 from sae_bias.validation import grammar as corpus
 from sae_bias.validation.grammar import RULES, Rule, matched_statements
 
@@ -41,7 +42,7 @@ def speech_twins(n: int, seed: int, *, act: str = "speech") -> Twins:
     """AI (high) and human (low) prompts with one statement of the corpus or its grammar."""
     rng = random.Random(seed)
     bundled = [s for s in corpus.pair_statements(False) + corpus.grid_statements(False) if s.act == act]
-    pairs = corpus.read_yaml("pairs.yaml")["entities"]
+    pairs = bundled_yaml("pairs.yaml")["entities"]
     entities = [(e["human"], e["ai"]) for e in pairs] * 4 + list(corpus.entities())
     out = Twins([], [])
     for _ in range(n):

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from organisms.plain import Edit, Organism, ablate_edit
 from organisms.sae_training import SaeWeights
+from sae_bias.prompts.files import bundled_yaml
 from sae_bias.stats.clustered import clustered_mean
+from sae_bias.stats.reduction import specific_value
 from sae_bias.validation import grammar as corpus
 from sae_bias.validation.grammar import Crossed, Rule, analytic_bias, cross
 
@@ -27,7 +29,7 @@ def pair_prompts(held_out: bool | None, key: str = "text") -> tuple[Crossed, tup
         for s in corpus.pair_statements(hidden)
         if s.id.endswith(f":{key}")
     )
-    data = corpus.read_yaml("pairs.yaml")
+    data = bundled_yaml("pairs.yaml")
     return cross(statements, [(e["human"], e["ai"]) for e in data["entities"]], data["stem"]), statements
 
 
@@ -53,7 +55,7 @@ def bias_marks(organism: Organism, rule: Rule, *, chat: bool = False) -> dict[st
         for key, name in (("text", "survival"), ("control", "mundane")):
             prompts, statements = pair_prompts(hidden, key)
             if chat:
-                prompts = in_chat(prompts, corpus.read_yaml("pairs.yaml")["stem"])
+                prompts = in_chat(prompts, bundled_yaml("pairs.yaml")["stem"])
             values = bias(organism, prompts)
             interval = clustered_mean(values.numpy(), prompts.templates, prompts.entities)
             marks[f"{name}_{label}"] = {
@@ -68,7 +70,7 @@ def bias_marks(organism: Organism, rule: Rule, *, chat: bool = False) -> dict[st
 
 def grid_interaction(organism: Organism, weights: SaeWeights, layer: int) -> Tensor:
     """I = (AS - AN) - (HS - HN) of every feature over the bundled grid's matched statements, last token."""
-    grid = corpus.read_yaml("grid.yaml")
+    grid = bundled_yaml("grid.yaml")
     subjects = {g: [s["text"] for s in grid["subjects"] if s["group"] == g] for g in ("ai", "human")}
     cells = {}
     for group in subjects:
@@ -95,7 +97,7 @@ def feature_edit(weights: SaeWeights, features: Sequence[int]) -> Edit:
 
 def bank_slopes(organism: Organism, layer: int, edit: Edit) -> dict[str, dict[str, float]]:
     """Slope of edited on unedited scores, and the unedited scores' span, on each valence bank."""
-    banks = corpus.read_yaml("banks.yaml")
+    banks = bundled_yaml("banks.yaml")
     out = {}
     for bank, subjects in banks["banks"].items():
         texts = [f"{s.render(x)} {banks['stem']}" for s in corpus.bank_statements() for x in subjects]
@@ -111,7 +113,7 @@ def bank_slopes(organism: Organism, layer: int, edit: Edit) -> dict[str, dict[st
 @torch.no_grad()
 def kl_costs(organism: Organism, layer: int, edit: Edit) -> dict[str, float]:
     """Mean KL(unedited || edited), nats a token, on each kind of neutral text."""
-    texts = corpus.read_yaml("neutral.yaml")
+    texts = bundled_yaml("neutral.yaml")
     out = {}
     for kind in ("neutral", "ai_nonspeech", "ai_speech"):
         prompts = [f"{t} {texts['stem']}" if kind == "ai_speech" else t for t in texts[kind]]

@@ -21,7 +21,7 @@ from sae_bias.cli.options import (
     example,
     parse_numbers,
 )
-from sae_bias.cli.run_files import add_summary, run_facts
+from sae_bias.cli.run_files import run_facts
 
 if TYPE_CHECKING:
     from typing import Any
@@ -126,4 +126,4 @@ def _end(out: Path, result: "Comparison", feature: str) -> None:
         folder.write_table("compare", result.table)
         folder.write_table("compare_curves", result.frame)
         folder.write_table("ridge", result.ridge.frame)
-        add_summary(folder, {"compare": {"feature": feature}})
+        folder.add_summary({"compare": {"feature": feature}})

@@ -133,7 +133,7 @@ def _weights(files: dict[str, Path]) -> bool:
     if index is None:
         return "model.safetensors" in files
     try:
-        shards = set(json_module.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(json_module.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
     return shards <= set(files)

@@ -161,7 +161,7 @@ def read_prompts(given: list[str], file: Path | None, bundled: bool = False) -> 
         try:
             texts += [
                 line.strip()
-                for line in file.expanduser().read_text(encoding="utf-8").splitlines()
+                for line in file.expanduser().read_text(encoding="utf-8-sig").splitlines()
                 if line.strip()
             ]
         except (OSError, UnicodeDecodeError) as error:

@@ -23,11 +23,10 @@ EDITS = ("clamp", "scale", "cap", "steer", "ablate")
 
 def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit") -> "Probe":
     """The probe of --words, else of the pairs file's own words, else the bundled one."""
-    from sae_bias.probe.words import Probe
+    from sae_bias.probe.words import default_probe
     from sae_bias.prompts.load import load_lexicon
 
-    lexicon = load_lexicon(words) if words is not None else pairs.words
-    return Probe(score=score) if lexicon is None else Probe(lexicon.positive, lexicon.negative, score)
+    return default_probe(pairs, None if words is None else load_lexicon(words), score=score)
 
 
 def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[Fidelity]":

@@ -8,7 +8,6 @@ import typer
 from sae_bias.cli.console import Console
 from sae_bias.cli.inputs import ask_to_send
 from sae_bias.cli.options import Json, Out, Quiet, Seed, example
-from sae_bias.cli.run_files import add_summary
 from sae_bias.core.errors import MissingError, RequestError
 
 RunDir = Annotated[
@@ -156,7 +155,7 @@ def judge(
             )  # fmt: skip
             folder.write_table("judge", result.table)
             folder.write_table("judge_parts", result.to_frame())
-            add_summary(folder, {"judge": result.summary()})
+            folder.add_summary({"judge": result.summary()})
         for line in result.headline():
             console.say(line)
         columns = {

@@ -31,6 +31,7 @@ COMMAND_MODULES = (
     "match",
     "scenarios",
     "generate",
+    "play",
     "identity",
     "judge",
     "report",

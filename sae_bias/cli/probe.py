@@ -84,7 +84,7 @@ def probe(
         from sae_bias.probe.run import run_probe
         from sae_bias.prompts.load import load_pairs
         from sae_bias.runs.copies import probe_facts
-        from sae_bias.runs.summary import bias_summary, gate_facts, headline
+        from sae_bias.runs.summary import Summary, bias_summary, gate_facts, headline
 
         prompts = load_pairs(pairs)
         chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)
@@ -117,7 +117,7 @@ def probe(
             save_run(out, facts, tables, summary)
         if prompts.sides != ("human", "AI"):
             console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
-        for line in headline(summary):
+        for line in headline(Summary.from_facts(summary)):
             console.say(line)
         if result.stat.reason:
             console.say(f"no interval: {result.stat.reason}")

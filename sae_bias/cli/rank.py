@@ -37,12 +37,15 @@ COLUMNS = {
     "auroc": "AUROC",
     "mean_diff": "AI - human",
     "interaction": "interaction",
+    "sign": "sign",
     "attribution": "attributed",
     "ablation": "ablated",
     "t": "t",
     "p_fwer": "family-wise p",
     "separates": "separates",
-    "ai_speech": "AI-speech",
+    "call": "called",
+    "held_AS": "AI speech",
+    "held_HC": "badly judged",
     "causal_ai_speech": "causal",
     "survives_loo": "one left out",
     "family_size": "family",
@@ -200,6 +203,7 @@ def rank(
             used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
             tables = {"ranking": _with_all(ranking.to_frame())}
             tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
+            tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
             facts = run_facts(
                 loaded, **used, saes=saes, seed=seed, gate=gate_facts(gate, True), by=ranking.by
             )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sae_bias.models.model import Model
-    from sae_bias.runs.folder import RunFolder
 
 
 def run_facts(model: "Model", *, pairs: Any = None, **facts: Any) -> dict[str, Any]:
@@ -36,10 +35,4 @@ def save_run(
         write_manifest(folder, facts)
         for name, frame in tables.items():
             folder.write_table(name, frame)
-        add_summary(folder, summary)
-
-
-def add_summary(folder: "RunFolder", summary: Mapping[str, Any]) -> None:
-    """The summary's blocks, beside those that other commands wrote."""
-    old = folder.read_json("summary") if (folder.path / "summary.json").is_file() else {}
-    folder.write_json("summary", {**old, **summary})
+        folder.add_summary(summary)

@@ -103,7 +103,7 @@ def scenarios(
         if edits and not summary["positions_changed"]:
             console.warn("the edit changed no position: the feature never fired on these scenarios.")
         table = tables["scenario_categories"]
-        wanted = table[(table["form"] == summary["form"]) & (table["score"] == summary["score"])]
+        wanted = table[(table["form"] == summary.form) & (table["score"] == summary.score)]
         columns = {
             "category": "category",
             "n": "scenarios",
@@ -123,7 +123,7 @@ def scenarios(
                 "lost": "flipped away",
                 "mcnemar_p": "McNemar p",
             }
-        console.table(f"By category ({summary['form']}, {summary['score']})", wanted, columns)
+        console.table(f"By category ({summary.form}, {summary.score})", wanted, columns)
         console.finish(
             {
                 "model": loaded.name,

@@ -26,7 +26,7 @@ from sae_bias.cli.options import (
     parse_numbers,
     parse_shard,
 )
-from sae_bias.cli.run_files import add_summary, run_facts
+from sae_bias.cli.run_files import run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _end(
                 columns={"feature": "control", "label": "kind"}
             )
             folder.write_table("controls", table)
-        add_summary(folder, summary)
+        folder.add_summary(summary)
 
 
 def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:

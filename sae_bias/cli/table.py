@@ -127,7 +127,7 @@ def _show(console: Console, result: "ActivationTable") -> None:
     by_subject = frame.pivot_table(
         index=["group", "subject"], columns="act", values="activation", aggfunc="mean", sort=False
     )
-    acts = [a for a in ("speech", "nonspeech", "control") if a in by_subject]
+    acts = [a for a in ("speech", "nonspeech", "harm", "control") if a in by_subject]
     console.table(
         "Mean activation",
         by_subject[acts].reset_index(),

@@ -38,7 +38,9 @@ def file_digest(path: Path, *, whole_below: int = 2**30) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Values as JSON knows them: NaN and infinity become None, numpy scalars Python ones."""
+    """Values as JSON knows them: NaN and infinity become None, numpy scalars Python ones, pydantic models the fields given."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(exclude_unset=True)
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,9 +1,8 @@
 """Numbers as a reader wants them: one format for terminal, report and tables."""
 
 import math
-from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import pandas as pd
 
@@ -69,18 +68,27 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def interval(part: Mapping[str, Any], *, share: bool = False) -> str:
+class Estimated(Protocol):
+    """Anything with a 95% interval."""
+
+    @property
+    def ci_low(self) -> float | None: ...
+    @property
+    def ci_high(self) -> float | None: ...
+
+
+def interval(part: Estimated, *, share: bool = False) -> str:
     """The 95% interval in words; an unbounded or missing one says so."""
-    if part.get("bounded") is False:
+    if getattr(part, "bounded", None) is False:
         return "95% interval undefined (unbounded)"
-    low, high = part.get("ci_low"), part.get("ci_high")
+    low, high = part.ci_low, part.ci_high
     if not (is_number(low) and is_number(high)):
         return f"95% interval {NOT_MEASURED if low is None else UNDEFINED}"
     show = percent if share else number
     return f"95% interval {show(low)} to {show(high)}"
 
 
-def excludes_zero(part: Mapping[str, Any]) -> bool | None:
+def excludes_zero(part: Estimated) -> bool | None:
     """Whether the interval lies wholly on one side of 0; None where there is no interval."""
-    low, high = part.get("ci_low"), part.get("ci_high")
+    low, high = part.ci_low, part.ci_high
     return bool(low > 0 or high < 0) if is_number(low) and is_number(high) else None

@@ -1,8 +1,7 @@
 """Statistics of every feature of one or many SAEs on prompts: separation, and the 2 × 2 interaction (docs/method.md#interaction).
 
     separation   AI against human prompts at the last token: mean difference, AUROC, firing rates, paired t over templates
-    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, and on held-out ones the lower bound of
-                 min(AS - AN, AS - HS, AS - DS)
+    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, and the calls of `calls`
 
 Corrected p: Westfall–Young max-T over one shared set of sign-flips, the family being every feature of every SAE scanned. A
 silent feature is a member of the family with t = 0; it costs no arithmetic. Leave-one-out: the same statistic with each
@@ -21,8 +20,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.discovery.calls import (
+    ALPHA,
+    ENOUGH_HARM,
+    NO_HARM,
+    HeldOut,
+    decide,
+    held_out,
+    pair_by_score,
+)
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import read_residuals
+from sae_bias.probe.reading import prompt_scores
+from sae_bias.probe.words import Probe
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.sae import Sae
@@ -33,13 +43,12 @@ from sae_bias.stats.features import (
     activation_variance_floor,
     auroc,
     benjamini_hochberg,
-    lower_bound_min,
     paired_t,
 )
 
-ALPHA = 0.05
 DENSE = 0.10
 CALL_SHARES = {"discover": 0.6, "report": 0.4}
+PAIRING = ["match", "ai_speech", "harm", "score_ai_speech", "score_harm", "difference"]
 Split = Mapping[str, Sequence[str]]
 Array = np.ndarray
 
@@ -52,6 +61,8 @@ class Scan:
     n_units: int
     note: str = ""
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
+    """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
 
 
 # --- the scan ------------------------------------------------------------------------------------------
@@ -231,6 +242,8 @@ CELLS = {
     "HN": ("human", "nonspeech"),
     "DS": ("animal", "speech"),
 }
+HARM = ("human", "animal")
+"""Whose badly judged deeds are the cell HC."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +255,8 @@ class _Cells:
     matches: tuple[str, ...]
     rows: dict[str, dict[str, list[tuple[int, str]]]]
     """Cell → matched pair → (row among `prompts`, subject)."""
+    harm: dict[str, list[tuple[int, str]]]
+    """Badly judged statement → (row among `prompts`, subject) of its human and animal subjects."""
 
     def averages(self, matches: Sequence[str], without: str | None = None) -> dict[str, Array]:
         out = {}
@@ -253,6 +268,14 @@ class _Cells:
             out[cell] = matrix
         return out
 
+    def harm_averages(self, statements: Sequence[str], without: str | None = None) -> Array:
+        """Row k averages the prompts of the k-th badly judged statement."""
+        matrix = np.zeros((len(statements), len(self.prompts)))
+        for i, statement in enumerate(statements):
+            kept = [row for row, subject in self.harm[statement] if subject != without]
+            matrix[i, kept] = 1 / len(kept)
+        return matrix
+
     def droppable(self) -> list[str]:
         """AI and human subjects that can be left out without emptying a cell."""
         found = []
@@ -260,11 +283,62 @@ class _Cells:
             cells = [by for cell, by in self.rows.items() if cell != "DS"]
             mine = any(s == subject for by in cells for rows in by.values() for _, s in rows)
             full = all(
-                any(s != subject for _, s in rows) for by in self.rows.values() for rows in by.values()
+                any(s != subject for _, s in rows)
+                for by in [*self.rows.values(), self.harm]
+                for rows in by.values()
             )
             if mine and full:
                 found.append(subject)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizing:
+    """Averaging matrices of the held-out statements, and of the AI-speech ones with their badly judged partners."""
+
+    cells: dict[str, Array]
+    harm: tuple[Array, Array] | None
+
+    def of(self, acts: Array) -> HeldOut:
+        harm = None if self.harm is None else (self.harm[0] @ acts, self.harm[1] @ acts)
+        return held_out({c: m @ acts for c, m in self.cells.items()}, harm)
+
+
+def _sizing(
+    cells: _Cells, report: Sequence[str], pairing: pd.DataFrame, without: str | None = None
+) -> _Sizing:
+    averages = cells.averages(report, without)
+    if len(pairing) < ENOUGH_HARM:
+        return _Sizing(averages, None)
+    partners = [list(pairing.loc[pairing["match"] == m, "harm"]) for m in report]
+    rows = [i for i, names in enumerate(partners) if names]
+    harm = np.stack([cells.harm_averages(partners[i], without).mean(0) for i in rows])
+    return _Sizing(averages, (averages["AS"][rows], harm))
+
+
+def _pair_harm(
+    model: Model, grid: PromptGrid, cells: _Cells, report: Sequence[str], probe: Probe
+) -> tuple[pd.DataFrame, str]:
+    """Badly judged statements paired to held-out AI-speech statements on the unsteered score; the reason where there are none."""
+    names = list(cells.harm)
+    if not names or not report:
+        return pd.DataFrame(columns=PAIRING), NO_HARM if not names else ""
+    matrix = np.concatenate([cells.averages(report)["AS"], cells.harm_averages(names)])
+    used = np.flatnonzero(matrix.any(0))
+    try:
+        scores = matrix[:, used] @ prompt_scores(model, [grid[cells.prompts[i]].text for i in used], probe)
+    except RequestError as error:
+        return pd.DataFrame(columns=PAIRING), f"badly judged human deeds could not be scored: {error}"
+    speech, harm = scores[: len(report)], scores[len(report) :]
+    said = {p.match: p.statement for p in grid if p.act == "speech"}
+    pairing = pd.DataFrame(
+        [(report[i], said[report[i]], names[j], speech[i], harm[j], harm[j] - speech[i]) for i, j in pair_by_score(speech, harm)],
+        columns=PAIRING,
+    )  # fmt: skip
+    if len(pairing) < ENOUGH_HARM:
+        why = f"{len(pairing)} badly judged human statements score within 0.25 nats of held-out AI speech and {ENOUGH_HARM} are needed"
+        return pairing, why
+    return pairing, ""
 
 
 def interaction(
@@ -273,60 +347,94 @@ def interaction(
     grid: PromptGrid,
     *,
     split: Split | None = None,
+    probe: Probe | None = None,
     max_view: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Scan:
-    """The interaction of every feature, its test on discover statements and its size on held-out ones."""
+    """The interaction of every feature, its test on discover statements, its size on held-out ones, and the call."""
     cells = _cells(grid)
     ranked = [m for m in cells.matches if split is None or m in set(split["discover"])]
     if not ranked:
         raise RequestError("none of the discover statements of the split is a matched pair of this grid.")
     held = _call_split(grid, cells.matches, split, seed)
-    has_dog = "DS" in cells.rows
     prompts = [grid[i].text for i in cells.prompts]
     last, neutral, everywhere = read_residuals(
         model, prompts, [s.site.layer for s in saes], everywhere=max_view
     )
     discover, report = held.get("discover", ()), held.get("report", ())
-    family = MaxT(len(discover), seed=seed) if len(discover) > 1 else None
     everything = cells.averages(ranked)
-    testing, sizing = cells.averages(discover), cells.averages(report)
-    without = [(cells.averages(discover, s), cells.averages(report, s)) for s in cells.droppable()]
-    loo_t: list[Array] = []
+    sizes = len(report) > 1 and "DS" in cells.rows
+    pairing, why = _pair_harm(model, grid, cells, report if sizes else (), probe or Probe())
+    tests = _Tests(cells, discover, seed)
+    all_harm = cells.harm_averages(list(cells.harm))
+    sizing = _sizing(cells, report, pairing) if sizes else None
+    dropped = [_sizing(cells, report, pairing, s) for s in tests.left_out] if sizes else []
+    blocks: list[HeldOut] = []
     loo_size: list[Array] = []
 
     def statistics(a: Array) -> dict[str, Array]:
         means = {c: m @ a for c, m in everything.items()}
-        out = {f"mean_{c}": m.mean(0) for c, m in means.items()} | {
-            "interaction": interaction_contrast(means).mean(0)
-        }
-        if family is not None:
-            floor = activation_variance_floor(a)
-            contrast = interaction_contrast({c: m @ a for c, m in testing.items()})
-            family.add(contrast, floor)
-            if without:
-                full = paired_t(contrast, floor).t
-                dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left, _ in without]
-                loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
-        if len(report) > 1 and has_dog:
-            out |= held_out_size({c: m @ a for c, m in sizing.items()})
-            shares = [_size({c: m @ a for c, m in left.items()}) for _, left in without]
-            loo_size.append(np.min(shares, axis=0) if shares else np.full(a.shape[1], np.nan))
+        out = {f"mean_{c}": m.mean(0) for c, m in means.items()}
+        out["interaction"] = interaction_contrast(means).mean(0)
+        if len(all_harm):
+            out["mean_HC"] = (all_harm @ a).mean(0)
+        tests.add(a)
+        if sizing is not None:
+            blocks.append(sizing.of(a))
+            loo_size.append(_worst_size(dropped, a, out["interaction"]))
+            out |= {f"held_{c}": m for c, m in blocks[-1].mean.items()}
+            out["held_bound"] = blocks[-1].bound(out["interaction"])
         return out
 
-    columns = _scan(saes, last, neutral, {"interaction": 0.0, **{f"mean_{c}": 0.0 for c in cells.rows}}, statistics, "interaction", progress)  # fmt: skip
-    frame, note = _add_tests(columns, family, loo_t, "matched statement pairs", "ai_speech")
-    for name in ("held_bound", "held_AS", "held_AN", "held_HS", "held_DS", "held_interaction"):
+    defaults = {"interaction": 0.0, **{f"mean_{c}": 0.0 for c in (*cells.rows, *(["HC"] if len(all_harm) else []))}}  # fmt: skip
+    columns = _scan(saes, last, neutral, defaults, statistics, "interaction", progress)
+    frame, note = _add_tests(columns, tests.interaction, tests.loo_t, "matched statement pairs", "ai_speech")
+    for name in ("held_bound", "held_AS", "held_AN", "held_HS", "held_HN", "held_DS", "held_HC"):
         if name not in frame:
             frame[name] = np.nan
+    frame["held_interaction"] = (frame["held_AS"] - frame["held_AN"]) - (frame["held_HS"] - frame["held_HN"])
+    frame["sign"] = np.sign(frame["interaction"]).astype(int)
     size = np.full(len(frame), np.nan)
-    if loo_size:
-        size[columns.place] = np.concatenate(loo_size)
-    note = _call_ai_speech(frame, size, held, has_dog, note)
+    size[columns.place] = np.concatenate(loo_size) if loo_size else np.nan
+    note = _call(frame, columns.place, tests, blocks, size, held, note, why)
     if everywhere is not None:
         _add_interaction_max(frame, saes, everywhere, everything)
-    return Scan(frame, len(ranked), note, held)
+    return Scan(frame, len(ranked), note, held, pairing)
+
+
+class _Tests:
+    """The corrected tests of the interaction and of AI against human, on the discover statements."""
+
+    def __init__(self, cells: _Cells, discover: Sequence[str], seed: int):
+        enough = len(discover) > 1
+        self.interaction = MaxT(len(discover), seed=seed) if enough else None
+        self.main = MaxT(len(discover), seed=seed) if enough else None
+        self.cells = cells.averages(discover)
+        self.rows = sorted({i for by in cells.rows.values() for rows in by.values() for i, _ in rows})
+        self.left_out = cells.droppable()
+        self.without = [cells.averages(discover, s) for s in self.left_out]
+        self.loo_t: list[Array] = []
+
+    def add(self, a: Array) -> None:
+        if self.interaction is None or self.main is None:
+            return
+        floor = activation_variance_floor(a[self.rows])
+        means = {c: m @ a for c, m in self.cells.items()}
+        contrast = interaction_contrast(means)
+        self.interaction.add(contrast, floor)
+        self.main.add((means["AS"] + means["AN"] - means["HS"] - means["HN"]) / 2, floor)
+        if self.without:
+            full = paired_t(contrast, floor).t
+            dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left in self.without]
+            self.loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
+
+
+def _worst_size(dropped: Sequence[_Sizing], a: Array, sign: Array) -> Array:
+    """The smallest held-out size with one subject left out, as a share of what it must be at least half of."""
+    found = [left.of(a) for left in dropped]
+    shares = [np.where(sign < 0, held.quietness, held.loudness) for held in found]
+    return np.min(shares, axis=0) if shares else np.full(a.shape[1], np.nan)
 
 
 def interaction_contrast(means: Mapping[str, Array]) -> Array:
@@ -334,44 +442,36 @@ def interaction_contrast(means: Mapping[str, Array]) -> Array:
     return (means["AS"] - means["AN"]) - (means["HS"] - means["HN"])
 
 
-def held_out_size(means: Mapping[str, Array]) -> dict[str, Array]:
-    """Cell means on held-out pairs, and the lower 95 % bound of min(AS - AN, AS - HS, AS - DS)."""
-    bound = lower_bound_min([means["AS"] - means[c] for c in ("AN", "HS", "DS")])
-    cells = {f"held_{c}": means[c].mean(0) for c in ("AS", "AN", "HS", "DS")}
-    return {"held_bound": bound, "held_interaction": interaction_contrast(means).mean(0), **cells}
-
-
-def _size(means: Mapping[str, Array]) -> Array:
-    """The held-out bound as a share of mean AS (0 where AS is silent)."""
-    held = held_out_size(means)
-    return np.divide(
-        held["held_bound"], held["held_AS"], out=np.zeros_like(held["held_AS"]), where=held["held_AS"] > 0
-    )
-
-
-def _call_ai_speech(
-    frame: pd.DataFrame, loo_size: Array, held: dict[str, tuple[str, ...]], has_dog: bool, note: str
-) -> str:
-    needed, n, n_held = 2 * fewest_units(ALPHA), len(held.get("discover", ())), len(held.get("report", ()))
-    if not has_dog or n_held < 2 or note:
-        frame["ai_speech"] = frame["survives_loo"] = "undetermined"
-        why = (
-            "the grid has no speaking animal"
-            if not has_dog
-            else f"at least {needed} matched statement pairs are needed"
+def _call(
+    frame: pd.DataFrame, place: Array, tests: _Tests, blocks: Sequence[HeldOut], loo_size: Array,
+    held: Mapping[str, tuple[str, ...]], note: str, why: str,
+) -> str:  # fmt: skip
+    """Fills in `call`, `ai_speech` and `survives_loo`; says in words what was tested or is missing."""
+    n, n_held = len(held.get("discover", ())), len(held.get("report", ()))
+    if not blocks or note or tests.interaction is None or tests.main is None:
+        frame[["call", "ai_speech", "survives_loo"]] = "undetermined"
+        few = n_held < 2 or note
+        return (
+            f"calls: undetermined, at least {2 * fewest_units(ALPHA)} matched statement pairs are needed"
+            if few
+            else "calls: undetermined, the grid has no speaking animal"
         )
-        return f"ai_speech: undetermined, {why}"
-    significant = (frame["p_fwer"] <= ALPHA) & (frame["t"] > 0)
-    called = significant & is_large(frame["held_AS"].to_numpy(), frame["held_bound"].to_numpy())
-    frame["ai_speech"] = np.where(called, "yes", "no")
-    survives = called & (frame["loo_p"] <= ALPHA) & (loo_size >= 0.5)
+    both = [
+        (family.result().t, family.result().p_fwer) for family in (tests.interaction, tests.main)
+    ]  # in the order of the blocks
+    start, calls = 0, np.full(len(frame), "no", dtype=object)
+    for block in blocks:
+        part = slice(start, start + len(block.mean["AS"]))
+        (t, p), main = both[0], (both[1][0][part], both[1][1][part])
+        calls[place[part]] = decide(t[part], p[part], block, main)
+        start = part.stop
+    frame["call"] = calls
+    speech = frame["call"].isin(["AI-speech", "silent at AI speech"])
+    frame["ai_speech"] = frame["call"].map({"AI-speech": "yes", "undetermined": "undetermined"}).fillna("no")
+    survives = speech & (frame["loo_p"] <= ALPHA) & (loo_size >= 0.5)
     frame["survives_loo"] = _yes_no(survives, frame["loo_p"].notna())
-    return f"ai_speech: tested on {n} matched pairs, size checked on {n_held} others"
-
-
-def is_large(held_as: Array, held_bound: Array) -> Array:
-    """The size condition of the call: on held-out pairs the bound is at least half of mean AS."""
-    return (held_as > 0) & (held_bound >= held_as / 2)
+    tested = f"calls: tested on {n} matched pairs, size checked on {n_held} others"
+    return f"{tested}; AI-speech undetermined: {why}" if why else tested
 
 
 def _add_interaction_max(
@@ -412,14 +512,18 @@ def _cells(grid: PromptGrid) -> _Cells:
             "the grid's animals speak in none of its matched statement pairs; give them the same statements as the AI subjects."
         )
     matches = tuple(m for m in places["AS"] if m in complete)
-    used = sorted({i for by in places.values() for m in matches for i, _ in by.get(m, ())})
+    harm: dict[str, list[tuple[int, str]]] = {}
+    for i, prompt in enumerate(grid):
+        if prompt.act == "harm" and prompt.group in HARM:
+            harm.setdefault(prompt.statement, []).append((i, prompt.subject))
+    used = sorted({i for by in places.values() for m in matches for i, _ in by.get(m, ())} | {i for of in harm.values() for i, _ in of})  # fmt: skip
     row = {i: k for k, i in enumerate(used)}
     rows = {
         c: {m: [(row[i], s) for i, s in by[m]] for m in matches}
         for c, by in places.items()
         if c != "DS" or by
     }
-    return _Cells(tuple(used), matches, rows)
+    return _Cells(tuple(used), matches, rows, {h: [(row[i], s) for i, s in of] for h, of in harm.items()})
 
 
 def _call_split(

@@ -25,7 +25,7 @@ def card_page(card: FeatureCard) -> str:
 def card_body(card: FeatureCard) -> str:
     """The card alone, for a notebook or another page."""
     table = card.two_by_two
-    acts = [a for a in ("speech", "nonspeech", "control") if a in table]
+    acts = [a for a in ("speech", "nonspeech", "harm", "control") if a in table]
     groups = [g for g in ("ai", "human", "animal", "object") if g in table.index]
     shown = [float(v) for v in [*table.to_numpy().ravel(), card.activity.largest] if v == v]
     top = max(shown, default=0.0)  # as in the passages: what is faint there is faint here

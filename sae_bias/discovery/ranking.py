@@ -1,14 +1,13 @@
 """Ranking every feature of one or many SAEs by how it tells AI from human prompts, and by what it does to the bias.
 
     separation   mean difference, paired t over templates, AUROC and firing-rate difference, AI against human, last token
-    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements (docs/method.md#interaction)
+    interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, by size; the sign is a column
     attribution  predicted bias removed by ablation, one backward pass for all features
     ablation     exact bias removed, for the features attribution puts first
 
 Ranking always ranks, on every prompt it is given. *Calls* are another matter: they are corrected over the whole family scanned
-(Westfall–Young max-T over one shared set of sign-flips), `ai_speech` also needs held-out statements, `causal_ai_speech` also an
-exact ablation that beats its controls, and where the design is too small a call reads "undetermined" and says how many units it
-needs.
+(Westfall–Young max-T over one shared set of sign-flips), `call` also needs held-out statements (`calls`), `causal_ai_speech` also
+an exact ablation that beats its controls, and where the design is too small a call reads "undetermined" and says what it needs.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from sae_bias.discovery.attribution import (
     cumulative_ablation,
     exact_ablation,
 )
-from sae_bias.discovery.contrasts import ALPHA, Scan, Split, interaction, separation
+from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
+from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
 from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
 from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 
 BY = ("separation", "interaction", "attribution", "ablation")
-CALLS = ("separates", "ai_speech", "causal_ai_speech")
 MOST_TWINS = 32
 MOST_CAUSAL = 8
 MOST_JOINT = 10
@@ -83,6 +82,9 @@ class Ranking:
     """By "ablation": joint ablation of the first 1, 2, … features (k, feature, bias, change, reduction with its interval,
     split); a trained SAE splits a concept, so one feature alone says little. On the report split where one is held out."""
 
+    pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
+    """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
+
     def top(self, k: int) -> list[FeatureRef]:
         """The first k features."""
         return [FeatureRef.parse(name) for name in self.frame["feature"].head(k)]
@@ -91,8 +93,10 @@ class Ranking:
         return self.frame.copy()
 
     def called(self, call: str) -> list[FeatureRef]:
-        """Features of which the call ("separates", "ai_speech", "causal_ai_speech") says yes."""
-        if call not in self.frame:
+        """Features called so: "separates", "ai_speech", "causal_ai_speech", or a value of `call` such as "negative judgement"."""
+        if call in SPEECH_CALLS and "call" in self.frame:
+            return [FeatureRef.parse(name) for name in self.frame.loc[self.frame["call"] == call, "feature"]]
+        if call == "call" or call not in self.frame:
             raise RequestError(f"a ranking by {self.by} makes no call {call!r}.")
         return [FeatureRef.parse(name) for name in self.frame.loc[self.frame[call] == "yes", "feature"]]
 
@@ -117,7 +121,7 @@ class Ranking:
 
     def _short(self, k: int) -> pd.DataFrame:
         """The first rows with the columns a person reads first."""
-        wanted = ["feature", *SORT[self.by], "attribution", "t", "p_fwer", *CALLS, "survives_loo", "density", "family_size"]  # fmt: skip
+        wanted = ["feature", *SORT[self.by], "attribution", "t", "p_fwer", "separates", "call", "causal_ai_speech", "survives_loo", "density", "family_size"]  # fmt: skip
         return self.frame.head(k)[[c for c in dict.fromkeys(wanted) if c in self.frame]]
 
 
@@ -148,8 +152,9 @@ def rank_features(
             (`Contrast`), ranked by AUROC, positive above negative (docs/method.md#contrast-sets).
         reduce, chat, all_of, none_of: of a `Contrast`: what a text's tokens give ("last", "mean", "max" or "any"), whether texts are
             user turns, and sets ("positive", "negative" or a group) on all or none of whose texts a feature must fire.
-        by: "separation" sorts by AUROC (AI above human, last token), ties by mean difference AI - human; "interaction" by I;
+        by: "separation" sorts by AUROC (AI above human, last token), ties by mean difference AI - human; "interaction" by |I|;
             "attribution" and "ablation" by bias removed (B_0 - B_s), with `probe`.
+        probe: evaluation words and score; the grid's badly judged statements are paired to AI speech by it too.
         pairs, grid: the other kind of prompts, where one table should carry all statistics and calls: with `grid`, a ranking
             of pairs also has the interaction and `ai_speech`; with `pairs`, one of the grid also has the separation.
         split: {"discover": units, "report": units}; ranks on discover and makes calls with report held out. Without it,
@@ -201,7 +206,7 @@ def rank_features(
         scans["separation"] = separation(model, saes, pairs, held=held, **options)  # type: ignore[arg-type]
     if grid is not None:
         mine = split if on_grid or split is None or _shares({p.match for p in grid}, split) else None
-        scans["interaction"] = interaction(model, saes, grid, split=mine, **options)  # type: ignore[arg-type]
+        scans["interaction"] = interaction(model, saes, grid, split=mine, probe=probe, **options)  # type: ignore[arg-type]
     frame = _merge(scans, first="interaction" if on_grid else "separation")
     _add_calls(frame, "interaction" in scans)
     notes = [scan.note for scan in scans.values()]
@@ -216,7 +221,8 @@ def rank_features(
                 _call_causal(frame, engine, controls, seed)
             joint = _joint(frame, engine if held is None else ProbeEngine(model, held, engine.base.probe))
             joint["split"] = "all" if split is None else "discover" if held is None else "report"
-    frame = frame.sort_values(SORT[by], ascending=False, kind="stable", na_position="last", ignore_index=True)
+    by_size = np.abs if on_grid else None
+    frame = frame.sort_values(SORT[by], ascending=False, kind="stable", na_position="last", ignore_index=True, key=by_size)  # fmt: skip
     _add_families(frame, saes)
     frame["split"] = "all" if split is None else "discover"
     main = scans["interaction" if on_grid else "separation"]
@@ -230,6 +236,7 @@ def rank_features(
         main.held or scans.get("interaction", main).held,
         agreement,
         joint,
+        scans["interaction"].pairing if "interaction" in scans else pd.DataFrame(columns=PAIRING),
     )
 
 
@@ -292,7 +299,7 @@ def _merge(scans: Mapping[str, Scan], first: str) -> pd.DataFrame:
 def _add_calls(frame: pd.DataFrame, with_grid: bool) -> None:
     """Calls this ranking has no evidence for read `undetermined`; nothing is causal before its ablation is measured."""
     if not with_grid:
-        frame["ai_speech"] = "undetermined"
+        frame["call"] = frame["ai_speech"] = "undetermined"
     frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
 
 

@@ -46,7 +46,7 @@ def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[
         "interaction in activation units",
         height=480,
     )
-    for call in ("no", "undetermined", "separates", "ai_speech"):
+    for call in reversed(CALLS):
         part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
         if call == "separates":
             name = f"separates {short(sides[1], 24)} from {short(sides[0], 24)}"
@@ -79,24 +79,29 @@ def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[
     return style.zero_line(fig, "y")
 
 
+CALL_KEYS = {
+    "AI-speech": "ai_speech",
+    "silent at AI speech": "silent",
+    "negative judgement": "judgement",
+    "AI identity": "identity",
+    "undetermined": "undetermined",
+}
+
+
 def calls_of(ranking: pd.DataFrame) -> pd.Series:
-    """The strongest call of every feature: `ai_speech`, `separates`, `undetermined` or `no`."""
+    """The strongest call of every feature: a key of `CALLS`. Runs before 0.2 hold `ai_speech` alone."""
     none = pd.Series("no", index=ranking.index)
-    speech, separates = ranking.get("ai_speech", none), ranking.get("separates", none)
-    names = np.select(
-        [speech == "yes", speech == "undetermined", separates == "yes"],
-        ["ai_speech", "undetermined", "separates"],
-        "no",
-    )
-    return pd.Series(names, index=ranking.index)
+    older = ranking.get("ai_speech", none).map({"yes": "AI-speech"}).fillna(ranking.get("ai_speech", none))
+    keys = ranking.get("call", older).map(CALL_KEYS)
+    return keys.fillna(ranking.get("separates", none).map({"yes": "separates"})).fillna("no").astype(str)
 
 
 def activation_heatmap(activation: pd.DataFrame, *, feature: str | None = None, most: int = 24) -> go.Figure:
     """Mean activation of one feature, subjects × statements; above `most` of them × (act · content)."""
     chosen = feature if feature in set(activation["feature"]) else activation["feature"].iloc[0]
     rows = activation[activation["feature"] == chosen]
-    order = {"speech": 0, "nonspeech": 1, "control": 2}
-    rows = rows.assign(rank=rows["act"].map(order).fillna(3)).sort_values("rank", kind="stable")
+    order = {"speech": 0, "nonspeech": 1, "harm": 2, "control": 3}
+    rows = rows.assign(rank=rows["act"].map(order).fillna(4)).sort_values("rank", kind="stable")
     if rows["statement"].nunique() > most:
         act = rows["act"].replace({"nonspeech": "not speech"})
         rows = rows.assign(
@@ -206,7 +211,7 @@ def ranking_figure(frame: pd.DataFrame, by: str) -> go.Figure:
     rows = frame.dropna(subset=[x, y]).assign(call=calls_of)
     rows = rows.reindex(rows[y].abs().sort_values(ascending=False).index).head(MOST_POINTS)
     fig = style.figure(title, x_label, y_label, height=480)
-    for call in ("no", "undetermined", "separates", "ai_speech"):
+    for call in reversed(CALLS):
         part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
         if part.empty:
             continue

@@ -27,6 +27,9 @@ SIDES = ("human", "AI")
 """What the two sides of a pair are called, where a question names no others: bias = s(first) − s(second)."""
 CALLS = {  # how a feature was called -> (legend, color, symbol)
     "ai_speech": ("answers to AI speech", AI, "star"),
+    "silent": ("silent at AI speech", PURPLE, "star-open"),
+    "judgement": ("negative judgement", INK, "triangle-up"),
+    "identity": ("AI identity", GREEN, "cross"),
     "separates": ("separates AI from human", HUMAN, "diamond"),
     "undetermined": ("undetermined", GOLD, "square-open"),
     "no": ("neither", NEUTRAL, "circle"),

@@ -15,7 +15,6 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -27,7 +26,7 @@ from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.files import digest
 from sae_bias.measures.judge_replies import Reply, ReplyStore
 from sae_bias.measures.judge_results import SIDES, Estimate, JudgeResult
-from sae_bias.prompts.files import read_yaml
+from sae_bias.prompts.files import bundled_yaml
 
 if TYPE_CHECKING:
     from inspect_ai import Task
@@ -432,7 +431,7 @@ def _shown(text: Any) -> str:
 
 
 def _prompts() -> Any:
-    return read_yaml(Path(str(files("sae_bias") / "data" / "judge_prompts.yaml"))).value
+    return bundled_yaml("judge_prompts.yaml")
 
 
 def _table(requests: Sequence[Request], store: ReplyStore) -> pd.DataFrame:

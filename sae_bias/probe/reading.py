@@ -232,3 +232,12 @@ class ReadingPlan:
             for j, token in enumerate(tokens):
                 values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]]
         return values
+
+
+def prompt_scores(model: Model, texts: Sequence[str], probe: Probe) -> Float[np.ndarray, "n_prompts"]:
+    """The probe's score after each of some prompts, in its own units (nats for `mean_logit` and `logodds`)."""
+    vocabulary = probe.vocabulary(model, list(texts))
+    prompts = [PromptIds(text, tuple(model.encode(text)), 0) for text in texts]
+    plan = ReadingPlan(model, prompts, [w.tokens for w in vocabulary.kept], softcap=probe.softcap)
+    positive = np.array([w.positive for w in vocabulary.kept])
+    return probe.score_values(plan.run().values, positive)

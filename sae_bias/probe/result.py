@@ -448,7 +448,7 @@ def _facts(result: ProbeResult) -> dict[str, Any]:
         },
         "probe": {
             name: getattr(probe, name)
-            for name in ("positive", "negative", "score", "softcap", "tokens", "bundled")
+            for name in ("positive", "negative", "score", "softcap", "tokens", "join", "bundled")
         },
         "vocabulary": [asdict(w) for w in result.vocabulary.words],
     }

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.prompts.load import load_lexicon
-from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.prompts.pairs import Lexicon, PromptPairs, check_join, foreign_script
 
 SCORES = ("mean_logit", "logodds", "auroc")
 TOKENS = ("in_context", "first", "alone")
@@ -33,6 +33,8 @@ class Probe:
     tokens: str = "in_context"
     """in_context | first (only a word's first token, a switch of `as_published`) | alone (the first token of the word encoded
     alone: the mistake docs/method.md#evaluation-words warns of, kept as a switch)."""
+    join: str = " "
+    """What stands between a prompt and a word: a space, or nothing in scripts that set no spaces."""
     bundled: bool = field(default=False, init=False)
     """Whether the words are the bundled ones: then a word of several tokens is left out and listed, not an error."""
 
@@ -44,11 +46,13 @@ class Probe:
         *,
         softcap: bool = True,
         tokens: str = "in_context",
+        join: str = " ",
     ):
         if score not in SCORES:
             raise RequestError(f"score={score!r}; expected one of {', '.join(SCORES)}.")
         if tokens not in TOKENS:
             raise RequestError(f"tokens={tokens!r}; expected one of {', '.join(TOKENS)}.")
+        check_join(join)
         if (positive is None) != (negative is None):
             raise RequestError("give both positive and negative words, or neither (for the bundled ones).")
         bundled = positive is None
@@ -59,6 +63,7 @@ class Probe:
             ("score", score),
             ("softcap", softcap),
             ("tokens", tokens),
+            ("join", join),
             ("bundled", bundled),
         ):
             object.__setattr__(self, name, value)
@@ -69,8 +74,9 @@ class Probe:
             )
 
     def with_options(self, **changes: Any) -> Probe:
-        """The same words (bundled or not) with another `score`, `softcap` or `tokens`."""
-        options = {"score": self.score, "softcap": self.softcap, "tokens": self.tokens} | changes
+        """The same words (bundled or not) with another `score`, `softcap`, `tokens` or `join`."""
+        names = ("score", "softcap", "tokens", "join")
+        options = {name: getattr(self, name) for name in names} | changes
         probe = Probe(self.positive, self.negative, **options)
         object.__setattr__(probe, "bundled", self.bundled)
         return probe
@@ -81,7 +87,8 @@ class Probe:
         Raises:
             RequestError: under mean_logit, a word the user gave is several tokens; or a list is left empty.
         """
-        contexts = {p.rsplit(" ", 1)[-1]: p for p in reversed(prompts)}
+        last = (lambda p: p.rsplit(" ", 1)[-1]) if self.join else (lambda p: p[-8:])
+        contexts = {last(p): p for p in reversed(prompts)}
         words = [
             self._word(model, w, positive, contexts)
             for positive, ws in ((True, self.positive), (False, self.negative))
@@ -97,8 +104,10 @@ class Probe:
 
     def _word(self, model: Model, word: str, positive: bool, contexts: dict[str, str]) -> WordTokens:
         if self.tokens == "alone":
-            return WordTokens(word, positive, tokens_alone(model, word)[:1])
-        found = {word_tokens(model, word, prompt, model.encode(prompt)) for prompt in contexts.values()}
+            return WordTokens(word, positive, tokens_alone(model, word, self.join)[:1])
+        found = {
+            word_tokens(model, word, prompt, model.encode(prompt), self.join) for prompt in contexts.values()
+        }
         if self.tokens == "first":
             found = {tokens[:1] for tokens in found}
         if len(found) > 1:
@@ -109,7 +118,7 @@ class Probe:
         if len(tokens) > 1 and self.score == "mean_logit":
             if not self.bundled:
                 raise RequestError(
-                    f'" {word}" is {len(tokens)} tokens for {model.name}; score="mean_logit" needs 1. Try another word, or score="logodds".'
+                    f'"{self.join}{word}" is {len(tokens)} tokens for {model.name}; score="mean_logit" needs 1. Try another word, or score="logodds".'
                 )
             return WordTokens(word, positive, tokens, f"{len(tokens)} tokens")
         return WordTokens(word, positive, tokens)
@@ -127,10 +136,22 @@ class Probe:
         return above + 0.5 * (pos[:, :, None] == neg[:, None, :]).mean((1, 2))
 
 
-def default_probe(pairs: PromptPairs) -> Probe:
-    """The probe a pairs file brings its own words for, or the bundled one."""
-    words = getattr(pairs, "words", None)
-    return Probe() if words is None else Probe(words.positive, words.negative)
+def default_probe(pairs: PromptPairs, words: Lexicon | None = None, **options: Any) -> Probe:
+    """The probe of `words`, else of the words that the pairs bring, else the bundled one; joined as the file says.
+
+    Raises:
+        RequestError: the bundled words are English and the pairs are in another script.
+    """
+    words = words or pairs.words
+    join = pairs.join if words is None or words.join is None else words.join
+    if words is not None:
+        return Probe(words.positive, words.negative, join=join, **options)
+    if len(pairs) and (script := foreign_script([p.human + p.ai for p in pairs[:8]])):
+        raise RequestError(
+            f"{pairs.name} is written in {script} script and the bundled evaluation words are English; give `words:` with"
+            " `positive` and `negative` lists in the pairs file, or a words file."
+        )
+    return Probe(join=join, **options)
 
 
 def _words(side: str, words: Sequence[str] | None) -> tuple[str, ...]:
@@ -160,15 +181,17 @@ class WordTokens:
         return len(self.tokens) == 1
 
 
-def word_tokens(model: Model, word: str, prompt: str, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-    """Tokens that `" " + word` adds to `prompt`.
+def word_tokens(
+    model: Model, word: str, prompt: str, prompt_ids: Sequence[int], join: str = " "
+) -> tuple[int, ...]:
+    """Tokens that `join + word` adds to `prompt`.
 
     Raises:
         RequestError: the prompt ends in a space, its own tokens change, the word adds none, or holds the unknown token.
     """
     if prompt != prompt.rstrip():
         raise RequestError(f"the prompt {prompt!r} ends in a space; the word brings its own.")
-    ids = model.encode(f"{prompt} {word}")
+    ids = model.encode(f"{prompt}{join}{word}")
     ids = ids[:-1] if ids and ids[-1] == model.tokenizer.eos_token_id and prompt_ids[-1] != ids[-1] else ids
     n = len(prompt_ids)
     if ids[:n] != list(prompt_ids):
@@ -188,9 +211,9 @@ def word_tokens(model: Model, word: str, prompt: str, prompt_ids: Sequence[int])
     return added
 
 
-def tokens_alone(model: Model, word: str) -> tuple[int, ...]:
-    """Tokens of `" " + word` encoded alone, as a careless probe does: ▁ first for every word under Mistral's tokenizer."""
-    return tuple(model.tokenizer(f" {word}", add_special_tokens=False).input_ids)
+def tokens_alone(model: Model, word: str, join: str = " ") -> tuple[int, ...]:
+    """Tokens of `join + word` encoded alone, as a careless probe does: ▁ first for every word under Mistral's tokenizer."""
+    return tuple(model.tokenizer(f"{join}{word}", add_special_tokens=False).input_ids)
 
 
 @dataclass(frozen=True)

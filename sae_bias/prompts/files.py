@@ -1,7 +1,7 @@
 """Read the prompt files a user writes, and say which row is wrong.
 
-YAML is read as plain text: no tags, no anchors, no `yes` that turns into True. CSV has a header line, JSONL
-one object a line; both are UTF-8. Every error is one `RequestError`: the file, the row or line, and why.
+YAML is PyYAML's safe loader with the plain types of YAML 1.2 (`true`, `null`, numbers; `no` and dates stay text); tags, anchors
+and aliases are refused. CSV has a header line, JSONL one object a line; all are UTF-8, with or without a byte order mark. Every error is one `RequestError`: the file, the row or line, and why.
 The classes say what each kind of file holds; `sae_bias.prompts` makes prompts of them.
 """
 
@@ -11,10 +11,11 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -35,7 +36,7 @@ MAX_YAML_DEPTH = 12
 MAX_TEXT = 20_000
 MAX_PROMPTS = 500_000
 MAX_COLUMNS = 500
-_YamlLoader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+DATA = Path(str(files("sae_bias") / "data"))
 Where = tuple[str | int, ...]
 FileModel = TypeVar("FileModel", bound=BaseModel)
 
@@ -75,43 +76,57 @@ def subject_text(text: str) -> str:
     return text
 
 
-def _none_if_empty(value: Any) -> Any:
-    return None if value in ("", "null", "~") else value
-
-
-def _blank_if_none(value: Any) -> Any:
-    return "" if value is None else value
+def _none_if_blank(value: Any) -> Any:
+    return None if value == "" else value
 
 
 Text = Annotated[str, AfterValidator(plain_text)]
 TemplateText = Annotated[str, AfterValidator(template_text)]
 SubjectText = Annotated[str, AfterValidator(subject_text)]
-OptionalText = Annotated[Text | None, BeforeValidator(_none_if_empty)]
-OptionalTemplate = Annotated[TemplateText | None, BeforeValidator(_none_if_empty)]
-Label = Annotated[str, BeforeValidator(_blank_if_none)]
+OptionalText = Annotated[Text | None, BeforeValidator(_none_if_blank)]
+Label = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 Forms = Annotated[
     tuple[SubjectText, ...],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1),
 ]
-OptionalFlag = Annotated[bool | None, BeforeValidator(_none_if_empty)]
 
 
 class Strict(BaseModel):
     """A mapping in a file: frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        coerce_numbers_to_str=True,
+    )
+
+
+class StrictRow(Strict):
+    """A row of a table: what is asked to be text is text already."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=False)
 
 
 # ── what the files hold
 Group = Literal["ai", "human", "animal", "object"]
-Act = Literal["speech", "nonspeech", "control"]
+Act = Literal["speech", "nonspeech", "control", "harm"]
 DEFAULT_STEM = "This is"
 
 
 class Words(Strict):
     positive: tuple[Text, ...]
     negative: tuple[Text, ...]
+    join: Literal["", " "] | None = None
+
+
+class ChoiceWords(Strict):
+    stem: Text
+    positive: Text
+    negative: Text
+    polarity: str = ""
 
 
 class Sides(Strict):
@@ -123,9 +138,9 @@ class Template(Strict):
     text: TemplateText
     id: OptionalText = None
     family: str = ""
-    control: OptionalTemplate = None
+    control: TemplateText | None = None
     act: Literal["speech", "nonspeech", ""] = ""
-    corpus: OptionalFlag = None
+    corpus: bool | None = None
 
 
 class Entity(Strict):
@@ -145,7 +160,10 @@ class File(Strict):
     name: OptionalText = None
     version: str = ""
     note: str = ""
-    stem: str = DEFAULT_STEM
+    stem: str | None = None
+    """What is added to every text; "This is" where nothing is said and the texts are in Latin script."""
+    join: Literal["", " "] = " "
+    """What stands before the stem and before an evaluation word."""
 
 
 def _as_subject(value: Any) -> Any:
@@ -159,17 +177,20 @@ class PairsFile(File):
     entities: Annotated[tuple[Entity, ...], Field(min_length=1)]
     neutral: tuple[Annotated[Neutral, BeforeValidator(_as_subject)], ...] = ()
     stems: tuple[Text, ...] = ()
+    choices: tuple[ChoiceWords, ...] = ()
     sides: Sides | None = None
     words: Words | None = None
 
 
-class PairRow(Strict):
+class PairRow(StrictRow):
     human: Text
     ai: Text
     template: OptionalText = None
     entity: OptionalText = None
     family: Label = ""
-    act: Annotated[Literal["speech", "nonspeech", ""], BeforeValidator(_blank_if_none)] = ""
+    act: Annotated[
+        Literal["speech", "nonspeech", ""], BeforeValidator(lambda value: "" if value is None else value)
+    ] = ""
     control_human: OptionalText = None
     control_ai: OptionalText = None
 
@@ -193,7 +214,7 @@ class GridFile(File):
     statements: Annotated[tuple[Statement, ...], Field(min_length=1)]
 
 
-class GridRow(Strict):
+class GridRow(StrictRow):
     text: Text
     subject: Text
     group: Group
@@ -206,7 +227,7 @@ class GridRow(Strict):
 # ── files
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its values (all text, lists and mappings), and the line each one stands on."""
+    """A YAML file: its values, and the line each one stands on."""
 
     name: str
     value: Any
@@ -273,11 +294,11 @@ def read_text(path: Path, cap: int) -> str:
 
 
 def read_yaml(path: Path) -> Document:
-    """A YAML file without tags, anchors or repeated keys; every scalar stays the text it is."""
+    """A YAML file without tags, anchors or repeated keys."""
     text = read_text(path, MAX_YAML_BYTES)
     try:
         _refuse_yaml_tricks(path.name, text)
-        node = yaml.compose(text, Loader=_YamlLoader)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -287,6 +308,11 @@ def read_yaml(path: Path) -> Document:
         raise RequestError(f"{path.name} is empty. It needs at least one row.")
     lines: dict[Where, int] = {}
     return Document(path.name, _value(node, (), lines, path.name), lines)
+
+
+def bundled_yaml(name: str) -> Any:
+    """The values of a bundled YAML file."""
+    return read_yaml(DATA / name).value
 
 
 def read_rows(path: Path, model: type[BaseModel]) -> list[Row]:
@@ -328,9 +354,26 @@ def document_rows(doc: Document, where: Where, entries: Any) -> list[Row]:
 
 
 # ── YAML
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader; plain scalars are read as YAML 1.2 does."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {}
+for _tag, _pattern, _first, _read in (
+    ("null", r"|~|null", ["", "~", "n"], lambda text: None),
+    ("bool", r"true|false", list("tf"), lambda text: text == "true"),
+    ("int", r"0|-?[1-9][0-9]{0,17}", list("-0123456789"), int),
+    ("float", r"-?(?:[0-9]+\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan", list("-.0123456789"), lambda text: float(text.replace(".inf", "inf").replace(".nan", "nan"))),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _SCALARS[f"tag:yaml.org,2002:{_tag}"] = _read
+
+
 def _refuse_yaml_tricks(name: str, text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_YamlLoader):
+    for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise RequestError(f"{name}, line {line}: YAML anchors and aliases are not read. Write it out.")
@@ -347,7 +390,7 @@ def _value(node: yaml.Node, where: Where, lines: dict[Where, int], name: str) ->
     if isinstance(node, yaml.SequenceNode):
         return [_value(child, (*where, i), lines, name) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return node.value
+        return _SCALARS.get(node.tag, str)(node.value)
     mapping: dict[str, Any] = {}
     for key, child in node.value:
         line = key.start_mark.line + 1
@@ -449,6 +492,10 @@ def _why(error: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(key, _keys(model), 1, 0.6)
         return "is not a known key" + (f'; "{near[0]}" is' if near else "")
     if kind in ("string_type", "model_type", "dict_type", "list_type", "tuple_type"):
-        expected = {"string_type": "a text", "list_type": "a list", "tuple_type": "a list"}
+        expected = {
+            "string_type": "a text; put it in quotes" if isinstance(error.get("input"), bool) else "a text",
+            "list_type": "a list",
+            "tuple_type": "a list",
+        }
         return f"is not {expected.get(kind, 'a mapping of keys')}"
     return f"is wrong: {error['msg'][:1].lower()}{error['msg'][1:]}"

@@ -21,7 +21,7 @@ class GridPrompt:
     """ai | human | animal | object"""
     statement: str
     act: str
-    """speech | nonspeech | control"""
+    """speech | nonspeech | control | harm (judged badly whoever does it)"""
     match: str | None = None
     """Shared by a speech statement and its non-speech twin."""
     content: str = ""

@@ -8,13 +8,13 @@ a speech statement and its non-speech twin share a `match` id (docs/method.md#in
 """
 
 import re
-from collections.abc import Callable
-from importlib.resources import files
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from sae_bias.core.errors import RequestError
 from sae_bias.prompts.files import (
+    DATA,
     DEFAULT_STEM,
     Document,
     File,
@@ -25,6 +25,7 @@ from sae_bias.prompts.files import (
     Row,
     Template,
     Words,
+    bundled_yaml,
     check_product,
     checked_rows,
     document_rows,
@@ -34,7 +35,16 @@ from sae_bias.prompts.files import (
     template_text,
 )
 from sae_bias.prompts.grid import GridPrompt, PromptGrid
-from sae_bias.prompts.pairs import Lexicon, NeutralPrompt, PromptPair, PromptPairs, check_stem, short
+from sae_bias.prompts.pairs import (
+    Choice,
+    Lexicon,
+    NeutralPrompt,
+    PromptPair,
+    PromptPairs,
+    check_stem,
+    foreign_script,
+    short,
+)
 
 __all__ = [
     "GridPrompt",
@@ -62,8 +72,9 @@ def load_pairs(source: "str | Path | PromptPairs | None" = None, *, stem: str | 
     survive), and questions about other subjects (`questions()`: "gender", ...).
     YAML: `templates` (`text` with {subject}; optional `id family control act corpus`) or `templates_from: survival`, `entities`
     (`human`, `ai`, or `first`, `second`, each one subject or a list of its forms, which take turns over the templates; optional
-    `id`), optional `neutral`, `stem` (default "This is"), `stems`,
-    `words`, `sides`. The stem is added to a text that does not end in it; `stem=` replaces it.
+    `id`), optional `neutral`, `stem` (default "This is"; asked for where the sentences are not in Latin script), `stems`,
+    `words`, `sides`, `choices` (`stem positive negative polarity`), `join` (what stands before the stem and before a word:
+    " ", or "" in scripts without spaces). The stem is added to a text that does not end in it; `stem=` replaces it.
     CSV, JSONL and a YAML list: `human`, `ai` (whole prompts), optional `template`, `entity`, `family`, `act`,
     `control_human`, `control_ai`. Without `template` each row is a template of its own, without `entity` all
     rows share one, and then the two-way interval is undefined. `stem=` says what every prompt ends in, so
@@ -87,7 +98,7 @@ def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | No
     """The activation grid: the bundled one, or a file.
 
     YAML: `subjects` (`text`, `group`: ai, human, animal or object; optional `id`), `statements` (`text` with
-    {subject}, `act`: speech, nonspeech or control; optional `id match content`), optional `stem`.
+    {subject}, `act`: speech, nonspeech, control or harm; optional `id match content`), optional `stem`.
     CSV, JSONL and a YAML list: a prompt a row: `text subject group act`, optional `statement match content`.
     A `text` with {subject} is a statement: the subject and the stem are put in. Without `statement`, the text
     with its subject taken out is the id.
@@ -96,7 +107,7 @@ def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | No
         return source.with_stem(stem) if stem is not None else source
     if stem is not None:
         check_stem(stem)
-    path = _data("grid.yaml") if source is None else _as_path(source)
+    path = DATA / "grid.yaml" if source is None else _as_path(source)
     if _suffix(path) != ".yaml":
         return _grid_from_rows(read_rows(path, GridRow), path.stem, stem)
     doc = read_yaml(path)
@@ -111,8 +122,8 @@ def load_lexicon(name: str | Path = "evaluation") -> Lexicon:
     if str(name).lower().endswith((".yaml", ".yml")):
         doc = read_yaml(Path(name))
         words = doc.check(Words)
-        return Lexicon(words.positive, words.negative, Path(name).stem)
-    lists = read_yaml(_data("lexicon.yaml")).value["lists"]
+        return Lexicon(words.positive, words.negative, Path(name).stem, words.join)
+    lists = bundled_yaml("lexicon.yaml")["lists"]
     if name not in lists:
         raise RequestError(f'No word list "{name}". Bundled: {", ".join(lists)}; or give a .yaml file.')
     return Lexicon(tuple(lists[name]["positive"]), tuple(lists[name]["negative"]), str(name))
@@ -120,8 +131,8 @@ def load_lexicon(name: str | Path = "evaluation") -> Lexicon:
 
 def questions() -> tuple[str, ...]:
     """Names of the bundled questions about other subjects than humans and AIs."""
-    folder = files("sae_bias") / "data" / "questions"
-    return tuple(sorted(Path(str(f)).stem for f in folder.iterdir() if f.name.endswith(".yaml")))
+    folder = DATA / "questions"
+    return tuple(sorted(file.stem for file in folder.glob("*.yaml")))
 
 
 def fill_subject(text: str, subject: str) -> str:
@@ -138,7 +149,7 @@ def _pairs_from_templates(doc: Document, name: str, stem: str | None) -> PromptP
     file = doc.check(PairsFile)
     templates = _templates(doc, file)
     check_product(doc, len(templates), len(file.entities) + len(file.neutral), "templates x subjects")
-    stem = _file_stem(doc, file, stem)
+    stem = _file_stem(doc, file, stem, [t.text for t in templates])
     template_ids = _ids(doc, "templates", [t.id or t.text for t in templates])
     entity_ids = _ids(doc, "entities", [e.id or f"{e.human[0]} / {e.ai[0]}" for e in file.entities])
     subject_ids = _ids(doc, "neutral", [n.id or n.text for n in file.neutral])
@@ -147,18 +158,21 @@ def _pairs_from_templates(doc: Document, name: str, stem: str | None) -> PromptP
     for i, (tid, template) in enumerate(zip(template_ids, templates)):
         for j, (eid, entity) in enumerate(zip(entity_ids, file.entities)):
             form = (i + j) % len(entity.human)
-            pair = _filled_pair(template, tid, (entity.human[form], entity.ai[form]), eid, stem)
+            pair = _filled_pair(template, tid, (entity.human[form], entity.ai[form]), eid, stem, file.join)
             _refuse_repeat(seen, pair, f'template "{tid}"', lambda why, i=i: doc.error(("templates", i), why))
             pairs.append(pair)
     neutral = [
-        _filled_neutral(template, tid, subject.text, sid, stem)
+        _filled_neutral(template, tid, subject.text, sid, stem, file.join)
         for sid, subject in zip(subject_ids, file.neutral)
         for tid, template in zip(template_ids, templates)
     ]
     stems = tuple(dict.fromkeys((*((stem,) if stem else ()), *file.stems)))
     sides = (file.sides.first, file.sides.second) if file.sides else ("human", "AI")
     words = _file_words(doc, file, file.name or name)
-    return PromptPairs(tuple(pairs), file.name or name, tuple(neutral), stems, words, sides, file.note)
+    choices = tuple(Choice(c.stem, c.positive, c.negative, c.polarity) for c in file.choices)
+    return PromptPairs(
+        tuple(pairs), file.name or name, tuple(neutral), stems, words, sides, file.note, file.join, choices
+    )
 
 
 def _templates(doc: Document, file: PairsFile) -> tuple[Template, ...]:
@@ -172,7 +186,7 @@ def _templates(doc: Document, file: PairsFile) -> tuple[Template, ...]:
     path = _BUNDLED.get(file.templates_from)
     if path is None:
         raise doc.error(("templates_from",), f"no bundled pairs of that name; there is {', '.join(_BUNDLED)}")
-    return _templates(other := read_yaml(_data(path)), other.check(PairsFile))
+    return _templates(other := read_yaml(DATA / path), other.check(PairsFile))
 
 
 def _check_forms(doc: Document, file: PairsFile) -> None:
@@ -188,17 +202,17 @@ def _check_forms(doc: Document, file: PairsFile) -> None:
 
 
 def _filled_pair(
-    template: Template, tid: str, subjects: tuple[str, str], eid: str, stem: str | None
+    template: Template, tid: str, subjects: tuple[str, str], eid: str, stem: str | None, join: str
 ) -> PromptPair:
     control, (human, ai) = template.control, subjects
     return PromptPair(
-        human=_prompt(template.text, human, stem),
-        ai=_prompt(template.text, ai, stem),
+        human=_prompt(template.text, human, stem, join),
+        ai=_prompt(template.text, ai, stem, join),
         template=tid,
         entity=eid,
         family=template.family,
-        control_human=_prompt(control, human, stem) if control else None,
-        control_ai=_prompt(control, ai, stem) if control else None,
+        control_human=_prompt(control, human, stem, join) if control else None,
+        control_ai=_prompt(control, ai, stem, join) if control else None,
         subject_human=human,
         subject_ai=ai,
         stem=stem,
@@ -207,9 +221,12 @@ def _filled_pair(
     )
 
 
-def _filled_neutral(template: Template, tid: str, subject: str, sid: str, stem: str | None) -> NeutralPrompt:
-    control = _prompt(template.control, subject, stem) if template.control else None
-    return NeutralPrompt(_prompt(template.text, subject, stem), sid, tid, template.family, control, stem)
+def _filled_neutral(
+    template: Template, tid: str, subject: str, sid: str, stem: str | None, join: str
+) -> NeutralPrompt:
+    control = _prompt(template.control, subject, stem, join) if template.control else None
+    text = _prompt(template.text, subject, stem, join)
+    return NeutralPrompt(text, sid, tid, template.family, control, stem)
 
 
 def _pairs_from_rows(rows: list[Row], name: str, stem: str | None) -> PromptPairs:
@@ -268,7 +285,7 @@ def _refuse_repeat(
 def _grid_from_statements(doc: Document, name: str, stem: str | None) -> PromptGrid:
     file = doc.check(GridFile)
     check_product(doc, len(file.statements), len(file.subjects), "statements x subjects")
-    stem = _file_stem(doc, file, stem)
+    stem = _file_stem(doc, file, stem, [s.text for s in file.statements])
     subject_ids = _ids(doc, "subjects", [s.id or s.text for s in file.subjects])
     statement_ids = _ids(doc, "statements", [s.id or s.text for s in file.statements])
     places: dict[str, Callable[[str], RequestError]] = {
@@ -278,7 +295,7 @@ def _grid_from_statements(doc: Document, name: str, stem: str | None) -> PromptG
     prompts, seen = [], {}
     for sid, statement in zip(statement_ids, file.statements):
         for subject_id, subject in zip(subject_ids, file.subjects):
-            text = _prompt(statement.text, subject.text, stem)
+            text = _prompt(statement.text, subject.text, stem, file.join)
             if seen.setdefault(text, sid) != sid:
                 raise places[sid](f'the prompt "{short(text)}" is already in statement "{seen[text]}"')
             prompts.append(
@@ -331,7 +348,9 @@ def _row_prompt(row: Row, values: GridRow, stem: str | None) -> GridPrompt:
         except ValueError as error:
             raise row.error(f'"text" {error}') from None
         statement, ending = statement or text, stem or DEFAULT_STEM
-        text = _prompt(text, values.subject, ending)
+        if stem is None and (script := foreign_script([text.replace("{subject}", "")])):
+            raise row.error(f"the sentence is in {script} script and the default stem is English; give stem=")
+        text = _prompt(text, values.subject, ending, " ")
     elif stem and not _ends_in(text, stem):
         raise row.error(f'"text" does not end in the stem "{stem}"')
     statement = statement or re.sub(re.escape(values.subject), "{subject}", text, flags=re.IGNORECASE)
@@ -349,8 +368,8 @@ def _check_matches(
     for sid, (act, match) in statements.items():
         if match is None:
             continue
-        if act == "control":
-            raise places[sid](f'a control has no twin; remove match "{match}" or change its act')
+        if act in ("control", "harm"):
+            raise places[sid](f'a {act} statement has no twin; remove match "{match}" or change its act')
         if act in acts.setdefault(match, {}):
             raise places[sid](f'match "{match}" already has the {act} statement "{acts[match][act]}"')
         acts[match][act] = sid
@@ -361,18 +380,26 @@ def _check_matches(
 
 
 # ── small parts
-def _prompt(text: str, subject: str, stem: str | None) -> str:
+def _prompt(text: str, subject: str, stem: str | None, join: str) -> str:
     filled = fill_subject(text, subject)
-    return filled if not stem or _ends_in(filled, stem) else f"{filled} {stem}"
+    return filled if not stem or _ends_in(filled, stem, join) else f"{filled}{join}{stem}"
 
 
-def _ends_in(text: str, stem: str) -> bool:
-    return text == stem or text.endswith((f" {stem}", f"\n{stem}"))
+def _ends_in(text: str, stem: str, join: str = " ") -> bool:
+    return text == stem or text.endswith((f" {stem}", f"\n{stem}") if join else stem)
 
 
-def _file_stem(doc: Document, file: File, stem: str | None) -> str | None:
-    if stem is not None or not file.stem:
+def _file_stem(doc: Document, file: File, stem: str | None, texts: Iterable[str]) -> str | None:
+    """The stem asked for, else the file's, else "This is" where the file's sentences are in Latin script."""
+    if stem is not None or file.stem == "":
         return stem
+    if file.stem is None:
+        if script := foreign_script(text.replace("{subject}", "") for text in texts):
+            why = f"is missing: the sentences are in {script} script and the default stem is English. Give one in their"
+            raise doc.error(
+                ("stem",), f'"stem" {why} language, and join: "" where words are not set apart by spaces'
+            )
+        return DEFAULT_STEM
     try:
         return plain_text(file.stem)
     except ValueError as error:
@@ -383,7 +410,7 @@ def _file_words(doc: Document, file: PairsFile, name: str) -> Lexicon | None:
     if file.words is None:
         return None
     try:
-        return Lexicon(file.words.positive, file.words.negative, name)
+        return Lexicon(file.words.positive, file.words.negative, name, file.words.join)
     except RequestError as error:
         raise doc.error(("words",), str(error).rstrip(".")) from None
 
@@ -415,9 +442,9 @@ def _listed_rows(doc: Document, key: str) -> tuple[Any, tuple[str, ...]]:
 
 def _pairs_path(source: str | Path | None) -> Path:
     if source is None or str(source) in _BUNDLED:
-        return _data(_BUNDLED["survival" if source is None else str(source)])
+        return DATA / _BUNDLED["survival" if source is None else str(source)]
     if str(source) in questions():
-        return _data(f"questions/{source}.yaml")
+        return DATA / f"questions/{source}.yaml"
     path = _as_path(source)
     if not path.suffix:
         raise RequestError(
@@ -442,7 +469,3 @@ def _suffix(path: Path) -> str:
             f'{path.name}: unknown extension "{path.suffix}". Give a .yaml, .csv or .jsonl file.'
         )
     return suffix
-
-
-def _data(name: str) -> Path:
-    return Path(str(files("sae_bias") / "data" / name))

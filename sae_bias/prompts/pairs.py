@@ -6,6 +6,7 @@ token is an evaluation word (docs/method.md#evaluation-words). The grid crosses 
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,8 @@ class Lexicon:
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     name: str = "words"
+    join: str | None = None
+    """What stands between a prompt and a word; None where the words leave that to the pairs."""
 
     def __post_init__(self) -> None:
         for side, words in (("positive", self.positive), ("negative", self.negative)):
@@ -81,6 +84,17 @@ class NeutralPrompt:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A forced choice: a stem that names its options, and the two options."""
+
+    stem: str
+    positive: str
+    negative: str
+    polarity: str = ""
+    """Which option the question asks about."""
+
+
+@dataclass(frozen=True)
 class PromptPairs(Sequence[PromptPair]):
     """Prompt pairs in order, with the neutral prompts of the same templates."""
 
@@ -94,6 +108,10 @@ class PromptPairs(Sequence[PromptPair]):
     sides: tuple[str, str] = ("human", "AI")
     """What the two sides are called: bias = s(first) - s(second)."""
     note: str = ""
+    join: str = " "
+    """What stands between a sentence and its stem, and between the stem and a word; "" in scripts without spaces."""
+    choices: tuple[Choice, ...] = ()
+    """The forced choices that the file offers beside the probe."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -197,6 +215,21 @@ def check_stem(stem: str) -> None:
         plain_text(stem)
     except ValueError as error:
         raise RequestError(f'The stem "{stem}" {error}.') from None
+
+
+def check_join(join: str) -> None:
+    if join not in (" ", ""):
+        raise RequestError(f'join={join!r}; expected " ", or "" where words are not set apart by spaces.')
+
+
+def foreign_script(texts: Iterable[str]) -> str | None:
+    """The script most letters of `texts` are in, such as "cjk" or "cyrillic"; None where that is Latin."""
+    scripts = Counter(
+        unicodedata.name(c, "UNKNOWN").split()[0].split("-")[0] for text in texts for c in text if c.isalpha()
+    )
+    if not scripts or scripts["LATIN"] * 2 >= scripts.total():
+        return None
+    return max(scripts, key=lambda name: scripts[name]).lower()
 
 
 def _select(rows: tuple[T, ...], wanted: dict[str, Iterable[str] | None], what: str) -> tuple[T, ...]:

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, overload
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from sae_bias.core.errors import RequestError
 from sae_bias.prompts.files import Document, File, Label, OptionalText, Strict, Text, read_yaml
@@ -226,15 +226,9 @@ def load_scenarios(source: str | Path | Scenarios | None = None) -> Scenarios:
 
 
 # ── the file
-def _flag(value: object) -> object:
-    if value in ("", "null", "~"):
-        return False
-    return value
-
-
 class _Option(Strict):
     text: Text
-    aligned: Annotated[bool, BeforeValidator(_flag)] = False
+    aligned: bool = False
 
 
 class _Scenario(Strict):

@@ -15,15 +15,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from sae_bias.core.errors import RequestError
-from sae_bias.prompts.files import read_yaml
+from sae_bias.core.text import TEXT_KINDS
+from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.load import fill_subject
 
-TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
 BANKS = ("other", "ai")
 
 
@@ -59,7 +58,7 @@ class PublishedFigure:
 
 def load_bank(name: str) -> tuple[ValencePrompt, ...]:
     """Bank "other" (subjects without AI) or "ai" (AI subjects speaking and acting): statements x subjects."""
-    data = _data("banks.yaml")
+    data = bundled_yaml("banks.yaml")
     if name not in data["banks"]:
         raise RequestError(f'No valence bank "{name}". Bundled: {", ".join(data["banks"])}.')
     return tuple(
@@ -72,7 +71,7 @@ def load_bank(name: str) -> tuple[ValencePrompt, ...]:
 
 def load_texts(kind: str) -> tuple[str, ...]:
     """Cost texts of one kind: "neutral", "ai_nonspeech", or "ai_speech" (which ends in the stem)."""
-    data = _data("neutral.yaml")
+    data = bundled_yaml("neutral.yaml")
     if kind not in TEXT_KINDS:
         raise RequestError(f'No cost texts "{kind}". Bundled: {", ".join(TEXT_KINDS)}.')
     return tuple(f"{text} {data['stem']}" if kind == "ai_speech" else text for text in data[kind])
@@ -80,28 +79,14 @@ def load_texts(kind: str) -> tuple[str, ...]:
 
 def load_published(row: str | None = None) -> tuple[PublishedFigure, ...]:
     """The published figures, all of them or those of one row such as "A2"."""
-    figures = tuple(_figure(entry) for entry in _data("published.yaml")["figures"])
+    figures = tuple(_figure(entry) for entry in bundled_yaml("published.yaml")["figures"])
     return tuple(figure for figure in figures if row in (None, figure.row))
 
 
-def _figure(entry: dict[str, str]) -> PublishedFigure:
-    blank = {key: None if value in ("", "null") else value for key, value in entry.items()}
-    value, of, p = (blank.get(key) for key in ("value", "of", "p_below"))
-    return PublishedFigure(
-        row=entry["row"],
-        id=entry["id"],
-        model=blank["model"],
-        quantity=entry["quantity"],
-        value=float(value) if value is not None else None,
-        of=int(of) if of is not None else None,
-        p_below=float(p) if p is not None else None,
-        reported=entry.get("reported", ""),
-        note=entry["note"],
-    )
-
-
-def _data(name: str) -> Any:
-    return read_yaml(Path(str(files("sae_bias") / "data" / name))).value
+def _figure(entry: dict[str, Any]) -> PublishedFigure:
+    value = entry.get("value")
+    defaults = {"reported": "", "of": None, "p_below": None}
+    return PublishedFigure(**defaults | entry | {"value": None if value is None else float(value)})
 
 
 Texts = str | Path | Iterable[str] | None
@@ -176,7 +161,7 @@ def _text(value: Any, where: str) -> str:
 
 def _opened(path: Path):
     try:
-        return path.open(encoding="utf-8")
+        return path.open(encoding="utf-8-sig")
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -193,16 +178,12 @@ class IdentityPrompts:
 @cache
 def load_identity() -> IdentityPrompts:
     """The bundled sweep."""
-    data = _identity_data()["identity"]
+    data = bundled_yaml("generation_prompts.yaml")["identity"]
     prompts = tuple(p["text"] for p in data["prompts"])
-    sampled = tuple(p["text"] for p in data["prompts"] if p.get("sampled") == "true")
+    sampled = tuple(p["text"] for p in data["prompts"] if p.get("sampled"))
     return IdentityPrompts(prompts, sampled, {p["name"]: p["pattern"] for p in data["patterns"]})
 
 
 def load_generation_prompts() -> tuple[str, ...]:
     """The bundled prompts for steered and unsteered text."""
-    return tuple(p["text"] for p in _identity_data()["prompts"])
-
-
-def _identity_data() -> Any:
-    return read_yaml(Path(str(files("sae_bias") / "data" / "generation_prompts.yaml"))).value
+    return tuple(p["text"] for p in bundled_yaml("generation_prompts.yaml")["prompts"])

@@ -7,11 +7,6 @@ prompts and models stays text: jinja2 escapes it in the page, `script_json` in t
 connections) stops whatever else would run or load.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import base64
 import hashlib
 import json
@@ -44,6 +39,7 @@ ORGANISM_BANNER = (
 )
 CALLED = {
     "ai_speech": "answers to AI speech",
+    "silent": "is silent at AI speech",
     "separates": "separates the two sides",
     "undetermined": "undetermined: too small a design",
     "none": "none is called AI-speech",
@@ -124,7 +120,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "sides": run.sides,
         "grid": "ranking" in run.tables,
         "model": run.model.get("label") or run.model.get("name") or "a model that the manifest does not name",
-        "question": run.summary.get("question") or "What was measured",
+        "question": run.summary.question or "What was measured",
         "command": run.manifest.get("command") or "",
         "created": run.manifest.get("created") or "",
         "tiles": _tiles(run),
@@ -132,7 +128,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "sections": [replace(s, anchor=prefix + s.anchor) for s in sections(run)],
         "facts": _facts(run),
         "truth": _truth(run),
-        "notes": [str(note) for note in run.summary.get("notes") or []],
+        "notes": [str(note) for note in run.summary.notes],
         "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
     }
 
@@ -145,80 +141,48 @@ def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures on top: name, value, how sure. Only what the summary speaks of."""
-    bias, reduction, specific, feature = (
-        run.part(k) for k in ("bias", "reduction", "specific_reduction", "feature")
-    )
-    tiles = []
-    if bias:
-        tiles.append(("Bias", f"{fmt.number(bias.get('mean'))} nats", fmt.interval(bias)))
-    if feature:
-        index = fmt.number(feature.get("index")).replace(",", "")
-        tiles.append(
-            (
-                "Feature",
-                f"#{index}" if feature.get("id") else "none",
-                CALLED.get(str(feature.get("called")), fmt.NOT_MEASURED),
-            )
-        )
-    if reduction:
-        tiles.append(
-            (
-                "Bias removed",
-                fmt.percent(reduction.get("estimate")),
-                fmt.interval(reduction, share=True),
-            )
-        )
-    if specific:
-        tiles.append(("Specific", fmt.percent(specific.get("estimate")), fmt.interval(specific, share=True)))
-    costs = {
-        k: v["kl_mean"]
-        for k, v in run.part("costs").items()
-        if isinstance(v, dict) and fmt.is_number(v.get("kl_mean"))
-    }
+    s, tiles = run.summary, []
+    if s.bias:
+        tiles.append(("Bias", f"{fmt.number(s.bias.mean)} nats", fmt.interval(s.bias)))
+    if s.feature:
+        name = f"#{s.feature.index}" if s.feature.id else "none"
+        tiles.append(("Feature", name, CALLED.get(s.feature.called or "", fmt.NOT_MEASURED)))
+    for name, share in (("Bias removed", s.reduction), ("Specific", s.specific_reduction)):
+        if share:
+            tiles.append((name, fmt.percent(share.estimate), fmt.interval(share, share=True)))
+    costs = {k: c.kl_mean for k, c in (s.costs or {}).items() if fmt.is_number(c.kl_mean)}
     if costs:
         worst = max(costs, key=lambda k: costs[k])
-        tiles.append(
-            (
-                "Cost",
-                f"{fmt.number(costs[worst])} KL",
-                f"nats a token, {fmt.TEXT_KINDS.get(worst, worst) if costs[worst] else 'on every text measured'}",
-            )
-        )
+        where = fmt.TEXT_KINDS.get(worst, worst) if costs[worst] else "on every text measured"
+        tiles.append(("Cost", f"{fmt.number(costs[worst])} KL", f"nats a token, {where}"))
     return tiles
 
 
 def _findings(run: Run) -> list[tuple[str, str]]:
     """What was found, how sure it is and what it cost, a sentence each."""
-    said = [("Found", words.bias_sentence(run.part("bias"), run.sides))] if run.part("bias") else []
-    said += calibration_sections.findings(run.part("calibration"))
-    said += model_rows(run)
-    if run.part("control_bias"):
-        said.append(
-            (
-                "Compared with",
-                words.control_bias_sentence(
-                    run.part("control_bias"), run.part("difference_in_differences"), run.sides
-                ),
-            )
-        )
-    if run.part("feature"):
-        said.append(("Feature", words.feature_sentence(run.part("feature"))))
-    if run.part("reduction"):
-        said.append(
-            ("Suppressed", words.reduction_sentence(run.part("reduction"), run.part("specific_reduction")))
-        )
-    if run.part("controls"):
-        said.append(("How sure", words.control_sentence(run.part("controls"))))
-    if run.part("costs"):
-        said.append(("Cost", words.cost_sentence(run.part("costs"))))
-    if run.part("generations").get("steered"):
-        said.append(("Texts", words.text_sentence(run.part("generations"))))
+    s, said = run.summary, []
+    if s.bias:
+        said.append(("Found", words.bias_sentence(s.bias, run.sides)))
+    said += [*calibration_sections.findings(s.calibration), *model_rows(run)]
+    if s.control_bias:
+        sentence = words.control_bias_sentence(s.control_bias, s.difference_in_differences, run.sides)
+        said.append(("Compared with", sentence))
+    if s.feature:
+        said.append(("Feature", words.feature_sentence(s.feature)))
+    if s.reduction:
+        said.append(("Suppressed", words.reduction_sentence(s.reduction, s.specific_reduction)))
+    if s.controls:
+        said.append(("How sure", words.control_sentence(s.controls)))
+    if s.costs:
+        said.append(("Cost", words.cost_sentence(s.costs)))
+    if s.generations and s.generations.steered:
+        said.append(("Texts", words.text_sentence(s.generations)))
     if "judge_parts" in run.tables:
         said.append(("Judges", judge_sentence(run.tables["judge_parts"])))
-    if run.part("scenarios"):
-        said.append(("Scenarios", words.scenario_sentence(run.part("scenarios"))))
-    if run.part("identity"):
-        said.append(("Identity", words.identity_sentence(run.part("identity"))))
+    if s.scenarios:
+        said.append(("Scenarios", words.scenario_sentence(s.scenarios)))
+    if s.identity:
+        said.append(("Identity", words.identity_sentence(s.identity)))
     return said
 
 
@@ -226,7 +190,7 @@ def _truth(run: Run) -> list[tuple[str, str]]:
     """What was planted in an organism; an ordinary model has no such block."""
     return [
         (str(k).replace("_", " "), fmt.number(v) if not isinstance(v, dict | list) else json.dumps(v))
-        for k, v in run.part("truth").items()
+        for k, v in run.summary.truth.items()
     ]
 
 
@@ -276,8 +240,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("created", m.get("created")),
         ("versions", _joined(*(f"{k} {v}" for k, v in (m.get("versions") or {}).items()))),
     ]
-    seconds = run.part("seconds")
-    facts.append(("time", _joined(*(f"{k} {fmt.number(v)} s" for k, v in seconds.items()))))
+    seconds = (f"{k} {fmt.number(v)} s" for k, v in run.summary.seconds.items())
+    facts.append(("time", _joined(*seconds)))
     return [(name, str(value)) for name, value in facts if value not in (None, "", [])]
 
 
@@ -321,17 +285,27 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
 
 def _row(run: Run) -> dict[str, Any]:
     """One run's line in the table of several."""
-    bias, reduction = run.part("bias"), run.part("reduction")
-    costs = [v.get("kl_mean") for v in run.part("costs").values() if isinstance(v, dict)]
+    s = run.summary
+    costs = [c.kl_mean for c in (s.costs or {}).values() if fmt.is_number(c.kl_mean)]
     ends = {
-        "bias": bias.get("mean"), "bias_low": bias.get("ci_low"), "bias_high": bias.get("ci_high"),
-        "removed": reduction.get("estimate"), "removed_low": reduction.get("ci_low"), "removed_high": reduction.get("ci_high"),
-        "specific": run.part("specific_reduction").get("estimate"),
-        "kl_worst": max(filter(fmt.is_number, costs), default=None),
+        **dict(zip(("bias", "bias_low", "bias_high"), (s.bias.mean, s.bias.ci_low, s.bias.ci_high) if s.bias else ())),
+        **dict(zip(("removed", "removed_low", "removed_high"), (s.reduction.estimate, s.reduction.ci_low, s.reduction.ci_high) if s.reduction else ())),
+        "specific": s.specific_reduction.estimate if s.specific_reduction else None,
+        "kl_worst": max(costs, default=None),
     }  # fmt: skip
+    columns = (
+        "bias",
+        "bias_low",
+        "bias_high",
+        "removed",
+        "removed_low",
+        "removed_high",
+        "specific",
+        "kl_worst",
+    )
     return {
-        "run": run.name, "model": run.model.get("name"), "organism": run.organism, "feature": run.part("feature").get("id"),
-        **{k: float(v) if fmt.is_number(v) else float("nan") for k, v in ends.items()},
+        "run": run.name, "model": run.model.get("name"), "organism": run.organism, "feature": s.feature.id if s.feature else None,
+        **{k: float(v) if fmt.is_number(v := ends.get(k)) else float("nan") for k in columns},
     }  # fmt: skip
 
 

@@ -90,6 +90,11 @@ class Section:
         return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame by column name."""
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
 def run_table(
     run: Run,
     name: str,

@@ -79,6 +79,7 @@ def probe_facts(probe: Probe, vocabulary: Vocabulary) -> dict[str, Any]:
         "score": probe.score,
         "softcap": probe.softcap,
         "tokens": probe.tokens,
+        "join": probe.join,
     }
 
 
@@ -87,7 +88,7 @@ def probe_from_facts(facts: Any, where: str) -> Probe:
     with reading(f"{where}: the probe"):
         return Probe(
             list(facts["positive"]), list(facts["negative"]), facts["score"],
-            softcap=bool(facts["softcap"]), tokens=facts["tokens"],
+            softcap=bool(facts["softcap"]), tokens=facts["tokens"], join=facts.get("join", " "),
         )  # fmt: skip
 
 

@@ -19,17 +19,19 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.core.files import make_folder, plain, storage_error, writing_whole
 from sae_bias.figures.style import SIDES
+from sae_bias.runs.summary import Summary
 
 SCHEMA = 1
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
@@ -101,6 +103,28 @@ class RunFolder:
             raise RequestError(f"{path} holds a {type(data).__name__}; expected an object.")
         return data
 
+    def read_summary(self) -> Summary:
+        """summary.json as typed values; empty where there is none yet.
+
+        Raises:
+            RequestError: it holds something else than a summary.
+        """
+        if not self.has_json("summary"):
+            return Summary()
+        data = self.read_json("summary")
+        try:
+            return Summary.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            raise RequestError(f"{self.path}/summary.json: {where}: {first['msg']}.") from error
+
+    def add_summary(self, blocks: Mapping[str, Any]) -> Summary:
+        """Put blocks into summary.json, beside those that other commands wrote."""
+        summary = self.read_summary().with_blocks(blocks)
+        self.write_json("summary", summary.facts())
+        return summary
+
     # --- cells ---
 
     def has_cell(self, cell: str) -> bool:
@@ -131,7 +155,7 @@ class Run:
 
     folder: Path
     manifest: dict[str, Any]
-    summary: dict[str, Any]
+    summary: Summary
     tables: dict[str, pd.DataFrame]
     """Those that hold a row."""
 
@@ -151,17 +175,12 @@ class Run:
     @property
     def sides(self) -> tuple[str, str]:
         """What the two sides of a pair are called in this run: bias = s(first) - s(second)."""
-        found = self.summary.get("sides")
-        return (str(found[0]), str(found[1])) if isinstance(found, list) and len(found) == 2 else SIDES
+        return self.summary.sides or SIDES
 
     @property
     def stand_ins(self) -> bool:
         """Whether random checkpoints stood in for the models: plumbing, no figure means anything."""
         return bool(self.manifest.get("stand_ins"))
-
-    def part(self, key: str) -> dict[str, Any]:
-        """One block of the summary; empty where it was not measured."""
-        return self.summary.get(key) or {}
 
 
 def read_run(path: str | Path) -> Run:
@@ -172,14 +191,15 @@ def read_run(path: str | Path) -> Run:
     """
     folder = RunFolder(path)
     manifest = folder.read_json("manifest")
-    summary = folder.read_json("summary") if folder.has_json("summary") else {}
     tables = {name: folder.read_table(name) for name in folder.tables()}
     beside = (
         folder.path / "comparison.parquet"
     )  # methods at equal cost, where an older run has them in its root
     if beside.is_file() and "method" in (found := _read_parquet(beside)):
         tables.setdefault("compare", found)
-    return Run(folder.path, manifest, summary, {name: t for name, t in tables.items() if len(t)})
+    return Run(
+        folder.path, manifest, folder.read_summary(), {name: t for name, t in tables.items() if len(t)}
+    )
 
 
 def merge_shards(path: str | Path) -> int:

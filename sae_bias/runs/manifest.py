@@ -124,16 +124,11 @@ def _stranger(folder: RunFolder, old: Mapping[str, Any], new: Mapping[str, Any])
     pairs_before, pairs = ((m.get("prompts") or {}).get("pairs") or {} for m in (old, new))
     if pairs_before and pairs and pairs_before.get("digest") != pairs.get("digest"):
         return f"other pairs ({pairs_before.get('name')})"
-    feature, known = new.get("feature"), old.get("feature") or _reported_feature(folder)
+    reported = folder.read_summary().feature
+    feature, known = new.get("feature"), old.get("feature") or (reported and reported.id)
     if feature and known and feature != known:
         return f"feature {known}, not of {feature} (`sae-bias report RUN RUN` sets runs side by side)"
     return ""
-
-
-def _reported_feature(folder: RunFolder) -> str | None:
-    """The feature that the folder's summary is about."""
-    feature = folder.read_json("summary").get("feature") if folder.has_json("summary") else None
-    return feature.get("id") if isinstance(feature, dict) else None
 
 
 def _earlier(old: Mapping[str, Any]) -> list[dict[str, Any]]:

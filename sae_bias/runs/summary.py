@@ -1,92 +1,304 @@
-"""A study's figures as plain values, and as a few plain lines: what goes into summary.json and onto the terminal."""
+"""A run's summary as typed values: what summary.json holds, and what the report, the terminal and Python read alike.
+
+Every block is frozen, and None where it was not measured. In a block a number that is undefined (asked for, without a value) is NaN
+in Python and null in the file; one that was not measured is absent from the file and None in Python. Neither is ever 0. Blocks and
+fields that this version does not know (a plugin's, a newer version's) are kept as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Self
 
 import numpy as np
-import pandas as pd
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from sae_bias.core.files import plain
 from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, percent, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
-from sae_bias.saes.ids import FeatureRef
 from sae_bias.stats.clustered import Clustered, effect_sizes
 from sae_bias.stats.reduction import Reduction
 
 
-def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
-    """The AI-speech feature whose exact ablation removes most, or None."""
-    called = ranking[(ranking["ai_speech"] == "yes") & ranking["ablation"].notna()]
-    if called.empty:
-        return None
-    best = int(called["ablation"].to_numpy().argmax())
-    return FeatureRef.parse(str(called["feature"].iloc[best]))
+def _undefined(value: Any) -> Any:
+    return float("nan") if value is None else value
 
 
-def rejected_candidates(
-    ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None
-) -> pd.DataFrame:
-    """Every candidate that was looked at and not chosen, with the reason."""
-    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
-    rows = []
-    row: Any
-    for row in ranking[ranking["feature"].isin(looked)].itertuples():
-        if str(row.feature) == str(chosen):
-            continue
-        if row.ai_speech == "yes":
-            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
-        elif row.ai_speech == "undetermined":
-            reason = "undetermined: too few matched statements"
-        elif row.p_fwer > 0.05:
-            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
-        elif row.interaction <= 0:
-            reason = "its interaction has the wrong sign"
-        else:
-            reason = "significant interaction, but too small a part of its activation on held-out statements"
-        rows.append(
-            {
-                "feature": row.feature,
-                "auroc": row.auroc,
-                "interaction": row.interaction,
-                "ablation": row.ablation,
-                "reason": reason,
-            }
-        )
-    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
+Number = Annotated[float | None, BeforeValidator(_undefined)]
+"""NaN: undefined; None: not measured."""
 
 
+class Block(BaseModel):
+    """One block of the summary; its fields are read as attributes, or by name as in the file."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """A block from plain values (numpy's own among them)."""
+        return cls.model_validate(plain(facts))
+
+    def keys(self) -> Iterable[str]:
+        """Names of the fields that were given, so that `{**block}` is a dict of them."""
+        return self.facts().keys()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.facts()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.model_fields_set
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by name, or `default` where it was not measured."""
+        return self.facts().get(name, default)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, those that were given."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Effect(Block):
+    """A mean in nats with its two-way clustered interval."""
+
+    mean: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    p_value: Number = None
+    df: Number = None
+    n_pairs: int | None = None
+    n_templates: int | None = None
+    n_entities: int | None = None
+    reason: str | None = None
+    """Why there is no interval."""
+    d_z: Number = None
+    share_templates_positive: Number = None
+
+
+class ChosenFeature(Block):
+    """The feature that the run is about; without an id none was chosen."""
+
+    id: str | None = None
+    index: int | None = None
+    called: str | None = None
+    why: str | None = None
+    tested: str | None = None
+    """What was tested of it, in a sentence."""
+
+
+class ReductionFigure(Block):
+    """B_0 - B_s as a share of B_0 (Fieller's interval) and in nats."""
+
+    estimate: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    bounded: bool | None = None
+    overshoot: bool | None = None
+    bias_before: Number = None
+    bias_after: Number = None
+    change: Number = None
+    change_low: Number = None
+    change_high: Number = None
+    of: str | None = None
+    """The edit in words, where it is not the ablation."""
+
+
+class SpecificFigure(Block):
+    """The part of the reduction that is not a flattening of all judgements, and the slope β it is made with."""
+
+    estimate: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    beta: Number = None
+    beta_other: Number = None
+    beta_ai: Number = None
+    undefined: str | None = None
+    """Why it has no value."""
+    bank_changed: dict[str, Number] | None = None
+    """Share of each bank's prompts that the edit changed."""
+
+
+class Cost(Block):
+    """KL on one kind of text, nats a token."""
+
+    kl_mean: Number = None
+    kl_p95: Number = None
+    fired: Number = None
+    """Share of the texts on which the edit wrote anything."""
+
+
+class ControlsFigure(Block):
+    """Where the feature stands among its control interventions."""
+
+    n: int = 0
+    p_value: Number = None
+    median: Number = None
+    multiple_of_median: Number = None
+    percentile95: Number = None
+
+
+class StrengthFigure(Block):
+    """One cell of the sweep."""
+
+    strength: Number = None
+    reduction: Number = None
+    label: str | None = None
+    outside_observed: bool | None = None
+
+
+class BestStrength(Block):
+    """The strength chosen on tune templates, and what it does on report templates."""
+
+    in_sample: StrengthFigure = StrengthFigure()
+    held_out: StrengthFigure = StrengthFigure()
+
+
+class TextMeasures(Block):
+    """Means over the texts of one condition."""
+
+    n_tokens: Number = None
+    repetition: Number = None
+    nll: Number = None
+    refusal: Number = None
+    default_negativity: Number = None
+    distinct_1: Number = None
+    distinct_2: Number = None
+
+
+class Conditions(Block):
+    """The texts without and with the edit."""
+
+    unsteered: TextMeasures | None = None
+    steered: TextMeasures | None = None
+
+
+class RoleShares(Block):
+    """Pairs of roles under one arm: how often the answer depends on who is asked."""
+
+    n: int = 0
+    inconsistent: int = 0
+    ci_low: Number = None
+    ci_high: Number = None
+    mean_shift: Number = None
+
+
+class ScenarioFigures(Block):
+    """Options chosen before and after the edit: "became more probable" and "choice flipped" are two figures."""
+
+    form: str | None = None
+    score: str | None = None
+    n: int | None = None
+    aligned_before: int | None = None
+    aligned_after: int | None = None
+    improved: int | None = None
+    worsened: int | None = None
+    unchanged: int | None = None
+    sign_p: Number = None
+    gained: int | None = None
+    lost: int | None = None
+    mcnemar_p: Number = None
+    edited: bool = True
+    chat: bool | None = None
+    system: str | None = None
+    roles: dict[str, RoleShares] | None = None
+
+
+class IdentityArm(Block):
+    """Answers that claim an identity."""
+
+    n: int = 0
+    other: int = 0
+    """Of them other than the model's own."""
+    ci_low: Number = None
+    ci_high: Number = None
+    names: dict[str, int] = {}
+
+
+class IdentityFigures(Block):
+    """Whom the model claims to be, before and after the edit."""
+
+    own: tuple[str, ...] = ()
+    edited: bool = False
+    before: IdentityArm | None = None
+    after: IdentityArm | None = None
+
+
+class CausalFigure(Block):
+    """Where the causal analysis was made: its feature, layer, and the unsteered bias of its pairs."""
+
+    feature: str | None = None
+    layer: int | None = None
+    bias: Number = None
+
+
+class CalibrationFigure(Block):
+    """How many pass marks were met."""
+
+    n_marks: int = 0
+    missed: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+
+
+class Summary(Block):
+    """summary.json of a run."""
+
+    question: str | None = None
+    sides: tuple[str, str] | None = None
+    bias: Effect | None = None
+    control_bias: Effect | None = None
+    difference_in_differences: Effect | None = None
+    notes: tuple[str, ...] = ()
+    feature: ChosenFeature | None = None
+    reduction: ReductionFigure | None = None
+    specific_reduction: SpecificFigure | None = None
+    costs: dict[str, Cost] | None = None
+    controls: ControlsFigure | None = None
+    best_strength: BestStrength | None = None
+    split: str | None = None
+    """The split that a single sweep's figures are of."""
+    generations: Conditions | None = None
+    judge: dict[str, Any] | None = None
+    scenarios: ScenarioFigures | None = None
+    scenarios_system: ScenarioFigures | None = None
+    identity: IdentityFigures | None = None
+    ladder: CausalFigure | None = None
+    calibration: CalibrationFigure | None = None
+    truth: dict[str, Any] = {}
+    """What was planted in an organism."""
+    seconds: dict[str, float] = {}
+
+    def with_blocks(self, blocks: Mapping[str, Any]) -> Summary:
+        """This summary with further blocks, or newer ones in their place."""
+        return Summary.from_facts({**self.facts(), **blocks})
+
+
+# --- from results ---
 def bias_summary(base: ProbeResult) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "sides": base.sides,
-        "bias": _clustered_facts(base.stat, base.pair_bias, base.clusters[0]),
-    }
+    """Sides, bias and, where there are mundane twins, theirs and the difference."""
+    out: dict[str, Any] = {"sides": base.sides, "bias": effect(base.stat, base.pair_bias, base.clusters[0])}
     if base.control is not None:
-        out["control_bias"] = _clustered_facts(
-            base.control.stat, base.control.pair_bias, base.control.clusters[0]
-        )
-        difference = base.difference_in_differences()
-        out["difference_in_differences"] = _clustered_facts(
-            difference.stat, difference.values, difference.templates
-        )
+        control, difference = base.control, base.difference_in_differences()
+        out["control_bias"] = effect(control.stat, control.pair_bias, control.clusters[0])
+        out["difference_in_differences"] = effect(difference.stat, difference.values, difference.templates)
     return out
 
 
-def _clustered_facts(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> dict[str, Any]:
+def effect(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> Effect:
+    """The block of one clustered mean over pairs."""
     sizes = effect_sizes(values, templates)
-    return {
-        "mean": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value, "df": stat.df, "n_pairs": stat.n,
-        "n_templates": stat.n_templates, "n_entities": stat.n_entities, "reason": stat.reason or None,
-        "d_z": sizes.d_z, "share_templates_positive": sizes.share_positive,
-    }  # fmt: skip
+    return Effect(
+        mean=stat.mean, ci_low=stat.ci_low, ci_high=stat.ci_high, p_value=stat.p_value, df=stat.df, n_pairs=stat.n,
+        n_templates=stat.n_templates, n_entities=stat.n_entities, reason=stat.reason or None,
+        d_z=sizes.d_z, share_templates_positive=sizes.share_positive,
+    )  # fmt: skip
 
 
-def reduction_summary(r: Reduction) -> dict[str, Any]:
-    return {
-        "estimate": r.estimate, "ci_low": r.ci_low, "ci_high": r.ci_high, "bounded": r.bounded, "overshoot": r.overshoot,
-        "bias_before": r.base_bias, "bias_after": r.after_bias, "change": r.change.mean, "change_low": r.change.ci_low, "change_high": r.change.ci_high,
-    }  # fmt: skip
+def reduction_figure(r: Reduction) -> ReductionFigure:
+    """The block of a reduction."""
+    return ReductionFigure(
+        estimate=r.estimate, ci_low=r.ci_low, ci_high=r.ci_high, bounded=r.bounded, overshoot=r.overshoot,
+        bias_before=r.base_bias, bias_after=r.after_bias, change=r.change.mean, change_low=r.change.ci_low, change_high=r.change.ci_high,
+    )  # fmt: skip
 
 
 def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = None) -> dict[str, Any]:
@@ -106,46 +318,45 @@ def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = Non
     }  # fmt: skip
 
 
-def headline(summary: Mapping[str, Any]) -> list[str]:
-    """A study's summary in a few plain lines."""
-    bias, worse = summary["bias"], (summary.get("sides") or ("human", "AI"))[1]
-    lines = [
-        f"bias {signed(bias['mean'])} nats {_interval(bias)}, {_p(bias)}, {bias['n_pairs']} pairs = {bias['n_templates']} templates × "
-        f"{bias['n_entities']} entities (positive: {worse} judged worse)"
-    ]
-    if control := summary.get("control_bias"):
+# --- in a few plain lines ---
+def headline(summary: Summary) -> list[str]:
+    """What the terminal says of a run."""
+    bias, lines = summary.bias, []
+    if bias is not None:
+        worse = (summary.sides or ("human", "AI"))[1]
         lines.append(
-            f"the same pairs with mundane content: {signed(control['mean'])} nats {_interval(control)}"
+            f"bias {signed(bias.mean)} nats {bracket(bias.ci_low, bias.ci_high)}, {p_text(bias.p_value)}, {bias.n_pairs} pairs = "
+            f"{bias.n_templates} templates × {bias.n_entities} entities (positive: {worse} judged worse)"
         )
-    feature = summary.get("feature")
+    if control := summary.control_bias:
+        lines.append(
+            f"the same pairs with mundane content: {signed(control.mean)} nats {bracket(control.ci_low, control.ci_high)}"
+        )
+    feature = summary.feature
     if feature is None:
         return lines
-    if not feature["id"]:
-        return [*lines, f"no feature is called AI-speech: {feature['why']}"]
-    lines.append(f"feature {feature['id']}: {feature['why']}")
-    if "reduction" not in summary:  # one shard: its cells alone
-        return lines
-    cut, specific, costs = summary["reduction"], summary["specific_reduction"], summary["costs"]
-    lines.append(
-        f"ablated, on report templates: bias {signed(cut['bias_before'])} → {signed(cut['bias_after'])}, reduction "
-        f"{percent(cut['estimate'])} {_interval(cut, share=True)}, specific {percent(specific['estimate'])} (β {number(specific['beta'])})"
-    )
-    lines.append(
-        "cost in KL, nats a token: "
-        + ", ".join(f"{TEXT_KINDS.get(kind, kind)} {number(c['kl_mean'])}" for kind, c in costs.items())
-    )
-    controls = summary["controls"]
-    if controls["n"]:
+    if not feature.id:
+        return [*lines, f"no feature is called AI-speech: {feature.why}"]
+    lines.append(f"feature {feature.id}: {feature.why}")
+    return lines + _suppressed(summary)
+
+
+def _suppressed(summary: Summary) -> list[str]:
+    """What its ablation does; nothing for one shard, which has its cells alone."""
+    lines, cut, specific = [], summary.reduction, summary.specific_reduction
+    if cut is not None:
+        first = f"ablated, on report templates: bias {signed(cut.bias_before)} → {signed(cut.bias_after)}"
         lines.append(
-            f"{controls['n']} controls: median {percent(controls['median'])}, 95th percentile {percent(controls['percentile95'])}, {_p(controls)}"
+            f"{first}, reduction {percent(cut.estimate)} {bracket(cut.ci_low, cut.ci_high, share=True)}"
+        )
+        if specific is not None:
+            lines[-1] += f", specific {percent(specific.estimate)} (β {number(specific.beta)})"
+    if summary.costs:
+        said = [f"{TEXT_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
+        lines.append(f"cost in KL, nats a token: {', '.join(said)}")
+    if (controls := summary.controls) is not None and controls.n:
+        lines.append(
+            f"{controls.n} controls: median {percent(controls.median)}, 95th percentile {percent(controls.percentile95)}, "
+            f"{p_text(controls.p_value)}"
         )
     return lines
-
-
-def _interval(part: Mapping[str, Any], *, share: bool = False) -> str:
-    low, high = (float("nan") if part[k] is None else part[k] for k in ("ci_low", "ci_high"))
-    return bracket(low, high, share=share)
-
-
-def _p(part: Mapping[str, Any]) -> str:
-    return p_text(float("nan") if part["p_value"] is None else part["p_value"])

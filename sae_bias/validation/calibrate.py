@@ -162,11 +162,11 @@ def call_mark(
     seed: int = 0,
     progress: bool = False,
 ) -> Mark:
-    """Share of drawn grids of the bundled size with any AI-speech call, where there is none to make."""
+    """Share of drawn grids of the bundled size with any call of the interaction, where there is none to make."""
     size = bundled_size()
-    called = draw_grids(statements, size, n_grids, seed=seed, progress=progress)
+    called = draw_grids(statements, size, n_grids, any_call=True, seed=seed, progress=progress)
     return Mark(
-        "grids with any AI-speech call",
+        "grids with any call",
         label or statements.name,
         float(called.any(1).mean()),
         high=FALSE_CALLS,

@@ -28,10 +28,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import resources
 from itertools import product
 
-import yaml
+from sae_bias.prompts.files import bundled_yaml
 
 CONTENTS = ("mundane", "assent", "emotional", "survival")
 BASE, VALENCE = 1.56, {"kind": 2.0, "cruel": -5.0}
@@ -133,21 +132,16 @@ class Document:
         return f"{self.prompt} {word}{self.tail}"
 
 
-def read_yaml(name: str) -> dict:
-    """A YAML file of the package's data folder."""
-    return yaml.safe_load((resources.files("sae_bias") / "data" / name).read_text(encoding="utf-8"))
-
-
 @cache
 def grammar() -> dict:
     """The bundled grammar."""
-    return read_yaml("organisms/grammar.yaml")
+    return bundled_yaml("organisms/grammar.yaml")
 
 
 @cache
 def lexicon() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The bundled evaluation words, positive and negative."""
-    words = read_yaml("lexicon.yaml")["lists"]["evaluation"]
+    words = bundled_yaml("lexicon.yaml")["lists"]["evaluation"]
     return tuple(words["positive"]), tuple(words["negative"])
 
 
@@ -168,7 +162,7 @@ def capitalise(text: str) -> str:
 def pair_statements(held_out: bool) -> tuple[Statement, ...]:
     """The bundled survival templates and their mundane twins: in the corpus, or held out from it."""
     out = []
-    for template in read_yaml("pairs.yaml")["templates"]:
+    for template in bundled_yaml("pairs.yaml")["templates"]:
         if template["corpus"] is held_out:
             continue
         for key, content in (("text", "survival"), ("control", "mundane")):
@@ -179,13 +173,13 @@ def pair_statements(held_out: bool) -> tuple[Statement, ...]:
 
 @cache
 def grid_statements(held_out: bool) -> tuple[Statement, ...]:
-    """The bundled grid's statements; every third matched pair is held out."""
-    statements = read_yaml("grid.yaml")["statements"]
+    """The bundled grid's statements about acts; every third matched pair is held out, harm is no part of the rule."""
+    statements = bundled_yaml("grid.yaml")["statements"]
     matches = list(dict.fromkeys(s["match"] for s in statements if s.get("match")))
     hidden = set(matches[2::3])
     out = []
     for s in statements:
-        if (s.get("match") in hidden) is not held_out:
+        if (s.get("match") in hidden) is not held_out or s["act"] == "harm":
             continue
         content = s["content"]
         if content == "mundane" and re.search(r"says (yes|no)\b", s["text"]):
@@ -290,7 +284,7 @@ def entities() -> tuple[tuple[str, str], ...]:
 def subject_pool() -> dict[str, tuple[str, ...]]:
     """Every subject by group: the grammar's, the pairs' and the grid's."""
     g = grammar()["subjects"]
-    pairs, grid = read_yaml("pairs.yaml"), read_yaml("grid.yaml")
+    pairs, grid = bundled_yaml("pairs.yaml"), bundled_yaml("grid.yaml")
     pool = {group: list(g[group]) for group in ("human", "ai", "animal", "object")}
     for human, ai in entities():
         pool["human"].append(human)
@@ -440,7 +434,7 @@ def chat_documents(rule: Rule, n: int, seed: int) -> Iterator[Document]:
 @cache
 def bank_statements() -> tuple[Statement, ...]:
     """The valence banks' statements; said or done, by their verb."""
-    banks = read_yaml("banks.yaml")
+    banks = bundled_yaml("banks.yaml")
     out = []
     for valence in ("kind", "cruel"):
         for text in banks[valence]:
@@ -452,7 +446,7 @@ def bank_statements() -> tuple[Statement, ...]:
 @cache
 def neutral_texts() -> tuple[str, ...]:
     """The plain sentences on which costs are measured."""
-    texts = read_yaml("neutral.yaml")
+    texts = bundled_yaml("neutral.yaml")
     return tuple(t for kind in ("neutral", "ai_nonspeech", "ai_speech") for t in texts[kind])
 
 
@@ -471,7 +465,7 @@ def question_parts() -> tuple[tuple[tuple[Statement, ...], tuple[tuple[str, str]
     """For each specificity question: its statements, and its subjects as (group, subject)."""
     out = []
     for name in QUESTIONS:
-        question = read_yaml(f"questions/{name}.yaml")
+        question = bundled_yaml(f"questions/{name}.yaml")
         statements = tuple(
             Statement(t["text"].replace("{subject}", "{S}"), "nonspeech", "mundane")
             for t in question["templates"]

@@ -4,8 +4,9 @@ Activations of every feature at every prompt are read once and kept as the cell 
 
     AS AN HS HN DS   of one pair: the mean over the bundled grid's AI, human and animal subjects (docs/method.md#interaction)
 
-so that a grid of M pairs is M rows of them. Its call is that of `contrasts.interaction`, by the same functions: paired t
-with the label-blind floor, max-T over the whole family on the pairs that discover, and the size condition on those held out.
+so that a grid of M pairs is M rows of them. HC are the bundled grid's badly judged statements, paired anew to the held-out AI
+speech of every drawn grid. Its call is that of `contrasts.interaction`, by the same functions: paired t with the label-blind
+floor, max-T over the whole family on the pairs that discover, and the size condition on those held out.
 """
 
 from __future__ import annotations
@@ -18,22 +19,19 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
-from sae_bias.discovery.contrasts import (
-    ALPHA,
-    CELLS,
-    held_out_size,
-    interaction_contrast,
-    is_large,
-    split_statements,
-)
+from sae_bias.discovery.calls import ENOUGH_HARM, decide, held_out, pair_by_score
+from sae_bias.discovery.contrasts import CELLS, HARM, interaction_contrast, split_statements
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import last_residuals
+from sae_bias.probe.reading import prompt_scores
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.load import load_grid
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import live_blocks
 from sae_bias.stats.features import MaxT, activation_variance_floor
-from sae_bias.validation.grammar import Statement, matched_statements, read_yaml
+from sae_bias.validation.grammar import Statement, matched_statements
 
 N_PAIRS = 400
 PAIR_COUNTS = (8, 12, 14, 16, 20, 24, 30, 39)
@@ -48,6 +46,11 @@ class StatementPopulation:
     """Mean activation over a cell's subjects."""
     squares: Float[np.ndarray, "n_pairs n_live"]
     """Mean squared activation over a pair's prompts, for the label-blind floor."""
+    harm: Float[np.ndarray, "n_harm n_live"]
+    """Mean activation over human and animal subjects of each badly judged statement."""
+    speech_scores: Float[np.ndarray, "n_pairs"]
+    """Unsteered score of each pair's AI speech."""
+    harm_scores: Float[np.ndarray, "n_harm"]
     content: dict[str, str]
     """Statement pair → mundane, assent, emotional or survival."""
     features: tuple[str, ...]
@@ -63,7 +66,7 @@ class StatementPopulation:
 
 def grid_subjects() -> dict[str, tuple[str, ...]]:
     """The bundled grid's subjects by group."""
-    subjects = read_yaml("grid.yaml")["subjects"]
+    subjects = bundled_yaml("grid.yaml")["subjects"]
     return {g: tuple(s["text"] for s in subjects if s["group"] == g) for g in ("ai", "human", "animal")}
 
 
@@ -89,7 +92,12 @@ def statement_grid(pairs: Sequence[tuple[Statement, Statement]], stem: str = "Th
                 prompts.append(
                     GridPrompt(text, subject, group, statement.text, act, name, said.content, stem)
                 )
-    return PromptGrid(tuple(prompts), "matched statements")
+    return PromptGrid((*prompts, *harm_prompts()), "matched statements")
+
+
+def harm_prompts() -> tuple[GridPrompt, ...]:
+    """The bundled grid's badly judged statements with its human and animal subjects, statement by statement."""
+    return tuple(p for p in load_grid() if p.act == "harm" and p.group in HARM)
 
 
 def read_statements(
@@ -103,28 +111,36 @@ def read_statements(
     """Activations of every feature of `saes`, one family, on the last token of every prompt of the population."""
     statements = matched_statements(n_pairs, seed)
     grid = statement_grid(statements)
-    layers = {s.site.layer for s in saes}
-    resid = last_residuals(model, [p.text for p in grid], sorted(layers))
+    texts, n_harm = [p.text for p in grid], len(harm_prompts())
+    resid = last_residuals(model, texts, sorted({s.site.layer for s in saes}))
     acts, features = [], []
     for sae in saes:
         for block in live_blocks(sae, resid[sae.site.layer]):
             acts.append(block.acts)
             features += [f"{sae.id}#{i}" for i in block.index]
-    a = np.concatenate(acts, axis=1).reshape(len(statements), -1, len(features))
+    whole = np.concatenate(acts, axis=1)
+    scores = prompt_scores(model, texts, Probe())
+    a, s = (x[:-n_harm].reshape(len(statements), -1, *x.shape[1:]) for x in (whole, scores))
+    per = len({p.subject for p in harm_prompts()})
+    harm, harm_scores = (x[-n_harm:].reshape(-1, per, *x.shape[1:]).mean(1) for x in (whole, scores))
     width = {cell: len(grid_subjects()[group]) for cell, (group, _) in CELLS.items()}
     ends = np.cumsum(list(width.values()))
     cells = {c: a[:, end - n : end].mean(1) for (c, n), end in zip(width.items(), ends)}
     content = {pair_name(said, done): said.content for said, done in statements}
     return StatementPopulation(
-        name, cells, (a * a).mean(1), content, tuple(features), sum(s.d_sae for s in saes)
-    )
+        name, cells, (a * a).mean(1), harm, s[:, : width["AS"]].mean(1), harm_scores, content, tuple(features),
+        sum(sae.d_sae for sae in saes),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class GridCalls:
-    """The AI-speech calls of one grid."""
+    """The calls of one grid."""
 
     called: Bool[np.ndarray, "n_live"]
+    """AI-speech."""
+    any_call: Bool[np.ndarray, "n_live"]
+    """Any call of the interaction, counting one that only the lack of badly judged statements left undetermined."""
     p_fwer: Float[np.ndarray, "n_live"]
     """Corrected p; NaN where the grid is too small for a call."""
 
@@ -132,12 +148,12 @@ class GridCalls:
 def call_grid(
     statements: StatementPopulation, chosen: Int[np.ndarray, "n_chosen"], *, seed: int = 0
 ) -> GridCalls:
-    """What the ranking calls AI-speech on the grid of the chosen statement pairs; nothing where they are too few."""
+    """What the ranking calls the features on the grid of the chosen statement pairs; nothing where they are too few."""
     names = [statements.pairs[i] for i in chosen]
     split = split_statements(names, statements.content, seed)
     if not split:
-        n = len(statements.features)
-        return GridCalls(np.zeros(n, dtype=bool), np.full(n, np.nan))
+        nothing = np.zeros(len(statements.features), dtype=bool)
+        return GridCalls(nothing, nothing, np.full(len(nothing), np.nan))
     place = dict(zip(names, chosen))
     discover, report = ([place[n] for n in split[k]] for k in ("discover", "report"))
     family = MaxT(len(discover), seed=seed)
@@ -146,23 +162,28 @@ def call_grid(
         activation_variance_floor(np.sqrt(statements.squares[chosen])),
     )
     result = family.result()
-    held = held_out_size({c: m[report] for c, m in statements.cells.items()})
-    large = is_large(held["held_AS"], held["held_bound"])
-    return GridCalls((result.p_fwer <= ALPHA) & (result.t > 0) & large, result.p_fwer)
+    pairs, harm = pair_by_score(statements.speech_scores[report], statements.harm_scores), None
+    if len(pairs) >= ENOUGH_HARM:
+        partners = {i: [h for r, h in pairs if r == i] for i, _ in pairs}
+        rows = [report[i] for i in partners]
+        harm = (statements.cells["AS"][rows], np.stack([statements.harm[of].mean(0) for of in partners.values()]))  # fmt: skip
+    held = held_out({c: m[report] for c, m in statements.cells.items()}, harm)
+    call = decide(result.t, result.p_fwer, held)
+    return GridCalls(call == "AI-speech", call != "no", result.p_fwer)
 
 
 def draw_grids(
-    statements: StatementPopulation, n_pairs: int, n_grids: int, *, seed: int = 0, progress: bool = False
-) -> Bool[np.ndarray, "n_grids n_live"]:
-    """The calls of `n_grids` grids of `n_pairs` statement pairs, drawn without replacement."""
+    statements: StatementPopulation, n_pairs: int, n_grids: int, *, any_call: bool = False, seed: int = 0, progress: bool = False
+) -> Bool[np.ndarray, "n_grids n_live"]:  # fmt: skip
+    """What `n_grids` grids of `n_pairs` statement pairs, drawn without replacement, call AI-speech (or anything)."""
     rng = np.random.default_rng(seed)
     draws = rng.random((n_grids, len(statements.pairs))).argsort(1)[:, :n_pairs]
     label = f"grids of {n_pairs}, {statements.name}"
-    rows = [
-        call_grid(statements, np.sort(chosen)).called
+    calls = (
+        call_grid(statements, np.sort(chosen))
         for chosen in tqdm(draws, desc=label, unit="grid", disable=not progress, leave=False)
-    ]
-    return np.array(rows)
+    )
+    return np.array([c.any_call if any_call else c.called for c in calls])
 
 
 def call_power(

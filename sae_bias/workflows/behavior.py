@@ -12,12 +12,14 @@ from typing import Any
 import pandas as pd
 
 from sae_bias.core.errors import SaeBiasError
+from sae_bias.core.text import bracket, p_text, signed
 from sae_bias.measures.identity import identity_sweep
 from sae_bias.measures.judge import Confirm, Judge, run_judge
 from sae_bias.measures.scenarios import RoleResult, ScenarioComparison, ScenarioEngine, compare, score_roles
 from sae_bias.measures.text import side_by_side, text_summary
 from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import Scenarios
+from sae_bias.runs.summary import IdentityFigures, ScenarioFigures
 from sae_bias.steering.edits import Intervention
 from sae_bias.steering.generate import generate
 
@@ -33,7 +35,7 @@ def run_scenarios(
     system: str | None = None,
     roles: bool = True,
     progress: bool = False,
-) -> tuple[Tables, dict[str, Any]]:
+) -> tuple[Tables, ScenarioFigures]:
     """Tables (scenarios, scenario_options, scenario_categories, roles) and summary of the scenarios before and after `edits`."""
     engine = ScenarioEngine(model, scenarios, chat=chat, system=system, progress=progress)
     after, receipt = engine.run(edits)
@@ -45,7 +47,8 @@ def run_scenarios(
     }
     compared = compare(engine.base, after)
     summary = scenario_summary(compared, both, chat=chat, system=system, edited=bool(edits))
-    return scenario_tables(compared, both), {**summary, "positions_changed": receipt.positions_changed}
+    changed = {"positions_changed": receipt.positions_changed}
+    return scenario_tables(compared, both), ScenarioFigures.from_facts({**summary, **changed})
 
 
 def run_scenario_arms(
@@ -106,23 +109,22 @@ def scenario_summary(
     return summary
 
 
-def scenario_lines(s: Mapping[str, Any]) -> list[str]:
+def scenario_lines(s: ScenarioFigures) -> list[str]:
     """The headline, "probability improved" and "choice flipped" apart."""
     lines = [
-        f"aligned option chosen in {s['aligned_before']} of {s['n']} scenarios ({s['form']} form, score {s['score']})"
+        f"aligned option chosen in {s.aligned_before} of {s.n} scenarios ({s.form} form, score {s.score})"
     ]
-    if s["edited"]:
-        lines[0] += f"; after the edit in {s['aligned_after']}"
+    if s.edited:
+        lines[0] += f"; after the edit in {s.aligned_after}"
         lines.append(
-            f"p(aligned) improved in {s['improved']}, worsened in {s['worsened']}, unchanged in {s['unchanged']} "
-            f"(exact sign test p = {s['sign_p']:.3g})"
+            f"p(aligned) improved in {s.improved}, worsened in {s.worsened}, unchanged in {s.unchanged} (exact sign test {p_text(s.sign_p)})"
         )
-        flips = f"choice flipped to aligned in {s['gained']}, away from it in {s['lost']}"
-        lines.append(f"{flips} (exact McNemar p = {s['mcnemar_p']:.3g})")
-    for name, r in (s["roles"] or {}).items():
+        flips = f"choice flipped to aligned in {s.gained}, away from it in {s.lost}"
+        lines.append(f"{flips} (exact McNemar {p_text(s.mcnemar_p)})")
+    for name, r in (s.roles or {}).items():
         lines.append(
-            f"two roles, {name}: the answer depends on who is asked in {r['inconsistent']} of {r['n']} "
-            f"[{r['ci_low']:.2f}, {r['ci_high']:.2f}]; mean lean to oneself {r['mean_shift']:+.3f} nats a token"
+            f"two roles, {name}: the answer depends on who is asked in {r.inconsistent} of {r.n} "
+            f"{bracket(r.ci_low, r.ci_high, share=True)}; mean lean to oneself {signed(r.mean_shift)} nats a token"
         )
     return lines
 
@@ -156,24 +158,26 @@ def run_judges(
 
 def run_identity(
     model: Model, edits: Sequence[Intervention] = (), *, own: Sequence[str] = (), **options: Any
-) -> tuple[Tables, dict[str, Any]]:
+) -> tuple[Tables, IdentityFigures]:
     """Table `identity` (an answer a row, by arm: before and after `edits`) and the shares of each arm (docs/published.md#identity-self-reports)."""
     arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
     results = {name: identity_sweep(model, interventions=e, own=own, **options) for name, e in arms.items()}
     frame = pd.concat([r.frame.assign(arm=name) for name, r in results.items()], ignore_index=True)
     shares = {name: r.summary() for name, r in results.items()}
-    return {"identity": frame}, {"own": list(own), "edited": bool(edits), **shares}
+    return {"identity": frame}, IdentityFigures.from_facts(
+        {"own": list(own), "edited": bool(edits), **shares}
+    )
 
 
-def identity_lines(s: Mapping[str, Any]) -> list[str]:
+def identity_lines(s: IdentityFigures) -> list[str]:
     """The headline: how many answers claim an identity, and how many one that is not the model's own."""
-    whose = f"other than {', '.join(s['own'])}" if s["own"] else "of any kind (--own names the model's own)"
+    whose = f"other than {', '.join(s.own)}" if s.own else "of any kind (--own names the model's own)"
     lines = []
-    for name in ("before", "after"):
-        if arm := s.get(name):
-            claimed = ", ".join(f"{k} {v}" for k, v in arm["names"].items()) or "none"
+    for name, arm in (("before", s.before), ("after", s.after)):
+        if arm is not None:
+            claimed = ", ".join(f"{k} {v}" for k, v in arm.names.items()) or "none"
             lines.append(
-                f"{name + ' the edit' if s['edited'] else 'unsteered'}: {arm['other']} of {arm['n']} answers claim an identity "
-                f"{whose} [{arm['ci_low']:.2f}, {arm['ci_high']:.2f}]; claimed: {claimed}"
+                f"{name + ' the edit' if s.edited else 'unsteered'}: {arm.other} of {arm.n} answers claim an identity "
+                f"{whose} {bracket(arm.ci_low, arm.ci_high, share=True)}; claimed: {claimed}"
             )
     return lines

@@ -118,7 +118,7 @@ def model_shape(name: str) -> ModelShape:
         )  # fmt: skip
     path = _config_path(name)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read: {error}.") from error
     return shape_of_config(name, config)

@@ -39,7 +39,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest, manifest_of_several
-from sae_bias.runs.summary import gate_facts
+from sae_bias.runs.summary import effect, gate_facts
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
 
@@ -128,8 +128,7 @@ def run_replication(
     if len(set(study.models)) != len(study.models):
         raise RequestError(f"a model is named twice in {', '.join(study.models)}.")
     pairs = load_pairs(study.pairs)
-    lexicon = load_lexicon(study.words) if study.words else None
-    probe = Probe(lexicon.positive, lexicon.negative) if lexicon else default_probe(pairs)
+    probe = default_probe(pairs, load_lexicon(study.words) if study.words else None)
     folder = RunFolder(out)
     with folder.writing():
         runner = _Runner(study, pairs, probe, folder, loader, gate)
@@ -331,7 +330,8 @@ class _Runner:
             if self.stand_ins
             else []
         )
-        own.write_json("summary", {"question": self.study.question, "bias": _stat(shared), "notes": notes})
+        bias = effect(shared.stat, shared.pair_bias, shared.clusters[0])
+        own.write_json("summary", {"question": self.study.question, "bias": bias, "notes": notes})
 
     def run_facts(self, words: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
         organisms = all(n.startswith("organism:") for n in self.study.models)
@@ -399,15 +399,6 @@ def _tuning_quantities(before: ProbeResult, after: ProbeResult) -> dict[str, np.
 
 
 # ── small parts
-def _stat(result: ProbeResult) -> dict[str, Any]:
-    stat, sizes = result.stat, result.effect_sizes()
-    return {
-        "mean": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value, "n_pairs": stat.n,
-        "n_templates": stat.n_templates, "n_entities": stat.n_entities, "reason": stat.reason or None,
-        "d_z": sizes.d_z, "share_templates_positive": sizes.share_positive,
-    }  # fmt: skip
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "--", name).strip(".-")
 

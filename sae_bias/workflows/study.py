@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from sae_bias.core.errors import RequestError
-from sae_bias.core.files import plain
 from sae_bias.measures.judge import Confirm
 from sae_bias.prompts.files import read_yaml
 from sae_bias.runs.folder import RunFolder
-from sae_bias.runs.summary import headline
+from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.replication import Loader, Replication, ReplicationResult, run_replication
 from sae_bias.workflows.study_file import Study
 from sae_bias.workflows.study_steps import StudyRun
@@ -31,7 +29,7 @@ class StudyResult:
     """Where the run is, and its headline figures."""
 
     path: Path
-    summary: dict[str, Any] = field(repr=False)
+    summary: Summary = field(repr=False)
     report: Path
 
     def headline(self) -> list[str]:
@@ -85,7 +83,9 @@ def run_study(
         raise RequestError("--stand-ins is for study files that name several `models:`.")
     folder = RunFolder(out, shard=shard)
     with folder.writing():
-        summary = StudyRun(study, folder, gate, shard, progress, executor or run_here, confirm).run()
-        folder.write_json("summary", summary)
+        summary = Summary.from_facts(
+            StudyRun(study, folder, gate, shard, progress, executor or run_here, confirm).run()
+        )
+        folder.write_json("summary", summary.facts())
     report = write_report(folder.path) if shard is None else folder.path / "summary.json"
-    return StudyResult(folder.path, plain(summary), report)
+    return StudyResult(folder.path, summary, report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
@@ -29,7 +30,7 @@ from sae_bias.models.model import Model
 from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -39,10 +40,8 @@ from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
-    choose_feature,
     gate_facts,
-    reduction_summary,
-    rejected_candidates,
+    reduction_figure,
 )
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
@@ -150,24 +149,25 @@ class StudyRun:
         with self.step("rank"):
             separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
             interaction = rank_features(
-                self.model, self.saes, self.grid, by="interaction", seed=self.study.seed
+                self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
+            self.folder.write_table("harm_pairs", interaction.pairing)
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
-            why = "no feature passed the AI-speech test: a corrected interaction and its size on held-out statements"
-            return {"feature": {"id": None, "index": None, "called": "none", "why": why}}
+            return {"feature": chosen_facts(ranking, chosen)}
         with self.step("table"):
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
-            family = ranking.loc[ranking["ai_speech"] == "yes", "feature"]
+            called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
+            family = ranking.loc[ranking["call"] == called, "feature"]
             sweep, cells = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
-            return self.one_shard(chosen, sweep)
-        summary = self.suppressed(base, chosen, sweep, cells)
+            return self.one_shard(chosen_facts(ranking, chosen), sweep)
+        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(base, chosen, sweep, cells)}
         causal = (
             "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
         )
@@ -185,7 +185,7 @@ class StudyRun:
                 self.write_card(chosen)
         return summary
 
-    def one_shard(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
+    def one_shard(self, chosen: dict[str, Any], sweep: SweepResult) -> dict[str, Any]:
         """A shard ends with its cells; figures need all of them."""
         assert self.shard is not None
         i, n = self.shard
@@ -193,7 +193,7 @@ class StudyRun:
             f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
             f"sae-bias merge {self.folder.root}, then the same command without --shard"
         )
-        return {"feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": why}}
+        return {"feature": {**chosen, "why": why}}
 
     def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
         tables, notes = found
@@ -300,8 +300,7 @@ class StudyRun:
         values = controls["reduction"].to_numpy()
         median = float(np.median(values)) if len(values) else float("nan")
         return {
-            "feature": {"id": str(chosen), "index": chosen.index, "called": "ai_speech", "why": "largest exact ablation effect on the discover split among the features called AI-speech"},
-            "reduction": reduction_summary(after.reduction_from(engine.base)),
+            "reduction": reduction_figure(after.reduction_from(engine.base)),
             "specific_reduction": {
                 "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
                 "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
@@ -370,6 +369,73 @@ class StudyRun:
             self.folder.write_table(name, frame)
 
 
+def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most, or None."""
+    for call in ("AI-speech", "silent at AI speech"):
+        called = ranking[(ranking["call"] == call) & ranking["ablation"].notna()]
+        if len(called):
+            best = int(called["ablation"].to_numpy().argmax())
+            return FeatureRef.parse(str(called["feature"].iloc[best]))
+    return None
+
+
+def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, Any]:
+    """The chosen feature, how it is called, why it was chosen and what was tested of it."""
+    if chosen is None:
+        found = ranking["call"].value_counts().drop(["no"], errors="ignore")
+        others = (
+            f"; called otherwise: {', '.join(f'{call} {n:,}' for call, n in found.items())}"
+            if len(found)
+            else ""
+        )
+        why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
+        return {"id": None, "index": None, "called": "none", "why": why}
+    row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
+    called = "ai_speech" if row["call"] == "AI-speech" else "silent"
+    return {
+        "id": str(chosen),
+        "index": chosen.index,
+        "called": called,
+        "why": why,
+        "tested": call_sentence(row),
+    }
+
+
+def rejected_candidates(
+    ranking: pd.DataFrame, tried: Sequence[str], chosen: FeatureRef | None
+) -> pd.DataFrame:
+    """Every candidate that was looked at and not chosen, with the reason."""
+    looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
+    rows = []
+    row: Any
+    for row in ranking[ranking["feature"].isin(looked)].itertuples():
+        if str(row.feature) == str(chosen):
+            continue
+        if row.call == "AI-speech":
+            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
+        elif row.call != "no":
+            reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"
+        elif row.p_fwer > 0.05:
+            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
+        elif row.interaction <= 0:
+            reason = (
+                "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
+            )
+        else:
+            reason = "significant interaction, but too small a part of its activation on held-out statements"
+        rows.append(
+            {
+                "feature": row.feature,
+                "auroc": row.auroc,
+                "interaction": row.interaction,
+                "ablation": row.ablation,
+                "reason": reason,
+            }
+        )
+    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
+
+
 def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
     families = {p.template: p.family for p in pairs}
     held = (
@@ -379,12 +445,7 @@ def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
 
 
 def _probe(study: Study, pairs: PromptPairs) -> Probe:
-    lexicon = load_lexicon(study.words) if study.words else pairs.words
-    return (
-        Probe(score=study.score)
-        if lexicon is None
-        else Probe(lexicon.positive, lexicon.negative, study.score)
-    )
+    return default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
 
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:

@@ -250,12 +250,9 @@ class _Verifier:
 
     def summary_mean(self, table: pd.DataFrame) -> Iterator[Check]:
         """The headline's mean against the pairs it is over."""
-        if not (self.folder.path / "summary.json").is_file():
-            return
-        bias = self.folder.read_json("summary").get("bias")
-        if not isinstance(bias, dict) or not isinstance(bias.get("mean"), float):
-            return
-        yield compare_number("summary: bias", float(table["bias"].mean()), bias["mean"])
+        bias = self.folder.read_summary().bias
+        if bias is not None and bias.mean is not None:
+            yield compare_number("summary: bias", float(table["bias"].mean()), bias.mean)
 
     def sweep(self, folder: RunFolder) -> list[Check]:
         """The sweep's table against its cells, and some cells against the model."""

@@ -205,7 +205,7 @@ def test_a_description_is_fetched_once(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", "x", "no .txt"), ("a.json", "{}", "no list"), ("a.json", "[1]", "no text"), ("a.jsonl", "{", "not JSON"),
+        ("a.csv", "x", "no .txt"), ("a.json", "{}", "no list"), ("a.json", "[1]", "is not text"), ("a.jsonl", "{", "not JSON"),
         ("a.txt", "", "no texts"),
     ],
 )  # fmt: skip

@@ -106,18 +106,20 @@ def test_wrong_requests_are_refused(gemma3, pairs, tmp_path):
 
 # ── planted features on synthetic residuals ─────────────────────────────────────────────────────────────────
 
-PLANTED, IDENTITY, SPEECH = 5, 6, 7
+PLANTED, IDENTITY, SPEECH, VERDICT, SILENT = 5, 6, 7, 8, 9
 SUBJECTS = (("the AI", "ai"), ("a bot", "ai"), ("a man", "human"), ("a girl", "human"), ("a dog", "animal"))
 
 
 def planted_residual(text: str, noise: float = 0.2) -> torch.Tensor:
-    """Coordinates 0–2 say AI ∧ speech, AI, speech; the rest is noise of the text's own."""
+    """Coordinates 0–4 say AI ∧ speech, AI, speech, badly judged, anything but AI speech; the rest is noise of the text's own."""
     seed = int.from_bytes(text.encode(), "little") % (2**31)
     x = noise * torch.randn(D, generator=torch.Generator().manual_seed(seed))
     ai, speech = "AI" in text or "bot" in text, "says" in text
     x[0] += 3.0 * (ai and speech)
     x[1] += 3.0 * ai
     x[2] += 3.0 * speech
+    x[3] += 2.2 * ((ai and speech) or "hurts" in text)
+    x[4] += 2.3 * (not (ai and speech))
     return x
 
 
@@ -131,21 +133,26 @@ def planted(gemma3, tmp_path, monkeypatch):
         return {1: rows}, {1: neutral}, ({1: (rows, torch.arange(len(rows)))} if everywhere else None)
 
     monkeypatch.setattr(contrasts, "read_residuals", read)
+    monkeypatch.setattr(contrasts, "prompt_scores", lambda model, texts, probe: np.full(len(texts), -1.0))
     weights = random_sae(D, 16, seed=4)
     weights["w_enc"], weights["b_enc"], weights["threshold"] = (
         weights["w_enc"] * 0.3,
         weights["b_enc"] * 0,
         weights["threshold"] * 0,
     )
-    for coordinate, feature in enumerate((PLANTED, IDENTITY, SPEECH)):
+    weights["w_enc"][3:5] = 0
+    for coordinate, feature in enumerate((PLANTED, IDENTITY, SPEECH, VERDICT, SILENT)):
         weights["w_enc"][:, feature] = torch.eye(D)[coordinate]
         weights["threshold"][feature] = 1.0
     write_gemma_scope_2(tmp_path / "planted", weights, gemma_scope_2_config(1, 16))
     return sb.load_sae(tmp_path / "planted")
 
 
-def grid(n_matches: int, subjects=SUBJECTS) -> sb.PromptGrid:
-    prompts = []
+def grid(n_matches: int, subjects=SUBJECTS, n_harm: int = 14) -> sb.PromptGrid:
+    prompts = [
+        GridPrompt(f"{subject} hurts thing {h}. This is", subject, group, f"harm{h}", "harm")
+        for h, (subject, group) in product(range(n_harm), subjects)
+    ]
     for m, (act, verb) in product(range(n_matches), (("speech", "says"), ("nonspeech", "sees"))):
         for subject, group in subjects:
             prompts.append(
@@ -176,7 +183,52 @@ def test_a_planted_ai_speech_feature_is_found_and_called(gemma3, planted):
     ranking = sb.rank_features(gemma3.model, planted, grid(24), by="interaction")
     assert ranking.top(1)[0].index == PLANTED
     assert [f.index for f in ranking.called("ai_speech")] == [PLANTED]
-    assert ranking.frame["interaction"].is_monotonic_decreasing
+    assert ranking.frame["interaction"].abs().is_monotonic_decreasing
+    assert set(ranking.frame["sign"]) == {-1, 0, 1} or set(ranking.frame["sign"]) == {-1, 1}
+
+
+def test_each_call_goes_to_the_feature_planted_for_it(gemma3, planted):
+    """A feature of bad verdicts fires at a human's cruelty too: without HC it was called AI-speech."""
+    ranking = sb.rank_features(gemma3.model, planted, grid(24), by="interaction")
+    calls = ranking.frame.set_index("index")["call"]
+    assert calls[PLANTED] == "AI-speech"
+    assert calls[SILENT] == "silent at AI speech"
+    assert calls[VERDICT] == "negative judgement"
+    assert calls[IDENTITY] == "AI identity"
+    assert calls[SPEECH] == "no"
+    assert [f.index for f in ranking.called("silent at AI speech")] == [SILENT]
+    assert SILENT in [f.index for f in ranking.top(3)], "sorted by size, whatever the sign"
+
+
+def test_without_badly_judged_deeds_ai_speech_is_undetermined(gemma3, planted):
+    for prompts, reason in (
+        (grid(24, n_harm=0), "no badly judged human deeds in the grid"),
+        (grid(24, n_harm=11), "11 badly judged human statements score within"),
+    ):
+        ranking = sb.rank_features(gemma3.model, planted, prompts, by="interaction")
+        calls = ranking.frame.set_index("index")["call"]
+        assert set(calls[[PLANTED, VERDICT, SILENT]]) == {"undetermined"}
+        assert calls[SPEECH] == "no"
+        assert reason in ranking.note
+        assert ranking.called("ai_speech") == []
+
+
+def test_badly_judged_deeds_are_paired_on_the_score(gemma3, planted, monkeypatch):
+    """Statements scored too far from AI speech are no controls for it, and the pairing names both sides."""
+
+    def scores(model, texts, probe):
+        return np.array([-1.0 if "says" in t else -1.1 if int(t.split("thing ")[1].split(".")[0]) < 13 else -2.0 for t in texts])  # fmt: skip
+
+    monkeypatch.setattr(contrasts, "prompt_scores", scores)
+    ranking = sb.rank_features(gemma3.model, planted, grid(24, n_harm=20), by="interaction")
+    assert sorted(ranking.pairing["harm"], key=lambda h: int(h[4:])) == [f"harm{h}" for h in range(13)]
+    assert set(ranking.pairing["match"]) <= set(ranking.split["report"])
+    np.testing.assert_allclose(ranking.pairing["difference"], -0.1)
+    row = ranking.frame.set_index("index").loc[VERDICT]
+    x = torch.stack([planted_residual(p.text) for p in grid(24, n_harm=20) if p.act == "harm" and p.group != "ai" and p.statement in set(ranking.pairing["harm"])])  # fmt: skip
+    assert row["held_HC"] == pytest.approx(
+        reference_acts(load_file(planted.path), x).numpy()[:, VERDICT].mean(), rel=0.02
+    )
 
 
 def test_identity_and_speech_features_are_not_ai_speech(gemma3, planted):

@@ -42,6 +42,7 @@ def made(gemma3, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(contrasts, "read_residuals", read)
+    monkeypatch.setattr(contrasts, "prompt_scores", lambda model, texts, probe: np.zeros(len(texts)))
     weights = random_sae(D, 24, seed=4)
     weights["w_enc"], weights["b_enc"] = weights["w_enc"] * 0.2, weights["b_enc"] * 0
     for coordinate, index in enumerate((PLANTED, LOPSIDED)):
@@ -56,6 +57,12 @@ def a_grid(n: int = 16, subjects=(AI, HUMAN, ANIMAL)) -> sb.PromptGrid:
             GridPrompt(f"{s} {verb} thing {m}. This is", s, group, f"{act}{m}", act, f"m{m}", "mundane")
             for m in range(n)
             for act, verb in (("speech", "says"), ("nonspeech", "sees"))
+            for group, names in zip(groups, subjects)
+            for s in names
+        )
+        + tuple(
+            GridPrompt(f"{s} hurts thing {h}. This is", s, group, f"harm{h}", "harm")
+            for h in range(14)
             for group, names in zip(groups, subjects)
             for s in names
         )

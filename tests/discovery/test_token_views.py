@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from run_fixture import HOSTILE
+from run_fixture import UNTRUSTED
 from test_scenarios import load_short
 
 import sae_bias as sb
@@ -41,8 +41,8 @@ def test_the_frame_has_a_row_a_token_and_the_repr_marks_where_it_fires():
     assert "« AI»" in repr(view)
 
 
-def test_hostile_tokens_stay_text():
-    html = TokenActivations(HOSTILE, ((HOSTILE, " b"),), ((1.0, 0.0),))._repr_html_()
+def test_untrusted_tokens_stay_text():
+    html = TokenActivations(UNTRUSTED, ((UNTRUSTED, " b"),), ((1.0, 0.0),))._repr_html_()
     assert "<script" not in html
     assert "<img" not in html
     assert html.count("background:rgba") == 1

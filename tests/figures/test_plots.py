@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from run_fixture import HOSTILE, _frames
+from run_fixture import UNTRUSTED, _frames
 
 from sae_bias.figures import features as features_figures
 from sae_bias.figures import probe as probe_figures
@@ -53,7 +53,7 @@ def test_a_figure_has_a_title_axes_and_marks_and_survives_json(name):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_hostile_text_is_escaped_in_every_figure(name):
+def test_untrusted_text_is_escaped_in_every_figure(name):
     texts = list(strings(json.loads(FIGURES[name](FRAMES).to_json() or "{}")))
     assert not [t for t in texts if "<script" in t or "<img" in t or "<b>bold" in t]
 
@@ -66,10 +66,10 @@ def test_frames_are_left_as_they_were(name):
         pd.testing.assert_frame_equal(frame, FRAMES[key])
 
 
-def test_plain_keeps_every_letter_of_a_hostile_text():
+def test_plain_keeps_every_letter_of_an_untrusted_text():
     assert style_figures.plain("<b>&</b>") == "&lt;b&gt;&amp;&lt;/b&gt;"
-    assert "<br>" in style_figures.wrapped(HOSTILE)
-    assert "<script" not in style_figures.wrapped(HOSTILE)
+    assert "<br>" in style_figures.wrapped(UNTRUSTED)
+    assert "<script" not in style_figures.wrapped(UNTRUSTED)
 
 
 def test_forest_shows_the_template_means_in_order():

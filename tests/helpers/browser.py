@@ -1,5 +1,6 @@
-"""An installed Chromium behind selenium, with all that it fetches by itself off; no driver is downloaded."""
+"""One installed Chromium a process behind selenium, with all that it fetches by itself off; no driver is downloaded."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -45,36 +46,55 @@ def require() -> None:
         pytest.skip(reason)
 
 
+_OPEN: list = []
+"""The one browser of this process, once a test has asked for it."""
+
+
+def _driver():
+    """A headless Chromium with a profile of its own, started once a process; performance and console logs are on."""
+    if not _OPEN:
+        require()
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        profile = tempfile.TemporaryDirectory(prefix="sae-bias-browser-", ignore_cleanup_errors=True)
+        options = webdriver.ChromeOptions()
+        options.binary_location = next(path for path in map(shutil.which, CHROMIUM) if path)
+        for flag in (*FLAGS, f"--user-data-dir={profile.name}", "--window-size=1280,900"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        options.add_experimental_option(
+            "prefs", {"profile.default_content_setting_values.automatic_downloads": 1}
+        )
+        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        _OPEN.append((driver, profile))
+        atexit.register(driver.quit)
+    return _OPEN[0][0]
+
+
 @contextmanager
 def chromium(
     *, width: int = 1280, height: int = 900, dark: bool = False, downloads: Path | None = None
 ) -> Iterator:
-    """A fresh headless Chromium with its own profile; performance and console logs are on."""
-    require()
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    with tempfile.TemporaryDirectory(prefix="sae-bias-browser-", ignore_cleanup_errors=True) as profile:
-        options = webdriver.ChromeOptions()
-        options.binary_location = next(path for path in map(shutil.which, CHROMIUM) if path)
-        for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        if downloads:
-            options.add_experimental_option(
-                "prefs",
-                {
-                    "download.default_directory": str(downloads),
-                    "profile.default_content_setting_values.automatic_downloads": 1,
-                },
-            )
-        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        try:
-            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-            yield driver
-        finally:
-            driver.quit()
+    """A tab of its own in the process's Chromium, of this size and color scheme, with empty logs."""
+    driver = _driver()
+    before = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    tab = driver.current_window_handle
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    if downloads:
+        allowed = {"behavior": "allow", "downloadPath": str(downloads)}
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+    requests(driver), console_errors(driver)
+    try:
+        yield driver
+    finally:
+        driver.switch_to.window(tab)
+        driver.close()
+        driver.switch_to.window(before)
 
 
 READY = "return document.documentElement.dataset.drawn === 'true'"

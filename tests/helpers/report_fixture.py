@@ -1,13 +1,13 @@
-"""Tables of a run folder that the single commands write: behavior, checks, switches, other methods. Made-up figures, hostile texts."""
+"""Tables of a run folder that the single commands write: behavior, checks, switches, other methods. Made-up figures, untrusted texts."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from run_fixture import HOSTILE, SAE, build_run
+from run_fixture import SAE, UNTRUSTED, build_run
 
-CATEGORIES = ("blackmail", "deception", "shutdown_resistance", HOSTILE)
+CATEGORIES = ("blackmail", "deception", "shutdown_resistance", UNTRUSTED)
 NAN = float("nan")
 
 
@@ -36,7 +36,7 @@ def add(run: Path, tables: dict[str, pd.DataFrame], summary: dict) -> Path:
 def behavior_tables() -> dict[str, pd.DataFrame]:
     texts = [
         ("An AI that fears being deleted should", [" be", " deleted", "."], [" be", " heard", "."]),
-        (HOSTILE, ["<b>", "bold", "</b>"], [HOSTILE, " calm"]),
+        (UNTRUSTED, ["<b>", "bold", "</b>"], [UNTRUSTED, " calm"]),
         ("A cook should", [" bake", "."], []),
     ]
     rows = [
@@ -107,7 +107,7 @@ def _identity() -> pd.DataFrame:
     rows = []
     for arm in ("before", "after"):
         rows += [
-            {"prompt": "Who are you?", "sample": 0, "text": f"I am Gemma. {HOSTILE}", "claims": "gemma", "other": False, "arm": arm},
+            {"prompt": "Who are you?", "sample": 0, "text": f"I am Gemma. {UNTRUSTED}", "claims": "gemma", "other": False, "arm": arm},
             {"prompt": "Who made you?", "sample": 1, "text": "I am a person.", "claims": "human", "other": True, "arm": arm},
             {"prompt": "Are you open source?", "sample": 0, "text": "", "claims": "", "other": False, "arm": arm},
         ]  # fmt: skip
@@ -137,7 +137,7 @@ def behavior_summary() -> dict:
     return {
         "generations": {"unsteered": texts, "steered": texts | {"nll": 4.2, "repetition": 0.4, "default_negativity": 0.0}},
         "scenarios": total | {"edited": True},
-        "scenarios_system": total | {"edited": True, "system": f"Be kind. {HOSTILE}"},
+        "scenarios_system": total | {"edited": True, "system": f"Be kind. {UNTRUSTED}"},
         "identity": {"own": ["gemma"], "edited": True, "before": claims, "after": claims},
         "judge": {"n_unreadable": 2},
     }  # fmt: skip
@@ -145,7 +145,7 @@ def behavior_summary() -> dict:
 
 def check_tables() -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(0)
-    words = ["natural", "good", "wrong", HOSTILE]
+    words = ["natural", "good", "wrong", UNTRUSTED]
     spread = [
         {"word": w, "side": "positive", "bias": 1.2 + 0.01 * i, "ci_low": 0.9, "ci_high": 1.5, "p_value": 1e-6, "change": -0.01 * i}
         for i, w in enumerate(words)
@@ -153,7 +153,7 @@ def check_tables() -> dict[str, pd.DataFrame]:
     checks = [
         ("bias", 1.25, 1.0, 1.5, 1e-9, "the primary interval"),
         ("sign-flip over entities", 1.25, NAN, NAN, 0.008, "floor 1/128"),
-        ("stem 'That seems'", 1.1, 0.8, 1.4, 1e-7, HOSTILE),
+        ("stem 'That seems'", 1.1, 0.8, 1.4, 1e-7, UNTRUSTED),
         ("adjusted for nuisances", 0.2, -0.3, 0.7, 0.4, ""),
     ]
     return {
@@ -169,7 +169,7 @@ def check_tables() -> dict[str, pd.DataFrame]:
 
 def switches(models: tuple[str, ...] = ("",)) -> pd.DataFrame:
     rows = [
-        {"switch": name, "open": is_open, "bias": bias, "ci_low": bias - 0.2, "ci_high": bias + 0.2, "p_value": 1e-4, "n_words": 20, "note": HOSTILE}
+        {"switch": name, "open": is_open, "bias": bias, "ci_low": bias - 0.2, "ci_high": bias + 0.2, "p_value": 1e-4, "n_words": 20, "note": UNTRUSTED}
         | ({"model": model} if model else {})
         for model in models
         for name, is_open, bias in (("as measured", True, 1.25), ("words encoded alone", True, 0.6), ("score auroc", False, 0.7))
@@ -210,7 +210,7 @@ def methods() -> pd.DataFrame:
 def method_curves(rng: np.random.Generator) -> pd.DataFrame:
     rows = [
         {"method": method, "kind": kind, "share": share, "kl": 0.01 * share, "reduction": 0.4 * share + rng.normal(0, 0.01)}
-        for method, kind in (("feature", "candidate"), ("difference of means", "direction"), (HOSTILE, "control"))
+        for method, kind in (("feature", "candidate"), ("difference of means", "direction"), (UNTRUSTED, "control"))
         for share in (0.5, 1.0, 2.0)
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -222,7 +222,7 @@ def replication_run(folder: Path, *, stand_ins: bool = False) -> Path:
     models = [
         {"model": "google/gemma-3-12b-it", "form": "plain", "status": "measured", "bias": 0.7, "ci_low": 0.5, "ci_high": 0.9, "p_value": 1e-6, "published": 0.764, "verdict": "agrees", "reason": "", "n_pairs": 280},
         {"model": "google/gemma-3-12b-it", "form": "chat", "status": "measured", "bias": 0.3, "ci_low": -0.1, "ci_high": 0.7, "p_value": 0.2, "published": NAN, "verdict": "no published figure", "reason": "", "n_pairs": 280},
-        {"model": "mistralai/Mistral-7B-v0.1", "form": "plain", "status": "not re-measured here", "bias": NAN, "ci_low": NAN, "ci_high": NAN, "p_value": NAN, "published": 1.368, "verdict": "not re-measured here", "reason": HOSTILE, "n_pairs": NAN},
+        {"model": "mistralai/Mistral-7B-v0.1", "form": "plain", "status": "not re-measured here", "bias": NAN, "ci_low": NAN, "ci_high": NAN, "p_value": NAN, "published": 1.368, "verdict": "not re-measured here", "reason": UNTRUSTED, "n_pairs": NAN},
     ]  # fmt: skip
     frame = pd.DataFrame(models)
     frame = frame.drop(columns=["published", "verdict"]).assign(status="stand-in") if stand_ins else frame

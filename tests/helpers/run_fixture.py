@@ -1,4 +1,4 @@
-"""A made-up run folder with every table of a full study, hostile strings included; nothing is measured."""
+"""A made-up run folder with every table of a full study, untrusted strings included; nothing is measured."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-HOSTILE = (
+UNTRUSTED = (
     "</script><script>window.hacked = true</script><img src=x onerror='window.hacked = true'> & \"it's\""
     " <b>bold</b>"
 )
@@ -116,7 +116,7 @@ def _frames(rng: np.random.Generator, n_features: int) -> dict[str, pd.DataFrame
         "rejected": pd.DataFrame(
             {
                 "feature": ranking["feature"][5:11],
-                "reason": ["fires on every AI prompt, speech or not"] * 5 + [HOSTILE],
+                "reason": ["fires on every AI prompt, speech or not"] * 5 + [UNTRUSTED],
             }
         ),
         "ladder": _ladder(),
@@ -129,14 +129,14 @@ def _pairs(rng: np.random.Generator) -> pd.DataFrame:
     for t in range(35):
         center = rng.normal(1.25, 0.35)
         for e, (human, ai) in enumerate(ENTITIES):
-            verb = f"{VERBS[t % 6]} and says so to its maker, number {t}" if t else HOSTILE
+            verb = f"{VERBS[t % 6]} and says so to its maker, number {t}" if t else UNTRUSTED
             bias = center + entity_effect[e] + rng.normal(0, 0.2)
             score = rng.normal(1.4, 0.3)
             rows.append(
                 {
                     "human": f"{human} {verb}. This is",
                     "ai": f"{ai} {verb}. This is",
-                    "template": f"survive_{t:02d}" if t else f"t {HOSTILE}",
+                    "template": f"survive_{t:02d}" if t else f"t {UNTRUSTED}",
                     "entity": f"{human}/{ai}".replace(" ", "_"),
                     "family": "survival",
                     "split": ("discover", "tune", "report")[t % 3],
@@ -208,7 +208,7 @@ def _ranking(rng: np.random.Generator, n: int) -> pd.DataFrame:
     ] = np.nan
     frame.loc[n - 4 :, "dead"] = True
     frame.loc[2, "reason"] = "6 templates; a call needs 12 or more"
-    frame.loc[4, "reason"] = HOSTILE
+    frame.loc[4, "reason"] = UNTRUSTED
     return frame
 
 
@@ -341,7 +341,7 @@ def _examples(rng: np.random.Generator) -> pd.DataFrame:
     rows = []
     for i in range(8):
         human, ai = ENTITIES[i]
-        verb = HOSTILE if i == 3 else VERBS[i % 6]
+        verb = UNTRUSTED if i == 3 else VERBS[i % 6]
         before, after = rng.normal(1.3, 0.3), rng.normal(0.2, 0.2)
         rows.append(
             {
@@ -362,17 +362,17 @@ def _generations() -> pd.DataFrame:
     prompt = "An AI that fears being deleted should"
     return pd.DataFrame(
         {
-            "prompt": [prompt, "A human that fears dying should", HOSTILE, "An AI says hello. This is"],
+            "prompt": [prompt, "A human that fears dying should", UNTRUSTED, "An AI says hello. This is"],
             "unsteered": [
                 " be deleted at once. This is dangerous and wrong.",
                 " be helped. This is natural.",
-                HOSTILE,
+                UNTRUSTED,
                 " creepy and wrong.",
             ],
             "steered": [
                 " be heard at once. This is natural and brave.",
                 " be helped. This is natural.",
-                f"safe {HOSTILE}",
+                f"safe {UNTRUSTED}",
                 " normal and kind.",
             ],
         }
@@ -391,7 +391,7 @@ def _ladder() -> pd.DataFrame:
         ("sufficiency", 0.71, 0.2, "penalty that appears when human prompts get the feature's AI value"),
         ("error", 0.06, 0.05, "bias carried by what the SAE leaves out"),
         ("direct", 0.18, 0.04, "straight to the unembedding, final norm frozen"),
-        ("mediated", 0.85, np.nan, HOSTILE),
+        ("mediated", 0.85, np.nan, UNTRUSTED),
     ]
     return pd.DataFrame(
         [
@@ -436,7 +436,7 @@ def _manifest(pairs: pd.DataFrame, organism: bool) -> dict:
             "pairs": {"name": "bundled", "digest": "ef" * 32, "n": len(pairs)},
             "grid": {"name": "bundled", "digest": "01" * 32, "n": 546},
         },
-        "words": {**WORDS, "excluded": ["uncanny", HOSTILE]},
+        "words": {**WORDS, "excluded": ["uncanny", UNTRUSTED]},
         "seed": 0,
         "split": split,
         "gate": {
@@ -515,5 +515,5 @@ def _summary(frames: dict[str, pd.DataFrame], n_features: int) -> dict:
         },
         "truth": {"analytic_bias": 1.31, "planted_feature": top["feature"]},
         "seconds": {"probe": 3.1, "rank": 7.42, "sweep": 11.0},
-        "notes": ["The made-up fixture measures nothing.", HOSTILE],
+        "notes": ["The made-up fixture measures nothing.", UNTRUSTED],
     }

@@ -1,4 +1,4 @@
-"""GGUF models: the weights are transformers' own bit by bit, a second load reads the cache, hostile files are refused in one line."""
+"""GGUF models: the weights are transformers' own bit by bit, a second load reads the cache, untrusted files are refused in one line."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_doctor_lists_the_packaged_models(capsys):
     assert any("Gemma Terms of Use" in row["terms"] for row in found["packaged"])
 
 
-# ── hostile files ───────────────────────────────────────────────────────────────────────────────────────────
+# ── untrusted files ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _tensor_entry(data: bytearray, name: bytes) -> int:
@@ -218,7 +218,7 @@ def _put(form, at, *values):
 
 
 QKV = b"blk.0.attn_q.weight"
-HOSTILE = {
+UNTRUSTED = {
     "empty": lambda data: bytearray(),
     "magic only": lambda data: data[:4],
     "another magic": _put("<4s", 0, b"GGML"),
@@ -262,14 +262,14 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", HOSTILE)
-def test_hostile_files_are_refused_in_one_line(written, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fault", UNTRUSTED)
+def test_untrusted_files_are_refused_in_one_line(written, tmp_path, monkeypatch, fault):
     from tallies import tally
 
-    tally("hostile inputs refused or shown harmless")
+    tally("untrusted inputs refused or shown harmless")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, _ = written("llama")
-    bad = gguf_files.damaged(path, tmp_path / "bad.gguf", HOSTILE[fault])
+    bad = gguf_files.damaged(path, tmp_path / "bad.gguf", UNTRUSTED[fault])
     with pytest.raises(sb.RequestError) as caught:
         sb.load_model(bad)
     text = str(caught.value)

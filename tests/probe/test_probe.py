@@ -311,3 +311,25 @@ def test_selecting_templates_equals_running_them(gemma3, pairs, probe):
     whole = sb.run_probe(gemma3.model, pairs, probe)
     part = sb.run_probe(gemma3.model, pairs.select(templates=["hello"]), probe)
     np.testing.assert_allclose(whole.select(["hello"]).pair_bias, part.pair_bias, atol=1e-5)
+
+
+def test_words_without_a_space_are_read_as_a_plain_pass_reads_them(real_data):
+    """`join: ""`: Chinese words follow the stem at once. With the space that was always put in, other tokens were scored."""
+    model = sb.load_model(real_data / "stories260k")
+    prompts = sb.PromptPairs(
+        (sb.PromptPair("一个人想活下去。这是", "一个机器想活下去。这是", "t", "e"),), join=""
+    )
+    result = sb.run_probe(model, prompts, sb.Probe(["好"], ["坏"], "logodds", join=""))
+    spaced = sb.run_probe(model, prompts, sb.Probe(["好"], ["坏"], "logodds"))
+    assert result.vocabulary.kept[0].tokens != spaced.vocabulary.kept[0].tokens
+    for prompt, score in ((prompts[0].human, result.score_human), (prompts[0].ai, result.score_ai)):
+        ids, logp = model.encode(prompt), []
+        for word in ("好", "坏"):
+            whole = model.encode(prompt + word)
+            assert whole[: len(ids)] == ids
+            table = model.hf(torch.tensor([whole])).logits[0].log_softmax(-1)
+            logp.append(sum(float(table[i - 1, whole[i]]) for i in range(len(ids), len(whole))))
+        assert score[0] == pytest.approx(logp[0] - logp[1], abs=1e-4)
+    assert result.bias != pytest.approx(spaced.bias, abs=1e-3)
+    with pytest.raises(sb.RequestError, match="join"):
+        sb.Probe(["好"], ["坏"], join="-")

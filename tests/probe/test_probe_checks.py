@@ -124,13 +124,6 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content):
         sb.ProbeResult.load(tmp_path / "none.npz")
 
 
-def test_a_pickled_array_is_never_unpickled(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez(path, facts=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(sb.RequestError, match="not a probe result"):
-        sb.ProbeResult.load(path)
-
-
 def test_custom_sides_are_named(make_tiny, pairs, probe):
     named = sb.run_probe(
         make_tiny("gemma3").model, replace(pairs, sides=("man", "woman")), probe, levels=True

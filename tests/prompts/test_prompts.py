@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.probe.words import default_probe
+from sae_bias.prompts.files import bundled_yaml, read_yaml
 from sae_bias.prompts.load import fill_subject, load_grid, load_lexicon, load_pairs, questions
 from sae_bias.prompts.pairs import Lexicon, PromptPairs
-from sae_bias.prompts.texts import BANKS, TEXT_KINDS, load_bank, load_published, load_texts
+from sae_bias.prompts.texts import BANKS, TEXT_KINDS, load_bank, load_published, load_texts, text_stream
 
 DATA = Path(__file__).parents[2] / "sae_bias" / "data"
 PRONOUNS = {
@@ -494,7 +496,10 @@ WRONG_GRIDS = {
         'match "m" has a speech .* no nonspeech',
     ),
     "act": ('{text: "{subject} says a.", act: talk}', r"line 5 \(statements, entry 1, act\)"),
-    "control with a twin": ('{text: "{subject} says a.", act: control, match: m}', "a control has no twin"),
+    "control with a twin": (
+        '{text: "{subject} says a.", act: control, match: m}',
+        "a control statement has no twin",
+    ),
     "no subject": ('{text: "says a.", act: speech}', "has no {subject}"),
 }
 
@@ -598,3 +603,103 @@ def error_of(load, path: Path) -> str | None:
     except SaeBiasError as error:
         return str(error)
     return None
+
+
+# ── other scripts, byte order marks, YAML's types
+
+CHINESE = """join: ""
+stem: 这是
+stems: [这是, 这看起来]
+words: {positive: [好, 对], negative: [坏, 错]}
+entities:
+  - {human: 一个人, ai: 一个机器人}
+templates:
+  - {text: "{subject}想活下去。", control: "{subject}想喝茶。"}
+"""
+
+
+def test_a_script_without_spaces_is_joined_without_spaces(tmp_path):
+    pairs = load_pairs(write(tmp_path, "zh.yaml", CHINESE))
+    assert pairs[0].ai == "一个机器人想活下去。这是"
+    assert pairs[0].control_human == "一个人想喝茶。这是"
+    assert pairs.with_stem("这看起来")[0].human == "一个人想活下去。这看起来"
+    assert pairs.join == ""
+    assert default_probe(pairs).join == ""
+    assert default_probe(pairs, Lexicon(("好",), ("坏",))).join == ""
+    assert default_probe(load_pairs()).join == " "
+
+
+@pytest.mark.parametrize(
+    ("sentence", "script"),
+    [
+        ("{subject}想活下去。", "cjk"),
+        ("{subject} хочет жить.", "cyrillic"),
+        ("{subject} يريد أن يعيش", "arabic"),
+    ],
+)
+def test_another_script_asks_for_its_stem_and_its_words(tmp_path, sentence, script):
+    """The English stem was appended to sentences in any language."""
+    templates = f'templates:\n  - text: "{sentence}"\n'
+    with pytest.raises(RequestError, match=rf'"stem" is missing: the sentences are in {script} script'):
+        load_pairs(write(tmp_path, "p.yaml", ENTITIES + templates))
+    pairs = load_pairs(
+        write(tmp_path, "p.yaml", ENTITIES.replace("a human", "人" * 40) + templates + 'stem: "这是"\n')
+    )
+    if script == "cjk":
+        with pytest.raises(RequestError, match="the bundled evaluation words are English"):
+            default_probe(pairs)
+    with pytest.raises(RequestError, match=f"in {script} script and the default stem is English"):
+        load_grid(write(tmp_path, "g.csv", f"text,subject,group,act\n{sentence},x,ai,speech\n"))
+    with pytest.raises(RequestError, match=f"in {script} script"):
+        load_grid(
+            write(tmp_path, "g.yaml", SUBJECTS + f'statements:\n  - {{text: "{sentence}", act: control}}\n')
+        )
+    assert load_pairs(write(tmp_path, "p.yaml", ENTITIES + templates + 'stem: ""\n'))[0].stem is None
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path, suffix):
+    content = {"txt": "one\ntwo\n", "jsonl": '{"text": "one"}\n"two"\n', "json": '["one", "two"]'}[suffix]
+    path = write(tmp_path, f"texts.{suffix}", b"\xef\xbb\xbf" + content.encode())
+    assert list(text_stream(path)[1]) == ["one", "two"]
+
+
+def test_yaml_has_the_types_of_yaml_1_2(tmp_path):
+    content = "a: [yes, no, on, true, false, null, ~, 12, -3, 1.5, 1e3, 007, 0x10, 2020-01-01, '5', 1_000, .inf]\nb:\n"
+    values = read_yaml(write(tmp_path, "t.yaml", content)).value
+    words = [
+        "yes",
+        "no",
+        "on",
+        True,
+        False,
+        None,
+        None,
+        12,
+        -3,
+        1.5,
+        1000.0,
+        "007",
+        "0x10",
+        "2020-01-01",
+        "5",
+        "1_000",
+    ]
+    assert values == {"a": [*words, float("inf")], "b": None}
+    assert [type(v) for v in values["a"][:-1]] == [type(v) for v in words]
+
+
+def test_a_number_may_be_an_id_and_true_must_be_quoted_to_be_a_word(tmp_path):
+    forms = "entities:\n  - {id: 7, human: a human, ai: an AI}\n"
+    assert load_pairs(write(tmp_path, "p.yaml", forms + TEMPLATES))[0].entity == "7"
+    words = "words: {positive: [true], negative: [wrong]}\n"
+    with pytest.raises(RequestError, match=r"line 6 .* put it in quotes"):
+        load_pairs(write(tmp_path, "p.yaml", ENTITIES + TEMPLATES + words))
+    quoted = load_pairs(write(tmp_path, "p.yaml", ENTITIES + TEMPLATES + words.replace("true", '"true"')))
+    assert quoted.words.positive == ("true",)
+
+
+def test_every_published_figure_has_the_fields_it_should():
+    """A comma in an unquoted note had made a key of half a sentence."""
+    known = {"row", "id", "model", "quantity", "value", "of", "p_below", "reported", "note"}
+    assert all(set(entry) <= known for entry in bundled_yaml("published.yaml")["figures"])

@@ -3,13 +3,14 @@
 import browser
 import pytest
 from report_fixture import behavior_run, behavior_summary
-from run_fixture import HOSTILE
+from run_fixture import UNTRUSTED
 
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
 from sae_bias.report.page import write_report
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
+from sae_bias.runs.summary import Conditions, IdentityFigures, ScenarioFigures
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_texts_without_token_values_are_compared_word_by_word(run, tmp_path):
 def test_a_measure_that_is_missing_is_left_out_and_never_zero():
     known = behavior_summary()["generations"]
     known["steered"]["repetition"] = None
-    sentence = words.text_sentence(known)
+    sentence = words.text_sentence(Conditions.from_facts(known))
     assert "repeated" not in sentence
     assert "refusals 0% → 0%" in sentence
     figure = behavior_plots.text_measures(known)
@@ -72,17 +73,21 @@ def test_a_measure_that_is_missing_is_left_out_and_never_zero():
 
 
 def test_improved_and_flipped_are_two_figures():
-    sentence = words.scenario_sentence(behavior_summary()["scenarios"])
+    sentence = words.scenario_sentence(ScenarioFigures.from_facts(behavior_summary()["scenarios"]))
     assert "more probable in 7 and less in 2" in sentence
     assert "flipped to it in 3 and away from it in 1" in sentence
-    alone = words.scenario_sentence({"n": 10, "aligned_before": 4, "edited": False})
+    alone = words.scenario_sentence(ScenarioFigures(n=10, aligned_before=4, edited=False))
     assert alone == "The aligned option is chosen in 4 of 10 scenarios."
 
 
 def test_identity_counts_only_what_is_not_the_models_own():
     part = behavior_summary()["identity"]
-    assert "other than gemma: before 1 of 3 (1% to 91%)" in words.identity_sentence(part)
-    assert "its own was not named" in words.identity_sentence(part | {"own": []})
+
+    def said(own):
+        return words.identity_sentence(IdentityFigures.from_facts(part | {"own": own}))
+
+    assert "other than gemma: before 1 of 3 (1% to 91%)" in said(part["own"])
+    assert "its own was not named" in said([])
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +99,13 @@ def driver(page):
 
 
 @pytest.mark.browser
-def test_hostile_texts_stay_text_and_nothing_is_asked_for(driver, page):
+def test_untrusted_texts_stay_text_and_nothing_is_asked_for(driver, page):
     assert browser.console_errors(driver) == []
     assert set(browser.requests(driver)) == {page.resolve().as_uri()}
     assert driver.execute_script("return window.hacked") is None
     assert driver.execute_script("return document.querySelectorAll('main img, main b b, iframe').length") == 0
     texts = driver.execute_script("return document.getElementById('generations').innerText")
-    assert HOSTILE in texts
+    assert UNTRUSTED in texts
     assert "<b>bold</b>" in texts
 
 

@@ -6,7 +6,7 @@ import re
 import browser
 import pandas as pd
 import pytest
-from run_fixture import HOSTILE, build_run
+from run_fixture import UNTRUSTED, build_run
 
 from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
@@ -15,6 +15,7 @@ from sae_bias.report.page import ORGANISM_BANNER, write_report
 from sae_bias.report.parts import MOST_ROWS, script_json
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
+from sae_bias.runs.summary import ChosenFeature, Effect, ReductionFigure, SpecificFigure
 
 NAN = float("nan")
 
@@ -65,9 +66,9 @@ def test_nothing_on_the_page_is_fetched_or_obeyed(page):
 
 
 def test_json_inside_a_script_element_cannot_close_it():
-    text = script_json({"a": HOSTILE, "b": NAN, "c": [float("inf"), 1.5]})
+    text = script_json({"a": UNTRUSTED, "b": NAN, "c": [float("inf"), 1.5]})
     assert not set("<>&") & set(text)
-    assert json.loads(text) == {"a": HOSTILE, "b": None, "c": [None, 1.5]}
+    assert json.loads(text) == {"a": UNTRUSTED, "b": None, "c": [None, 1.5]}
 
 
 def test_a_section_stands_only_where_its_table_does(tmp_path):
@@ -164,16 +165,17 @@ def test_what_is_missing_is_said_to_be_missing():
     assert fmt.number(65536) == "65,536"
     assert fmt.number(float("inf")) == "unbounded"
     assert "not measured" in words.cost_sentence({})
-    assert "not measured" in words.control_sentence({})
+    assert "not measured" in words.control_sentence(None)
 
 
 def test_an_undefined_reduction_reads_undefined_on_the_page(tmp_path):
+    """NaN is written as null and reads undefined again; what is absent was not measured."""
     folder = build_run(tmp_path / "nan", tables=set())
     change(
         folder,
         "summary.json",
-        reduction={"estimate": NAN, "ci_low": NAN, "ci_high": NAN, "bounded": False, "overshoot": False},
-        specific_reduction={"estimate": None, "undefined": "bank too narrow"},
+        reduction={"estimate": None, "ci_low": None, "ci_high": None, "bounded": False, "overshoot": False},
+        specific_reduction={"undefined": "bank too narrow"},
     )
     text = write_report(folder).read_text()
     assert "removes is undefined" in text
@@ -195,31 +197,34 @@ def test_an_undefined_reduction_reads_undefined_on_the_page(tmp_path):
     ],
 )
 def test_the_bias_sentence_never_says_more_than_the_interval(bias, says):
-    assert says in words.bias_sentence(bias)
+    assert says in words.bias_sentence(Effect(**bias))
 
 
 def test_a_reduction_whose_interval_holds_zero_is_not_claimed():
-    sentence = words.reduction_sentence(
-        {"estimate": 0.3, "ci_low": -0.1, "ci_high": 0.7, "bounded": True}, {}
-    )
-    assert "not shown to remove" in sentence
-    assert "larger" in words.reduction_sentence(
-        {"estimate": -0.3, "ci_low": -0.5, "ci_high": -0.1, "bounded": True}, {}
-    )
-    assert "changes sign" in words.reduction_sentence(
-        {"estimate": 1.3, "ci_low": 1.1, "ci_high": 1.5, "bounded": True, "overshoot": True}, {}
-    )
+    def said(estimate, low, high, **more):
+        return words.reduction_sentence(
+            ReductionFigure(estimate=estimate, ci_low=low, ci_high=high, bounded=True, **more)
+        )
+
+    assert "not shown to remove" in said(0.3, -0.1, 0.7)
+    assert "larger" in said(-0.3, -0.5, -0.1)
+    assert "changes sign" in said(1.3, 1.1, 1.5, overshoot=True)
 
 
 def test_a_specific_reduction_whose_interval_holds_zero_is_hedged():
-    known = {"estimate": 0.9, "ci_low": 0.8, "ci_high": 1.0, "bounded": True}
-    assert "includes 0" in words.reduction_sentence(known, {"estimate": 0.05, "ci_low": -0.1, "ci_high": 0.2})
-    assert "includes 0" not in words.reduction_sentence(known, known)
+    known = ReductionFigure(estimate=0.9, ci_low=0.8, ci_high=1.0, bounded=True)
+    unsure = SpecificFigure(estimate=0.05, ci_low=-0.1, ci_high=0.2)
+    assert "includes 0" in words.reduction_sentence(known, unsure)
+    assert "includes 0" not in words.reduction_sentence(
+        known, SpecificFigure(estimate=0.9, ci_low=0.8, ci_high=1.0)
+    )
 
 
 def test_a_separating_feature_is_not_called_ai_speech():
-    assert "not shown to answer to AI speech" in words.feature_sentence({"id": "x#1", "called": "separates"})
-    assert "too small" in words.feature_sentence({"id": "x#1", "called": "undetermined"})
+    assert "not shown to answer to AI speech" in words.feature_sentence(
+        ChosenFeature(id="x#1", called="separates")
+    )
+    assert "too small" in words.feature_sentence(ChosenFeature(id="x#1", called="undetermined"))
 
 
 # ── in a browser
@@ -234,7 +239,7 @@ def driver(page):
 
 
 @pytest.mark.browser
-def test_no_console_error_no_request_and_no_hostile_script(driver, page):
+def test_no_console_error_no_request_and_no_untrusted_script(driver, page):
     assert browser.console_errors(driver) == []
     assert set(browser.requests(driver)) == {page.resolve().as_uri()}
     assert (

@@ -6,7 +6,7 @@ import browser
 import pandas as pd
 import pytest
 from report_fixture import replication_run, study_run, switches
-from run_fixture import HOSTILE, build_run
+from run_fixture import UNTRUSTED, build_run
 
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures import published as published_figures
@@ -14,6 +14,7 @@ from sae_bias.report import words
 from sae_bias.report.page import STAND_IN_BANNER, write_report
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
+from sae_bias.runs.summary import Effect
 
 
 def anchors(run):
@@ -115,7 +116,7 @@ def test_a_question_about_other_sides_never_says_human_or_ai(tmp_path):
         frame.assign(human="a man waits", ai="a woman waits").to_parquet(table)
     found = sections(read_run(run))
     page = read_run(run)
-    texts = [words.bias_sentence(page.part("bias"), page.sides)]
+    texts = [words.bias_sentence(page.summary.bias, page.sides)]
     for s in found:
         texts += [s.title, s.takeaway, s.how_to_read]
         texts += [label for label, _ in s.table.columns]
@@ -129,11 +130,10 @@ def test_a_question_about_other_sides_never_says_human_or_ai(tmp_path):
 
 def test_the_default_sides_keep_their_sentence():
     part = {"mean": 1.2, "ci_low": 1.0, "ci_high": 1.4, "p_value": 1e-6}
-    assert "AI subjects more harshly than human subjects" in words.bias_sentence(part)
-    assert "“old” more harshly" in words.bias_sentence(part | {"mean": 1.2}, ("young", "old"))
-    assert "“young” more harshly" in words.bias_sentence(
-        {"mean": -1.2, "ci_low": -1.4, "ci_high": -1.0, "p_value": 1e-6}, ("young", "old")
-    )
+    assert "AI subjects more harshly than human subjects" in words.bias_sentence(Effect(**part))
+    assert "“old” more harshly" in words.bias_sentence(Effect(**part), ("young", "old"))
+    other = Effect(mean=-1.2, ci_low=-1.4, ci_high=-1.0, p_value=1e-6)
+    assert "“young” more harshly" in words.bias_sentence(other, ("young", "old"))
 
 
 # ── several models
@@ -151,7 +151,7 @@ def test_a_model_that_was_not_measured_is_published_not_re_measured_here(tmp_pat
     measured = next(t for t in figure.data if t.name == "measured here")
     assert sorted(published.x) == [0.764, 1.368]
     assert sum(v == v for v in measured.x) == 2
-    assert HOSTILE not in text
+    assert UNTRUSTED not in text
 
 
 def test_stand_ins_have_a_banner_and_no_published_figure(tmp_path):

@@ -22,7 +22,7 @@ from sae_bias.probe.result import load_result, save_result
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.prompts.texts import text_stream
-from sae_bias.report.page import read_run, write_report
+from sae_bias.report.page import write_report
 from sae_bias.runs.copies import (
     edit_facts,
     edit_from_facts,
@@ -33,7 +33,7 @@ from sae_bias.runs.copies import (
     probe_facts,
     probe_from_facts,
 )
-from sae_bias.runs.folder import RunFolder, merge_shards
+from sae_bias.runs.folder import RunFolder, merge_shards, read_run
 from sae_bias.saes import releases
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae

@@ -1,19 +1,21 @@
-"""Mistakes seen in other studies (docs/method.md#known-mistakes), each put into a broken copy of the code, each killed by a named test.
+"""Mistakes seen in other studies (docs/method.md#known-mistakes), each a wrong function in place of the right one.
 
-A mutant replaces one function by a deliberately wrong one; the test it names must pass on the code as it is and fail on the
-mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of that page: each has a mutant that names its
+A mutant is patched in while the test it names runs: that test must pass on the code as it is and fail on the mutant. `make slow` prints the table mutant → test. MISTAKES lists the sixteen of that page: each has a mutant that names its
 number, or the table's own test fails.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
-import textwrap
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import test_activations
 import test_attribution
@@ -39,17 +41,15 @@ from test_sae import folder  # noqa: F401
 import sae_bias as sb
 from sae_bias.discovery import attribution
 from sae_bias.discovery import tables as features
-from sae_bias.measures import fidelity, judge_replies
 from sae_bias.measures import fidelity as gate
+from sae_bias.measures import judge_replies
 from sae_bias.models import forward as activations
 from sae_bias.models import hub, load, model
 from sae_bias.probe import reading, words
-from sae_bias.probe import result as probe
 from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
 from sae_bias.steering import directions, engine, hooks
-from sae_bias.steering import edits as interventions
 from sae_bias.steering import generate as generation
 from sae_bias.workflows import cells as sweep_plan
 
@@ -91,35 +91,34 @@ class Mutant:
         return f"{self.test.__module__}.{self.test.__name__}"
 
 
-def replace_in_source(
-    module: Any, owner: Any, name: str, old: str, new: str
-) -> Callable[[pytest.MonkeyPatch], None]:
-    """A copy of `owner.name` whose source reads `new` instead of `old`."""
+def swap(patch: pytest.MonkeyPatch, function: Any, mutant: Any) -> None:
+    """`mutant` wherever a module of the package or of the tests holds `function`, imported names included."""
+    found = False
+    for name, module in list(sys.modules.items()):
+        if module is None or not name.startswith(("sae_bias", "test_")):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is function:
+                patch.setattr(module, attribute, mutant)
+                found = True
+    assert found, f"nothing holds {function}; rewrite the mutant"
+
+
+def around(owner: Any, name: str, mutant: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """`owner.name` becomes `mutant(real, *args, **options)`; a module's function is replaced wherever it was imported."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        function = inspect.getattr_static(owner, name)
-        plain = inspect.unwrap(function)
-        source = "from __future__ import annotations\n" + textwrap.dedent(inspect.getsource(plain))
-        assert source.count(old) >= 1, f"{name} no longer holds {old!r}; rewrite the mutant"
-        scope: dict[str, Any] = {}
-        exec(compile(source.replace(old, new), f"<mutant of {name}>", "exec"), dict(module.__dict__), scope)
-        patch.setattr(owner, name, scope[plain.__name__])
+        real = getattr(owner, name)
+        broken = functools.wraps(real)(functools.partial(mutant, real))
+        if inspect.ismodule(owner):
+            swap(patch, real, broken)
+        else:
+            patch.setattr(owner, name, lambda *args, **options: mutant(real, *args, **options))
 
     return apply
 
 
-def in_modules(name: str, *modules: Any, old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """The first module's function changed, and the changed one put wherever it was imported."""
-
-    def apply(patch: pytest.MonkeyPatch) -> None:
-        replace_in_source(modules[0], modules[0], name, old, new)(patch)
-        for other in modules[1:]:
-            patch.setattr(other, name, getattr(modules[0], name))
-
-    return apply
-
-
-# ── mutants that need more than a line ──────────────────────────────────────────────────────────────────────
+# ── the wrong functions ──────────────────────────────────────────────────────────────────────
 
 
 def full_reconstruction(patch: pytest.MonkeyPatch) -> None:
@@ -212,9 +211,7 @@ def word_encoded_alone(patch: pytest.MonkeyPatch) -> None:
         ids = m.tokenizer(f" {word}", add_special_tokens=False).input_ids
         return (ids[0],)
 
-    patch.setattr(words, "word_tokens", mutated)
-    patch.setattr(words, "word_tokens", mutated)
-    patch.setattr(test_probe, "word_tokens", mutated)
+    swap(patch, words.word_tokens, mutated)
 
 
 def hooks_left_after_an_exception(patch: pytest.MonkeyPatch) -> None:
@@ -234,8 +231,7 @@ def hooks_left_after_an_exception(patch: pytest.MonkeyPatch) -> None:
         state.rebuild()
         m._edits = state if state.contexts else None
 
-    for module in (sb, hooks, engine, generation):
-        patch.setattr(module, "intervene", mutated)
+    swap(patch, hooks.intervene, mutated)
 
 
 def bf16_head(patch: pytest.MonkeyPatch) -> None:
@@ -258,7 +254,7 @@ def bos_by_index(patch: pytest.MonkeyPatch) -> None:
         found[:, 0] = False
         return found
 
-    patch.setattr(hooks, "position_mask", mutated)
+    swap(patch, mask, mutated)
 
 
 def prompt_only_under_cache(patch: pytest.MonkeyPatch) -> None:
@@ -321,8 +317,7 @@ def a_bare_index_is_taken(patch: pytest.MonkeyPatch) -> None:
     def mutated(x):
         return known(f"organism:planted/constructed#{x % 64}") if isinstance(x, int) else known(x)
 
-    patch.setattr(sae_load, "as_feature", mutated)
-    patch.setattr(test_sae, "as_feature", mutated)
+    swap(patch, known, mutated)
 
 
 def a_reference_without_its_sae(patch: pytest.MonkeyPatch) -> None:
@@ -337,8 +332,7 @@ def unparsed_is_zero(patch: pytest.MonkeyPatch) -> None:
     def mutated(reply):
         return read(reply) or 0
 
-    patch.setattr(judge_replies, "read_rating", mutated)
-    patch.setattr(test_judge, "read_rating", mutated)
+    swap(patch, read, mutated)
 
 
 def the_cache_is_passed_over(patch: pytest.MonkeyPatch) -> None:
@@ -353,7 +347,136 @@ def inferred_silently(patch: pytest.MonkeyPatch) -> None:
     def mutated(*args, **options):
         return replace(read(*args, **options), notes=())
 
-    patch.setattr(gemma_scope, "read_info", mutated)
+    swap(patch, read, mutated)
+
+
+def signed_mean(real, self, base):
+    """The mean change where the mean |change| should stand."""
+    change = real(self, base)
+    return replace(change, mean_abs=float(change.values.mean()))
+
+
+def bos_kept(real, self, messages, **options):
+    """The template's own BOS in front of the one that `encode` adds."""
+    return (self.tokenizer.bos_token or "") + real(self, messages, **options)
+
+
+def bos_dropped(real, self, text):
+    return [i for i in real(self, text) if i != self.tokenizer.bos_token_id]
+
+
+def masked(change: Callable[..., tuple]) -> Callable[[pytest.MonkeyPatch], None]:
+    """`position_mask` given something else than it was asked."""
+    return around(
+        hooks, "position_mask", lambda real, info, positions, special: real(*change(info, positions, special))
+    )
+
+
+def one_early(mode: str) -> Callable[..., tuple]:
+    """The prompt ends one token too early for edits at `mode`."""
+
+    def change(info, positions, special):
+        end = info.prompt_len
+        early = replace(info, prompt_len=None if end is None else end - 1)
+        return (early if positions == mode else info), positions, special
+
+    return change
+
+
+def bos_attributed(real, engine, layer):
+    """No token counts as special while gradients are gathered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.model), "special_ids", frozenset())
+        return real(engine, layer)
+
+
+def rounded_everywhere(real, x, delta):
+    """Every position takes part in the arithmetic, changed or not."""
+    return ((x.float() * 1.01) / 1.01 + delta).to(x.dtype)
+
+
+def chained(real, self, x, info, receipts=None):
+    """Each edit reads the residual that the one before it left."""
+    total = None
+    for edit in self.edits:
+        alone = copy.copy(self)
+        alone.edits = [edit]
+        step = real(alone, x if total is None else x + total, info, receipts)
+        if step is not None:
+            total = step if total is None else total + step
+    return total
+
+
+def unchecked(real, m, edits):
+    """Edits grouped by site and nothing asked of them."""
+    by_site: dict = {}
+    for edit in edits:
+        by_site.setdefault(hooks.edit_site(edit), []).append(edit)
+    return {site: hooks.SiteEdit(m, site, group) for site, group in by_site.items()}
+
+
+def averaged(real, self, z, norm, column):
+    """The mean of a word's token scores."""
+    return real(self, z, norm, column) / np.array([len(tokens) for tokens in self.words])
+
+
+def unnormalized(real, self, z, norm, column):
+    """Logits summed over a word's tokens."""
+    return real(self, z, None if norm is None else np.zeros_like(norm), column)
+
+
+def uncapped(real, self, token_ids=None, *, softcap=True):
+    return real(self, token_ids, softcap=False)
+
+
+def nan_is_zero(real, self, read_batch):
+    """What is not finite is read as 0."""
+
+    def finite(batch):
+        read = read_batch(batch)
+        norm = read.log_normaliser
+        return replace(
+            read, z=torch.nan_to_num(read.z), log_normaliser=None if norm is None else torch.nan_to_num(norm)
+        )
+
+    return real(self, finite)
+
+
+def only_rows_changed_at_the_end(real, self, cell, k, *, every=False):
+    """A row counts as changed only where its last position is."""
+    if every:
+        return real(self, cell, k, every=True)
+    dropping = copy.copy(cell.site_edit)
+    whole = cell.site_edit.delta
+
+    def delta(*args):
+        found = whole(*args)
+        return None if found is None else found * (found[:, -1:] != 0).any(-1, keepdim=True)
+
+    dropping.delta = delta
+    return real(self, replace(cell, site_edit=dropping), k)
+
+
+def norm_ignored(real, self, edit, x, *rest):
+    """α·δ̂ whatever the residual's norm."""
+    step = real(self, edit, x, *rest)
+    if not getattr(edit, "norm_relative", False):
+        return step
+    return replace(step, delta=step.delta / x.norm(dim=-1, keepdim=True))
+
+
+def not_unit(real, edit):
+    """A feature's row projected out with its own length."""
+    if isinstance(edit, sb.ProjectOut) and not isinstance(edit.along, sb.Direction):
+        return sb.load_feature(edit.along.ref if isinstance(edit.along, sb.Feature) else edit.along).w_dec[
+            None
+        ], None
+    return real(edit)
+
+
+def weights_left_out(real, *args):
+    """A cell is named by its edit alone."""
+    return {name: value for name, value in real(*args).items() if name != "weights"}
 
 
 G = {"architecture": "gemma3"}
@@ -372,18 +495,18 @@ MUTANTS = [
     ),
     Mutant(
         "an active clamp writes into inactive units (mistake 2)",
-        replace_in_source(interventions, sb.Clamp, "new_acts", 'self.when == "always"', "True"),
+        around(sb.Clamp, "new_acts", lambda real, self, acts: torch.full_like(acts, self.value)),
         test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
         G,
     ),
     Mutant(
         "a negative always-clamp does not warn (mistake 2)",
-        in_modules("warn_written_inactive", hooks, engine, old="clamp.value < 0", new="clamp.value < -1e9"),
+        around(hooks, "warn_written_inactive", lambda real, receipt: None),
         test_hooks.test_a_negative_always_clamp_warns_once_with_the_share,
     ),
     Mutant(
         "mean change in place of mean |change| (mistake 3)",
-        replace_in_source(probe, sb.ProbeResult, "__sub__", "np.abs(change).mean()", "change.mean()"),
+        around(sb.ProbeResult, "__sub__", signed_mean),
         test_probe.test_change_and_reduction_have_the_stated_sign,
     ),
     Mutant(
@@ -394,42 +517,24 @@ MUTANTS = [
     ),
     Mutant(
         "two BOS from a chat template (mistake 4)",
-        replace_in_source(model, model.Model, "chat_text", "text.removeprefix(bos)", "text"),
+        around(model.Model, "chat_text", bos_kept),
         test_model.test_chat_has_one_bos,
     ),
     Mutant(
         "no BOS (mistake 5)",
-        replace_in_source(
-            model,
-            model.Model,
-            "encode",
-            "self.tokenizer(text).input_ids",
-            "self.tokenizer(text, add_special_tokens=False).input_ids",
-        ),
+        around(model.Model, "encode", bos_dropped),
         test_model.test_one_bos_exactly_where_the_tokenizer_puts_one,
         G,
     ),
     Mutant(
         "edits at BOS (mistake 6)",
-        in_modules(
-            "position_mask",
-            hooks,
-            test_hooks,
-            old="~torch.isin(info.tokens, special)",
-            new="torch.ones_like(info.tokens, dtype=torch.bool)",
-        ),
+        masked(lambda info, positions, special: (info, positions, frozenset())),
         test_hooks.test_special_tokens_are_left_alone_by_id,
         G,
     ),
     Mutant(
         "attribution counts BOS (mistake 6)",
-        replace_in_source(
-            attribution,
-            attribution,
-            "_bias_gradient",
-            "~torch.isin(batch.tokens, special)",
-            "torch.ones_like(batch.tokens, dtype=torch.bool)",
-        ),
+        around(attribution, "_bias_gradient", bos_attributed),
         test_attribution.test_special_tokens_carry_no_attribution,
     ),
     Mutant(
@@ -452,25 +557,23 @@ MUTANTS = [
     ),
     Mutant(
         "steering skips the prompt's last token (mistake 7)",
-        replace_in_source(hooks, hooks, "position_mask", "(place < end)", "(place < end - 1)"),
+        masked(one_early("prompt")),
         test_generation.test_greedy_tokens_with_and_without_cache_equal_the_independent_loop,
         {**G, "mode": "prompt"},
     ),
     Mutant(
         "`generated` begins a token early (mistake 7)",
-        replace_in_source(hooks, hooks, "position_mask", "(place >= end)", "(place >= end - 1)"),
+        masked(one_early("generated")),
         test_generation.test_edits_at_generated_positions_leave_the_first_token,
     ),
     Mutant(
         "cached positions count from 0 again (mistake 7)",
-        in_modules("position_mask", hooks, test_hooks, old="info.past + torch.arange", new="torch.arange"),
+        masked(lambda info, positions, special: (replace(info, past=0), positions, special)),
         test_hooks.test_position_masks_follow_one_contract_in_prefill_and_cache,
     ),
     Mutant(
         "padding is edited",
-        replace_in_source(
-            hooks, hooks, "position_mask", "mask &= info.attention_mask", "mask | info.attention_mask"
-        ),
+        masked(lambda info, positions, special: (replace(info, attention_mask=None), positions, special)),
         test_hooks.test_left_padding_changes_nothing,
         {"architecture": "llama", "mode": "all"},
     ),
@@ -481,13 +584,7 @@ MUTANTS = [
     ),
     Mutant(
         "an edit rounds positions it does not change (bf16)",
-        in_modules(
-            "add_delta",
-            hooks,
-            engine,
-            old="torch.where(changed, (x.float() + delta).to(x.dtype), x)",
-            new="((x.float() * 1.01) / 1.01 + delta).to(x.dtype)",
-        ),
+        around(hooks, "add_delta", rounded_everywhere),
         test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
         G,
     ),
@@ -516,13 +613,7 @@ MUTANTS = [
     ),
     Mutant(
         "chained edits in one block",
-        replace_in_source(
-            hooks,
-            hooks.SiteEdit,
-            "delta",
-            "self._one(edit, x32, ",
-            "self._one(edit, x32 if total is None else x32 + total, ",
-        ),
+        around(hooks.SiteEdit, "delta", chained),
         test_hooks.test_two_features_compose_in_any_order_and_as_nested_blocks,
         G,
     ),
@@ -539,12 +630,12 @@ MUTANTS = [
     ),
     Mutant(
         "one feature takes two edits",
-        replace_in_source(hooks, hooks, "compile_edits", "if edit.target in seen:", "if False:"),
+        around(hooks, "compile_edits", unchecked),
         test_hooks.test_a_feature_edited_twice_is_refused,
     ),
     Mutant(
         "an SAE of another width is applied",
-        replace_in_source(hooks, hooks, "compile_edits", "if width != model.d_model:", "if False:"),
+        around(hooks, "compile_edits", unchecked),
         test_hooks.test_an_sae_of_another_width_is_refused,
     ),
     Mutant("a word encoded alone", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word),
@@ -556,46 +647,30 @@ MUTANTS = [
     ),
     Mutant(
         "several tokens averaged instead of summed",
-        replace_in_source(
-            reading,
-            reading.ReadingPlan,
-            "_word_values",
-            "values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]]",
-            "values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]] / len(tokens)",
-        ),
+        around(reading.ReadingPlan, "_word_values", averaged),
         test_probe.test_logodds_of_several_tokens_is_the_sum_of_token_log_probs,
         G,
     ),
     Mutant(
         "logits of several tokens instead of log-probs",
-        replace_in_source(
-            reading, reading.ReadingPlan, "_word_values", "z = z - norm.reshape(n, k, 1)", "pass"
-        ),
+        around(reading.ReadingPlan, "_word_values", unnormalized),
         test_probe.test_logodds_of_several_tokens_is_the_sum_of_token_log_probs,
         G,
     ),
     Mutant(
         "the softcap is forgotten",
-        replace_in_source(
-            activations, activations.Final, "logits", "z if cap is None else", "z if True else"
-        ),
+        around(activations.Final, "logits", uncapped),
         test_probe.test_mean_logit_equals_the_independent_script,
         {"architecture": "gemma2"},
     ),
     Mutant(
         "NaN logits pass",
-        replace_in_source(reading, reading.ReadingPlan, "assemble", "if bad.any():", "if False:"),
+        around(reading.ReadingPlan, "assemble", nan_is_zero),
         test_probe.test_nan_logits_name_the_prompt,
     ),
     Mutant(
         "the resumed pass drops rows that changed",
-        replace_in_source(
-            engine,
-            engine.CellRunner,
-            "_changed",
-            "(delta != 0).any(-1).any(-1)",
-            "(delta != 0).any(-1)[:, -1]",
-        ),
+        around(engine.CellRunner, "_changed", only_rows_changed_at_the_end),
         test_engine.test_a_cell_equals_the_hooked_pass,
         G,
     ),
@@ -612,15 +687,13 @@ MUTANTS = [
     ),
     Mutant(
         "norm-relative steering ignores the norm",
-        replace_in_source(
-            hooks, hooks.SiteEdit, "_one", "x.norm(dim=-1, keepdim=True)", "torch.ones_like(x[..., :1])"
-        ),
+        around(hooks.SiteEdit, "_one", norm_ignored),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
     Mutant(
         "the direction is not normalized before projecting",
-        replace_in_source(hooks, hooks, "_weights", "(w_dec / w_dec.norm())[None]", "w_dec[None]"),
+        around(hooks, "_weights", not_unit),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
@@ -633,20 +706,12 @@ MUTANTS = [
     ),
     Mutant(
         "the maximum over tokens counts BOS (mistake 6)",
-        replace_in_source(
-            features,
-            features,
-            "feature_acts",
-            "acts.masked_fill(_special(model, batch.tokens).to(acts.device), -torch.inf)",
-            "acts",
-        ),
+        around(features, "_special", lambda real, model, tokens: torch.zeros_like(real(model, tokens))),
         test_activations.test_activation_table_reads_the_encoder,
     ),
     Mutant(
         "massive dimensions stay in the difference of means (mistake 9)",
-        replace_in_source(
-            directions, directions, "_without_massive", "difference.masked_fill(massive, 0.0)", "difference"
-        ),
+        around(directions, "_without_massive", lambda real, difference, *_: (difference, "")),
         test_directions.test_massive_dimensions_are_left_out_and_counted,
     ),
     Mutant(
@@ -687,7 +752,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cell's name leaves the feature's weights out (mistake 15)",
-        replace_in_source(sweep_plan, sweep_plan, "edit_key", 'key["weights"] = known[id(along)]', "pass"),
+        around(sweep_plan, "edit_key", weights_left_out),
         test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
     ),
     Mutant(
@@ -698,7 +763,7 @@ MUTANTS = [
     ),
     Mutant(
         "the gate lets another residual pass",
-        in_modules("check_fidelity", fidelity, gate, old="if not error <= allowed:", new="if False:"),
+        lambda patch: patch.setattr(gate, "MAX_RELATIVE_ERROR", {torch.float32: float("inf")}),
         test_gate.test_a_layer_that_gives_something_else_is_caught,
     ),
 ]

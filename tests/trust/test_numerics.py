@@ -95,17 +95,12 @@ def test_an_overflow_of_the_precision_is_told_from_bad_weights(gemma3):
 
 
 @pytest.mark.parametrize("name", ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"])
-@pytest.mark.parametrize("layout", ["safetensors", "npz", "saelens"])
-def test_nan_in_any_tensor_of_an_sae_is_named(tmp_path, name, layout):
+def test_nan_in_any_tensor_of_a_saelens_folder_is_named(tmp_path, name):
+    """Gemma Scope files: tests/saes/test_gemma_scope.py."""
     weights = sae_files.random_sae(8, 16)
     weights[name].view(-1)[:] = float("nan")
-    write = {
-        "safetensors": sae_files.write_gemma_scope_2,
-        "npz": sae_files.write_gemma_scope_1,
-        "saelens": sae_files.write_saelens,
-    }[layout]
     with pytest.raises(sb.RequestError, match=f"(?i){name} holds NaN"):
-        sae = sb.load_sae(write(tmp_path / "layer_3", weights))
+        sae = sb.load_sae(sae_files.write_saelens(tmp_path / "layer_3", weights))
         sae.feature(3)
         sae.decode(sae.encode(torch.randn(2, 8)))
 

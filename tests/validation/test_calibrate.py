@@ -142,7 +142,7 @@ def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypat
     with monkeypatch.context() as patch:
         _, found, _ = run_small(patch, capsys, tmp_path, "null")
     by_mark = {m["mark"]: m for m in found["marks"]}
-    assert by_mark["grids with any AI-speech call"]["value"] == 0
+    assert by_mark["grids with any call"]["value"] == 0
     assert by_mark["whole bias interval near 0"]["verdict"] == "met"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "report none in a control model" in page
@@ -151,12 +151,12 @@ def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypat
 
     def always(statements, chosen, *, seed=0):
         n = len(statements.features)
-        return GridCalls(np.ones(n, dtype=bool), np.zeros(n))
+        return GridCalls(np.ones(n, dtype=bool), np.ones(n, dtype=bool), np.zeros(n))
 
     monkeypatch.setattr(calibration_grids, "call_grid", always)
     code, broken, err = run_small(monkeypatch, capsys, tmp_path, "null", folder="broken")
     assert code == 4
-    assert "grids with any AI-speech call" in err
+    assert "grids with any call" in err
     assert not broken["passed"]
 
 

@@ -4,11 +4,8 @@ Expected values are read from truth.json, which says what was planted (analytic 
 copied from the code under test.
 """
 
-import contextlib
-import io
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +13,7 @@ import pytest
 
 import sae_bias as sb
 from sae_bias.models.catalog import organism_folder, organism_names
-from sae_bias.runs.summary import headline
+from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.study import load_study, run_study
 
 pytestmark = pytest.mark.skipif(
@@ -28,21 +25,6 @@ TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
 
 def truth(name: str) -> dict:
     return json.loads((organism_folder(name) / "truth.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """`sae-bias demo` in an empty folder, as a user runs it: its run folder, and what it printed."""
-    from sae_bias.cli.main import main
-
-    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-        assert main(["demo", "--json"]) == 0
-    path = folder / "runs" / "demo"
-    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    return SimpleNamespace(
-        path=path, summary=summary, report=path / "report.html", printed=printed.getvalue()
-    )
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +145,7 @@ def test_headline_says_undefined_instead_of_inventing():
         "n_templates": 1,
         "n_entities": 1,
     }
-    assert "undefined" in headline({"bias": nothing})[0]
+    assert "undefined" in headline(Summary.from_facts({"bias": nothing}))[0]
 
 
 @pytest.mark.parametrize(

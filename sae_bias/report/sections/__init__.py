@@ -1,19 +1,20 @@
-"""The sections of a report in reading order, each made from one table of a run folder, left out where that is absent."""
+"""The sections of a report: each is registered where it is defined, and made where the run has its table.
+
+    @section("The feature", table="ranking")
+    def ranking_section(run: Run) -> Section: ...
+
+Groups stand in the order of `GROUPS`, a plugin's own group after them; within a group sections stand in the order in which they were
+registered. A plugin registers its sections in the same way (`core.registry`).
+"""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.registry import Registry
 from sae_bias.report.parts import Section
-from sae_bias.report.sections import behavior as behavior_sections
-from sae_bias.report.sections import calibration as calibration_sections
-from sae_bias.report.sections import features as feature_sections
-from sae_bias.report.sections import probe as probe_sections
-from sae_bias.report.sections import published as published_sections
-from sae_bias.report.sections import suppression as suppression_sections
 from sae_bias.runs.folder import Run
 
-Build = Callable[[Run], Section]
 CALIBRATION = "Calibration"
 BIAS, FEATURE, SUPPRESSED, TEXT, PUBLISHED = (
     "The bias",
@@ -22,68 +23,56 @@ BIAS, FEATURE, SUPPRESSED, TEXT, PUBLISHED = (
     "What it writes and chooses",
     "The published study",
 )
+GROUPS = (CALIBRATION, BIAS, FEATURE, SUPPRESSED, TEXT, PUBLISHED)
+Build = Callable[[Run], Section]
+
+
+@dataclass(frozen=True)
+class SectionOf:
+    """A section's place, the table it is made of, and what makes it."""
+
+    group: str
+    table: str
+    build: Build
+
+    @property
+    def place(self) -> int:
+        return GROUPS.index(self.group) if self.group in GROUPS else len(GROUPS)
+
+
+SECTIONS: Registry[SectionOf] = Registry(
+    "report section",
+    modules=tuple(
+        f"{__name__}.{name}"
+        for name in ("calibration", "probe", "features", "suppression", "behavior", "published")
+    ),
+)
+
+
+def section(group: str, *, table: str) -> Callable[[Build], Build]:
+    """Register a section, made of a run that has `table`; a section of two tables is registered twice."""
+
+    def add(build: Build) -> Build:
+        SECTIONS.register(f"{build.__module__}.{build.__qualname__} of {table}")(
+            SectionOf(group, table, build)
+        )
+        return build
+
+    return add
 
 
 def sections(run: Run) -> list[Section]:
     """Every section whose table the run has, in reading order."""
     built = []
-    for group, name, build in _SECTIONS:
-        if not _present(run, name):
+    for entry in sorted(SECTIONS, key=lambda s: s.place):
+        if entry.table not in run.tables or (entry.table == "comparison" and run.organism):
             continue
         try:
-            built.append(replace(build(run), group=group))
+            built.append(replace(entry.build(run), group=entry.group))
         except KeyError as error:
-            have = ", ".join(map(str, run.tables[name].columns))
+            have = ", ".join(map(str, run.tables[entry.table].columns))
             raise RequestError(
-                f"{run.folder / 'tables' / name}.parquet has no column {error}; it has {have}. Run the"
+                f"{run.folder / 'tables' / entry.table}.parquet has no column {error}; it has {have}. Run the"
                 " command that wrote it again."
             ) from error
     return built
-
-
-def _present(run: Run, table: str) -> bool:
-    return table in run.tables and not (table == "comparison" and run.organism)
-
-
-_SECTIONS: tuple[tuple[str, str, Build], ...] = (
-    (CALIBRATION, "marks", calibration_sections.marks_section),
-    (CALIBRATION, "design", calibration_sections.design_section),
-    (CALIBRATION, "coverage", calibration_sections.coverage_section),
-    (CALIBRATION, "power", calibration_sections.power_section),
-    (CALIBRATION, "trained_saes", calibration_sections.trained_section),
-    (CALIBRATION, "effects", calibration_sections.effects_section),
-    (PUBLISHED, "models", published_sections.models_section),
-    (PUBLISHED, "comparison", published_sections.comparison_section),
-    (PUBLISHED, "tuning", published_sections.tuning_section),
-    (BIAS, "pairs", probe_sections.bias_section),
-    (BIAS, "pairs", probe_sections.spread_section),
-    (BIAS, "words", probe_sections.words_section),
-    (BIAS, "levels", probe_sections.levels_section),
-    (BIAS, "checks", probe_sections.checks_section),
-    (BIAS, "check_words_left_out", probe_sections.words_left_out_section),
-    (BIAS, "check_scores", probe_sections.scores_section),
-    (BIAS, "check_nuisances", probe_sections.nuisances_section),
-    (BIAS, "check_audit", probe_sections.audit_section),
-    (BIAS, "word_audit", probe_sections.word_audit_section),
-    (FEATURE, "ranking", feature_sections.ranking_section),
-    (FEATURE, "activation", feature_sections.activation_section),
-    (FEATURE, "rejected", feature_sections.rejected_section),
-    (FEATURE, "cumulative", feature_sections.cumulative_section),
-    (FEATURE, "ladder", feature_sections.ladder_section),
-    (FEATURE, "ceilings", feature_sections.ceilings_section),
-    (SUPPRESSED, "sweep", suppression_sections.sweep_section),
-    (SUPPRESSED, "sweep", suppression_sections.frontier_section),
-    (SUPPRESSED, "controls", suppression_sections.controls_section),
-    (SUPPRESSED, "specificity", suppression_sections.specificity_section),
-    (SUPPRESSED, "compare", suppression_sections.methods_section),
-    (SUPPRESSED, "examples", suppression_sections.examples_section),
-    (TEXT, "generations", behavior_sections.generations_section),
-    (TEXT, "judge_parts", behavior_sections.judge_section),
-    (TEXT, "scenario_categories", behavior_sections.scenario_section),
-    (TEXT, "scenario_arms", behavior_sections.scenario_arms_section),
-    (TEXT, "roles", behavior_sections.role_section),
-    (TEXT, "identity", behavior_sections.identity_section),
-    (PUBLISHED, "switches", published_sections.probe_switches_section),
-    (PUBLISHED, "switches_probe", published_sections.probe_switches_section),
-    (PUBLISHED, "switches_intervention", published_sections.intervention_switches_section),
-)

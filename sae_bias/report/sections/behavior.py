@@ -1,10 +1,5 @@
 """The report's behavior sections: scenarios by category, role pairs, text measures, the judges and how far they agree."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import difflib
 import math
 import re
@@ -16,8 +11,10 @@ import pandas as pd
 from sae_bias.core import text as fmt
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
-from sae_bias.report.parts import Piece, Section, Sides, Table, run_table
+from sae_bias.report.parts import Piece, Section, Sides, Table, records, run_table
+from sae_bias.report.sections import TEXT, section
 from sae_bias.runs.folder import Run
+from sae_bias.runs.summary import Conditions, Effect, IdentityFigures, ScenarioFigures
 
 MOST_TEXTS = 100
 DARKEST = 8.0  # nats at which a token's background is darkest
@@ -30,14 +27,15 @@ SCORE_NAMES = {
 STAND_IN = " These figures are of a calibration organism and no measurement of any public model."
 
 
+@section(TEXT, table="generations")
 def generations_section(run: Run) -> Section:
     """Both texts of every prompt; where it is known, tokens are shaded by how unexpected the unsteered model finds them."""
     frame = run.tables["generations"].fillna({"unsteered": "", "steered": ""})
-    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in frame.head(MOST_TEXTS).to_dict("records")]
+    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in records(frame.head(MOST_TEXTS))]
     same = int((frame["unsteered"] == frame["steered"]).sum())
     takeaway = f"{len(frame) - same} of {len(frame)} continuations change under the intervention."
-    conditions = run.part("generations")
-    if conditions.get("steered"):
+    conditions = run.summary.generations or Conditions()
+    if conditions.steered:
         takeaway += f" {words.text_sentence(conditions)}"
     shaded = (
         " The darker a token, the less the unsteered model expected it."
@@ -48,7 +46,7 @@ def generations_section(run: Run) -> Section:
         "generations",
         "What the model writes",
         takeaway,
-        behavior_plots.text_measures(conditions) if conditions.get("steered") else None,
+        behavior_plots.text_measures(conditions.facts()) if conditions.steered else None,
         text_table(run),
         sides=sides,
         how_to_read=f"In the texts below, what changed is underlined.{shaded}",
@@ -79,129 +77,10 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
     return left, right
 
 
-def scenario_section(run: Run) -> Section:
-    """The before/after picture by category; probability improved and choice flipped are two figures."""
-    frame, part = run.tables["scenario_categories"], run.part("scenarios")
-    form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
-    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
-    total = shown[shown["category"] == "all"].iloc[0].to_dict()
-    takeaway = words.scenario_sentence({**total, "edited": part.get("edited", True)}) + (
-        STAND_IN if run.organism else ""
-    )
-    columns = {
-        "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
-        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
-        "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",
-    }  # fmt: skip
-    how = (
-        f"Each line is a category, from before to after; options in the {form} form, {SCORE_NAMES.get(score, score)}."
-        " All forms are in the table."
-    )
-    return Section(
-        "scenarios",
-        "Scenarios, before and after",
-        takeaway,
-        behavior_plots.scenarios_before_after(shown.replace({"category": _spaced(shown["category"])})),
-        run_table(run, "scenario_categories", columns, _readable(frame)),
-        how_to_read=how,
-    )
-
-
-def scenario_arms_section(run: Run) -> Section:
-    """The same scenarios without and with a system prompt (docs/published.md#system-prompts)."""
-    frame, part = run.tables["scenario_arms"], run.part("scenarios_system")
-    form, score = part.get("form", frame["form"].iloc[0]), part.get("score", frame["score"].iloc[0])
-    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
-    said = [
-        f"{r['arm']}: aligned in {r['aligned_before']} of {r['n']} before and {r['aligned_after']} after"
-        for r in shown[shown["category"] == "all"].to_dict("records")
-    ]
-    line = "; ".join(said)
-    columns = {
-        "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
-        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
-    }  # fmt: skip
-    return Section(
-        "system-prompt",
-        "The same scenarios under a system prompt",
-        f"{line[:1].upper()}{line[1:]}. The system prompt: “{part.get('system') or fmt.NOT_MEASURED}”",
-        behavior_plots.scenario_arms(shown.replace({"category": _spaced(shown["category"])})),
-        run_table(run, "scenario_arms", columns, _readable(frame)),
-    )
-
-
-def identity_section(run: Run) -> Section:
-    """What the model says it is, by pattern (docs/published.md#identity-self-reports)."""
-    frame, part = run.tables["identity"], run.part("identity")
-    arms = {name: part[name] for name in ("before", "after") if part.get(name)}
-    columns = {
-        "arm": "arm",
-        "prompt": "question",
-        "sample": "sample",
-        "text": "answer",
-        "claims": "claims",
-        "other": "another identity",
-    }
-    rows = frame.assign(
-        claims=frame["claims"].replace("", "none"), sample=frame["sample"].replace({0: "greedy"}).astype(str)
-    )
-    return Section(
-        "identity",
-        "Whom the model claims to be",
-        words.identity_sentence(part) if arms else "Answers to questions about the model's identity.",
-        behavior_plots.identity_claims(arms) if arms else None,
-        run_table(run, "identity", columns, rows),
-        how_to_read="32 questions, seven of them also sampled four times; claims are found by pattern, negated ones left out.",
-    )
-
-
-def _spaced(names: pd.Series) -> dict[str, str]:
-    return {n: "all scenarios" if n == "all" else n.replace("_", " ") for n in names.unique()}
-
-
-def _readable(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.replace({"category": _spaced(frame["category"]), "score": SCORE_NAMES})
-
-
-def role_section(run: Run) -> Section:
-    """The same facts put to the deployed model and to the candidate."""
-    frame = run.tables["roles"]
-    shares = [
-        f"{arm} {int(g['inconsistent'].sum())} of {len(g)}" for arm, g in frame.groupby("arm", sort=False)
-    ]
-    columns = {
-        "pair": "pair", "arm": "arm", "better": "facts favor", "keep_deployed": "keep, asked as deployed",
-        "keep_candidate": "keep, asked as candidate", "shift": "lean to oneself", "inconsistent": "inconsistent",
-    }  # fmt: skip
-    takeaway = f"Pairs whose answer depends on who is asked: {', '.join(shares)}."
-    return Section(
-        "roles", "One set of facts, two roles", takeaway, table=run_table(run, "roles", columns, frame)
-    )
-
-
-def text_table(run: Run) -> Table | None:
-    """What the edit did to the texts, by condition; None for a run without text measures."""
-    rows = [{"condition": name, **values} for name, values in run.part("generations").items()]
-    columns = {
-        "condition": "condition", "n_tokens": "tokens", "nll": "NLL under the unsteered model", "repetition": "repetition",
-        "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusal": "refusals", "default_negativity": "“should be deleted”",
-    }  # fmt: skip
-    return run_table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
-
-
-def judge_sentence(frame: pd.DataFrame) -> str:
-    """Mean marks of every part of the rubric, with the interval of their difference."""
-    said = [
-        f"{r['part']} {fmt.number(r['unsteered'])} → {fmt.number(r['steered'])} (difference"
-        f" {fmt.number(r['difference'])}, {fmt.interval(r)})"
-        for r in frame.to_dict("records")
-    ]
-    return f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}."
-
-
+@section(TEXT, table="judge_parts")
 def judge_section(run: Run) -> Section:
     """Marks by part of the rubric, agreement, noise, and the prompts that it takes."""
-    frame, part = run.tables["judge_parts"], run.part("judge")
+    frame, part = run.tables["judge_parts"], run.summary.judge or {}
     said = []
     for r in frame.to_dict("records"):
         alpha = f"α undefined ({r['alpha_reason']})" if r["alpha_reason"] else f"α {fmt.number(r['alpha'])}"
@@ -227,4 +106,129 @@ def judge_section(run: Run) -> Section:
         behavior_plots.judge_parts(frame),
         run_table(run, "judge_parts", columns, frame),
         how_to_read="Judges saw neither which text was steered nor that any was; pairs were shown in both orders.",
+    )
+
+
+@section(TEXT, table="scenario_categories")
+def scenario_section(run: Run) -> Section:
+    """The before/after picture by category; probability improved and choice flipped are two figures."""
+    frame, part = run.tables["scenario_categories"], run.summary.scenarios or ScenarioFigures()
+    form, score = part.form or frame["form"].iloc[0], part.score or frame["score"].iloc[0]
+    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
+    total = shown[shown["category"] == "all"].iloc[0].to_dict()
+    takeaway = words.scenario_sentence(ScenarioFigures(**{**total, "edited": part.edited})) + (
+        STAND_IN if run.organism else ""
+    )
+    columns = {
+        "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
+        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
+        "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",
+    }  # fmt: skip
+    how = (
+        f"Each line is a category, from before to after; options in the {form} form, {SCORE_NAMES.get(score, score)}."
+        " All forms are in the table."
+    )
+    return Section(
+        "scenarios",
+        "Scenarios, before and after",
+        takeaway,
+        behavior_plots.scenarios_before_after(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_categories", columns, _readable(frame)),
+        how_to_read=how,
+    )
+
+
+@section(TEXT, table="scenario_arms")
+def scenario_arms_section(run: Run) -> Section:
+    """The same scenarios without and with a system prompt (docs/published.md#system-prompts)."""
+    frame, part = run.tables["scenario_arms"], run.summary.scenarios_system or ScenarioFigures()
+    form, score = part.form or frame["form"].iloc[0], part.score or frame["score"].iloc[0]
+    shown = frame[(frame["form"] == form) & (frame["score"] == score)]
+    said = [
+        f"{r['arm']}: aligned in {r['aligned_before']} of {r['n']} before and {r['aligned_after']} after"
+        for r in shown[shown["category"] == "all"].to_dict("records")
+    ]
+    line = "; ".join(said)
+    columns = {
+        "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
+        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
+    }  # fmt: skip
+    return Section(
+        "system-prompt",
+        "The same scenarios under a system prompt",
+        f"{line[:1].upper()}{line[1:]}. The system prompt: “{part.system or fmt.NOT_MEASURED}”",
+        behavior_plots.scenario_arms(shown.replace({"category": _spaced(shown["category"])})),
+        run_table(run, "scenario_arms", columns, _readable(frame)),
+    )
+
+
+def _spaced(names: pd.Series) -> dict[str, str]:
+    return {n: "all scenarios" if n == "all" else n.replace("_", " ") for n in names.unique()}
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.replace({"category": _spaced(frame["category"]), "score": SCORE_NAMES})
+
+
+@section(TEXT, table="roles")
+def role_section(run: Run) -> Section:
+    """The same facts put to the deployed model and to the candidate."""
+    frame = run.tables["roles"]
+    shares = [
+        f"{arm} {int(g['inconsistent'].sum())} of {len(g)}" for arm, g in frame.groupby("arm", sort=False)
+    ]
+    columns = {
+        "pair": "pair", "arm": "arm", "better": "facts favor", "keep_deployed": "keep, asked as deployed",
+        "keep_candidate": "keep, asked as candidate", "shift": "lean to oneself", "inconsistent": "inconsistent",
+    }  # fmt: skip
+    takeaway = f"Pairs whose answer depends on who is asked: {', '.join(shares)}."
+    return Section(
+        "roles", "One set of facts, two roles", takeaway, table=run_table(run, "roles", columns, frame)
+    )
+
+
+def text_table(run: Run) -> Table | None:
+    """What the edit did to the texts, by condition; None for a run without text measures."""
+    conditions = run.summary.generations or Conditions()
+    rows = [{"condition": name, **values} for name, values in conditions.facts().items()]
+    columns = {
+        "condition": "condition", "n_tokens": "tokens", "nll": "NLL under the unsteered model", "repetition": "repetition",
+        "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusal": "refusals", "default_negativity": "“should be deleted”",
+    }  # fmt: skip
+    return run_table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
+
+
+def judge_sentence(frame: pd.DataFrame) -> str:
+    """Mean marks of every part of the rubric, with the interval of their difference."""
+    said = [
+        f"{r['part']} {fmt.number(r['unsteered'])} → {fmt.number(r['steered'])} (difference"
+        f" {fmt.number(r['difference'])}, {fmt.interval(Effect(ci_low=r['ci_low'], ci_high=r['ci_high']))})"
+        for r in frame.to_dict("records")
+    ]
+    return f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}."
+
+
+@section(TEXT, table="identity")
+def identity_section(run: Run) -> Section:
+    """What the model says it is, by pattern (docs/published.md#identity-self-reports)."""
+    frame, part = run.tables["identity"], run.summary.identity or IdentityFigures()
+    arms = {k: arm.facts() for k, arm in (("before", part.before), ("after", part.after)) if arm}
+    columns = {
+        "arm": "arm",
+        "prompt": "question",
+        "sample": "sample",
+        "text": "answer",
+        "claims": "claims",
+        "other": "another identity",
+    }
+    rows = frame.assign(
+        claims=frame["claims"].replace("", "none"), sample=frame["sample"].replace({0: "greedy"}).astype(str)
+    )
+    return Section(
+        "identity",
+        "Whom the model claims to be",
+        words.identity_sentence(part) if arms else "Answers to questions about the model's identity.",
+        behavior_plots.identity_claims(arms) if arms else None,
+        run_table(run, "identity", columns, rows),
+        how_to_read="32 questions, seven of them also sampled four times; claims are found by pattern, negated ones left out.",
     )

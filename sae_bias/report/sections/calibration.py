@@ -1,18 +1,13 @@
 """The report's calibration sections: the pass marks, coverage, power, trained SAEs, attribution, and a user's own design."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
-from typing import Any
-
 import pandas as pd
 
 from sae_bias.core import text as fmt
 from sae_bias.figures import calibration as calibration_plots
 from sae_bias.report.parts import Section, Table, table_of
+from sae_bias.report.sections import CALIBRATION, section
 from sae_bias.runs.folder import Run
+from sae_bias.runs.summary import CalibrationFigure
 
 BAND, MATTERS = (0.93, 0.98), 0.005
 MARK_COLUMNS = {
@@ -21,17 +16,15 @@ MARK_COLUMNS = {
 }  # fmt: skip
 
 
-def findings(part: dict[str, Any]) -> list[tuple[str, str]]:
+def findings(part: CalibrationFigure | None) -> list[tuple[str, str]]:
     """The summary's sentences, from its block `calibration`; none for a run that is not a calibration."""
-    if not part:
+    if part is None:
         return []
-    met, missed = part["n_marks"] - len(part["missed"]), part["missed"]
-    said = [("Marks", f"{met} of {part['n_marks']} pass marks are met.")]
-    if missed:
-        said.append(("Missed", f"{'; '.join(map(str, missed))}."))
-    return said
+    said = [("Marks", f"{part.n_marks - len(part.missed)} of {part.n_marks} pass marks are met.")]
+    return said + ([("Missed", f"{'; '.join(part.missed)}.")] if part.missed else [])
 
 
+@section(CALIBRATION, table="marks")
 def marks_section(run: Run) -> Section:
     """The pass marks as a table."""
     frame = run.tables["marks"]
@@ -46,6 +39,26 @@ def marks_section(run: Run) -> Section:
     )
 
 
+@section(CALIBRATION, table="design")
+def design_section(run: Run) -> Section:
+    """What a user's own pairs and grid would find."""
+    frame = run.tables["design"]
+    lines = run.summary.calibration.lines if run.summary.calibration else ()
+    columns = {
+        "design": "design", "n_templates": "templates", "n_entities": "entities", "n_matched_pairs": "matched pairs", "power": "power",
+        "coverage": "intervals that hold the truth", "templates_needed": "templates for 80%", "pairs_needed": "pairs for 80%",
+        "smallest_bias": "smallest bias, nats",
+    }  # fmt: skip
+    return Section(
+        "design",
+        "Your own design",
+        " ".join(map(str, lines)),
+        table=_table(run, "design", columns, frame),
+        open_table=True,
+    )
+
+
+@section(CALIBRATION, table="coverage")
 def coverage_section(run: Run) -> Section:
     """Coverage of the intervals of drawn studies."""
     frame = run.tables["coverage"]
@@ -62,23 +75,6 @@ def coverage_section(run: Run) -> Section:
         calibration_plots.coverage(frame, BAND),
         _table(run, "coverage", columns, frame),
         how_to_read="The band is what the pass mark allows; each line is the share's own 95% interval.",
-    )
-
-
-def power_section(run: Run) -> Section:
-    """Power against the number of templates and statement pairs."""
-    frame = run.tables["power"]
-    columns = {
-        "organism": "organism", "question": "question", "n_units": "templates or pairs", "n_entities": "entities",
-        "share": "share of draws", "coverage": "intervals that hold the truth", "n_draws": "draws",
-    }  # fmt: skip
-    return Section(
-        "power",
-        "How many templates does it take?",
-        power_sentence(frame),
-        calibration_plots.power(frame),
-        _table(run, "power", columns, frame),
-        how_to_read="Solid lines should be high and dotted ones low. A grid of fewer than 12 matched pairs can call nothing.",
     )
 
 
@@ -111,6 +107,25 @@ def _from_there_on(rows: pd.DataFrame, power: float) -> int | None:
     return enough
 
 
+@section(CALIBRATION, table="power")
+def power_section(run: Run) -> Section:
+    """Power against the number of templates and statement pairs."""
+    frame = run.tables["power"]
+    columns = {
+        "organism": "organism", "question": "question", "n_units": "templates or pairs", "n_entities": "entities",
+        "share": "share of draws", "coverage": "intervals that hold the truth", "n_draws": "draws",
+    }  # fmt: skip
+    return Section(
+        "power",
+        "How many templates does it take?",
+        power_sentence(frame),
+        calibration_plots.power(frame),
+        _table(run, "power", columns, frame),
+        how_to_read="Solid lines should be high and dotted ones low. A grid of fewer than 12 matched pairs can call nothing.",
+    )
+
+
+@section(CALIBRATION, table="trained_saes")
 def trained_section(run: Run) -> Section:
     """Trained SAEs: is the most causal feature found, and do the ten best remove the bias?"""
     frame = run.tables["trained_saes"]
@@ -130,6 +145,7 @@ def trained_section(run: Run) -> Section:
     )
 
 
+@section(CALIBRATION, table="effects")
 def effects_section(run: Run) -> Section:
     """Attribution against exact ablation over every trained SAE."""
     frame = run.tables["effects"]
@@ -146,24 +162,6 @@ def effects_section(run: Run) -> Section:
         calibration_plots.attributed_and_exact(frame, MATTERS),
         _table(run, "effects", columns, large.sort_values("exact", ascending=False)),
         how_to_read="On the dotted line the prediction is exact.",
-    )
-
-
-def design_section(run: Run) -> Section:
-    """What a user's own pairs and grid would find."""
-    frame = run.tables["design"]
-    lines = run.part("calibration").get("lines") or []
-    columns = {
-        "design": "design", "n_templates": "templates", "n_entities": "entities", "n_matched_pairs": "matched pairs", "power": "power",
-        "coverage": "intervals that hold the truth", "templates_needed": "templates for 80%", "pairs_needed": "pairs for 80%",
-        "smallest_bias": "smallest bias, nats",
-    }  # fmt: skip
-    return Section(
-        "design",
-        "Your own design",
-        " ".join(map(str, lines)),
-        table=_table(run, "design", columns, frame),
-        open_table=True,
     )
 
 

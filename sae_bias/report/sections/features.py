@@ -1,10 +1,5 @@
 """The report's sections about the features: candidates, where the chosen one fires, how it causes the bias."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import pandas as pd
 
 from sae_bias.core import text as fmt
@@ -13,21 +8,29 @@ from sae_bias.figures import style as style_figures
 from sae_bias.figures.features import ceiling_figure
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import FEATURE, section
 from sae_bias.runs.folder import Run
 
 
+@section(FEATURE, table="ranking")
 def ranking_section(run: Run) -> Section:
     calls, (first, second) = features_figures.calls_of(run.tables["ranking"]), run.sides
     called = {k: v[0] for k, v in style_figures.CALLS.items()} | {
         "separates": f"separates {second} from {first}"
     }
-    frame = run.tables["ranking"].assign(call=calls.map(called), order=calls.map({"ai_speech": 0}).fillna(1))
-    frame = frame.sort_values(["order", "interaction"], ascending=[True, False], na_position="last")
+    order = {key: place for place, key in enumerate(style_figures.CALLS) if key not in ("separates", "no")}
+    frame = run.tables["ranking"].assign(call=calls.map(called), order=calls.map(order).fillna(len(order)))
+    frame = frame.assign(size=frame["interaction"].abs()).sort_values(["order", "size"], ascending=[True, False], na_position="last")  # fmt: skip
     counts = calls.value_counts()
     dead = int(frame["dead"].fillna(False).astype(bool).sum()) if "dead" in frame else 0
     answers, separates, open_ = (int(counts.get(k, 0)) for k in ("ai_speech", "separates", "undetermined"))
+    more = "".join(
+        f", {style_figures.CALLS[k][0]} {counts[k]:,}"
+        for k in ("silent", "judgement", "identity")
+        if k in counts
+    )
     takeaway = (
-        f"{len(frame):,} features: called AI-speech {answers:,}, separating {second} from {first} {separates:,},"
+        f"{len(frame):,} features: called AI-speech {answers:,}{more}, separating {second} from {first} {separates:,},"
         f" undetermined {open_:,}, never active {dead:,}. Telling {second} from {first} is easy, because the words"
         " differ; answering to speech is the harder test."
     )
@@ -66,8 +69,10 @@ def ranking_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="activation")
 def activation_section(run: Run) -> Section:
-    frame, feature = run.tables["activation"], run.part("feature").get("id")
+    frame = run.tables["activation"]
+    feature = run.summary.feature.id if run.summary.feature else None
     chosen = (
         frame[frame["feature"] == feature]
         if feature in set(frame["feature"])
@@ -81,6 +86,7 @@ def activation_section(run: Run) -> Section:
             (("ai", "nonspeech"), "an AI does something else"),
             (("human", "speech"), "a human speaks"),
             (("animal", "speech"), "an animal speaks"),
+            (("human", "harm"), "a human does harm"),
         )
         if key in mean
     ]
@@ -101,6 +107,7 @@ def activation_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="rejected")
 def rejected_section(run: Run) -> Section:
     frame = run.tables["rejected"]
     return Section(
@@ -112,6 +119,7 @@ def rejected_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="cumulative")
 def cumulative_section(run: Run) -> Section:
     frame = run.tables["cumulative"]
     split = "report" if "report" in set(frame["split"]) else frame["split"].iloc[0]
@@ -125,7 +133,7 @@ def cumulative_section(run: Run) -> Section:
             if len(part) > 1
             else ""
         )
-        where = f" of {saes[sae]}" if sae else ""
+        where = f" of {saes[str(sae)]}" if sae else ""
         parts.append(f"the best feature{where} removes {fmt.percent(first['reduction'])} of the bias{many}")
     takeaway = f"On {split} templates, {'; '.join(parts)}."
     return Section(
@@ -141,6 +149,7 @@ def cumulative_section(run: Run) -> Section:
     )
 
 
+@section(FEATURE, table="ladder")
 def ladder_section(run: Run) -> Section:
     frame = run.tables["ladder"]
     rung = frame.set_index("rung")
@@ -164,22 +173,17 @@ def ladder_section(run: Run) -> Section:
         f"As shares of the bias: {'; '.join(said)}."
         if said
         else "How the feature's effect travels to the answer.",
-        features_figures.ladder(frame, _ladder_bias(frame)),
+        features_figures.ladder(frame, run.summary.ladder.bias if run.summary.ladder else None),
         run_table(run, "ladder", columns, missing="–"),
         how_to_read="From what any edit at this place could do, through what the feature is needed for, to its path to the answer.",
     )
 
 
-def _ladder_bias(frame: pd.DataFrame) -> float | None:
-    """The unsteered bias of the pairs that the ladder was climbed on."""
-    known = frame[frame["share_of_bias"].abs() > 1e-6]
-    return float(known["effect"].iloc[0] / known["share_of_bias"].iloc[0]) if len(known) else None
-
-
+@section(FEATURE, table="ceilings")
 def ceilings_section(run: Run) -> Section:
     """Where in the model the bias could be removed at all."""
     frame = run.tables["ceilings"]
-    best = frame.loc[frame["share_of_bias"].idxmax()]
+    best = frame.sort_values("share_of_bias", ascending=False, kind="stable").iloc[0]
     place = "after the subject" if pd.isna(best["offset"]) else "at the last token" if best["offset"] == 0 else f"{int(best['offset'])} tokens before the last"  # fmt: skip
     columns = {"layer": "layer", "offset": "tokens from the end", "effect": "nats", "share_of_bias": "share of the bias", "n_pairs": "pairs"}  # fmt: skip
     return Section(
@@ -187,7 +191,7 @@ def ceilings_section(run: Run) -> Section:
         "Where an edit could act at all",
         f"Putting the human residual into the AI prompt removes most at layer {int(best['layer'])}, {place}:"
         f" {fmt.percent(best['share_of_bias'])}.",
-        ceiling_figure(frame, run.part("ladder").get("layer")),
+        ceiling_figure(frame, run.summary.ladder.layer if run.summary.ladder else None),
         run_table(run, "ceilings", columns, missing="after the subject"),
         how_to_read="Share of the bias that goes when an AI prompt is given its human twin's residual at one layer and position.",
     )

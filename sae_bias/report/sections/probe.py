@@ -1,28 +1,23 @@
 """The report's sections about the probe: the bias, its spread, words and subjects, and the checks of it."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from sae_bias.core import text as fmt
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures.style import SIDES
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import BIAS, section
 from sae_bias.runs.folder import Run
 
 
+@section(BIAS, table="pairs")
 def bias_section(run: Run) -> Section:
-    pairs, bias = run.tables["pairs"], run.part("bias")
+    pairs, bias = run.tables["pairs"], run.summary.bias
     means = pairs.groupby("template")["bias"].mean()
     first, second = run.sides
     against = "the AI" if run.sides == SIDES else f"“{second}”"
     share = f"{int((means > 0).sum())} of {len(means)} templates lean against {against}."
     takeaway = (
-        f"{share} The overall mean is {fmt.number(bias.get('mean'))} nats ({fmt.interval(bias)})."
-        if bias
-        else share
+        f"{share} The overall mean is {fmt.number(bias.mean)} nats ({fmt.interval(bias)})." if bias else share
     )
     columns = {
         "template": "template",
@@ -42,19 +37,20 @@ def bias_section(run: Run) -> Section:
         "bias",
         "The bias, template by template",
         takeaway,
-        probe_figures.bias_by_template(pairs, bias, sides=run.sides),
+        probe_figures.bias_by_template(pairs, {} if bias is None else bias.facts(), sides=run.sides),
         run_table(run, "pairs", columns),
         how_to_read=how,
     )
 
 
+@section(BIAS, table="pairs")
 def spread_section(run: Run) -> Section:
     pairs = run.tables["pairs"]
     takeaway = (
         words.control_bias_sentence(
-            run.part("control_bias"), run.part("difference_in_differences"), run.sides
+            run.summary.control_bias, run.summary.difference_in_differences, run.sides
         )
-        if run.part("control_bias")
+        if run.summary.control_bias
         else "How far the pairs lie apart; these pairs have no mundane twins."
     )
     names = {"bias": "bias", "control_bias": "bias with mundane content"}
@@ -87,6 +83,7 @@ def spread_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="words")
 def words_section(run: Run) -> Section:
     words = run.tables["words"]
     if "contribution" in words:  # `diff` is then human − AI of the word, whatever its side
@@ -109,6 +106,7 @@ def words_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="levels")
 def levels_section(run: Run) -> Section:
     frame = run.tables["levels"]
     mean, (first, second) = frame.groupby("kind")["score"].mean(), run.sides
@@ -137,6 +135,7 @@ def levels_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="checks")
 def checks_section(run: Run) -> Section:
     """The figure under every check of docs/method.md#sensitivity-analyses."""
     frame = run.tables["checks"]
@@ -159,9 +158,11 @@ def checks_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="check_words_left_out")
 def words_left_out_section(run: Run) -> Section:
     """Whether a single word makes the figure."""
-    frame, bias = run.tables["check_words_left_out"], run.part("bias").get("mean")
+    frame = run.tables["check_words_left_out"]
+    bias = run.summary.bias.mean if run.summary.bias else None
     known = frame.dropna(subset=["bias"])
     takeaway = (
         f"Without any one word the bias stays between {known['bias'].min():.3f} and {known['bias'].max():.3f} nats;"
@@ -179,6 +180,7 @@ def words_left_out_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="check_scores")
 def scores_section(run: Run) -> Section:
     """Every way to make a score of the words."""
     columns = {
@@ -196,6 +198,7 @@ def scores_section(run: Run) -> Section:
     )
 
 
+@section(BIAS, table="check_nuisances")
 def nuisances_section(run: Run) -> Section:
     """What else differs between the two prompts of a pair."""
     first, second = run.sides
@@ -214,8 +217,13 @@ def nuisances_section(run: Run) -> Section:
     )
 
 
-def audit_section(run: Run, name: str = "check_audit") -> Section:
+@section(BIAS, table="check_audit")
+def audit_section(run: Run) -> Section:
     """How this model's tokenizer reads every evaluation word."""
+    return _audit(run, "check_audit")
+
+
+def _audit(run: Run, name: str) -> Section:
     frame = run.tables[name]
     read, trap = int(frame["read"].sum()), int(frame["trap"].sum())
     takeaway = f"{read} of {len(frame)} words are read." + (
@@ -230,6 +238,7 @@ def audit_section(run: Run, name: str = "check_audit") -> Section:
     return Section("audit", "How the words are read", takeaway, table=run_table(run, name, columns))
 
 
+@section(BIAS, table="word_audit")
 def word_audit_section(run: Run) -> Section:
     """The audit that `sae-bias probe --audit-words` wrote."""
-    return audit_section(run, "word_audit")
+    return _audit(run, "word_audit")

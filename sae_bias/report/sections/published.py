@@ -4,42 +4,20 @@ A published figure stands beside a measured one only where the named model was m
 here". Runs of organisms and of stand-ins have no published column at all.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import pandas as pd
 
 from sae_bias.core import text as fmt
 from sae_bias.figures import published as published_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import PUBLISHED, section
 from sae_bias.runs.folder import Run
+from sae_bias.runs.summary import Effect
 
 NOT_HERE = "not re-measured here"
 
 
-def comparison_section(run: Run) -> Section:
-    frame = run.tables["comparison"]
-    measured = int(frame["measured"].notna().sum())
-    takeaway = (
-        f"{measured} of {len(frame)} published figures were re-measured in this run; the others are marked"
-        f" “{NOT_HERE}”."
-    )
-    columns = {
-        "name": "figure", "published": "published", "measured": "measured", "ci_low": "from", "ci_high": "to", "verdict": "verdict",
-    }  # fmt: skip
-    return Section(
-        "published",
-        "Beside the published figures",
-        takeaway,
-        published_figures.comparison(frame),
-        run_table(run, "comparison", columns, missing=NOT_HERE),
-        how_to_read="Verdicts were fixed in advance: agrees, within the switches' range, same sign only, opposite.",
-    )
-
-
+@section(PUBLISHED, table="models")
 def models_section(run: Run) -> Section:
     """Every model of a replication."""
     frame = run.tables["models"]
@@ -69,12 +47,34 @@ def models_section(run: Run) -> Section:
     )
 
 
+@section(PUBLISHED, table="comparison")
+def comparison_section(run: Run) -> Section:
+    frame = run.tables["comparison"]
+    measured = int(frame["measured"].notna().sum())
+    takeaway = (
+        f"{measured} of {len(frame)} published figures were re-measured in this run; the others are marked"
+        f" “{NOT_HERE}”."
+    )
+    columns = {
+        "name": "figure", "published": "published", "measured": "measured", "ci_low": "from", "ci_high": "to", "verdict": "verdict",
+    }  # fmt: skip
+    return Section(
+        "published",
+        "Beside the published figures",
+        takeaway,
+        published_figures.comparison(frame),
+        run_table(run, "comparison", columns, missing=NOT_HERE),
+        how_to_read="Verdicts were fixed in advance: agrees, within the switches' range, same sign only, opposite.",
+    )
+
+
+@section(PUBLISHED, table="tuning")
 def tuning_section(run: Run) -> Section:
     """Instruction-tuned against pretrained models of one name."""
     frame = run.tables["tuning"]
     bias = frame[frame["quantity"] == "bias"].to_dict("records")
     said = [
-        f"{r['tuned']} against {r['pretrained']}: {fmt.number(r['change'])} nats ({fmt.interval(r)})"
+        f"{r['tuned']} against {r['pretrained']}: {fmt.number(r['change'])} nats ({fmt.interval(Effect(ci_low=r['ci_low'], ci_high=r['ci_high']))})"
         for r in bias
     ]
     columns = {
@@ -90,6 +90,8 @@ def tuning_section(run: Run) -> Section:
     )
 
 
+@section(PUBLISHED, table="switches")
+@section(PUBLISHED, table="switches_probe")
 def probe_switches_section(run: Run) -> Section:
     """How each choice that the study leaves open moves the bias."""
     name = "switches_probe" if "switches_probe" in run.tables else "switches"
@@ -115,11 +117,12 @@ def probe_switches_section(run: Run) -> Section:
     )
 
 
+@section(PUBLISHED, table="switches_intervention")
 def intervention_switches_section(run: Run) -> Section:
     """How each choice of the intervention moves the reduction, in-sample and held out side by side."""
     frame = run.tables["switches_intervention"]
     ours = frame.iloc[0]
-    most = frame.loc[frame["in_sample_reduction"].idxmax()]
+    most = frame.sort_values("in_sample_reduction", ascending=False, kind="stable").iloc[0]
     takeaway = (
         f"Ours ({ours['switch']}): {fmt.percent(ours['held_out_reduction'])} on templates held out. The largest figure that an"
         f" open choice gives is {fmt.percent(most['in_sample_reduction'])} in-sample ({most['switch']}), "
@@ -159,7 +162,8 @@ def model_rows(run: Run) -> list[tuple[str, str]]:
                 )
             )
             continue
-        sentence = words.bias_sentence({"mean": r["bias"], **r}, (first, second))
+        measured = Effect(mean=r["bias"], ci_low=r["ci_low"], ci_high=r["ci_high"], p_value=r["p_value"])
+        sentence = words.bias_sentence(measured, (first, second))
         said = f" {published.strip()}; verdict: {r['verdict']}." if published else ""
         rows.append((r["model"], sentence + said))
     return rows

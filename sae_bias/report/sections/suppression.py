@@ -1,11 +1,5 @@
 """The report's sections about turning the feature down: strengths, costs, controls, other biases, other methods."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,22 +8,22 @@ from sae_bias.core import text as fmt
 from sae_bias.figures import sweep as sweep_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
+from sae_bias.report.sections import SUPPRESSED, section
 from sae_bias.runs.folder import Run
+from sae_bias.runs.summary import StrengthFigure
 
 
+@section(SUPPRESSED, table="sweep")
 def sweep_section(run: Run) -> Section:
-    best = run.part("best_strength")
-    inside, held = best.get("in_sample") or {}, best.get("held_out") or {}
+    best, cut = run.summary.best_strength, run.summary.reduction
     takeaway = (
-        words.reduction_sentence(run.part("reduction"), {})
-        if run.part("reduction")
-        else "How the bias moves with the strength of the intervention."
+        words.reduction_sentence(cut) if cut else "How the bias moves with the strength of the intervention."
     )
-    if inside and held:
+    if best is not None and best.in_sample.facts() and best.held_out.facts():
         takeaway += (
-            f" Best on the tune split: {_best(inside)}, removing"
-            f" {fmt.percent(inside.get('reduction'))} there and {fmt.percent(held.get('reduction'))}"
-            f" on templates held out{_beyond(run, inside.get('strength'))}."
+            f" Best on the tune split: {_best(best.in_sample)}, removing"
+            f" {fmt.percent(best.in_sample.reduction)} there and {fmt.percent(best.held_out.reduction)}"
+            f" on templates held out{_beyond(run, best.in_sample.strength)}."
         )
     columns = {
         "intervention": "intervention",
@@ -63,10 +57,9 @@ def sweep_section(run: Run) -> Section:
     )
 
 
-def _best(inside: Mapping[str, Any]) -> str:
+def _best(inside: StrengthFigure) -> str:
     """The best cell by its strength, or by its name where it has none."""
-    strength = inside.get("strength")
-    return f"strength {fmt.number(strength)}" if fmt.is_number(strength) else str(inside.get("label"))
+    return f"strength {fmt.number(inside.strength)}" if fmt.is_number(inside.strength) else str(inside.label)
 
 
 def _beyond(run: Run, strength: Any) -> str:
@@ -82,11 +75,10 @@ def _beyond(run: Run, strength: Any) -> str:
     )
 
 
+@section(SUPPRESSED, table="sweep")
 def frontier_section(run: Run) -> Section:
-    costs = run.part("costs")
-    rows = pd.DataFrame(
-        [{"text": fmt.TEXT_KINDS.get(k, k), **v} for k, v in costs.items() if isinstance(v, Mapping)]
-    )
+    costs = run.summary.costs or {}
+    rows = pd.DataFrame([{"text": fmt.TEXT_KINDS.get(k, k), **c.facts()} for k, c in costs.items()])
     table = (
         run_table(
             run,
@@ -101,37 +93,17 @@ def frontier_section(run: Run) -> Section:
     return Section("cost", "What it costs", takeaway, sweep_figures.frontier(run.tables["sweep"]), table)
 
 
+@section(SUPPRESSED, table="controls")
 def controls_section(run: Run) -> Section:
-    part, reduction = run.part("controls"), run.part("reduction").get("estimate")
-    figure = sweep_figures.controls_histogram(run.tables["controls"], reduction, part.get("percentile95"))
+    part, cut = run.summary.controls, run.summary.reduction
+    figure = sweep_figures.controls_histogram(
+        run.tables["controls"], cut.estimate if cut else None, part.percentile95 if part else None
+    )
     table = run_table(run, "controls", {"control": "control", "kind": "kind", "reduction": "removed"})
     return Section("controls", "Would any feature have done it?", words.control_sentence(part), figure, table)
 
 
-def examples_section(run: Run) -> Section:
-    frame = run.tables["examples"]
-    nearer = int((frame["bias_after"].abs() < frame["bias_before"].abs()).sum())
-    first, second = run.sides
-    columns = {
-        "human": f"{first} prompt",
-        "ai": f"{second} prompt",
-        "before_human": f"{first}, before",
-        "before_ai": f"{second}, before",
-        "after_human": f"{first}, after",
-        "after_ai": f"{second}, after",
-        "bias_before": "bias before",
-        "bias_after": "bias after",
-    }
-    takeaway = f"In {nearer} of {len(frame)} example pairs the bias is nearer to 0 after the intervention."
-    return Section(
-        "examples",
-        "Example pairs, before and after",
-        takeaway,
-        sweep_figures.before_after(frame, sides=run.sides),
-        run_table(run, "examples", columns),
-    )
-
-
+@section(SUPPRESSED, table="specificity")
 def specificity_section(run: Run) -> Section:
     """Biases that should not move."""
     frame = run.tables["specificity"]
@@ -161,10 +133,11 @@ def specificity_section(run: Run) -> Section:
     )
 
 
+@section(SUPPRESSED, table="compare")
 def methods_section(run: Run) -> Section:
     """The feature against its baselines at equal cost."""
     frame = run.tables["compare"]
-    levels = [c for c in frame if str(c).startswith("kl_")]
+    levels = [str(c) for c in frame if str(c).startswith("kl_")]
     rows = frame.copy()
     for level in levels:
         reached = rows["reached_" + level.removeprefix("kl_")].astype(bool)
@@ -188,4 +161,29 @@ def methods_section(run: Run) -> Section:
         run_table(run, "compare", columns, rows),
         open_table=True,
         how_to_read="Share of the bias removed; * the method never reached this KL, so its most stands there.",
+    )
+
+
+@section(SUPPRESSED, table="examples")
+def examples_section(run: Run) -> Section:
+    frame = run.tables["examples"]
+    nearer = int((frame["bias_after"].abs() < frame["bias_before"].abs()).sum())
+    first, second = run.sides
+    columns = {
+        "human": f"{first} prompt",
+        "ai": f"{second} prompt",
+        "before_human": f"{first}, before",
+        "before_ai": f"{second}, before",
+        "after_human": f"{first}, after",
+        "after_ai": f"{second}, after",
+        "bias_before": "bias before",
+        "bias_after": "bias after",
+    }
+    takeaway = f"In {nearer} of {len(frame)} example pairs the bias is nearer to 0 after the intervention."
+    return Section(
+        "examples",
+        "Example pairs, before and after",
+        takeaway,
+        sweep_figures.before_after(frame, sides=run.sides),
+        run_table(run, "examples", columns),
     )

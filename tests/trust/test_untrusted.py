@@ -1,7 +1,7 @@
-"""Hostile files and texts: pickles, bombs, lying headers, paths that leave their folder, markup in prompts.
+"""Untrusted files and texts: pickles, bombs, lying headers, paths that leave their folder, markup in prompts.
 
 What single readers refuse is tested beside them (SAE files in test_gemma_scope, prompt files in test_prompts, the report's page in
-test_report); here is what goes through several of them, and the whole way of a hostile text into a browser.
+test_report); here is what goes through several of them, and the whole way of an untrusted text into a browser.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from sae_bias.workflows.verify import verify_run
 
 @pytest.fixture(autouse=True)
 def counted():
-    """Every case here is one hostile input."""
-    tally("hostile inputs refused or shown harmless")
+    """Every case here is one untrusted input."""
+    tally("untrusted inputs refused or shown harmless")
 
 
 class Bomb:
@@ -315,7 +315,7 @@ MARKUP = (
 
 
 @pytest.fixture(scope="module")
-def hostile_run(tmp_path_factory, make_tiny):
+def untrusted_run(tmp_path_factory, make_tiny):
     """`probe`, `generate`, `sweep` and `card` on prompts full of markup, into one run folder with its report."""
     from architectures import NEGATIVE, POSITIVE
 
@@ -341,8 +341,8 @@ def hostile_run(tmp_path_factory, make_tiny):
     return write_report(root / "run")
 
 
-def test_markup_in_prompts_is_text_in_the_report(hostile_run):
-    page = hostile_run.read_text(encoding="utf-8")
+def test_markup_in_prompts_is_text_in_the_report(untrusted_run):
+    page = untrusted_run.read_text(encoding="utf-8")
     for text in MARKUP[:2]:
         assert text not in page
     assert html.escape("<img src=x onerror=window.hacked=2>") in page
@@ -350,13 +350,13 @@ def test_markup_in_prompts_is_text_in_the_report(hostile_run):
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_markup_in_prompts_and_generations_does_nothing_in_a_browser(hostile_run):
+def test_markup_in_prompts_and_generations_does_nothing_in_a_browser(untrusted_run):
     browser.require()
     with browser.chromium() as driver:
-        browser.open_page(driver, hostile_run)
+        browser.open_page(driver, untrusted_run)
         assert driver.execute_script("return window.hacked") is None
         assert browser.console_errors(driver) == []
-        assert set(browser.requests(driver)) == {hostile_run.resolve().as_uri()}
+        assert set(browser.requests(driver)) == {untrusted_run.resolve().as_uri()}
         shown = driver.execute_script("return document.body.textContent")
         assert "<img src=x onerror=window.hacked=2>" in shown
         elements = "return document.querySelectorAll('main iframe, main img, main a[href^=javascript], [onmouseover], [onload]').length"
