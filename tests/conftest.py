@@ -98,9 +98,14 @@ def make_tiny(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=["gemma2", "gemma3", "gemma3_multimodal", "mistral", "qwen2", "gpt_neox", "llama"])
+@pytest.fixture(
+    params=[
+        "gemma2", "gemma3", "gemma3_multimodal", "mistral", "qwen2", "gpt_neox", "llama", "gpt2", "gptj", "opt", "falcon", "phi3",
+        "qwen3", "qwen3_5", "gemma4",
+    ]
+)  # fmt: skip
 def tiny(request, make_tiny):
-    """Each of the seven architectures."""
+    """Each architecture."""
     return make_tiny(request.param)
 
 

@@ -12,6 +12,7 @@ missing weight is refused.
 from __future__ import annotations
 
 import time
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.site import Site
 from sae_bias.models import hub
+from sae_bias.models.architectures import Graft, architecture_of
 from sae_bias.models.catalog import is_path_like, organism_folder
 from sae_bias.models.gguf.convert import converted
 from sae_bias.models.gguf.packaged import PACKAGED, facts, packaged_folder
@@ -150,7 +152,7 @@ def _load_config(source: Path | str, *, local: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=local)
+        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         raise _loading_error(source, error) from error
 
@@ -164,12 +166,10 @@ def _load_hf(
     if device_map is not None and find_spec("accelerate") is None:
         raise MissingError("device_map needs accelerate; `pip install accelerate`.")
     config = _load_config(source, local=local)
-    _refuse_remote_code(config, source)
+    _note_remote_code(config, source)
     _refuse_sizes(config, source)
-    multimodal = config.model_type == "gemma3"
-    auto: Any = (
-        transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
-    )
+    graft = architecture_of(config, str(source)).graft
+    auto: Any = transformers.AutoModelForCausalLM if graft is None else getattr(transformers, graft.full)
     try:
         with _quiet(transformers):
             loaded, info = auto.from_pretrained(
@@ -180,22 +180,23 @@ def _load_hf(
                 low_cpu_mem_usage=True,
                 device_map=device_map,
                 local_files_only=local,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise _loading_error(source, error) from error
     _refuse_incomplete(info, source)
-    return _graft_text_model(loaded) if multimodal else loaded
+    return loaded if graft is None else _graft_text_model(loaded, graft)
 
 
-def _graft_text_model(full: Any) -> PreTrainedModel:
-    """The language model and head of a multimodal Gemma 3, as a `Gemma3ForCausalLM` (exact, nothing re-initialized)."""
-    from transformers import Gemma3ForCausalLM
+def _graft_text_model(full: Any, graft: Graft) -> PreTrainedModel:
+    """The language model and head of a multimodal model, as its text class (exact, nothing re-initialized)."""
+    import transformers
 
     with torch.device("meta"):
-        text = Gemma3ForCausalLM(full.config.text_config)
+        text = getattr(transformers, graft.text)(full.config.text_config)
     text.model = full.model.language_model
     text.lm_head = full.lm_head
-    text.config.architectures = ["Gemma3ForCausalLM"]
+    text.config.architectures = [graft.text]
     text.config._name_or_path = getattr(full.config, "_name_or_path", "")
     text.generation_config = full.generation_config
     return text
@@ -225,7 +226,10 @@ LARGEST = {
 def _refuse_sizes(config: Any, source: Path | str) -> None:
     text = getattr(config, "text_config", config)
     for name, most in LARGEST.items():
-        value = getattr(text, name, None)
+        mapped = (getattr(text, "attribute_map", None) or {}).get(name, name)
+        value = vars(text).get(
+            mapped
+        )  # Gemma 4's config refuses `head_dim`, which differs between its layers
         if isinstance(value, list):  # one a layer, in some architectures
             continue
         if value is not None and not (isinstance(value, int) and 0 < value <= most):
@@ -234,9 +238,13 @@ def _refuse_sizes(config: Any, source: Path | str) -> None:
             )
 
 
-def _refuse_remote_code(config: Any, source: Path | str) -> None:
+def _note_remote_code(config: Any, source: Path | str) -> None:
+    """The code that a checkpoint brings is never run; many (Phi-3, Falcon) bring some beside a class that transformers has."""
     if getattr(config, "auto_map", None):
-        raise RequestError(f"{source} asks to run its own Python code; sae-bias never does that.")
+        warnings.warn(
+            f"{source} brings Python code of its own, which is not run; transformers' own {config.model_type} is.",
+            stacklevel=4,
+        )
 
 
 def _wrap(x: Any, tokenizer: Any) -> Model:
@@ -253,8 +261,9 @@ def _wrap(x: Any, tokenizer: Any) -> Model:
             f"cannot load a model from {type(x).__name__}; give a name, a folder, a Hugging Face model or a TransformerBridge."
         )
     name = getattr(x.config, "_name_or_path", "") or type(x).__name__
-    if type(x).__name__ == "Gemma3ForConditionalGeneration":
-        x = _graft_text_model(x)
+    graft = architecture_of(x.config, name).graft
+    if graft is not None and type(x).__name__ == graft.full:
+        x = _graft_text_model(x, graft)
     if tokenizer is None:
         tokenizer = _stored_tokenizer(x, bridge)
     model = Model(x, tokenizer, name)

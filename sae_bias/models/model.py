@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_bias.core.errors import RequestError
+from sae_bias.models.architectures import architecture_of, at_path
 from sae_bias.models.hub import _short
 from sae_bias.models.placement import device_of, is_offloaded, resident, unhooked_copy
 
@@ -30,6 +31,7 @@ class Model:
     def __init__(
         self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, source: Path | None = None
     ):
+        self.arch = architecture_of(hf.config, name)
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name = name
@@ -95,13 +97,13 @@ class Model:
 
     @property
     def base(self) -> nn.Module:
-        """The decoder without its unembedding."""
-        return self.hf.base_model
+        """The decoder without its unembedding: the module that walks the layers."""
+        return at_path(self.hf.base_model, self.arch.decoder)
 
     @property
     def layer_list(self) -> nn.ModuleList:
         """The list the decoder walks; its entries are bridge modules once `bridge` was used."""
-        return self.base.layers  # type: ignore[return-value]
+        return at_path(self.base, self.arch.layers)
 
     def layer_device(self, index: int) -> torch.device:
         """Where layer `index` runs; under a `device_map` not every layer's is the embedding's."""
@@ -127,21 +129,18 @@ class Model:
     @property
     def softcap(self) -> float | None:
         """Final-logit softcap (30 in Gemma 2), or None."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        return getattr(self.config, self.arch.softcap, None) if self.arch.softcap else None
 
     @property
     def norm_module(self) -> nn.Module:
         """The norm before the unembedding, as the decoder runs it."""
-        for attribute in ("norm", "final_layer_norm"):
-            if hasattr(self.base, attribute):
-                return getattr(self.base, attribute)
-        raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
+        return at_path(self.base, self.arch.final_norm)
 
     @property
     def final_norm(self) -> nn.Module:
         """The norm before the unembedding, in float32 (docs/method.md#mistake-8)."""
         norm = _innermost(self.norm_module)
-        if next(norm.parameters()).dtype == torch.float32:
+        if all(p.dtype == torch.float32 for p in norm.parameters()):
             return norm
         if self._norm32 is None:
             self._norm32 = unhooked_copy(norm, torch.float32)
@@ -167,6 +166,10 @@ class Model:
     def bridge(self) -> TransformerBridge:
         """A TransformerBridge over these very modules (made on first use; wraps them in place)."""
         if self._bridge is None:
+            if not self.arch.bridge:
+                raise RequestError(
+                    f"TransformerLens has no bridge that runs {self.arch.name}; use `model.hf`."
+                )
             self._bridge = _boot_bridge(self)
             self.hf.requires_grad_(False)
         return self._bridge

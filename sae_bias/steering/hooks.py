@@ -326,9 +326,10 @@ class _State:
         for site in sites:
             self.handles.append(self.model.layer(site.layer).register_forward_hook(ours(self._hook(site))))
 
-    def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Note the pass's tokens; every layer sees every position (Gemma 4's decoder would drop some of the prompt's)."""
         if self._looking:
-            return
+            return None
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             raise RequestError(
@@ -345,6 +346,7 @@ class _State:
         mask = mask if isinstance(mask, Tensor) else None
         sources = self._look(tokens, past, mask)
         self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources)
+        return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
 
     def _look(self, tokens: Tensor, past: int, mask: Tensor | None) -> Sources | None:
         """Read what edits take from elsewhere, over the whole sequence so far, with every edit switched off."""

@@ -133,7 +133,7 @@ def test_an_edit_sits_where_its_layer_runs(gemma3, monkeypatch):
 
     (edit,) = compile_edits(model, [sb.Ablate(gemma3.feature(F))]).values()
     (weights,) = edit._rows.values()
-    assert weights.w_dec.device.type == "meta"
+    assert weights.feature.w_dec.device.type == "meta"
 
 
 def test_the_device_of_a_module():

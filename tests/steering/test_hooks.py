@@ -9,7 +9,7 @@ import independent
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, PAIRS, POSITIVE
+from architectures import NEGATIVE, PAIRS, POSITIVE, needs_bridge
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -230,12 +230,13 @@ def test_left_padding_changes_nothing(tiny, mode):
     assert gap > 0
     batch = torch.tensor([[pad] * gap + short, long])
     mask = torch.tensor([[0] * gap + [1] * len(short), [1] * len(long)])
+    places = (mask.cumsum(1) - 1).clamp(min=0)  # as generate() makes them: GPT-2's are absolute
     for edit in (
         sb.Steer(tiny.feature(F), 1.5, positions=mode),
         sb.Clamp(tiny.feature(F), 4.0, when="always", positions=mode),
     ):
         with sb.intervene(model, edit) as receipt:
-            padded = logits(model, batch, attention_mask=mask)
+            padded = logits(model, batch, attention_mask=mask, position_ids=places)
         with sb.intervene(model, edit) as plain:
             alone = logits(model, torch.tensor([short]))
             other = logits(model, torch.tensor([long]))
@@ -259,6 +260,8 @@ def test_inputs_without_token_ids_are_refused(gemma3):
 
 @pytest.mark.parametrize("bridged", [False, True])
 def test_hooks_are_gone_afterwards(tiny, bridged):
+    if bridged:
+        needs_bridge(tiny)
     model = tiny.fresh()
     if bridged:
         model.bridge(tokens_of(model))  # the bridge puts hooks of its own on at its first pass
@@ -301,6 +304,7 @@ def test_an_inner_blocks_end_leaves_the_outer_one(gemma3):
 
 def test_the_users_own_hooks_survive_and_fire(tiny, pairs, probe):
     """A TransformerLens hook and a plain module hook stay in place and act, inside the block and after it."""
+    needs_bridge(tiny)
     model = tiny.fresh()
     bridge, fired = model.bridge, []
     name = next(n for n in ("blocks.2.hook_resid_post", "blocks.2.hook_out") if n in bridge.hook_dict)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import test_activations
 import test_attribution
+import test_calls
 import test_directions
 import test_engine
 import test_gate
@@ -30,6 +31,7 @@ import test_judge
 import test_model
 import test_probe
 import test_sae
+import test_stats
 import test_verify
 import torch
 from architectures import ARCHITECTURES
@@ -39,7 +41,7 @@ from test_gate import cache  # noqa: F401
 from test_sae import folder  # noqa: F401
 
 import sae_bias as sb
-from sae_bias.discovery import attribution
+from sae_bias.discovery import attribution, calls
 from sae_bias.discovery import tables as features
 from sae_bias.measures import fidelity as gate
 from sae_bias.measures import judge_replies
@@ -49,6 +51,7 @@ from sae_bias.probe import reading, words
 from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
+from sae_bias.stats import clustered, reduction
 from sae_bias.steering import directions, engine, hooks
 from sae_bias.steering import generate as generation
 from sae_bias.workflows import cells as sweep_plan
@@ -207,7 +210,7 @@ def pip_in_bridge(patch: pytest.MonkeyPatch) -> None:
 def word_encoded_alone(patch: pytest.MonkeyPatch) -> None:
     """ids[0] of " word" encoded by itself: under Mistral the bare prefix space for every word (docs/method.md#evaluation-words)."""
 
-    def mutated(m, word, prompt, prompt_ids):
+    def mutated(m, word, prompt, prompt_ids, *_):
         ids = m.tokenizer(f" {word}", add_special_tokens=False).input_ids
         return (ids[0],)
 
@@ -478,6 +481,54 @@ def weights_left_out(real, *args):
     """A cell is named by its edit alone."""
     return {name: value for name, value in real(*args).items() if name != "weights"}
 
+
+# ── the definitions of version 0.1 (docs/method.md#what-changed-in-the-definitions)
+
+
+def three_way_rule(real, t, p, held, main=None):
+    """AI-speech from AS, AN, HS and DS alone: the HC cell passes whatever it holds."""
+    sides = {name: {k: v for k, v in getattr(held, name).items() if k != "HC"} for name in ("above", "below")}
+    silent = {"HC": np.full_like(held.mean["AS"], np.inf)}
+    return real(t, p, replace(held, above=sides["above"] | silent, below=sides["below"] | silent), main)
+
+
+def ratio_of_anything(real, base, after, *rest):
+    """1 − B_s/B_0 whether or not B_0 differs from 0."""
+    found = real(base, after, *rest)
+    return replace(found, estimate=1 - float(np.mean(after) / np.mean(base)), bounded=True, reason="")
+
+
+OVERSHOOT = {"rho": -0.9, "beta": 0.9}
+OLD_DEFINITIONS = [
+    Mutant(
+        "old definition: specific reduction is β − B_s/B_0",
+        around(reduction, "specific_value", lambda real, beta, left: np.asarray(beta) - np.asarray(left)),
+        test_stats.test_overshoot_and_flattening_are_never_credited,
+        OVERSHOOT,
+    ),
+    Mutant(
+        "old definition: no residual mean square in the interval",
+        lambda patch: patch.setattr(clustered.Design, "balanced", property(lambda self: False)),
+        test_stats.test_balanced_designs_have_the_mean_squares_of_anova,
+        {"rows_a_cell": 1, "sd": (0, 0, 1)},
+    ),
+    Mutant(
+        "old definition: calls at any number of templates",
+        lambda patch: patch.setattr(clustered, "FEWEST_CLUSTERS", 0),
+        test_stats.test_a_call_needs_six_templates_and_six_entities,
+        {"shape": (5, 8), "mean": 9.0, "call": "undetermined"},
+    ),
+    Mutant(
+        "old definition: a ratio to a bias that may be 0",
+        around(reduction, "fieller_reduction", ratio_of_anything),
+        test_stats.test_specific_reduction_is_undefined_where_it_must_be,
+    ),
+    Mutant(
+        "old definition: AI-speech without badly judged human deeds",
+        around(calls, "decide", three_way_rule),
+        test_calls.test_decisions_follow_the_rules_one_feature_at_a_time,
+    ),
+]
 
 G = {"architecture": "gemma3"}
 MUTANTS = [
@@ -767,6 +818,7 @@ MUTANTS = [
         test_gate.test_a_layer_that_gives_something_else_is_caught,
     ),
 ]
+MUTANTS += OLD_DEFINITIONS
 
 
 def test_each_of_the_sixteen_mistakes_has_a_mutant():
