@@ -26,7 +26,7 @@ from sae_bias.prompts.pairs import NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.runs.folder import reading
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
+from sae_bias.steering.controls import RANDOM_RELEASE, random_twin, twin_along
 from sae_bias.steering.edits import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
 
 _MAX_NUMBERS = 1 << 24
@@ -98,6 +98,9 @@ def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
     facts = edit.to_dict()
     if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
         facts["gate"] = gate
+        row = getattr(getattr(edit, "feature", None), "w_dec", None)
+        if row is not None and not str(facts["feature"]).startswith(f"{RANDOM_RELEASE}/seed-"):
+            facts["w_dec"] = _packed(row)
     return facts
 
 
@@ -116,7 +119,7 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
     with reading("an edit in sweep.json"):
         data = dict(facts)
         kind = data.get("kind")
-        gate = data.pop("gate", None)
+        gate, row = data.pop("gate", None), data.pop("w_dec", None)
         if isinstance(data.get("along"), dict):
             data["along"] = _direction(data["along"], directions)
             return KINDS[str(data.pop("kind"))](**data)
@@ -131,11 +134,14 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
         edit = from_dict(data)
         if isinstance(edit, FeatureEdit) and edit.ref.sae.release == RANDOM_RELEASE:
             data = {k: v for k, v in data.items() if k != "kind"}
-            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate)})
+            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate, row)})
         return edit
 
 
-def _twin(edit: FeatureEdit, gate: Any) -> Feature:
+def _twin(edit: FeatureEdit, gate: Any, row: Any) -> Feature:
+    if gate is not None and row is not None:
+        feature = as_feature(str(gate))
+        return twin_along(feature, _unpacked(str(row), feature.d_model), edit.ref.sae.sae_id)
     seed = re.fullmatch(r"seed-(\d{1,12})", edit.ref.sae.sae_id)
     if gate is None or seed is None:
         raise RequestError(f"{edit.ref}: the feature whose gate it has was not stored")
