@@ -184,7 +184,9 @@ def _resample(trainer: Any, batch: Float[Tensor, "n d_model"], seed: int) -> Non
     alive = (~trainer.dead_neurons).nonzero().flatten()
     error = batch - sae.decode(sae.encode_with_hidden_pre(batch)[0])
     weight = error.pow(2).sum(-1)
-    drawn = torch.multinomial(weight, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        weight, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
     direction = torch.nn.functional.normalize(error[drawn], dim=-1)
     sae.W_dec[dead] = direction * sae.W_dec[alive].norm(dim=-1).mean()
     sae.W_enc[:, dead] = direction.T * sae.W_enc[:, alive].norm(dim=0).mean()
