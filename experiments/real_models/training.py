@@ -5,7 +5,7 @@ compete across tokens. SAELens keeps the running mean of the smallest one kept; 
 
     h = x·W_enc + b_enc,   a = h·1[h > threshold],   x̂ = a·W_dec + b_dec.
 
-Gemma 3 writes a few hundred times the usual variance at some positions (quotation marks, the first token). For training, rows are
+Gemma 3 writes a few hundred times the usual variance at some positions (lone spaces and apostrophes among them). For training, rows are
 centered, scaled to mean square 1, and rows longer than `CLIP` medians are shortened to that. Center and scale are folded back exactly
 (in float64); the clipping leaves no trace in the weights, and quality is measured on unclipped residuals.
 """
