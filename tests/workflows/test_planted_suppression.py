@@ -124,9 +124,14 @@ def test_other_biases_do_not_move(planted, features):
     assert len(measured) >= 3
     assert (measured["mean_abs_change"] < 0.02).all()
     assert (measured["wrong_way_share"] <= 0.25).all()
+    assert set(measured["equivalent"]) <= {"yes", "undetermined"}
+    assert (measured["p_equivalent"] < 0.05).all()
 
 
 def test_the_panel_sees_an_edit_that_breaks_everything(planted, features):
     panel = specificity(planted, [sb.Ablate(features[1])]).frame
     assert panel["moved_share"].max() > 0.9
     assert panel["mean_abs_change"].max() > 1e-3
+    strict = specificity(planted, [sb.Ablate(features[1])], bias=1e-3).frame
+    assert (strict["margin"] == 1e-4).all()
+    assert "no" in set(strict["equivalent"])

@@ -137,7 +137,7 @@ def specificity_section(run: Run) -> Section:
     columns = {
         "question": "question", "sides": "bias of", "n_pairs": "pairs", "before": "before", "before_low": "from", "before_high": "to",
         "after": "after", "change": "change", "change_low": "change from", "change_high": "change to", "mean_abs_change": "mean |change|",
-        "wrong_way_share": "moved further from 0", "moved_share": "moved at all", "reason": "why not asked",
+        "margin": "margin", "p_equivalent": "p of no change", "equivalent": "within the margin", "wrong_way_share": "moved further from 0", "moved_share": "moved at all", "reason": "why not asked",
     }  # fmt: skip
     names = {"question": {q: q.replace("_", " ") for q in frame["question"]}}
     return Section(
