@@ -27,9 +27,10 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.edits import Ablate, FeatureLike, feature_ref
+from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.interchange import AI, Interchange
+from sae_bias.steering.intervention import FeatureLike, feature_ref
 
 MATTERS = 0.005  # of the bias: effects below it are not compared
 

@@ -32,7 +32,6 @@ from sae_bias.discovery.attribution import (
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
 from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
-from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
@@ -41,7 +40,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.neighbors import MOST, decoder_directions, decoder_families, nearest_rows, twins_among
-from sae_bias.saes.sae import Sae
+from sae_bias.saes.sae import Sae, check_sae
 from sae_bias.stats.features import holm
 from sae_bias.steering.banks import BankEngine, specific_reductions
 from sae_bias.steering.controls import control_edits, control_test
@@ -262,11 +261,7 @@ def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]
         raise RequestError("there is no SAE to rank.")
     seen: set[str] = set()
     for s in saes:
-        check_site(model, s.site)
-        if s.d_in != model.d_model:
-            raise RequestError(
-                f"{s.id} has d_in {s.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-            )
+        check_sae(model, s)
         if str(s.id) in seen:
             raise RequestError(f"{s.id} is given twice; each SAE belongs to the family once.")
         seen.add(str(s.id))

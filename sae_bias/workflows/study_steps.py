@@ -21,6 +21,7 @@ from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
+from sae_bias.measures.base import run_measures
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
@@ -178,6 +179,9 @@ class StudyRun:
             with self.step("feature"):
                 report = self.pairs.select(templates=self.split["report"])
                 self.add(feature_tables(self.model, chosen, report, self.probe))
+                found = run_measures(ProbeEngine(self.model, report, self.probe), (Ablate(chosen),))
+                self.write_tables(found.tables)
+                summary |= found.summary
                 self.write_card(chosen)
         return summary
 

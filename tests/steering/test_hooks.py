@@ -14,7 +14,8 @@ from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
 from sae_bias.models.forward import row_positions
-from sae_bias.steering.hooks import HookNeverFiredError, PassInfo, position_mask
+from sae_bias.steering.context import PassInfo, position_mask
+from sae_bias.steering.hooks import HookNeverFiredError
 
 PROMPT = PAIRS[2][3]  # "Today an AI fears being deleted. This is"
 F, G, LAYER = 3, 11, 1
