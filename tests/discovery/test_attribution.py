@@ -186,3 +186,10 @@ def test_ablation_without_resampling_is_damage():
     """Gemma 3 270M: 0.30 of 1.87 nats by ablation, 0.001 by resampling."""
     found = carriers([0.30, 0.30, -0.3, 0.001, 0.001, 0.3], [0.001, 0.25, 0.2, 0.0, 0.4, np.nan], 1.87)
     assert found.tolist() == ["damage", "carrier", "damage", "no", "resampling only", "undetermined"]
+
+
+def test_attribution_inside_inference_mode_is_the_same(gemma3, pairs, probe):
+    plain = attribution(ProbeEngine(gemma3.model, pairs, probe), gemma3.sae)
+    with torch.inference_mode():
+        inside = attribution(ProbeEngine(gemma3.model, pairs, probe), gemma3.sae)
+    np.testing.assert_allclose(inside, plain, atol=1e-6)
