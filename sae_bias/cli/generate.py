@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sae_bias.cli.console import Console, number
-from sae_bias.cli.inputs import check_all, make_edit
+from sae_bias.cli.inputs import EDITS, check_all, make_edit
 from sae_bias.cli.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
 from sae_bias.cli.run_files import run_facts, save_run
 from sae_bias.core.errors import RequestError
@@ -31,7 +31,7 @@ FeatureChoice = Annotated[
         show_default=False,
     ),
 ]
-Edit = Annotated[str, typer.Option("--edit", help="ablate, clamp, scale, cap or steer.")]
+Edit = Annotated[str, typer.Option("--edit", help=EDITS + ".")]
 Strength = Annotated[
     float | None, typer.Option("--strength", help="Value of the edit; ablate has none.", show_default=False)
 ]

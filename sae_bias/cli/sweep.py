@@ -31,16 +31,10 @@ from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
     from sae_bias.prompts.pairs import PromptPairs
-    from sae_bias.steering.edits import Intervention
+    from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
 
-STRENGTHS = {
-    "clamp": "0,-5,-10,-20,-40",
-    "scale": "0,0.25,0.5,0.75",
-    "cap": "0,1,2,4",
-    "steer": "-1,-2,-5,-10",
-}
 SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
 COLUMNS = {
     "intervention": "intervention",
@@ -61,10 +55,7 @@ COLUMNS = {
     "kl_valence": "KL human deeds",
     "kl_off": "KL_off",
 }
-IN_MAX = {"clamp": "0,-0.5,-1,-2,-4", "cap": "0,0.25,0.5,0.75", "steer": "-0.5,-1,-2,-4"}  # --unit max
-Edit = Annotated[
-    str, typer.Option("--edit", help=f"{', '.join(EDITS)}; several with commas between are all swept.")
-]
+Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
 Where = Annotated[
     str,
     typer.Option(
@@ -195,38 +186,46 @@ def sweep(
 
 def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
     """Each kind of edit with its strengths, in the unit asked for."""
-    kinds = list(dict.fromkeys(kind.strip() for kind in edit.split(",")))
-    for kind in kinds:
-        if kind not in EDITS:
-            raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
+    from sae_bias.steering.intervention import edit_class_of
+
+    kinds = {kind: edit_class_of(kind) for kind in dict.fromkeys(part.strip() for part in edit.split(","))}
     if unit not in ("act", "max"):
         raise RequestError(f"--unit {unit!r}: expected act or max.")
-    if kinds == ["ablate"] and strengths is not None:
-        raise RequestError(
-            "--edit ablate has no strength (a' = 0); leave --strengths out, or use --edit clamp."
-        )
-    if when != "active" and "clamp" not in kinds:
+    if strengths is not None and all(rule.strength_field is None for rule in kinds.values()):
+        raise RequestError(f"--edit {edit} has no strength; leave --strengths out, or use --edit clamp.")
+    if when != "active" and not any(_has_when(rule) for rule in kinds.values()):
         raise RequestError(f"--when is about clamp; {edit} has no such choice.")
-    usual = STRENGTHS | (IN_MAX if unit == "max" else {})
-    return {
-        kind: (None,)
-        if kind == "ablate"
-        else parse_numbers(usual[kind] if strengths is None else strengths, "--strengths")
-        for kind in kinds
-    }
+    return {kind: _strengths(rule, strengths, unit) for kind, rule in kinds.items()}
+
+
+def _strengths(rule: "type[Intervention]", given: str | None, unit: str) -> tuple[float | None, ...]:
+    """Those given, else the usual ones of the edit; (None,) where it has none."""
+    if rule.strength_field is None:
+        return (None,)
+    if given is not None:
+        return parse_numbers(given, "--strengths")
+    usual = rule.usual_shares if unit == "max" and rule.usual_shares else rule.usual_strengths
+    return usual or (None,)
+
+
+def _has_when(rule: "type[Intervention]") -> bool:
+    return "when" in rule.__dataclass_fields__
 
 
 def _edits(
     kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
 ) -> "list[Intervention]":
     """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
+    from sae_bias.steering.intervention import edit_class_of
+
+    rules = {kind: edit_class_of(kind) for kind in kinds}
     return [
         make_edit(
             kind,
             feature,
-            value if value is None or kind == "scale" else value * size,
+            value if value is None or not rules[kind].in_activation else value * size,
             positions=where.strip(),
-            when=when if kind == "clamp" else "active",
+            when=when if _has_when(rules[kind]) else "active",
         )
         for kind, values in kinds.items()
         for where in positions

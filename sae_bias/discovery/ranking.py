@@ -24,13 +24,14 @@ from sae_bias.discovery.attribution import (
     Agreement,
     attribution,
     attribution_agreement,
+    carriers,
     cumulative_ablation,
     exact_ablation,
+    exact_resampling,
 )
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
 from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
-from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
@@ -39,7 +40,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.neighbors import MOST, decoder_directions, decoder_families, nearest_rows, twins_among
-from sae_bias.saes.sae import Sae
+from sae_bias.saes.sae import Sae, check_sae
 from sae_bias.stats.features import holm
 from sae_bias.steering.banks import BankEngine, specific_reductions
 from sae_bias.steering.controls import control_edits, control_test
@@ -260,11 +261,7 @@ def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]
         raise RequestError("there is no SAE to rank.")
     seen: set[str] = set()
     for s in saes:
-        check_site(model, s.site)
-        if s.d_in != model.d_model:
-            raise RequestError(
-                f"{s.id} has d_in {s.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-            )
+        check_sae(model, s)
         if str(s.id) in seen:
             raise RequestError(f"{s.id} is given twice; each SAE belongs to the family once.")
         seen.add(str(s.id))
@@ -335,14 +332,17 @@ def _add_effects(
     if by == "ablation":
         order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index[:top_k]
         first = list(dict.fromkeys([*order, *frame.index[frame["ai_speech"] == "yes"][:top_k]]))
-        frame["ablation"] = np.nan
-        frame.loc[first, "ablation"] = exact_ablation(
-            engine, list(frame.loc[first, "feature"]), progress=progress
-        )
+        names = list(frame.loc[first, "feature"])
+        frame["ablation"] = frame["resampling"] = np.nan
+        frame.loc[first, "ablation"] = exact_ablation(engine, names, progress=progress)
+        frame.loc[first, "resampling"] = exact_resampling(engine, names, progress=progress)
+        frame["carrier"] = carriers(frame["ablation"], frame["resampling"], bias)
         agreement = attribution_agreement(
             frame.loc[first, "attribution"].to_numpy(), frame.loc[first, "ablation"].to_numpy(), bias
         )
         note += f"; {len(first)} features ablated exactly (those of largest |attribution|), the rest not measured; {agreement}"
+        found = frame.loc[first, "carrier"].value_counts()
+        note += f"; carriers {found.get('carrier', 0)}, damage {found.get('damage', 0)} (ablation without a resampling effect)"
     if bias:
         for column in [c for c in ("attribution", "ablation") if c in frame]:
             frame[f"{column}_share"] = frame[column] / bias

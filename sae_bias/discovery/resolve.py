@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.discovery.ordering import LEVELS, SUBJECTS, published_fit, published_order, published_rows
-from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import last_residuals
 from sae_bias.probe.words import Probe, default_probe
@@ -45,7 +44,7 @@ from sae_bias.saes.remote import (
     open_remote,
     w_enc_file,
 )
-from sae_bias.saes.sae import Feature, Sae
+from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.features import holm
 from sae_bias.steering.edits import Ablate
@@ -209,11 +208,7 @@ def _open(
     place = None if isinstance(name, Sae) or Path(str(name)).expanduser().is_dir() else hub_place(str(name))
     sae = open_remote(place) if place is not None and not is_cached(place) else load_sae(name)
     candidate.sae, candidate.name = sae, str(sae.id)
-    check_site(model, sae.site)
-    if sae.d_in != model.d_model:
-        raise RequestError(
-            f"has d_in {sae.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model"
-        )
+    check_sae(model, sae)
     if index >= sae.d_sae:
         candidate.status = f"index {index:,} is beyond its width ({sae.d_sae:,})"
         return

@@ -18,7 +18,7 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.prompts.texts import BANKS
 from sae_bias.stats.reduction import SpecificReduction, specific_reduction
 from sae_bias.steering.banks import BankEngine, bank_items
-from sae_bias.steering.edits import Intervention
+from sae_bias.steering.intervention import Intervention
 
 
 @dataclass(frozen=True)

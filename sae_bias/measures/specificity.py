@@ -17,6 +17,7 @@ import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
+from sae_bias.measures.base import Measured, register_measure
 from sae_bias.models.model import Model
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
@@ -24,8 +25,8 @@ from sae_bias.probe.words import Probe
 from sae_bias.prompts.load import load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import FEWEST_CLUSTERS, clustered_mean, equivalence_p
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import Intervention
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -153,6 +154,12 @@ def specificity(
     bias: the AI bias whose tenth is the margin of the equivalence tests; that of the bundled pairs where it is None.
     """
     return SpecificityEngine(model, names, bias=bias).run(edits)
+
+
+@register_measure("specificity")
+def specificity_measure(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured:
+    """Table `specificity`; the margin is a tenth of the engine's own unsteered bias."""
+    return Measured({"specificity": specificity(engine.model, edits, bias=engine.base.bias).to_frame()})
 
 
 def _probe(pairs: PromptPairs, score: str) -> Probe:

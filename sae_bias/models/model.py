@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_ENCODED = 50_000
+"""Texts whose token ids a model remembers: a study encodes each of its prompts many times."""
+
 
 class Model:
     """A causal language model and the untouched tokenizer its token ids come from.
@@ -50,6 +53,7 @@ class Model:
         self._norm32: nn.Module | None = None
         self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
         self.device_map: Any = None
+        self._encoded: tuple[Any, dict[str, list[int]]] = (tokenizer, {})
         hf.requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -198,6 +202,14 @@ class Model:
         """Token ids of `text` with at most one BOS, exactly where the model's own tokenizer puts one."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, not {type(text).__name__}.")
+        if self._encoded[0] is not self.tokenizer or len(self._encoded[1]) >= MOST_ENCODED:
+            self._encoded = (self.tokenizer, {})
+        known = self._encoded[1]
+        if text not in known:
+            known[text] = self._encode(text)
+        return list(known[text])
+
+    def _encode(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text).input_ids)
         bos = self.tokenizer.bos_token_id
         if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:

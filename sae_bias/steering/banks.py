@@ -19,8 +19,8 @@ from sae_bias.probe.reading import PromptIds, ReadingPlan
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.texts import BANKS, load_bank
 from sae_bias.stats.reduction import specific_value
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ProbeEngine, ReadingEngine
+from sae_bias.steering.intervention import Intervention
 
 
 @cache

@@ -28,7 +28,7 @@ from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.edits import FeatureEdit, FeatureLike
+from sae_bias.steering.intervention import FeatureEdit, FeatureLike
 
 MAX_COSINE = 0.5
 FACTOR = 2.0  # matched features are within this factor in firing rate, mean active value and decoder norm
@@ -78,7 +78,7 @@ def random_twins(feature: Feature, x: Float[Tensor, "n d_model"], n: int, seed: 
 def twin_along(feature: Feature, w_dec: Float[Tensor, "d_model"], name: str) -> Feature:
     """`feature` that writes along another row."""
     ref = FeatureRef(SaeId(RANDOM_RELEASE, name), feature.index)
-    return replace(feature, ref=ref, w_dec=w_dec.clone(), whole=None)
+    return replace(feature, ref=ref, w_dec=w_dec.clone())
 
 
 def random_twin(feature: Feature, seed: int) -> Feature:

@@ -36,12 +36,14 @@ from sae_bias.stats.design import DEFAULT_SHARES, split_templates
 from sae_bias.stats.reduction import fieller_reduction
 from sae_bias.steering.controls import control_edits
 from sae_bias.steering.directions import (
+    Direction,
     difference_of_means,
     difference_subspace,
     random_direction,
     random_subspace,
 )
-from sae_bias.steering.edits import Direction, FeatureLike, Intervention, ProjectOut, Scale, Steer
+from sae_bias.steering.edits import ProjectOut, Scale, Steer
+from sae_bias.steering.intervention import FeatureLike, Intervention
 from sae_bias.steering.ridge import RidgeProbe, ridge_probe
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell, Sweep

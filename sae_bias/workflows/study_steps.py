@@ -21,6 +21,7 @@ from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
+from sae_bias.measures.base import run_measures
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
@@ -178,12 +179,16 @@ class StudyRun:
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
         with self.step("behavior"):
-            self.write_examples(base, chosen)
+            self.write_examples(base, sweep)
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
                 report = self.pairs.select(templates=self.split["report"])
-                self.add(feature_tables(self.model, chosen, report, self.probe))
+                tables, notes, summary["ladder"] = feature_tables(self.model, chosen, report, self.probe)
+                self.add((tables, notes))
+                found = run_measures(ProbeEngine(self.model, report, self.probe), (Ablate(chosen),))
+                self.write_tables(found.tables)
+                summary |= found.summary
                 self.write_card(chosen)
         return summary
 
@@ -283,16 +288,24 @@ class StudyRun:
         self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
         return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
 
-    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
-        on_report = base.select(self.split["report"])
-        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
-        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+    def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
+        """The report pairs of one cell of the sweep, in the order of the pairs."""
+        name = sweep.frame.loc[sweep.frame["label"] == label, "cell"].iloc[0]
+        cell = sweep.cells[str(name)]
+        return cell[cell["template"].isin(list(self.split["report"]))]
+
+    def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
+        after = self.on_report(sweep, "ablate")
+        frame = base.select(self.split["report"]).to_frame()[
+            ["human", "ai", "score_human", "score_ai", "bias"]
+        ]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
-        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
-            after.score_human,
-            after.score_ai,
-            after.pair_bias,
-        )
+        for column, score in (
+            ("after_human", "score_human"),
+            ("after_ai", "score_ai"),
+            ("bias_after", "bias"),
+        ):
+            frame[column] = after[score].to_numpy()
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 

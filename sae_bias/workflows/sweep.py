@@ -29,7 +29,7 @@ from sae_bias.runs.manifest import manifest, write_manifest
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
-from sae_bias.workflows.cells import Cell, Plan, Sweep, edit_key, feature_digest
+from sae_bias.workflows.cells import Cell, Plan, Sweep
 from sae_bias.workflows.sweep_rows import cell_rows
 from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 
@@ -43,8 +43,6 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "collect",
-    "edit_key",
-    "feature_digest",
     "merge_run",
     "run_sweep",
 ]

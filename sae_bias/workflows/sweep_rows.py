@@ -18,6 +18,7 @@ from sae_bias.measures.collapse import collapse_test
 from sae_bias.prompts.texts import COST_TEXTS
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.reduction import fieller_reduction
+from sae_bias.steering.intervention import edit_class
 
 NAN = float("nan")
 Clusters = tuple[list[str], list[str]]
@@ -104,7 +105,8 @@ def _effect(after: pd.DataFrame, before: pd.DataFrame, clusters: Clusters) -> di
 
 def _outside(intervention: str, strength: float, observed: float | None) -> bool:
     """Whether an activation is set to a value the feature was not seen to take."""
-    sets = intervention in ("clamp", "clamp_always", "cap", "mean") and np.isfinite(strength)
+    edit = edit_class(intervention)
+    sets = edit is not None and edit.sets_activation and np.isfinite(strength)
     return bool(sets and not 0 <= strength <= (observed or 0.0))
 
 

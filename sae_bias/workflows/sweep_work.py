@@ -22,7 +22,7 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.steering.engine import ProbeEngine
-from sae_bias.steering.hooks import edit_site
+from sae_bias.steering.hooks import flat
 from sae_bias.steering.receipt import Receipt
 from sae_bias.workflows.cells import Cell
 
@@ -66,7 +66,7 @@ class Work:
     @cached_property
     def engines(self) -> Engines:
         """The probe, the mundane twins, the costs and the valence banks, each run once without edits."""
-        sites = sorted({min(edit_site(e) for e in c.edits) for c in self.cells if c.edits})
+        sites = sorted({min(e.site for e in flat(c.edits)) for c in self.cells if c.edits})
         probe = ProbeEngine(self.model, self.pairs, self.probe, sites=sites)
         if not any(self.costed):
             return Engines(probe)

@@ -13,7 +13,7 @@ from sae_bias.stats.reduction import NOT_DISTINGUISHABLE
 from sae_bias.steering import engine as engine_module
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.best_strength import choose_strength
-from sae_bias.workflows.cells import Cell, edit_key
+from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep import cell_rows, collect, merge_run
 
 F, G = 3, 5
@@ -244,8 +244,8 @@ def test_a_changed_weight_makes_another_cell(gemma3):
 
     feature = gemma3.feature(F)
     other = replace(feature, w_dec=feature.w_dec * 1.0001)
-    assert edit_key(sb.Ablate(feature)) == edit_key(sb.Ablate(str(feature.ref)))
-    assert edit_key(sb.Ablate(feature)) != edit_key(sb.Ablate(other))
+    assert sb.Ablate(feature).key() == sb.Ablate(str(feature.ref)).key()
+    assert sb.Ablate(feature).key() != sb.Ablate(other).key()
 
 
 def test_the_grid_is_the_product_and_has_units(gemma3):

@@ -15,7 +15,7 @@ import sae_bias as sb
 from sae_bias.cli.main import main
 from sae_bias.runs.copies import grid_copy, grid_from_copy, pairs_copy, pairs_from_copy
 from sae_bias.runs.folder import RunFolder
-from sae_bias.steering.edits import Direction
+from sae_bias.steering.directions import Direction
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.verify import TOLERANCE, verify_run
 
