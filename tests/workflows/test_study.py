@@ -67,7 +67,7 @@ def test_a_study_writes_its_checks_the_ladder_and_the_biases_that_should_not_mov
     tables = {
         t: pd.read_parquet(demo.path / "tables" / f"{t}.parquet") for t in ("checks", "ladder", "specificity")
     }
-    assert tables["checks"]["check"].iloc[0] == "bias"
+    assert tables["checks"]["check"].iloc[0] == "difference in differences"
     ladder = tables["ladder"].set_index("rung")["effect"]
     assert ladder["direct"] + ladder["mediated"] == pytest.approx(ladder["necessity"], abs=1e-4)
     assert tables["specificity"]["change"].abs().max() < 0.1 * ladder["necessity"]
