@@ -41,7 +41,7 @@ PromptsFile = Annotated[
     typer.Option("--prompts", metavar="FILE", help="Text file with a prompt a line.", show_default=False),
 ]
 Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
-FeatureChoice = Annotated[
+Features = Annotated[
     list[str] | None,
     typer.Option(
         "--feature",
@@ -50,8 +50,21 @@ FeatureChoice = Annotated[
         show_default=False,
     ),
 ]
-Edit = Annotated[str, typer.Option("--edit", help="ablate, clamp, scale, cap or steer.")]
+FeatureChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--feature",
+        metavar="FEATURE",
+        help="Feature to edit; none writes unsteered text only.",
+        show_default=False,
+    ),
+]
+"""One feature, for the commands that take one."""
 Strength = Annotated[
+    float | None, typer.Option("--strength", help="Value of the edit; ablate has none.", show_default=False)
+]
+Edit = Annotated[str, typer.Option("--edit", help="ablate, clamp, scale, cap or steer.")]
+Strengths = Annotated[
     list[str] | None,
     typer.Option(
         "--strength",
@@ -105,9 +118,9 @@ def generate(
     prompt: Prompt = None,
     prompts: PromptsFile = None,
     bundled: Bundled = False,
-    feature: FeatureChoice = None,
+    feature: Features = None,
     edit: Edit = "ablate",
-    strength: Strength = None,
+    strength: Strengths = None,
     unit: Unit = "act",
     positions: Positions = "all",
     max_new_tokens: MaxNewTokens = 40,
