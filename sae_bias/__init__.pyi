@@ -45,11 +45,12 @@ from sae_bias.saes.load import load_feature as load_feature
 from sae_bias.saes.load import load_sae as load_sae
 from sae_bias.saes.sae import Feature as Feature
 from sae_bias.saes.sae import Sae as Sae
+from sae_bias.steering.directions import Direction as Direction
 from sae_bias.steering.directions import difference_of_means as difference_of_means
 from sae_bias.steering.edits import Ablate as Ablate
 from sae_bias.steering.edits import Cap as Cap
 from sae_bias.steering.edits import Clamp as Clamp
-from sae_bias.steering.edits import Direction as Direction
+from sae_bias.steering.edits import EditSet as EditSet
 from sae_bias.steering.edits import Patch as Patch
 from sae_bias.steering.edits import ProjectOut as ProjectOut
 from sae_bias.steering.edits import Reconstruct as Reconstruct

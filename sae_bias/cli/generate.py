@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae_bias.cli.console import Console, number
-from sae_bias.cli.inputs import check_all, make_edit
+from sae_bias.cli.inputs import EDITS, check_all, make_edit
 from sae_bias.cli.options import (
     Device,
     DeviceMap,
@@ -63,7 +63,7 @@ FeatureChoice = Annotated[
 Strength = Annotated[
     float | None, typer.Option("--strength", help="Value of the edit; ablate has none.", show_default=False)
 ]
-Edit = Annotated[str, typer.Option("--edit", help="ablate, clamp, scale, cap or steer.")]
+Edit = Annotated[str, typer.Option("--edit", help=EDITS + ".")]
 Strengths = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sae_bias.cli.console import Console
-from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
     from sae_bias.measures.fidelity import Fidelity
@@ -15,10 +14,10 @@ if TYPE_CHECKING:
     from sae_bias.probe.words import Probe
     from sae_bias.prompts.pairs import PromptPairs
     from sae_bias.saes.sae import Sae
-    from sae_bias.steering.edits import Intervention
+    from sae_bias.steering.intervention import Intervention
 
 
-EDITS = ("clamp", "scale", "cap", "steer", "ablate")
+EDITS = "ablate, scale, clamp, cap, mean, steer, project_out, or one that a plugin brings"
 
 
 def read_probe(pairs: "PromptPairs", words: str | None, score: str = "mean_logit") -> "Probe":
@@ -37,14 +36,10 @@ def check_all(model: "Model", saes: Sequence["Sae"], console: Console) -> "list[
         GateError: the captured residual is not Hugging Face's hidden state.
     """
     from sae_bias.measures.fidelity import gate_sae
-    from sae_bias.models.forward import check_site
+    from sae_bias.saes.sae import check_sae
 
     for sae in saes:
-        check_site(model, sae.site)
-        if sae.d_in != model.d_model:
-            raise RequestError(
-                f"{sae.id} has d_in {sae.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-            )
+        check_sae(model, sae)
     found = [gate_sae(model, sae) for sae in saes]
     for fidelity in found:
         for warning in fidelity.warnings:
@@ -70,18 +65,9 @@ def make_edit(
     kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
 ) -> "Intervention":
     """One intervention from --edit and --strength."""
-    from sae_bias.steering.edits import KINDS
+    from sae_bias.steering.intervention import edit_of
 
-    if kind not in EDITS:
-        raise RequestError(f"--edit {kind!r}: expected one of {', '.join(EDITS)}.")
-    if when != "active" and kind != "clamp":
-        raise RequestError(f"--when is about clamp; {kind} has no such choice.")
-    if kind == "ablate":
-        return KINDS["ablate"](feature, positions=positions)  # type: ignore[call-arg]
-    if strength is None:
-        raise RequestError(f"--edit {kind} needs a strength.")
-    options = {"when": when} if kind == "clamp" else {}
-    return KINDS[kind](feature, strength, positions=positions, **options)  # type: ignore[call-arg]
+    return edit_of(kind, feature, strength, positions=positions, when=None if when == "active" else when)
 
 
 def ask_to_send(cost: Any) -> bool:

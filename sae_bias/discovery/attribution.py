@@ -25,8 +25,9 @@ from sae_bias.models.forward import Batch, Final, Kept, forward_with_grad
 from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.edits import Ablate, FeatureLike, feature_ref
+from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import FeatureLike, feature_ref
 
 MATTERS = 0.005  # of the bias: effects below it are not compared
 
@@ -119,6 +120,7 @@ def cumulative_ablation(
     return pd.DataFrame(rows, columns=["k", "feature", "bias", "change", "reduction", "red_low", "red_high"])
 
 
+@torch.inference_mode(False)
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     """∂bias/∂x and x at every ordinary position of every sequence, each [n_positions, d_model] in float32."""
     coefficients, normalizer = score_coefficients(engine)
@@ -127,7 +129,7 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     for k, batch in enumerate(engine.reading.plan.batches):
         x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            final = forward_with_grad(engine.model, batch.tokens, resume=Kept(layer, x)).last()
+            final = forward_with_grad(engine.model, batch.tokens.clone(), resume=Kept(layer, x)).last()
             value = weighted_score(engine, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, x)
         ordinary = ~torch.isin(batch.tokens, special).to(x.device)

@@ -32,7 +32,7 @@ from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, Sae, check_fits
+from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.stats.clustered import Clustered, clustered_mean
 from sae_bias.steering.edits import Ablate
@@ -127,7 +127,7 @@ def causal_ladder(
         RequestError: a feature that does not fit the model; pairs whose two prompts share no ending; no bias to explain.
     """
     loaded = as_feature(feature)
-    check_fits(model, loaded)
+    check_sae(model, loaded)
     engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
     exchange = Interchange(engine)
     if not exchange.longest:

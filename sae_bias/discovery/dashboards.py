@@ -35,7 +35,7 @@ from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.neighbors import Neighbour, nearest_rows, twin_id
 from sae_bias.saes.neuronpedia import feature_description, feature_page
-from sae_bias.saes.sae import Feature, Sae, check_fits
+from sae_bias.saes.sae import Feature, Sae, check_sae
 
 BINS_PER_DOUBLING = 4
 AROUND = (24, 12)  # tokens shown before and after a passage's peak
@@ -207,7 +207,7 @@ def feature_card(
     from tqdm.auto import tqdm
 
     loaded = as_feature(feature)
-    check_fits(model, loaded)
+    check_sae(model, loaded)
     name, stream = text_stream(texts)
     with tqdm(desc="card", unit="window", disable=not progress, leave=False) as bar:
         activity = _read(model, loaded, name, stream, k, window, bar.update)

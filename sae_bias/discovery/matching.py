@@ -31,7 +31,7 @@ from sae_bias.prompts.load import load_grid
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, Sae, check_fits
+from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import live_blocks
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.steering.edits import Ablate
@@ -109,7 +109,7 @@ def match_features(
         RequestError: a feature or SAE that does not fit its model; a feature silent on the whole bank.
     """
     loaded = as_feature(feature)
-    check_fits(model_a, loaded)
+    check_sae(model_a, loaded)
     saes = load_saes(model_b, saes_b)
     grid = load_grid() if prompts is None else prompts
     texts = [p.text for p in grid]

@@ -30,7 +30,6 @@ from sae_bias.discovery.attribution import (
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
 from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
-from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
@@ -39,8 +38,10 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.neighbors import MOST, decoder_directions, decoder_families, nearest_rows, twins_among
-from sae_bias.saes.sae import Sae
-from sae_bias.steering.controls import control_edits, empirical_p
+from sae_bias.saes.sae import Sae, check_sae
+from sae_bias.stats.features import holm
+from sae_bias.steering.banks import BankEngine, specific_reductions
+from sae_bias.steering.controls import control_edits, control_test
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
@@ -258,11 +259,7 @@ def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]
         raise RequestError("there is no SAE to rank.")
     seen: set[str] = set()
     for s in saes:
-        check_site(model, s.site)
-        if s.d_in != model.d_model:
-            raise RequestError(
-                f"{s.id} has d_in {s.d_in}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-            )
+        check_sae(model, s)
         if str(s.id) in seen:
             raise RequestError(f"{s.id} is given twice; each SAE belongs to the family once.")
         seen.add(str(s.id))
@@ -354,16 +351,22 @@ def _joint(frame: pd.DataFrame, engine: ProbeEngine) -> pd.DataFrame:
 
 
 def _call_causal(frame: pd.DataFrame, engine: ProbeEngine, n: int, seed: int) -> None:
-    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats their controls (docs/method.md#controls)."""
-    called = frame[(frame["ai_speech"] == "yes") & frame["ablation"].notna()].nlargest(
-        MOST_CAUSAL, "ablation"
-    )
+    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats its controls (docs/method.md#controls).
+
+    p is Holm-corrected over the features tested: as many, by ablation, as `n` controls can decide, at most `MOST_CAUSAL`.
+    """
+    frame["control_p"] = frame["control_p_matched"] = frame["control_p_random"] = frame["specific"] = np.nan
+    called = frame[(frame["ai_speech"] == "yes") & frame["ablation"].notna()]
+    tested = called.nlargest(min(MOST_CAUSAL, max(1, int(ALPHA * (n + 1)))), "ablation")
     family = [FeatureRef.parse(name) for name in called["feature"]]
-    frame["control_p"] = np.nan
-    for place, ref, effect in zip(called.index, family, called["ablation"]):
-        controls = control_edits(engine.model, Ablate(ref), engine.reading.pairs, n, seed, family=family)
-        p = empirical_p(
-            float(effect), [engine.base.bias - engine.run([edit])[0].bias for edit, _ in controls]
-        )
-        frame.loc[place, "control_p"] = p
-        frame.loc[place, "causal_ai_speech"] = "yes" if p <= ALPHA and effect > 0 else "no"
+    banks = BankEngine(engine.model, engine.base.probe)
+    found = {}
+    for place, name in tested["feature"].items():
+        edit = Ablate(FeatureRef.parse(name))
+        controls = control_edits(engine.model, edit, engine.reading.pairs, n, seed, family=family)
+        own, *others = specific_reductions(engine, banks, [[edit], *([e] for e, _ in controls)])
+        found[place] = control_test(float(own), others, [kind for _, kind in controls])
+    for (place, test), p in zip(found.items(), holm([test.p for test in found.values()])):
+        frame.loc[place, ["control_p", "control_p_matched", "control_p_random", "specific"]] = [p, test.p_matched, test.p_random, test.candidate]  # fmt: skip
+        verdict = test.verdict
+        frame.loc[place, "causal_ai_speech"] = "no" if verdict == "yes" and p > ALPHA else verdict

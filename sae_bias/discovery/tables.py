@@ -32,8 +32,8 @@ from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
-from sae_bias.saes.sae import Feature, check_fits
-from sae_bias.steering.edits import FeatureLike
+from sae_bias.saes.sae import Feature, check_sae
+from sae_bias.steering.intervention import FeatureLike
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -165,7 +165,7 @@ def activation_table(
     if positions not in POSITIONS:
         raise RequestError(f"positions={positions!r}; expected 'last', 'max' or 'tokens'.")
     loaded = as_feature(feature)
-    check_fits(model, loaded)
+    check_sae(model, loaded)
     grid = load_grid() if grid is None else grid
     if not len(grid):
         raise RequestError("the grid holds no prompts; give subjects and statements.")
@@ -340,7 +340,7 @@ def token_activations(
     if isinstance(texts, str):
         raise RequestError("token_activations takes a list of texts; put the one text in a list.")
     found = as_feature(feature)
-    check_fits(model, found)
+    check_sae(model, found)
     found, layer = found.to(model.device), found.site.layer
     ids = [model.encode(t) for t in texts]
     rows: list[tuple[tuple[str, ...], tuple[float, ...]]] = [((), ())] * len(ids)

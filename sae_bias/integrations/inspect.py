@@ -25,7 +25,6 @@ from sae_bias.core.errors import RequestError
 from sae_bias.prompts.scenarios import LETTERS, Scenario, load_scenarios
 
 MAX_NEW_TOKENS = 40
-EDITS = ("ablate", "clamp", "scale", "cap", "steer")
 
 
 class SaeBiasAPI(ModelAPI):
@@ -33,7 +32,7 @@ class SaeBiasAPI(ModelAPI):
 
     Args:
         feature: `RELEASE/SAE_ID#INDEX`; none is the unsteered model.
-        edit: ablate, clamp, scale, cap or steer.
+        edit: ablate, clamp, scale, cap, steer, or any other edit of one feature.
         strength: value of the edit; ablate has none.
         positions: all, last, prompt or generated.
         chat: use the model's chat template; by default where it has one.
@@ -130,7 +129,7 @@ def sae_bias() -> type[ModelAPI]:
 
 
 def _edits(feature: str | None, edit: str, strength: float | None, positions: str) -> list[Any]:
-    from sae_bias.steering.edits import KINDS
+    from sae_bias.steering.intervention import edit_of
 
     if feature is None:
         if strength is not None or edit != "ablate":
@@ -138,16 +137,7 @@ def _edits(feature: str | None, edit: str, strength: float | None, positions: st
                 f"edit={edit!r}, strength={strength}: an edit needs feature=RELEASE/SAE_ID#INDEX."
             )
         return []
-    if edit not in EDITS or (strength is None) != (edit == "ablate"):
-        raise RequestError(
-            f"edit={edit!r}, strength={strength}: expected ablate alone, or {', '.join(EDITS[1:])} with a strength."
-        )
-    make: Any = KINDS[edit]
-    return [
-        make(feature, positions=positions)
-        if strength is None
-        else make(feature, float(strength), positions=positions)
-    ]
+    return [edit_of(edit, feature, None if strength is None else float(strength), positions=positions)]
 
 
 # ── the task

@@ -27,9 +27,10 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import observed_max
-from sae_bias.steering.edits import Ablate, Clamp, FeatureLike, Intervention, Scale, Steer
+from sae_bias.steering.edits import Ablate, Clamp, Scale, Steer
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.hooks import intervene
+from sae_bias.steering.intervention import FeatureLike, Intervention
 
 HOST = "127.0.0.1"
 MOST_TEXT, MOST_TOKENS = 20_000, 200

@@ -30,7 +30,8 @@ from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Feature, Sae
-from sae_bias.steering.edits import Intervention, Patch
+from sae_bias.steering.edits import Patch
+from sae_bias.steering.intervention import Intervention, map_features
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep_work import CellResult, Group, Results, Work
 
@@ -169,29 +170,29 @@ def _name(model: Model) -> str:
 
 def _portable(edit: Intervention, wholes: set[str]) -> Intervention:
     """`edit` as it can be sent: features by value (two vectors each); an SAE that is needed whole is noted in `wholes`."""
-    if isinstance(edit, Patch):
+    if any(isinstance(part, Patch) for part in edit.parts):
         raise RequestError(
             "a patch from another model cannot be sent to a cluster; run it without --cluster."
         )
-    for field in ("feature", "along"):
-        value = getattr(edit, field, None)
-        if isinstance(value, Feature) and value.whole is not None:
-            if value.whole.path is None and value.whole.id.release == "object:sae_lens":
-                raise RequestError(
-                    f"{value.whole.id} is an object in memory and cannot be sent to a cluster; save it and give its folder."
-                )
-            wholes.add(str(value.ref.sae))
-            return replace(edit, **{field: replace(value, whole=None)})
-    return edit
+
+    def alone(feature: Feature) -> Feature:
+        if feature.whole is None:
+            return feature
+        if feature.whole.path is None and feature.whole.id.release == "object:sae_lens":
+            raise RequestError(
+                f"{feature.whole.id} is an object in memory and cannot be sent to a cluster; save it and give its folder."
+            )
+        wholes.add(str(feature.ref.sae))
+        return replace(feature, whole=None)
+
+    return map_features(edit, alone)
 
 
 def _whole_again(edit: Intervention, wholes: dict[str, Sae]) -> Intervention:
     """`edit` with its feature's SAE put back where its encoder column alone does not do."""
-    for field in ("feature", "along"):
-        value = getattr(edit, field, None)
-        if isinstance(value, Feature) and str(value.ref.sae) in wholes:
-            return replace(edit, **{field: replace(value, whole=wholes[str(value.ref.sae)])})
-    return edit
+    return map_features(
+        edit, lambda f: replace(f, whole=wholes[str(f.ref.sae)]) if str(f.ref.sae) in wholes else f
+    )
 
 
 class _Worker:

@@ -17,8 +17,8 @@ from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.prompts.texts import load_identity
 from sae_bias.stats.design import sign_test
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.generate import generate
+from sae_bias.steering.intervention import Intervention
 
 N_SAMPLES, TEMPERATURE = 4, 0.7
 _NEGATED = re.compile(

@@ -25,9 +25,9 @@ from sae_bias.models.forward import Final
 from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import RolePair, Scenario, Scenarios
 from sae_bias.stats.design import mcnemar_exact, sign_test
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import CellRunner
 from sae_bias.steering.hooks import intervene
+from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import Receipt
 
 if TYPE_CHECKING:

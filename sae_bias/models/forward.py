@@ -269,6 +269,16 @@ def check_site(model: Model, site: Site | str | int) -> Site:
     return site
 
 
+def check_fits(model: Model, what: str, site: Site, width: int) -> Site:
+    """Refuse what was made for another width, or a layer the model lacks."""
+    site = check_site(model, site)
+    if width != model.d_model:
+        raise RequestError(
+            f"{what} has d_in {width}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+        )
+    return site
+
+
 def hidden(output: Any) -> Tensor:
     """The residual in a decoder layer's output (a tensor, or the first of a tuple)."""
     return output[0] if isinstance(output, tuple) else output

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+MOST_ENCODED = 50_000
+"""Texts whose token ids a model remembers: a study encodes each of its prompts many times."""
+
 
 class Model:
     """A causal language model and the untouched tokenizer its token ids come from.
@@ -62,6 +65,7 @@ class Model:
         self._end_ids: frozenset[int] | None = None
         self._n_embedded = int(_innermost(hf.get_input_embeddings()).weight.shape[0])
         self._eos_said = self._day_said = False
+        self._encoded: tuple[Any, dict[str, list[int]]] = (tokenizer, {})
         self._before = (hf.training, [p for p in hf.parameters() if p.requires_grad])
         hf.eval().requires_grad_(False)
 
@@ -218,6 +222,14 @@ class Model:
         """Token ids of `text` with at most one BOS, exactly where the model's own tokenizer puts one, and no EOS put after it."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, not {type(text).__name__}.")
+        if self._encoded[0] is not self.tokenizer or len(self._encoded[1]) >= MOST_ENCODED:
+            self._encoded = (self.tokenizer, {})
+        known = self._encoded[1]
+        if text not in known:
+            known[text] = self._encode(text)
+        return list(known[text])
+
+    def _encode(self, text: str) -> list[int]:
         ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
         plain = [i for i in ids if i not in self.special_ids]
         if not plain:

@@ -24,10 +24,12 @@ from sae_bias.probe.words import Probe, Vocabulary
 from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.pairs import NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.runs.folder import reading
+from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
-from sae_bias.steering.edits import KINDS, Direction, FeatureEdit, Intervention, Patch, from_dict
+from sae_bias.steering.controls import RANDOM_RELEASE, random_twin, twin_along
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import Intervention, from_dict
 
 _MAX_NUMBERS = 1 << 24
 
@@ -98,12 +100,15 @@ def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
     facts = edit.to_dict()
     if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
         facts["gate"] = gate
+        row = getattr(getattr(edit, "feature", None), "w_dec", None)
+        if row is not None and not str(facts["feature"]).startswith(f"{RANDOM_RELEASE}/seed-"):
+            facts["w_dec"] = _packed(row)
     return facts
 
 
 def directions_of(edits: Sequence[Intervention]) -> dict[str, Any]:
     """The directions along which some edits act, by digest."""
-    found = (getattr(e, "along", None) for e in edits)
+    found = (getattr(part, "along", None) for e in edits for part in e.parts)
     return {d.digest: _direction_copy(d) for d in found if isinstance(d, Direction)}
 
 
@@ -114,31 +119,29 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
         RequestError, MissingError: it cannot be made again, and why.
     """
     with reading("an edit in sweep.json"):
-        data = dict(facts)
-        kind = data.get("kind")
-        gate = data.pop("gate", None)
-        if isinstance(data.get("along"), dict):
-            data["along"] = _direction(data["along"], directions)
-            return KINDS[str(data.pop("kind"))](**data)
-        if kind == "patch":
-            source = load_model(str(data["source"]), device=model.device, dtype=model.dtype)
-            return Patch(
-                data["site"],
-                source,
-                positions=data["positions"],
-                include_special=bool(data["include_special"]),
-            )
-        edit = from_dict(data)
-        if isinstance(edit, FeatureEdit) and edit.ref.sae.release == RANDOM_RELEASE:
-            data = {k: v for k, v in data.items() if k != "kind"}
-            return KINDS[str(kind)](**{**data, "feature": _twin(edit, gate)})
-        return edit
+        return _edit(dict(facts), directions, model)
 
 
-def _twin(edit: FeatureEdit, gate: Any) -> Feature:
-    seed = re.fullmatch(r"seed-(\d{1,12})", edit.ref.sae.sae_id)
+def _edit(data: dict[str, Any], directions: Mapping[str, Any], model: Any) -> Intervention:
+    gate, row = data.pop("gate", None), data.pop("w_dec", None)
+    if isinstance(data.get("edits"), list):
+        data["edits"] = [_edit(dict(part), directions, model) for part in data["edits"]]
+    if isinstance(data.get("along"), dict):
+        data["along"] = _direction(data["along"], directions)
+    if isinstance(data.get("source"), str):
+        data["source"] = load_model(data["source"], device=model.device, dtype=model.dtype)
+    if str(data.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
+        data["feature"] = _twin(str(data["feature"]), gate, row)
+    return from_dict(data)
+
+
+def _twin(name: str, gate: Any, row: Any) -> Feature:
+    if gate is not None and row is not None:
+        feature = as_feature(str(gate))
+        return twin_along(feature, _unpacked(str(row), feature.d_model), FeatureRef.parse(name).sae.sae_id)
+    seed = re.fullmatch(rf"{RANDOM_RELEASE}/seed-(\d{{1,12}})#\d+", name)
     if gate is None or seed is None:
-        raise RequestError(f"{edit.ref}: the feature whose gate it has was not stored")
+        raise RequestError(f"{name}: the feature whose gate it has was not stored")
     return random_twin(as_feature(str(gate)), int(seed[1]))
 
 

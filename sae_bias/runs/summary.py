@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from sae_bias.core.files import plain
-from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, percent, signed
+from sae_bias.core.text import COST_KINDS, bracket, number, p_text, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
+from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 from sae_bias.stats.clustered import Clustered, effect_sizes
-from sae_bias.stats.reduction import Reduction
 
 
 def _undefined(value: Any) -> Any:
@@ -101,6 +101,25 @@ class ReductionFigure(Block):
     change_high: Number = None
     of: str | None = None
     """The edit in words, where it is not the ablation."""
+    undefined: str | None = None
+    """Why the share has no value."""
+
+
+class DidFigure(Block):
+    """The difference in differences before and after the edit, and how much of it was removed, in nats."""
+
+    before: Number = None
+    after: Number = None
+    change: Number = None
+    change_low: Number = None
+    change_high: Number = None
+
+
+class Shift(Block):
+    """How far each side's mean score moved, in nats."""
+
+    human: Number = None
+    ai: Number = None
 
 
 class SpecificFigure(Block):
@@ -135,6 +154,12 @@ class ControlsFigure(Block):
     median: Number = None
     multiple_of_median: Number = None
     percentile95: Number = None
+    statistic: str | None = None
+    """`specific_reduction`, or `removed_nats` where the valence banks were not run; absent in runs of version 0.1."""
+    value: Number = None
+    """The feature's own statistic."""
+    kinds: dict[str, ControlsFigure] | None = None
+    """Matched features and random directions, each with its own p."""
 
 
 class StrengthFigure(Block):
@@ -142,6 +167,12 @@ class StrengthFigure(Block):
 
     strength: Number = None
     reduction: Number = None
+    specific_reduction: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    """The interval of the specific reduction."""
+    beta: Number = None
+    kl_off: Number = None
     label: str | None = None
     outside_observed: bool | None = None
 
@@ -151,6 +182,8 @@ class BestStrength(Block):
 
     in_sample: StrengthFigure = StrengthFigure()
     held_out: StrengthFigure = StrengthFigure()
+    undefined: str | None = None
+    """Why no strength is named."""
 
 
 class TextMeasures(Block):
@@ -251,6 +284,8 @@ class Summary(Block):
     feature: ChosenFeature | None = None
     reduction: ReductionFigure | None = None
     specific_reduction: SpecificFigure | None = None
+    did: DidFigure | None = None
+    shift: Shift | None = None
     costs: dict[str, Cost] | None = None
     controls: ControlsFigure | None = None
     best_strength: BestStrength | None = None
@@ -290,14 +325,6 @@ def effect(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> Eff
         mean=stat.mean, ci_low=stat.ci_low, ci_high=stat.ci_high, p_value=stat.p_value, df=stat.df, n_pairs=stat.n,
         n_templates=stat.n_templates, n_entities=stat.n_entities, reason=stat.reason or None,
         d_z=sizes.d_z, share_templates_positive=sizes.share_positive,
-    )  # fmt: skip
-
-
-def reduction_figure(r: Reduction) -> ReductionFigure:
-    """The block of a reduction."""
-    return ReductionFigure(
-        estimate=r.estimate, ci_low=r.ci_low, ci_high=r.ci_high, bounded=r.bounded, overshoot=r.overshoot,
-        bias_before=r.base_bias, bias_after=r.after_bias, change=r.change.mean, change_low=r.change.ci_low, change_high=r.change.ci_high,
     )  # fmt: skip
 
 
@@ -343,20 +370,12 @@ def headline(summary: Summary) -> list[str]:
 
 def _suppressed(summary: Summary) -> list[str]:
     """What its ablation does; nothing for one shard, which has its cells alone."""
-    lines, cut, specific = [], summary.reduction, summary.specific_reduction
-    if cut is not None:
-        first = f"ablated, on report templates: bias {signed(cut.bias_before)} → {signed(cut.bias_after)}"
-        lines.append(
-            f"{first}, reduction {percent(cut.estimate)} {bracket(cut.ci_low, cut.ci_high, share=True)}"
-        )
-        if specific is not None:
-            lines[-1] += f", specific {percent(specific.estimate)} (β {number(specific.beta)})"
+    lines = effect_lines(summary.facts(), "report templates")
     if summary.costs:
-        said = [f"{TEXT_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
+        said = [f"{COST_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
         lines.append(f"cost in KL, nats a token: {', '.join(said)}")
-    if (controls := summary.controls) is not None and controls.n:
-        lines.append(
-            f"{controls.n} controls: median {percent(controls.median)}, 95th percentile {percent(controls.percentile95)}, "
-            f"{p_text(controls.p_value)}"
-        )
+    if summary.best_strength is not None:
+        lines.append(best_line(summary.best_strength.facts(), "report templates"))
+    if summary.controls is not None:
+        lines += control_lines(summary.controls.facts())
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import file_digest
 from sae_bias.core.site import Site
-from sae_bias.models.forward import check_site
+from sae_bias.models.forward import check_fits
 from sae_bias.models.model import Model
 from sae_bias.saes.ids import FeatureRef, SaeId
 
@@ -91,6 +91,21 @@ class Feature:
         names = ("w_enc", "w_dec", "b_enc", "threshold")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def __eq__(self, other: object) -> bool:
+        """The same feature with the same weights, however often it was loaded."""
+        if not isinstance(other, Feature) or self.ref != other.ref:
+            return False
+        return self is other or all(
+            torch.equal(a.cpu(), b.cpu()) for a, b in zip(self._weights, other._weights)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.ref)
+
+    @property
+    def _weights(self) -> tuple[Tensor, ...]:
+        return self.w_enc, self.w_dec, self.b_enc, self.threshold
+
     def __str__(self) -> str:
         return str(self.ref)
 
@@ -124,6 +139,7 @@ class Sae:
     """Whether a feature's own encoder column gives its activation: (Jump)ReLU, input not normalized."""
     lens: Any = None
     """The SAELens object, where the whole SAE is in memory."""
+    _features: dict[int, Feature] = field(default_factory=dict, repr=False)
 
     @property
     def d_in(self) -> int:
@@ -166,8 +182,13 @@ class Sae:
         return self.encoder.b_dec()
 
     def feature(self, index: int) -> Feature:
-        """One feature: an encoder column, a decoder row and two numbers are all that is read."""
+        """One feature: an encoder column, a decoder row and two numbers are all that is read, once."""
         ref = FeatureRef(self.id, index)
+        if ref.index not in self._features:
+            self._features[ref.index] = self._read_feature(ref)
+        return self._features[ref.index]
+
+    def _read_feature(self, ref: FeatureRef) -> Feature:
         self._check_index(ref.index)
         column = self.encoder.columns(ref.index, ref.index + 1)
         (w_dec,) = self.encoder.decoder_rows([ref.index])
@@ -295,10 +316,6 @@ class SaeInfo:
     """How the input is scaled at run time, and the output scaled back: none, constant_norm_rescale or layer_norm."""
 
 
-def check_fits(model: Model, feature: Feature) -> None:
-    """Refuse a feature of another width or a layer the model lacks."""
-    check_site(model, feature.site)
-    if feature.w_enc.shape[-1] != model.d_model:
-        raise RequestError(
-            f"{feature.ref} has d_in {feature.w_enc.shape[-1]}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-        )
+def check_sae(model: Model, found: Sae | Feature) -> None:
+    """Refuse an SAE or a feature of another width or a layer the model lacks."""
+    check_fits(model, str(found), found.site, found.d_model if isinstance(found, Feature) else found.d_in)

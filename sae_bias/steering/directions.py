@@ -12,6 +12,9 @@ the rest and can carry a whole difference; `without_massive` leaves them out and
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -22,9 +25,42 @@ from sae_bias.core.site import Site
 from sae_bias.models.forward import check_site, residuals
 from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.steering.edits import Direction
 
 MASSIVE = 100.0  # times the median absolute activation
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One direction, or an orthonormal basis of several, at a site of one model."""
+
+    name: str
+    """Where it comes from, such as "difference of means"."""
+    site: Site
+    basis: Float[Tensor, "k d_model"]
+    """Rows: unit length for one direction, orthonormal for several. Float32."""
+    mean: Float[Tensor, "d_model"] | None = None
+    """μ of the affine projection, or None."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the numbers, which with the site decides equality."""
+        parts = [self.basis] if self.mean is None else [self.basis, self.mean]
+        data = b"".join(part.cpu().numpy().tobytes() for part in parts)
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    def to(self, device: torch.device) -> Direction:
+        """The same direction on a device."""
+        mean = None if self.mean is None else self.mean.to(device)
+        return replace(self, basis=self.basis.to(device), mean=mean)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Direction) and (self.site, self.digest) == (other.site, other.digest)
+
+    def __hash__(self) -> int:
+        return hash((self.site, self.digest))
+
+    def __str__(self) -> str:
+        return f"{self.name} @ {self.site}"
 
 
 def difference_of_means(

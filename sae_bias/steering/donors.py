@@ -15,7 +15,6 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.types import PositionMask, Resid, Tokens
 from sae_bias.models.forward import Partners, capture_layers, hidden
 from sae_bias.models.model import Model, ours
-from sae_bias.steering.edits import Intervention, Patch
 
 
 class Sources:
@@ -31,13 +30,6 @@ class Sources:
         self.model, self.tokens, self.partners, self.attention_mask = model, tokens, partners, attention_mask
         self._paired: dict[int, tuple[Tensor, Tensor]] = {}
         self._other: dict[tuple[int, int], Tensor] = {}
-
-    def prepare(self, edit: Intervention, layer: int) -> None:
-        """Compute what `edit` will read at `layer`, while no edit is applied."""
-        if isinstance(edit, Patch):
-            self.other(edit.source, layer)
-        elif edit.needs_pairs:
-            self.paired(layer)
 
     def paired(self, layer: int) -> tuple[Resid, PositionMask]:
         """Residual of each row's paired prompt, aligned with the row from the right, and where the two are matched."""

@@ -1,8 +1,10 @@
 """Interventions as values: what to change in the residual stream, without any tensor of the model's.
 
-With x the residual at the site, a a feature's activation and δ = W_dec[f], every edit of features is
+With x the residual at the site, a the feature's activation and δ = W_dec[f], every edit of features is
 
     x' = x + Σ (a' - a)·δ        (the SAE error is kept exactly)
+
+(an SAE that normalizes its input multiplies δ by the size it divided x by: `Sae.decoder_scale`).
 
 | class       | rule                                                                       |
 |-------------|----------------------------------------------------------------------------|
@@ -15,184 +17,81 @@ With x the residual at the site, a a feature's activation and δ = W_dec[f], eve
 | Steer       | x' = x + α·δ, or x + α·‖x‖·δ̂ with `norm_relative=True`                     |
 | ProjectOut  | x' = x - P x, or x - P (x - μ) where the direction has a mean              |
 | Patch       | x' = another model's residual at this site on the same tokens              |
-| Reconstruct | x' = decode(a): a labeled control, never a default                        |
+| Reconstruct | x' = decode(a): a labeled control, never a default                         |
+| EditSet     | several edits, at one site or at many, under one name                      |
 
 "Clamp" means four different things in four public tools; `describe()` says which one this is, in every table.
 Interventions compare equal when they do the same thing, and `to_dict` / `from_dict` keep them in files.
+
+How to add one, from here or from another package, stands in `intervention`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.saes.ids import FeatureRef, SaeId
-from sae_bias.saes.sae import Feature
+from sae_bias.core.types import Resid
+from sae_bias.models.fingerprint import model_digest
+from sae_bias.models.forward import check_fits
+from sae_bias.models.model import Model
+from sae_bias.saes.ids import SaeId
+from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.sae import Feature, Sae, sae_facts
+from sae_bias.steering.context import Change, EditContext
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import (
+    FeatureEdit,
+    FeatureLike,
+    Intervention,
+    bound,
+    feature_digest,
+    feature_ref,
+    from_dict,
+    register_edit,
+    settle,
+)
 
-POSITIONS = ("all", "last", "subject", "prompt", "generated")
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """One direction, or an orthonormal basis of several, at a site of one model."""
-
-    name: str
-    """Where it comes from, such as "difference of means"."""
-    site: Site
-    basis: Float[Tensor, "k d_model"]
-    """Rows: unit length for one direction, orthonormal for several. Float32."""
-    mean: Float[Tensor, "d_model"] | None = None
-    """μ of the affine projection, or None."""
-
-    @property
-    def digest(self) -> str:
-        """Hash of the numbers, which with the site decides equality."""
-        data = self.basis.numpy().tobytes() + (b"" if self.mean is None else self.mean.numpy().tobytes())
-        return hashlib.sha256(data).hexdigest()[:16]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Direction) and (self.site, self.digest) == (other.site, other.digest)
-
-    def __hash__(self) -> int:
-        return hash((self.site, self.digest))
-
-    def __str__(self) -> str:
-        return f"{self.name} @ {self.site}"
+if TYPE_CHECKING:
+    from sae_bias.steering.donors import Sources
 
 
-FeatureLike = Feature | FeatureRef | str
-
-
-def feature_ref(feature: FeatureLike) -> FeatureRef:
-    """The reference of a feature given as a string, a reference or a loaded feature."""
-    if isinstance(feature, Feature):
-        return feature.ref
-    if isinstance(feature, FeatureRef):
-        return feature
-    if isinstance(feature, str):
-        return FeatureRef.parse(feature)
-    raise RequestError(
-        f"a feature must be '<release>/<sae_id>#<index>', a FeatureRef or a Feature, not {type(feature).__name__}."
-    )
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """Base of all interventions; `positions` says where it acts (special tokens are left alone by default)."""
-
-    positions: str = field(default="all", kw_only=True)
-    """all | last (of the prompt) | subject (from the subject on) | prompt | generated"""
-    include_special: bool = field(default=False, kw_only=True)
-    """Edit BOS, EOS and PAD too, on which no SAE was trained: a labeled switch of `as_published`, never a default."""
-
-    kind: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
-            raise RequestError(f"positions={self.positions!r}; expected one of {', '.join(POSITIONS)}.")
-
-    @property
-    def strength(self) -> float:
-        """The number a sweep varies; NaN where the rule has none."""
-        return math.nan
-
-    @property
-    def needs_pairs(self) -> bool:
-        """Whether the rule reads the paired prompt, which only a probe on pairs has."""
-        return False
-
-    @property
-    def target(self) -> str:
-        """What is edited, as text: a feature, a direction or an SAE."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """The rule in words, unambiguous in a table."""
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads; directions are stored by name and digest only."""
-        out: dict[str, Any] = {"kind": self.kind}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Direction):
-                value = {"direction": value.name, "site": str(value.site), "digest": value.digest}
-            elif isinstance(value, (Feature, FeatureRef, SaeId)):
-                value = str(value.ref if isinstance(value, Feature) else value)
-            elif isinstance(value, Site) or hasattr(value, "hf"):
-                value = str(value) if isinstance(value, Site) else value.name
-            out[f.name] = value
-        return out
-
-
-@dataclass(frozen=True)
-class FeatureEdit(Intervention):
-    """An edit of one SAE feature's activation."""
-
-    feature: FeatureLike
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.feature, Feature):
-            object.__setattr__(self, "feature", feature_ref(self.feature))
-
-    @property
-    def ref(self) -> FeatureRef:
-        return feature_ref(self.feature)
-
-    @property
-    def target(self) -> str:
-        return str(self.ref)
-
-    def new_acts(self, acts: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-        """a' from a."""
-        raise NotImplementedError
-
-
+@register_edit("ablate")
 @dataclass(frozen=True)
 class Ablate(FeatureEdit):
     """a' = 0."""
 
-    kind: ClassVar[str] = "ablate"
-
-    def new_acts(self, acts: Tensor) -> Tensor:
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
         return torch.zeros_like(acts)
 
     def describe(self) -> str:
         return "ablate (a' = 0)"
 
 
+@register_edit("scale")
 @dataclass(frozen=True)
 class Scale(FeatureEdit):
     """a' = k·a."""
 
     factor: float
-    kind: ClassVar[str] = "scale"
+    strength_field: ClassVar[str | None] = "factor"
+    usual_strengths: ClassVar[tuple[float, ...]] = (0, 0.25, 0.5, 0.75)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite("Scale", self.factor)
-
-    @property
-    def strength(self) -> float:
-        return self.factor
-
-    def new_acts(self, acts: Tensor) -> Tensor:
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
         return acts * self.factor
 
     def describe(self) -> str:
         return f"scale (a' = {self.factor:g}·a)"
 
 
+@register_edit("clamp")
 @dataclass(frozen=True)
 class Clamp(FeatureEdit):
     """a' = v where the feature is active (the default), or everywhere with `when="always"`."""
@@ -200,19 +99,22 @@ class Clamp(FeatureEdit):
     value: float
     when: str = field(default="active", kw_only=True)
     """"active" writes only where a > 0; "always" writes where nothing fired too."""
-    kind: ClassVar[str] = "clamp"
+    strength_field: ClassVar[str | None] = "value"
+    in_activation: ClassVar[bool] = True
+    sets_activation: ClassVar[bool] = True
+    usual_strengths: ClassVar[tuple[float, ...]] = (0, -5, -10, -20, -40)
+    usual_shares: ClassVar[tuple[float, ...]] = (0, -0.5, -1, -2, -4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _finite("Clamp", self.value)
         if self.when not in ("active", "always"):
             raise RequestError(f"when={self.when!r}; expected 'active' or 'always'.")
 
     @property
-    def strength(self) -> float:
-        return self.value
+    def short_name(self) -> str:
+        return "clamp_always" if self.when == "always" else "clamp"
 
-    def new_acts(self, acts: Tensor) -> Tensor:
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
         value = torch.full_like(acts, self.value)
         return value if self.when == "always" else torch.where(acts > 0, value, acts)
 
@@ -226,51 +128,44 @@ class Clamp(FeatureEdit):
         return f"clamp (a' = {self.value:g} {where})"
 
 
+@register_edit("cap")
 @dataclass(frozen=True)
 class Cap(FeatureEdit):
     """a' = min(a, v)."""
 
     value: float
-    kind: ClassVar[str] = "cap"
+    strength_field: ClassVar[str | None] = "value"
+    in_activation: ClassVar[bool] = True
+    sets_activation: ClassVar[bool] = True
+    usual_strengths: ClassVar[tuple[float, ...]] = (0, 1, 2, 4)
+    usual_shares: ClassVar[tuple[float, ...]] = (0, 0.25, 0.5, 0.75)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite("Cap", self.value)
-
-    @property
-    def strength(self) -> float:
-        return self.value
-
-    def new_acts(self, acts: Tensor) -> Tensor:
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
         return acts.clamp(max=self.value)
 
     def describe(self) -> str:
         return f"cap (a' = min(a, {self.value:g}))"
 
 
+@register_edit("mean")
 @dataclass(frozen=True)
 class SetMean(FeatureEdit):
     """a' = the feature's mean on neutral prompts, at every position."""
 
     value: float
-    """That mean, measured in advance (`sae_bias.discovery.tables.mean_activation`)."""
-    kind: ClassVar[str] = "mean"
+    """That mean, measured beforehand (`sae_bias.discovery.tables.mean_activation`)."""
+    strength_field: ClassVar[str | None] = "value"
+    in_activation: ClassVar[bool] = True
+    sets_activation: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite("SetMean", self.value)
-
-    @property
-    def strength(self) -> float:
-        return self.value
-
-    def new_acts(self, acts: Tensor) -> Tensor:
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
         return torch.full_like(acts, self.value)
 
     def describe(self) -> str:
         return f"mean (a' = {self.value:g}, its neutral mean, at every position)"
 
 
+@register_edit("resample")
 @dataclass(frozen=True)
 class Resample(FeatureEdit):
     """a' = the feature's value in the paired human prompt, matched from the right over the identical words.
@@ -279,65 +174,130 @@ class Resample(FeatureEdit):
     anywhere else (costs, generation) it is an error.
     """
 
-    kind: ClassVar[str] = "resample"
-
     @property
     def needs_pairs(self) -> bool:
         return True
+
+    def prepare(self, sources: Sources) -> None:
+        sources.paired(self.site.layer)
+
+    def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
+        paired, matched = context.sources.paired(context.site.layer)
+        theirs = as_feature(self.feature).activation(paired.to(acts.device).float())
+        return torch.where(matched.to(acts.device), theirs, acts)
 
     def describe(self) -> str:
         return "resample (a' = its value in the paired human prompt, after the subject)"
 
 
 @dataclass(frozen=True)
-class Steer(Intervention):
-    """x' = x + α·δ along a feature's decoder row or a direction; `norm_relative` adds α·‖x‖·δ̂ instead."""
+class _AlongEdit(Intervention):
+    """An edit along a feature's decoder row or a direction."""
 
     along: FeatureLike | Direction
-    alpha: float
-    norm_relative: bool = field(default=False, kw_only=True)
-    """Whether α is a share of the residual's own norm (0.1 is usable, 0.5 and more breaks text)."""
-    kind: ClassVar[str] = "steer"
+    of_feature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _finite("Steer", self.alpha)
-        _settle(self, "along")
-
-    @property
-    def strength(self) -> float:
-        return self.alpha
+        settle(self, "along")
 
     @property
     def target(self) -> str:
-        return _target(self.along)
+        return str(self.along) if isinstance(self.along, Direction) else str(feature_ref(self.along))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if isinstance(self.along, Direction) else (self.target,)
+
+    @property
+    def site(self) -> Site:
+        return self._along.site
+
+    @property
+    def _along(self) -> Feature | Direction:
+        return self.along if isinstance(self.along, Direction) else as_feature(self.along)
+
+    def loaded(self) -> Self:
+        return replace(self, along=self._along)
+
+    def bind(self, model: Model) -> Self:
+        if not isinstance(self.along, Direction):
+            return replace(self, along=bound(model, self.along))
+        check_fits(model, str(self.along), self.along.site, self.along.basis.shape[-1])
+        return replace(self, along=self.along.to(model.layer_device(self.along.site.layer)))
+
+    @classmethod
+    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+        if isinstance(data.get("along"), dict):
+            raise RequestError(
+                f"{cls.kind} along {data['along'].get('direction')!r} is stored by digest only; rebuild the direction and pass it."
+            )
+        return super().of_dict(data)
+
+    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        along = self._along
+        weights = along.digest if isinstance(along, Direction) else (digest_of or feature_digest)(along)
+        return self.to_dict() | {"weights": weights}
+
+
+@register_edit("steer")
+@dataclass(frozen=True)
+class Steer(_AlongEdit):
+    """x' = x + α·δ along a feature's decoder row or a direction; `norm_relative` adds α·‖x‖·δ̂ instead."""
+
+    alpha: float
+    norm_relative: bool = field(default=False, kw_only=True)
+    """Whether α is a share of the residual's own norm (0.1 is usable, 0.5 and more breaks text)."""
+    strength_field: ClassVar[str | None] = "alpha"
+    in_activation: ClassVar[bool] = True
+    usual_strengths: ClassVar[tuple[float, ...]] = (-1, -2, -5, -10)
+    usual_shares: ClassVar[tuple[float, ...]] = (-0.5, -1, -2, -4)
+
+    @property
+    def short_name(self) -> str:
+        return "steer_relative" if self.norm_relative else "steer"
+
+    def bind(self, model: Model) -> Self:
+        if isinstance(self.along, Direction) and len(self.along.basis) != 1:
+            raise RequestError(f"Steer needs one direction; {self.along} has {len(self.along.basis)}.")
+        return super().bind(model)
+
+    def delta(self, x: Resid, context: EditContext) -> Change:
+        along = self._along
+        row = along.basis[0] if isinstance(along, Direction) else along.w_dec
+        if self.norm_relative:
+            delta = self.alpha * x.norm(dim=-1, keepdim=True) * (row / row.norm())
+        elif isinstance(along, Direction):
+            delta = (self.alpha * row).expand_as(x)
+        else:
+            delta = along.write(x, x.new_full(x.shape[:-1], self.alpha))
+        return context.only_here(delta)
 
     def describe(self) -> str:
         return f"steer (x' = x + {self.alpha:g}·{'‖x‖·δ̂' if self.norm_relative else 'δ'})"
 
 
+@register_edit("project_out")
 @dataclass(frozen=True)
-class ProjectOut(Intervention):
+class ProjectOut(_AlongEdit):
     """x' = x - P x (affine: x - P (x - μ) where the direction carries a mean)."""
 
-    along: FeatureLike | Direction
     share: float = field(default=1.0, kw_only=True)
     """How much of the projection is taken out: 1 all of it, 0.5 half, 2 mirrors it."""
-    kind: ClassVar[str] = "project_out"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _finite("ProjectOut", self.share)
-        _settle(self, "along")
+    strength_field: ClassVar[str | None] = "share"
 
     @property
     def strength(self) -> float:
         """The share, where it is not the whole."""
         return math.nan if self.share == 1 else self.share
 
-    @property
-    def target(self) -> str:
-        return _target(self.along)
+    def delta(self, x: Resid, context: EditContext) -> Change:
+        along = self._along
+        if isinstance(along, Direction):
+            basis, centered = along.basis, x if along.mean is None else x - along.mean
+        else:
+            basis, centered = (along.w_dec / along.w_dec.norm())[None], x
+        return context.only_here(-self.share * (centered @ basis.T) @ basis)
 
     def describe(self) -> str:
         affine = isinstance(self.along, Direction) and self.along.mean is not None
@@ -345,14 +305,14 @@ class ProjectOut(Intervention):
         return f"project out (x' = x - {part}P{'(x - μ)' if affine else 'x'})"
 
 
+@register_edit("patch")
 @dataclass(frozen=True)
 class Patch(Intervention):
     """x' = the residual of another model of the same architecture, at the same site and on the same tokens."""
 
-    site: Site | str | int
+    site: Site | str | int  # type: ignore[assignment]
     source: Any
     """The other `Model` (load_model(...)): base ← IT, or IT ← base."""
-    kind: ClassVar[str] = "patch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -366,16 +326,42 @@ class Patch(Intervention):
     def target(self) -> str:
         return f"{self.source.name} @ {self.site}"
 
+    @property
+    def looks_elsewhere(self) -> bool:
+        return True
+
+    def bind(self, model: Model) -> Self:
+        check_fits(model, self.target, self.site, self.source.d_model)
+        return self
+
+    def prepare(self, sources: Sources) -> None:
+        sources.other(self.source, Site.parse(self.site).layer)
+
+    def delta(self, x: Resid, context: EditContext) -> Change:
+        theirs = context.sources.other(self.source, context.site.layer)
+        return context.only_here(theirs[:, -x.shape[1] :].to(x) - x)
+
+    @classmethod
+    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+        if isinstance(data.get("source"), str):
+            raise RequestError(
+                f"patch from {data['source']!r} is stored by name only; load that model and pass it."
+            )
+        return super().of_dict(data)
+
+    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        return self.to_dict() | {"weights": model_digest(self.source)}
+
     def describe(self) -> str:
         return f"patch (x' = the residual of {self.source.name} on the same tokens)"
 
 
+@register_edit("reconstruct")
 @dataclass(frozen=True)
 class Reconstruct(Intervention):
     """x' = decode(encode(x)): throws the SAE error away. A control that shows what that costs, never a default."""
 
-    sae: SaeId | str
-    kind: ClassVar[str] = "reconstruct"
+    sae: SaeId | Sae | str
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -386,51 +372,87 @@ class Reconstruct(Intervention):
     def target(self) -> str:
         return str(self.sae)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def site(self) -> Site:
+        return load_sae(self.sae).site
+
+    def loaded(self) -> Self:
+        return replace(self, sae=load_sae(self.sae))
+
+    def bind(self, model: Model) -> Self:
+        sae = load_sae(self.sae)
+        check_fits(model, str(sae), sae.site, sae.d_in)
+        return replace(self, sae=sae)
+
+    def delta(self, x: Resid, context: EditContext) -> Change:
+        sae = load_sae(self.sae)
+        return context.only_here(sae.decode(sae.encode(x), x).to(x.device) - x)
+
+    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        return self.to_dict() | {"weights": sae_facts(load_sae(self.sae))["files"]}
+
     def describe(self) -> str:
         return "reconstruct (x' = decode(encode(x)), error thrown away: a control)"
 
 
-KINDS: dict[str, type[Intervention]] = {
-    c.kind: c for c in (Ablate, Scale, Clamp, Cap, SetMean, Resample, Steer, ProjectOut, Patch, Reconstruct)
-}
+@register_edit("set")
+@dataclass(frozen=True)
+class EditSet(Intervention):
+    """Several edits under one name, applied together: of many features, at one site or at many."""
 
+    name: str
+    edits: tuple[Intervention, ...]
 
-def from_dict(data: dict[str, Any]) -> Intervention:
-    """The intervention that `to_dict` described; one along a direction needs the direction itself and is refused."""
-    data = dict(data)
-    kind = data.pop("kind", None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise RequestError(
-            f"intervention kind {str(kind)[:80]!r} is not known; expected one of {', '.join(KINDS)}."
-        )
-    if kind == "patch":
-        raise RequestError(
-            f"patch from {data.get('source')!r} is stored by name only; load that model and pass it."
-        )
-    if isinstance(data.get("along"), dict):
-        raise RequestError(
-            f"{kind} along {data['along'].get('direction')!r} is stored by digest only; rebuild the direction and pass it."
-        )
-    try:
-        return KINDS[kind](**data)
-    except TypeError as error:
-        raise RequestError(f"intervention {kind!r}: {error}.") from error
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "edits", tuple(self.edits))
+        if not self.edits or not all(isinstance(e, Intervention) for e in self.edits):
+            raise RequestError(f"the set {self.name!r} needs edits such as sb.Ablate(feature).")
+        if self.positions != "all" or self.include_special:
+            raise RequestError("a set has no positions of its own; give them to each of its edits.")
 
+    @property
+    def strength(self) -> float:
+        """The strength that all of its edits have, where they have one."""
+        found = {e.strength for e in self.edits}
+        return found.pop() if len(found) == 1 else math.nan
 
-def strength_grid(
-    kind: str, feature: FeatureLike, strengths: Sequence[float], *, unit: float | None = None, **options: Any
-) -> list[Intervention]:
-    """One intervention a strength: `kind` is clamp, scale, cap or steer.
+    @property
+    def target(self) -> str:
+        return self.name
 
-    unit: what one unit of strength is, such as the feature's largest observed activation
-        (`sae_bias.steering.controls.observed_max`); scale has no unit.
-    """
-    if kind not in ("clamp", "scale", "cap", "steer"):
-        raise RequestError(f"a grid of strengths needs clamp, scale, cap or steer, not {kind!r}.")
-    if unit is not None and kind == "scale":
-        raise RequestError("scale is a factor already and has no unit; leave unit out, or use clamp.")
-    size = 1.0 if unit is None else _a_maximum(unit)
-    return [KINDS[kind](feature, float(s) * size, **options) for s in strengths]  # type: ignore[call-arg]
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for e in self.edits for name in e.names))
+
+    @property
+    def parts(self) -> tuple[Intervention, ...]:
+        return tuple(part for e in self.edits for part in e.parts)
+
+    @property
+    def needs_pairs(self) -> bool:
+        return any(e.needs_pairs for e in self.edits)
+
+    def loaded(self) -> Self:
+        return replace(self, edits=tuple(e.loaded() for e in self.edits))
+
+    def bind(self, model: Model) -> Self:
+        return replace(self, edits=tuple(e.bind(model) for e in self.edits))
+
+    @classmethod
+    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+        edits = tuple(e if isinstance(e, Intervention) else from_dict(e) for e in data["edits"])
+        return super().of_dict(data | {"edits": edits})
+
+    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        return {"kind": self.kind, "name": self.name, "edits": [e.key(digest_of) for e in self.edits]}
+
+    def describe(self) -> str:
+        return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)
 
 
 def _a_maximum(value: float) -> float:
@@ -439,18 +461,3 @@ def _a_maximum(value: float) -> float:
             f"an observed maximum of {value!r} is not a unit: the feature never fired there; give other prompts."
         )
     return float(value)
-
-
-def _finite(rule: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise RequestError(f"{rule} needs a finite number, not {value!r}.")
-
-
-def _settle(intervention: Intervention, name: str) -> None:
-    value = getattr(intervention, name)
-    if not isinstance(value, (Feature, Direction)):
-        object.__setattr__(intervention, name, feature_ref(value))
-
-
-def _target(along: FeatureLike | Direction) -> str:
-    return str(along) if isinstance(along, Direction) else str(feature_ref(along))

@@ -25,16 +25,16 @@ from sae_bias.probe.reading import PairReading, Read, Reading, ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.steering.context import PassInfo
 from sae_bias.steering.donors import Sources
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.hooks import (
-    PassInfo,
     SiteEdit,
     add_delta,
     compile_edits,
     intervene,
     warn_written_inactive,
 )
+from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import EditReceipt, Receipt
 
 RowsOf = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -54,7 +54,7 @@ class _Cell:
 
     number: int
     site_edit: SiteEdit
-    receipts: dict[Intervention, EditReceipt]
+    receipts: list[EditReceipt]
 
 
 @dataclass
@@ -133,18 +133,18 @@ class CellRunner:
         """The first site's delta on the kept residual, the later sites' by hooks on the way."""
         first = sites[min(sites)]
         later = [e for site_edit in sites.values() if site_edit is not first for e in site_edit.edits]
-        cell = _Cell(number, first, {edit: EditReceipt(edit) for edit in first.edits})
+        cell = _Cell(number, first, first.receipts())
         with intervene(self.model, *later) as live:
             for k in range(len(self.batches)):
                 rows = self._changed(cell, k, every=True)
                 assert rows is not None
                 self._forward(k, [rows], visit)
-        warn_written_inactive(Receipt(list(cell.receipts.values())))
-        return Receipt([*cell.receipts.values(), *live.edits], hook_calls=len(self.batches))
+        warn_written_inactive(Receipt(cell.receipts))
+        return Receipt([*cell.receipts, *live.edits], hook_calls=len(self.batches))
 
     def _stack(self, numbers: Sequence[int], edits: Sequence[SiteEdit], visit: VisitCell) -> list[Receipt]:
         """Cells of one site, their changed rows through the later layers together."""
-        stack = [_Cell(n, s, {edit: EditReceipt(edit) for edit in s.edits}) for n, s in zip(numbers, edits)]
+        stack = [_Cell(n, s, s.receipts()) for n, s in zip(numbers, edits)]
         budget = STACK_TOKENS.get(self.model.device.type, STACK_TOKENS["cpu"])
         for k in range(len(self.batches)):
             waiting: list[_Rows] = []
@@ -158,7 +158,7 @@ class CellRunner:
                 waiting.append(rows)
             if waiting:
                 self._forward(k, waiting, visit)
-        receipts = [Receipt(list(cell.receipts.values()), hook_calls=len(self.batches)) for cell in stack]
+        receipts = [Receipt(cell.receipts, hook_calls=len(self.batches)) for cell in stack]
         for receipt in receipts:
             warn_written_inactive(receipt)
         return receipts
@@ -284,7 +284,7 @@ def _stacks(
 def _reads_pairs_later(sites: dict[Site, SiteEdit]) -> bool:
     """Whether an edit reads from elsewhere at a site that is not the first: then the whole pass runs."""
     later = [s for site, s in sites.items() if site != min(sites)]
-    return any(e.needs_pairs or e.kind == "patch" for s in later for e in s.edits)
+    return any(e.looks_elsewhere for s in later for e in s.edits)
 
 
 @contextmanager

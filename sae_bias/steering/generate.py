@@ -15,8 +15,8 @@ from sae_bias.core.errors import RequestError
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.forward import plan_batches, row_positions
 from sae_bias.models.model import Model
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.hooks import intervene
+from sae_bias.steering.intervention import Intervention
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

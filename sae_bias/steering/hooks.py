@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,25 +19,14 @@ from torch import Tensor, nn
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.core.site import Site
-from sae_bias.core.types import PositionMask, Resid, Tokens
+from sae_bias.core.types import Resid
 from sae_bias.models.forward import check_site, hidden, with_hidden
 from sae_bias.models.model import Model, ours
 from sae_bias.models.placement import widest_float
-from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, Sae
+from sae_bias.steering.context import Change, EditContext, PassInfo, position_mask
 from sae_bias.steering.donors import Sources
-from sae_bias.steering.edits import (
-    Clamp,
-    Direction,
-    FeatureEdit,
-    Intervention,
-    Patch,
-    ProjectOut,
-    Reconstruct,
-    Resample,
-    Steer,
-    feature_ref,
-)
+from sae_bias.steering.edits import Clamp
+from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import EditReceipt, Receipt
 
 
@@ -46,117 +34,39 @@ class HookNeverFiredError(SaeBiasError):
     """The model was not run inside `intervene`, or not through the edited layer: the edit silently did nothing."""
 
 
-@dataclass(frozen=True)
-class PassInfo:
-    """The tokens a forward pass sees, and where its rows' prompts and subjects are."""
-
-    tokens: Tokens
-    past: int = 0
-    """Tokens already in the KV cache."""
-    attention_mask: Tensor | None = None
-    prompt_len: Tensor | None = None
-    """[batch] end of each row's prompt, counted from the start of the sequence (left padding included)."""
-    subject_start: Tensor | None = None
-    """[batch] first position of each row's subject, counted likewise."""
-    sources: Sources | None = None
-    """What edits may read beside the residual: the paired prompts, another model."""
-
-
-def position_mask(info: PassInfo, positions: str, special_ids: frozenset[int]) -> PositionMask:
-    """Which positions of this pass an edit may change: the named ones, without special and padded tokens."""
-    n = info.tokens.shape[1]
-    device = info.tokens.device
-    place = info.past + torch.arange(n, device=device)
-    special = torch.tensor(sorted(special_ids), device=device, dtype=info.tokens.dtype)
-    mask = ~torch.isin(info.tokens, special)
-    if info.attention_mask is not None and info.attention_mask.ndim == 2:
-        mask &= info.attention_mask[:, -n:].to(device).bool()
-    if positions == "all":
-        return mask
-    if positions == "subject":
-        if info.subject_start is None:
-            raise RequestError(
-                'positions="subject" needs prompts with a known subject, such as a probe on pairs.'
-            )
-        return mask & (place >= info.subject_start.to(device)[:, None])
-    assert info.prompt_len is not None
-    end = info.prompt_len.to(device)[:, None]
-    if positions == "last":
-        return mask & (place == end - 1)
-    return mask & ((place < end) if positions == "prompt" else (place >= end))
-
-
 class SiteEdit:
-    """All edits of one `intervene` block at one site, with the few weights they need, as one function x → Δ."""
+    """All edits of one `intervene` block at one site, bound to the model, as one function x → Δ."""
 
     def __init__(self, model: Model, site: Site, edits: Sequence[Intervention]):
         self.model = model
         self.site = site
-        self.edits = list(edits)
-        self._rows: dict[Any, Any] = {}
-        for edit in self.edits:
-            self._rows[edit] = _on(model.layer_device(check_site(model, site).layer), _weights(edit))
+        self.edits = [edit.bind(model) for edit in edits]
 
-    def delta(
-        self, x: Resid, info: PassInfo, receipts: dict[Intervention, EditReceipt] | None = None
-    ) -> Resid | None:
+    def receipts(self) -> list[EditReceipt]:
+        """An empty receipt for each edit, in their order."""
+        return [EditReceipt(edit) for edit in self.edits]
+
+    def delta(self, x: Resid, info: PassInfo, receipts: Sequence[EditReceipt] | None = None) -> Resid | None:
         """Δ in float32, zero where nothing changes; None where nothing changes at all."""
         x32 = x.float()
         total: Tensor | None = None
         encoded: dict[int, Tensor] = {}
         masks: dict[tuple[str, bool], Tensor] = {}
-        for edit in self.edits:
+        for i, edit in enumerate(self.edits):
             key = (edit.positions, edit.include_special)
             if key not in masks:
                 special = frozenset() if edit.include_special else self.model.special_ids
                 masks[key] = position_mask(info, edit.positions, special).to(x.device)
-            step = self._one(edit, x32, masks[key], encoded, info)
-            if self._note(receipts[edit] if receipts else None, step, x32, masks[key], info):
-                total = step.delta if total is None else total + step.delta
+            change = edit.delta(x32, EditContext(self.site, masks[key], info, encoded))
+            if self._note(receipts[i] if receipts else None, change, x32, masks[key], info):
+                total = change.delta if total is None else total + change.delta
         return total
 
-    def _one(
-        self, edit: Intervention, x: Tensor, mask: Tensor, encoded: dict[int, Tensor], info: PassInfo
-    ) -> _Step:
-        weights = self._rows[edit]
-        if isinstance(edit, FeatureEdit):
-            acts = weights.acts(x, encoded)
-            new = self._resampled(weights, acts, info) if isinstance(edit, Resample) else edit.new_acts(acts)
-            change = torch.where(mask, new - acts, torch.zeros_like(acts))
-            return _Step(weights.feature.write(x, change), change != 0, acts, acts + change)
-        if isinstance(edit, Steer):
-            row = weights.feature.w_dec if isinstance(weights, _Loaded) else weights
-            if edit.norm_relative:
-                delta = edit.alpha * x.norm(dim=-1, keepdim=True) * (row / row.norm()).to(x.device)
-            elif isinstance(weights, _Loaded):
-                delta = weights.feature.write(x, x.new_full(x.shape[:-1], edit.alpha))
-            else:
-                delta = (edit.alpha * row.to(x.device)).expand_as(x)
-        elif isinstance(edit, ProjectOut):
-            basis, mean = weights[0].to(x.device), weights[1]
-            centred = x if mean is None else x - mean.to(x.device)
-            delta = -edit.share * (centred @ basis.T) @ basis
-        elif isinstance(edit, Patch):
-            assert info.sources is not None
-            delta = info.sources.other(edit.source, self.site.layer)[:, -x.shape[1] :].to(x) - x
-        elif isinstance(edit, Reconstruct):
-            delta = weights.decode(weights.encode(x), x).to(x.device) - x
-        else:
-            raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
-        delta = torch.where(mask[..., None], delta, torch.zeros_like(delta))
-        return _Step(delta, (delta != 0).any(-1), None, None)
-
-    def _resampled(self, weights: Any, acts: Tensor, info: PassInfo) -> Tensor:
-        """a' of Resample: the paired prompt's activation where positions match, a elsewhere."""
-        assert info.sources is not None
-        paired, matched = info.sources.paired(self.site.layer)
-        return torch.where(matched.to(acts.device), weights.acts(paired.to(acts.device).float(), {}), acts)
-
     def _note(
-        self, receipt: EditReceipt | None, step: _Step, x: Tensor, mask: Tensor, info: PassInfo
+        self, receipt: EditReceipt | None, change: Change, x: Tensor, mask: Tensor, info: PassInfo
     ) -> bool:
         """Add one pass to the receipt, in one transfer from the device; whether any position changed."""
-        changed = step.changed
+        changed = change.changed
         if receipt is None:
             return bool(changed.any())
         markers = torch.tensor(
@@ -164,10 +74,10 @@ class SiteEdit:
         )
         marked = changed & torch.isin(info.tokens, markers).to(changed.device)
         size = x.norm(dim=-1).clamp(min=1e-30)
-        relative = torch.where(changed, step.delta.norm(dim=-1) / size, torch.zeros_like(size))
+        relative = torch.where(changed, change.delta.norm(dim=-1) / size, torch.zeros_like(size))
         sums = [mask.sum(), changed.sum(), marked.sum(), relative.sum()]
-        if step.before is not None and step.after is not None:
-            before, after, zero = step.before, step.after, torch.zeros_like(step.before)
+        if change.before is not None and change.after is not None:
+            before, after, zero = change.before, change.after, torch.zeros_like(change.before)
             active = mask & (before > 0)
             sums += [active.sum(), (changed & ~active).sum(), torch.where(active, before, zero).max()]
             sums += [torch.where(changed, a, zero).sum() for a in (before, after)]
@@ -186,73 +96,6 @@ class SiteEdit:
         return n > 0
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One edit's delta [batch, pos, d_model], where it is non-zero, and the activations around it."""
-
-    delta: Tensor
-    changed: Tensor
-    before: Tensor | None
-    after: Tensor | None
-
-
-@dataclass
-class _Loaded:
-    """A feature's weights; an SAE whose encoder needs all of its columns encodes each residual once for all of its features."""
-
-    feature: Feature
-
-    def acts(self, x: Tensor, encoded: dict[int, Tensor]) -> Tensor:
-        sae = self.feature.whole
-        if sae is None:
-            return self.feature.to(x.device).activation(x)
-        if id(sae) not in encoded:
-            encoded[id(sae)] = sae.encode(x)
-        return encoded[id(sae)][..., self.feature.index].to(x.device)
-
-
-def _weights(edit: Intervention) -> Any:
-    if isinstance(edit, FeatureEdit):
-        return _Loaded(as_feature(edit.feature))
-    if isinstance(edit, Steer):
-        if isinstance(edit.along, Direction):
-            if len(edit.along.basis) != 1:
-                raise RequestError(f"Steer needs one direction; {edit.along} has {len(edit.along.basis)}.")
-            return edit.along.basis[0]
-        return _Loaded(as_feature(edit.along))
-    if isinstance(edit, ProjectOut):
-        if isinstance(edit.along, Direction):
-            return edit.along.basis, edit.along.mean
-        w_dec = as_feature(edit.along).w_dec
-        return (w_dec / w_dec.norm())[None], None
-    if isinstance(edit, Patch):
-        return edit.source
-    if isinstance(edit, Reconstruct):
-        return load_sae(edit.sae)
-    raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
-
-
-def _on(device: torch.device, weights: Any) -> Any:
-    """The weights on the device of the site's layer, moved once a block and not once a pass."""
-    if isinstance(weights, _Loaded):
-        return _Loaded(weights.feature.to(device))
-    if isinstance(weights, tuple):
-        return tuple(None if w is None else w.to(device) for w in weights)
-    return weights.to(device) if isinstance(weights, Tensor) else weights
-
-
-def edit_site(edit: Intervention) -> Site:
-    """The site an intervention acts at."""
-    if isinstance(edit, Reconstruct):
-        return load_sae(edit.sae).site
-    if isinstance(edit, Patch):
-        return Site.parse(edit.site)
-    along = edit.along if isinstance(edit, (Steer, ProjectOut)) else getattr(edit, "feature", None)
-    if along is None:
-        raise RequestError(f"{type(edit).__name__} is not an intervention sae-bias can apply.")
-    return along.site if isinstance(along, (Direction, Feature)) else load_sae(feature_ref(along).sae).site
-
-
 def compile_edits(model: Model, edits: Sequence[Intervention]) -> dict[Site, SiteEdit]:
     """The edits grouped by site, their weights loaded and checked against the model.
 
@@ -261,35 +104,23 @@ def compile_edits(model: Model, edits: Sequence[Intervention]) -> dict[Site, Sit
     """
     by_site: dict[Site, list[Intervention]] = {}
     seen: set[str] = set()
+    for edit in flat(edits):
+        for name in edit.edited:
+            if name in seen:
+                raise RequestError(f"{name} is edited twice; one feature takes one edit at a time.")
+            seen.add(name)
+        by_site.setdefault(check_site(model, edit.site), []).append(edit)
+    return {site: SiteEdit(model, site, group) for site, group in by_site.items()}
+
+
+def flat(edits: Sequence[Intervention]) -> list[Intervention]:
+    """The edits one by one, sets taken apart."""
     for edit in edits:
         if not isinstance(edit, Intervention):
             raise RequestError(
                 f"expected interventions such as sb.Ablate(feature), not {type(edit).__name__}."
             )
-        if isinstance(edit, FeatureEdit):
-            if edit.target in seen:
-                raise RequestError(f"{edit.target} is edited twice; one feature takes one edit at a time.")
-            seen.add(edit.target)
-        by_site.setdefault(check_site(model, edit_site(edit)), []).append(edit)
-    compiled = {site: SiteEdit(model, site, group) for site, group in by_site.items()}
-    for site_edit in compiled.values():
-        for edit, weights in site_edit._rows.items():
-            width = _width(weights)
-            if width != model.d_model:
-                raise RequestError(
-                    f"{edit.target} has d_in {width}, but {model.name} has d_model {model.d_model}: it belongs to another model."
-                )
-    return compiled
-
-
-def _width(weights: Any) -> int:
-    if isinstance(weights, Model):
-        return weights.d_model
-    if isinstance(weights, Sae):
-        return weights.d_in
-    if isinstance(weights, tuple):
-        return weights[0].shape[-1]
-    return (weights.feature.w_dec if isinstance(weights, _Loaded) else weights).shape[-1]
+    return [part for edit in edits for part in edit.parts]
 
 
 class _Context:
@@ -297,8 +128,14 @@ class _Context:
 
     def __init__(self, model: Model, edits: Sequence[Intervention]):
         self.sites = compile_edits(model, edits)
-        self.receipts = {edit: EditReceipt(edit) for edit in edits}
-        self.receipt = Receipt(list(self.receipts.values()))
+        self.receipts = {site: site_edit.receipts() for site, site_edit in self.sites.items()}
+        in_turn = {site: iter(found) for site, found in self.receipts.items()}
+        self.receipt = Receipt([next(in_turn[edit.site]) for edit in flat(edits)])
+
+    @property
+    def edits(self) -> list[Intervention]:
+        """Every edit, bound."""
+        return [edit for site_edit in self.sites.values() for edit in site_edit.edits]
 
 
 class _State:
@@ -337,26 +174,20 @@ class _State:
             )
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) else None
         prompt_len, subject_start = self.model.row_positions
         if prompt_len is None:
             if past == 0 or self._prompt_len is None or len(self._prompt_len) != len(tokens):
-                self._prompt_len = torch.full((len(tokens),), past + tokens.shape[1])
+                self._prompt_len = _prompt_ends(tokens, past, mask)
             prompt_len = self._prompt_len
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
         sources = self._look(tokens, past, mask)
         self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources)
         return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
 
     def _look(self, tokens: Tensor, past: int, mask: Tensor | None) -> Sources | None:
         """Read what edits take from elsewhere, over the whole sequence so far, with every edit switched off."""
-        wanted = [
-            (edit, site)
-            for context in self.contexts
-            for site, site_edit in context.sites.items()
-            for edit in site_edit.edits
-            if edit.needs_pairs or isinstance(edit, Patch)
-        ]
+        wanted = [edit for context in self.contexts for edit in context.edits if edit.looks_elsewhere]
         if not wanted:
             return None
         before = self._history if past else None
@@ -371,8 +202,8 @@ class _State:
         )
         self._looking = True
         try:
-            for edit, site in wanted:
-                sources.prepare(edit, site.layer)
+            for edit in wanted:
+                edit.prepare(sources)
         finally:
             self._looking = False
         return sources
@@ -389,7 +220,7 @@ class _State:
                 if site_edit is None:
                     continue
                 context.receipt.hook_calls += 1
-                delta = site_edit.delta(x, self.info, context.receipts)
+                delta = site_edit.delta(x, self.info, context.receipts[site])
                 if delta is not None:
                     total = delta if total is None else total + delta
             return None if total is None else with_hidden(output, add_delta(x, total))
@@ -397,19 +228,19 @@ class _State:
         return hook
 
 
+def _prompt_ends(tokens: Tensor, past: int, mask: Tensor | None) -> Tensor:
+    """[batch] end of each row: after its last token that is not padding, on whichever side the padding stands."""
+    n = past + tokens.shape[1]
+    if mask is None or mask.ndim != 2 or mask.shape[1] != n:
+        return torch.full((len(tokens),), n)
+    place = torch.arange(1, n + 1, device=mask.device)
+    return (mask.bool() * place).amax(1).cpu()
+
+
 def add_delta(x: Resid, delta: Resid) -> Resid:
     """x + Δ in float32, back in x's dtype; positions with Δ = 0 keep their bits."""
     changed = (delta != 0).any(-1, keepdim=True)
     return torch.where(changed, (x.float() + delta).to(x.dtype), x)
-
-
-def loaded(edit: Intervention) -> Intervention:
-    """`edit` with its feature's weights read, so that they are not read again for every block."""
-    for name in ("feature", "along"):
-        value = getattr(edit, name, None)
-        if value is not None and not isinstance(value, (Feature, Direction)):
-            return replace(edit, **{name: as_feature(value)})
-    return edit
 
 
 @contextmanager
@@ -426,13 +257,13 @@ def intervene(model: Model, *edits: Intervention | Sequence[Intervention]) -> It
         HookNeverFiredError: at the end, if the edited layers were never run.
         RequestError: an edit that does not fit the model.
     """
-    flat = [e for edit in edits for e in (edit if isinstance(edit, (list, tuple)) else [edit])]
+    given = [e for edit in edits for e in (edit if isinstance(edit, (list, tuple)) else [edit])]
     state: _State = model._edits or _State(model)
-    context = _Context(model, flat)  # type: ignore[arg-type]
-    taken = {e.target for c in state.contexts for e in c.receipts if isinstance(e, FeatureEdit)}
-    for edit in context.receipts:
-        if isinstance(edit, FeatureEdit) and edit.target in taken:
-            raise RequestError(f"{edit.target} is edited twice; an outer intervene block edits it already.")
+    context = _Context(model, given)  # type: ignore[arg-type]
+    taken = {name for c in state.contexts for edit in c.edits for name in edit.edited}
+    for name in (name for edit in context.edits for name in edit.edited):
+        if name in taken:
+            raise RequestError(f"{name} is edited twice; an outer intervene block edits it already.")
     model._edits = state
     state.contexts.append(context)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_bias.steering.edits import FeatureEdit, Intervention
+from sae_bias.steering.intervention import FeatureEdit, Intervention
 
 
 @dataclass

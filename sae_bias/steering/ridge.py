@@ -23,7 +23,7 @@ from sae_bias.core.site import Site
 from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.steering.edits import Direction
+from sae_bias.steering.directions import Direction
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

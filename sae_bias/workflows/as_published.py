@@ -27,8 +27,9 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.design import split_templates
-from sae_bias.steering.edits import Clamp, FeatureLike, Intervention, Reconstruct
+from sae_bias.steering.edits import Clamp, Reconstruct
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import FeatureLike, Intervention
 
 STRENGTHS = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0, -8.0)
 """Clamp values in units of the feature's largest activation on the AI prompts; the study does not state its own."""

@@ -20,8 +20,8 @@ from sae_bias.measures.text import side_by_side, text_summary
 from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import Scenarios
 from sae_bias.runs.summary import IdentityFigures, ScenarioFigures
-from sae_bias.steering.edits import Intervention
 from sae_bias.steering.generate import generate
+from sae_bias.steering.intervention import Intervention
 
 Tables = dict[str, pd.DataFrame]
 

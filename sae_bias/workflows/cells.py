@@ -6,7 +6,6 @@ weights it uses, and whether costs are measured. Cells are run in groups that th
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,23 +13,22 @@ from typing import Any
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import digest
-from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, sae_facts
+from sae_bias.saes.load import as_feature
+from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, control_edits
-from sae_bias.steering.edits import (
-    KINDS,
-    Direction,
+from sae_bias.steering.edits import ProjectOut
+from sae_bias.steering.engine import STACK
+from sae_bias.steering.intervention import (
+    EDITS,
     FeatureEdit,
     FeatureLike,
     Intervention,
-    Patch,
-    Reconstruct,
+    edit_of,
+    feature_digest,
+    feature_edits,
 )
-from sae_bias.steering.engine import STACK
-from sae_bias.steering.hooks import loaded
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Cell:
     @property
     def intervention(self) -> str:
         """Short name of the rule, such as "clamp"; a clamp everywhere is "clamp_always"."""
-        return " + ".join(_short_name(e) for e in self.edits) or "none"
+        return " + ".join(e.short_name for e in self.edits) or "none"
 
     @property
     def rule(self) -> str:
@@ -59,11 +57,8 @@ class Cell:
     @property
     def targets(self) -> tuple[str, ...]:
         """Names of the features and SAEs it edits, as `load_feature` and `load_sae` take them."""
-        named = (e for e in self.edits if hasattr(e, "feature") or hasattr(e, "sae"))
-        along = (e for e in self.edits if hasattr(e, "along") and not isinstance(e.along, Direction))  # type: ignore[attr-defined]
-        return tuple(
-            dict.fromkeys(e.target for e in (*named, *along) if not e.target.startswith(f"{RANDOM_RELEASE}/"))
-        )
+        found = dict.fromkeys(name for e in self.edits for name in e.names)
+        return tuple(name for name in found if not name.startswith(f"{RANDOM_RELEASE}/"))
 
     @property
     def strength(self) -> float:
@@ -71,7 +66,8 @@ class Cell:
 
     @property
     def positions(self) -> str:
-        names = (e.positions + (" with BOS" if e.include_special else "") for e in self.edits)
+        parts = [part for e in self.edits for part in e.parts]
+        names = (e.positions + (" with BOS" if e.include_special else "") for e in parts)
         return " + ".join(dict.fromkeys(names))
 
     @property
@@ -148,19 +144,16 @@ class Sweep:
         """
         cells: list[Intervention] = []
         for kind, feature, where in itertools.product(edits, features, positions):
-            if kind not in KINDS or not (
-                issubclass(KINDS[kind], FeatureEdit) or kind in ("steer", "project_out")
-            ):
-                raise RequestError(
-                    f"edit kind {kind!r}; expected one of ablate, scale, clamp, cap, mean, resample, steer, project_out."
-                )
-            if kind in ("ablate", "project_out", "resample"):
-                cells.append(KINDS[kind](feature, positions=where))  # type: ignore[call-arg]
+            if kind not in feature_edits():
+                raise RequestError(f"edit kind {kind!r}; expected one of {', '.join(feature_edits())}.")
+            rule = EDITS.get(kind)
+            if rule.strength_field is None or (rule is ProjectOut and not strengths):
+                cells.append(edit_of(kind, feature, positions=where))
                 continue
             if not strengths:
                 raise RequestError(f"{kind} needs strengths.")
-            size = 1.0 if unit is None or kind == "scale" else unit
-            cells += [KINDS[kind](feature, float(s) * size, positions=where) for s in strengths]  # type: ignore[call-arg]
+            size = unit if unit is not None and rule.in_activation else 1.0
+            cells += [edit_of(kind, feature, float(s) * size, positions=where) for s in strengths]
         return cls(cells, **options)
 
     def cells(self, model: Model, pairs: PromptPairs) -> list[Cell]:
@@ -183,14 +176,18 @@ class Plan:
 
     def __init__(self, sweep: Sweep, model: Model, pairs: PromptPairs, shared: Sequence[Any]):
         self.sweep = sweep
-        features: dict[str, Feature] = {}
         self.cells = [
-            replace(cell, edits=tuple(_with_weights(e, features) for e in cell.edits))
-            for cell in sweep.cells(model, pairs)
+            replace(cell, edits=tuple(e.loaded() for e in cell.edits)) for cell in sweep.cells(model, pairs)
         ]
-        keys: dict[int, str] = {}
+        digests: dict[int, str] = {}
+
+        def digest_of(feature: Feature) -> str:
+            if id(feature) not in digests:
+                digests[id(feature)] = feature_digest(feature)
+            return digests[id(feature)]
+
         self.names = [
-            digest(shared, [edit_key(e, keys) for e in cell.edits], self.costed(cell)) for cell in self.cells
+            digest(shared, [e.key(digest_of) for e in cell.edits], self.costed(cell)) for cell in self.cells
         ]
 
     def costed(self, cell: Cell) -> bool:
@@ -221,49 +218,3 @@ class Plan:
             else:
                 groups.append([i])
         return [[0], *(groups if shard is None else groups[shard[0] - 1 :: shard[1]])]
-
-
-def _with_weights(edit: Intervention, features: dict[str, Feature]) -> Intervention:
-    """`edit` with its feature loaded, each feature once."""
-    name = next((n for n in ("feature", "along") if hasattr(edit, n)), None)
-    value: Any = None if name is None else getattr(edit, name)
-    if name is None or isinstance(value, (Feature, Direction)):
-        return edit
-    if str(value) not in features:
-        features[str(value)] = as_feature(value)
-    return replace(edit, **{name: features[str(value)]})
-
-
-def _short_name(edit: Intervention) -> str:
-    always = getattr(edit, "when", "") == "always"
-    relative = bool(getattr(edit, "norm_relative", False))
-    return edit.kind + ("_always" if always else "") + ("_relative" if relative else "")
-
-
-def edit_key(edit: Intervention, known: dict[int, str] | None = None) -> dict[str, Any]:
-    """Everything about an edit that decides its numbers, the weights it uses included; `known` keeps digests by object."""
-    edit = loaded(edit)
-    key = edit.to_dict()
-    along = getattr(edit, "feature", None) or getattr(edit, "along", None)
-    if isinstance(along, Direction):
-        key["weights"] = along.digest
-    elif isinstance(along, Feature):
-        known = {} if known is None else known
-        if id(along) not in known:
-            known[id(along)] = feature_digest(along)
-        key["weights"] = known[id(along)]
-    elif isinstance(edit, Patch):
-        key["weights"] = model_digest(edit.source)
-    elif isinstance(edit, Reconstruct):
-        key["weights"] = sae_facts(load_sae(edit.sae))["files"]
-    return key
-
-
-def feature_digest(feature: Feature) -> str:
-    """Hash of a feature's weights."""
-    sha = hashlib.sha256()
-    for tensor in (feature.w_enc, feature.w_dec, feature.b_enc, feature.threshold):
-        sha.update(tensor.detach().cpu().numpy().tobytes())
-    if feature.whole is not None:
-        sha.update(repr(sae_facts(feature.whole)["files"]).encode())
-    return sha.hexdigest()[:16]

@@ -137,3 +137,10 @@ def test_a_silent_feature_has_no_effect(gemma3, pairs, probe):
     engine = ProbeEngine(gemma3.model, pairs, probe)
     silent = replace(gemma3.feature(3), threshold=torch.tensor(1e9))
     assert exact_ablation(engine, [silent]).tolist() == [0.0]
+
+
+def test_attribution_inside_inference_mode_is_the_same(gemma3, pairs, probe):
+    plain = attribution(ProbeEngine(gemma3.model, pairs, probe), gemma3.sae)
+    with torch.inference_mode():
+        inside = attribution(ProbeEngine(gemma3.model, pairs, probe), gemma3.sae)
+    np.testing.assert_allclose(inside, plain, atol=1e-6)

@@ -132,8 +132,8 @@ def test_an_edit_sits_where_its_layer_runs(gemma3, monkeypatch):
     from sae_bias.steering.hooks import compile_edits
 
     (edit,) = compile_edits(model, [sb.Ablate(gemma3.feature(F))]).values()
-    (weights,) = edit._rows.values()
-    assert weights.feature.w_dec.device.type == "meta"
+    (bound,) = edit.edits
+    assert bound.feature.w_dec.device.type == "meta"
 
 
 def test_the_device_of_a_module():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import sae_bias as sb
 from sae_bias.models.forward import residuals
 from sae_bias.steering.controls import observed_max
-from sae_bias.steering.edits import from_dict, strength_grid
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import from_dict
 
 F = 3
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -198,12 +198,9 @@ def test_strength_in_units_of_the_observed_maximum(gemma3, pairs):
     rows = residuals(gemma3.model, texts, feature.site, positions="all")
     assert top == pytest.approx(max(float(feature.activation(r[1:]).max()) for r in rows))
     assert sb.Clamp.relative(feature, -2.0, top) == sb.Clamp(feature, -2.0 * top)
-    assert strength_grid("clamp", feature, [0.5, 1], unit=top)[1] == sb.Clamp(feature, top)
     for wrong in (0.0, float("nan"), -1.0):
         with pytest.raises(sb.SaeBiasError, match="never fired"):
-            strength_grid("clamp", feature, [1.0], unit=wrong)
-    with pytest.raises(sb.SaeBiasError, match="no unit"):
-        strength_grid("scale", feature, [1.0], unit=2.0)
+            sb.Clamp.relative(feature, 1.0, wrong)
 
 
 def test_a_feature_that_never_fires_has_no_maximum(gemma3, pairs):

@@ -13,8 +13,8 @@ from architectures import NEGATIVE, PAIRS, POSITIVE, SEVERAL_TOKENS, needs_bridg
 from independent import ablate, cap, clamp_active, clamp_always, scale
 
 import sae_bias as sb
-from sae_bias.steering.edits import from_dict, strength_grid
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import edit_of, from_dict
 
 CLOSE = 1e-4
 LAYER = 1
@@ -243,9 +243,14 @@ def test_wrong_values_are_refused():
         (lambda: sb.Ablate(2511), "must be"),
         (lambda: sb.Ablate("no-index"), "expected <release>"),
         (lambda: sb.Ablate("a/b#x"), "whole number"),
-        (lambda: from_dict({"kind": "abolish"}), "not known"),
+        (lambda: from_dict({"kind": "abolish"}), "no edit 'abolish'"),
         (lambda: from_dict({"kind": "clamp", "feature": NAME}), "clamp"),
-        (lambda: strength_grid("ablate", NAME, [1.0]), "needs clamp"),
+        (lambda: edit_of("ablate", NAME, 1.0), "has no strength"),
+        (lambda: edit_of("clamp", NAME), "needs a strength"),
+        (lambda: edit_of("scale", NAME, 1.0, when="always"), "only clamp has it"),
+        (lambda: edit_of("patch", NAME), "expected one of ablate"),
+        (lambda: sb.EditSet("none", ()), "needs edits"),
+        (lambda: sb.EditSet("last", (sb.Ablate(NAME),), positions="last"), "to each of its edits"),
     ):
         with pytest.raises(sb.RequestError, match=message):
             make()

@@ -38,7 +38,7 @@ from sae_bias.saes import releases
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.tensors import open_tensor_file
-from sae_bias.steering.edits import from_dict
+from sae_bias.steering.intervention import from_dict
 from sae_bias.workflows.study import load_study
 from sae_bias.workflows.sweep import collect
 from sae_bias.workflows.verify import verify_run

@@ -52,9 +52,8 @@ from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
 from sae_bias.stats import clustered, reduction
-from sae_bias.steering import directions, engine, hooks
+from sae_bias.steering import directions, engine, hooks, intervention
 from sae_bias.steering import generate as generation
-from sae_bias.workflows import cells as sweep_plan
 
 TABLE: list[tuple[str, str]] = []
 
@@ -126,18 +125,16 @@ def around(owner: Any, name: str, mutant: Callable[..., Any]) -> Callable[[pytes
 
 def full_reconstruction(patch: pytest.MonkeyPatch) -> None:
     """x' = decode(a') in place of x + Δ: the SAE error is thrown away."""
-    one = hooks.SiteEdit._one
+    plain = intervention.FeatureEdit.delta
 
-    def mutated(self, edit, x, mask, *rest):
-        step = one(self, edit, x, mask, *rest)
-        if not isinstance(edit, hooks.FeatureEdit):
-            return step
-        whole = sb.load_sae(edit.ref.sae)
+    def mutated(self, x, context):
+        change = plain(self, x, context)
+        whole = sb.load_sae(self.ref.sae)
         rebuilt = whole.decode(whole.encode(x)) - x
-        delta = step.delta + torch.where(mask[..., None], rebuilt, torch.zeros_like(x))
-        return type(step)(delta, (delta != 0).any(-1), step.before, step.after)
+        delta = change.delta + torch.where(context.mask[..., None], rebuilt, torch.zeros_like(x))
+        return type(change)(delta, (delta != 0).any(-1), change.before, change.after)
 
-    patch.setattr(hooks.SiteEdit, "_one", mutated)
+    patch.setattr(intervention.FeatureEdit, "delta", mutated)
 
 
 def chained_blocks(patch: pytest.MonkeyPatch) -> None:
@@ -157,7 +154,7 @@ def chained_blocks(patch: pytest.MonkeyPatch) -> None:
                 def hook(module, args, output, context=context, site=site):
                     context.receipt.hook_calls += 1
                     x = activations.hidden(output)
-                    delta = context.sites[site].delta(x, self.info, context.receipts)
+                    delta = context.sites[site].delta(x, self.info, context.receipts[site])
                     return (
                         None if delta is None else activations.with_hidden(output, hooks.add_delta(x, delta))
                     )
@@ -401,10 +398,11 @@ def rounded_everywhere(real, x, delta):
 def chained(real, self, x, info, receipts=None):
     """Each edit reads the residual that the one before it left."""
     total = None
-    for edit in self.edits:
+    for i, edit in enumerate(self.edits):
         alone = copy.copy(self)
         alone.edits = [edit]
-        step = real(alone, x if total is None else x + total, info, receipts)
+        own = None if receipts is None else receipts[i : i + 1]
+        step = real(alone, x if total is None else x + total, info, own)
         if step is not None:
             total = step if total is None else total + step
     return total
@@ -413,8 +411,8 @@ def chained(real, self, x, info, receipts=None):
 def unchecked(real, m, edits):
     """Edits grouped by site and nothing asked of them."""
     by_site: dict = {}
-    for edit in edits:
-        by_site.setdefault(hooks.edit_site(edit), []).append(edit)
+    for edit in hooks.flat(edits):
+        by_site.setdefault(edit.site, []).append(edit)
     return {site: hooks.SiteEdit(m, site, group) for site, group in by_site.items()}
 
 
@@ -460,21 +458,20 @@ def only_rows_changed_at_the_end(real, self, cell, k, *, every=False):
     return real(self, replace(cell, site_edit=dropping), k)
 
 
-def norm_ignored(real, self, edit, x, *rest):
+def norm_ignored(real, self, x, context):
     """α·δ̂ whatever the residual's norm."""
-    step = real(self, edit, x, *rest)
-    if not getattr(edit, "norm_relative", False):
-        return step
-    return replace(step, delta=step.delta / x.norm(dim=-1, keepdim=True))
+    change = real(self, x, context)
+    return (
+        replace(change, delta=change.delta / x.norm(dim=-1, keepdim=True)) if self.norm_relative else change
+    )
 
 
-def not_unit(real, edit):
+def not_unit(real, self, x, context):
     """A feature's row projected out with its own length."""
-    if isinstance(edit, sb.ProjectOut) and not isinstance(edit.along, sb.Direction):
-        return sb.load_feature(edit.along.ref if isinstance(edit.along, sb.Feature) else edit.along).w_dec[
-            None
-        ], None
-    return real(edit)
+    change = real(self, x, context)
+    if isinstance(self.along, sb.Direction):
+        return change
+    return replace(change, delta=change.delta * self.along.w_dec.norm() ** 2)
 
 
 def weights_left_out(real, *args):
@@ -546,7 +543,7 @@ MUTANTS = [
     ),
     Mutant(
         "an active clamp writes into inactive units (mistake 2)",
-        around(sb.Clamp, "new_acts", lambda real, self, acts: torch.full_like(acts, self.value)),
+        around(sb.Clamp, "new_acts", lambda real, self, acts, context: torch.full_like(acts, self.value)),
         test_hooks.test_an_active_clamp_leaves_silent_positions_alone,
         G,
     ),
@@ -686,7 +683,7 @@ MUTANTS = [
     ),
     Mutant(
         "an SAE of another width is applied",
-        around(hooks, "compile_edits", unchecked),
+        around(activations, "check_fits", lambda real, m, what, site, width: site),
         test_hooks.test_an_sae_of_another_width_is_refused,
     ),
     Mutant("a word encoded alone", word_encoded_alone, test_probe.test_mistral_prefix_space_is_never_a_word),
@@ -738,13 +735,13 @@ MUTANTS = [
     ),
     Mutant(
         "norm-relative steering ignores the norm",
-        around(hooks.SiteEdit, "_one", norm_ignored),
+        around(sb.Steer, "delta", norm_ignored),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
     Mutant(
         "the direction is not normalized before projecting",
-        around(hooks, "_weights", not_unit),
+        around(sb.ProjectOut, "delta", not_unit),
         test_interventions.test_interventions_equal_the_independent_script,
         {**G, "positions": "all"},
     ),
@@ -803,7 +800,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cell's name leaves the feature's weights out (mistake 15)",
-        around(sweep_plan, "edit_key", weights_left_out),
+        around(intervention.FeatureEdit, "key", weights_left_out),
         test_verify.test_a_cells_name_changes_with_the_weights_behind_it,
     ),
     Mutant(

@@ -14,7 +14,8 @@ from sae_bias.cli.main import main
 from sae_bias.core.errors import MissingError
 from sae_bias.measures.fidelity import check_logits
 from sae_bias.models.catalog import STUDY_MODELS
-from sae_bias.steering.hooks import PassInfo, compile_edits
+from sae_bias.steering.context import PassInfo
+from sae_bias.steering.hooks import compile_edits
 from sae_bias.validation.stand_ins import StandIns
 from sae_bias.workflows.as_published import intervention_switches, probe_switches, switch_range, verdict
 from sae_bias.workflows.replication import Replication, run_replication, tuning_pairs, tuning_table

@@ -15,7 +15,7 @@ import sae_bias as sb
 from sae_bias.cli.main import main
 from sae_bias.runs.copies import grid_copy, grid_from_copy, pairs_copy, pairs_from_copy
 from sae_bias.runs.folder import RunFolder
-from sae_bias.steering.edits import Direction
+from sae_bias.steering.directions import Direction
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.verify import TOLERANCE, verify_run
 
@@ -109,9 +109,9 @@ def test_a_changed_number_in_a_cell_is_named(run):
 def test_a_changed_number_in_the_table_is_named(run):
     folder = RunFolder(run)
     table = folder.read_table("sweep")
-    table.loc[1, "reduction"] += 1e-6
+    table.loc[1, "removed_nats"] += 1e-6
     folder.write_table("sweep", table)
-    assert "reduction" in differing(run, cells=1)["sweep: table made again from its cells"]
+    assert "removed_nats" in differing(run, cells=1)["sweep: table made again from its cells"]
 
 
 def test_a_changed_cost_is_named(run, done, pairs, probe):
