@@ -29,7 +29,7 @@ needs_organism = pytest.mark.skipif(
 PLANTED, CONSTRUCTED = "organism:planted", "organism:planted/constructed"
 COMMANDS = (
     "demo", "run", "probe", "rank", "table", "card", "ladder", "sweep", "compare", "resolve", "match", "scenarios",
-    "generate", "play", "identity", "judge", "report", "merge", "plan", "calibrate", "verify", "doctor",
+    "generate", "identity", "judge", "report", "merge", "plan", "calibrate", "verify", "doctor",
 )  # fmt: skip
 MEASURING = ("probe", "rank", "sweep")
 FROM_A_MODEL = (*MEASURING, "table", "generate")
