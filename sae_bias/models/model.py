@@ -62,7 +62,6 @@ class Model:
         self.device_map: Any = None
         self.template_arguments: dict[str, Any] = {}
         self.chat_day = datetime.date.today()
-        self._end_ids: frozenset[int] | None = None
         self._n_embedded = int(_innermost(hf.get_input_embeddings()).weight.shape[0])
         self._eos_said = self._day_said = False
         self._encoded: tuple[Any, dict[str, list[int]]] = (tokenizer, {})
@@ -270,15 +269,11 @@ class Model:
     @property
     def end_ids(self) -> frozenset[int]:
         """Ids that end a generated text: what config, generation config and tokenizer call EOS, and the end of the model's turn."""
-        if self._end_ids is None:
-            own = getattr(self.hf, "generation_config", None)
-            named = [getattr(c, "eos_token_id", None) for c in (self.config, own, self.tokenizer)]
-            found = [i for n in named if n is not None for i in (n if isinstance(n, (list, tuple)) else [n])]
-            turn = turn_end_ids(
-                self.tokenizer, self.name, day=self.chat_day, arguments=self.template_arguments
-            )
-            self._end_ids = frozenset(int(i) for i in found) | turn
-        return self._end_ids
+        own = getattr(self.hf, "generation_config", None)
+        named = [getattr(c, "eos_token_id", None) for c in (self.config, own, self.tokenizer)]
+        found = [i for n in named if n is not None for i in (n if isinstance(n, (list, tuple)) else [n])]
+        turn = turn_end_ids(self.tokenizer, self.name, day=self.chat_day, arguments=self.template_arguments)
+        return frozenset(int(i) for i in found) | turn
 
     def chat_text(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> str:
         """A chat with the model's turn opened and `prefill` as its first words, as text that `encode` gives exactly one BOS.

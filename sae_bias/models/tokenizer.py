@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +19,22 @@ def _load_tokenizer(source: Path | str, *, local: bool = False) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=local)
+        with _no_collection():
+            return AutoTokenizer.from_pretrained(source, local_files_only=local)
     except Exception as error:
         raise _loading_error(source, error, what="tokenizer") from error
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: a vocabulary of 262k is parsed several times, and each collection walks all of it."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _stored_tokenizer(hf: Any, bridge: Any) -> PreTrainedTokenizerBase:

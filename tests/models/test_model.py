@@ -152,6 +152,32 @@ def test_a_tokenizer_that_drops_every_word_of_a_prompt_is_refused(gemma3, tmp_pa
         model.encode(PROMPT)
 
 
+def test_no_garbage_is_collected_while_a_vocabulary_is_parsed(gemma3, monkeypatch):
+    """A collection walks all 262k entries, again and again; afterwards, and after an error, it is on again."""
+    import gc
+
+    from transformers import AutoTokenizer
+
+    seen = []
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **k: (seen.append(gc.isenabled()), read(*a, **k))[1]
+    )
+    sb.load_model(gemma3.folder)
+    assert seen == [False]
+    assert gc.isenabled()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
+    with pytest.raises(sb.RequestError):
+        sb.load_model(gemma3.folder)
+    assert gc.isenabled()
+
+
+def test_the_bridge_is_built_only_when_asked_for(gemma3):
+    model = gemma3.fresh()
+    sb.residuals(model, [PROMPT], 1)
+    assert model._bridge is None
+
+
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────
 
 
