@@ -119,7 +119,7 @@ def test_edits(real, kind):
     with sb.intervene(real.model, edit) as receipt:
         found = sb.run_probe(real.model, real.pairs).bias
     assert found == pytest.approx(plain_bias(real, real.weights.edit({index: rule})).mean(), abs=CLOSE)
-    assert receipt.n_changed > 0
+    assert receipt.positions_changed > 0
     assert sb.run_probe(real.model, real.pairs).bias == pytest.approx(plain_bias(real).mean(), abs=CLOSE)
 
 
