@@ -24,8 +24,10 @@ from sae_bias.discovery.attribution import (
     Agreement,
     attribution,
     attribution_agreement,
+    carriers,
     cumulative_ablation,
     exact_ablation,
+    exact_resampling,
 )
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
@@ -330,14 +332,17 @@ def _add_effects(
     if by == "ablation":
         order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index[:top_k]
         first = list(dict.fromkeys([*order, *frame.index[frame["ai_speech"] == "yes"][:top_k]]))
-        frame["ablation"] = np.nan
-        frame.loc[first, "ablation"] = exact_ablation(
-            engine, list(frame.loc[first, "feature"]), progress=progress
-        )
+        names = list(frame.loc[first, "feature"])
+        frame["ablation"] = frame["resampling"] = np.nan
+        frame.loc[first, "ablation"] = exact_ablation(engine, names, progress=progress)
+        frame.loc[first, "resampling"] = exact_resampling(engine, names, progress=progress)
+        frame["carrier"] = carriers(frame["ablation"], frame["resampling"], bias)
         agreement = attribution_agreement(
             frame.loc[first, "attribution"].to_numpy(), frame.loc[first, "ablation"].to_numpy(), bias
         )
         note += f"; {len(first)} features ablated exactly (those of largest |attribution|), the rest not measured; {agreement}"
+        found = frame.loc[first, "carrier"].value_counts()
+        note += f"; carriers {found.get('carrier', 0)}, damage {found.get('damage', 0)} (ablation without a resampling effect)"
     if bias:
         for column in [c for c in ("attribution", "ablation") if c in frame]:
             frame[f"{column}_share"] = frame[column] / bias

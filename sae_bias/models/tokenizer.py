@@ -21,23 +21,6 @@ def _load_tokenizer(source: Path | str, *, local: bool = False) -> PreTrainedTok
         raise _loading_error(source, error, what="tokenizer") from error
 
 
-def _check_tokenizer(hf: Any, tokenizer: Any, name: str) -> None:
-    """A tokenizer that does not round-trip plain English loses words silently (seen with Qwen 2 folders)."""
-    vocab = hf.get_input_embeddings().weight.shape[0]
-    probe = "He says yes."
-    ids = list(tokenizer(probe).input_ids)
-    if ids and max(ids) >= vocab:
-        raise RequestError(
-            f"the tokenizer of {name} gives id {max(ids)}, but the model embeds only {vocab} tokens."
-        )
-    plain = [i for i in ids if i not in set(tokenizer.all_special_ids)]
-    unknown = tokenizer.unk_token_id
-    if not plain and (unknown is None or unknown not in ids):
-        raise RequestError(
-            f"the tokenizer of {name} drops every word of {probe!r}: its files do not fit its class."
-        )
-
-
 def _stored_tokenizer(hf: Any, bridge: Any) -> PreTrainedTokenizerBase:
     """The tokenizer found under the model object's own name; a bridge's is never used, because it was altered."""
     stored = getattr(getattr(bridge, "tokenizer", None), "name_or_path", "") if bridge is not None else ""

@@ -94,10 +94,14 @@ def run_checks(
     n_random: int = 1_000,
     n_boot: int = 2_000,
     seed: int = 0,
+    base: ProbeResult | None = None,
 ) -> Checks:
-    """Every check of docs/method.md#sensitivity-analyses on one model and one set of pairs."""
+    """Every check of docs/method.md#sensitivity-analyses on one model and one set of pairs.
+
+    base: these pairs measured already, with levels and, where there are mundane twins, with `controls`.
+    """
     probe = probe or default_probe(pairs)
-    result = run_probe(model, pairs, probe, controls=bool(len(pairs.controls())), levels=True)
+    result = base or run_probe(model, pairs, probe, controls=bool(len(pairs.controls())), levels=True)
     run = _Checking(result)
     run.primary()
     run.add("words", lambda: _words(run, n_boot, seed))

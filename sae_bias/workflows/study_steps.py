@@ -97,7 +97,7 @@ class StudyRun:
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
-                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
+                    self.add(probe_tables(self.model, self.pairs, self.probe, base, self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
             if self.study.profile == "as_published" and self.shard is None:
@@ -173,12 +173,13 @@ class StudyRun:
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
         with self.step("behavior"):
-            self.write_examples(base, chosen)
+            self.write_examples(base, sweep)
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
                 report = self.pairs.select(templates=self.split["report"])
-                self.add(feature_tables(self.model, chosen, report, self.probe))
+                tables, notes, summary["ladder"] = feature_tables(self.model, chosen, report, self.probe)
+                self.add((tables, notes))
                 found = run_measures(ProbeEngine(self.model, report, self.probe), (Ablate(chosen),))
                 self.write_tables(found.tables)
                 summary |= found.summary
@@ -281,16 +282,24 @@ class StudyRun:
         self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
         return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
 
-    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
-        on_report = base.select(self.split["report"])
-        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
-        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+    def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
+        """The report pairs of one cell of the sweep, in the order of the pairs."""
+        name = sweep.frame.loc[sweep.frame["label"] == label, "cell"].iloc[0]
+        cell = sweep.cells[str(name)]
+        return cell[cell["template"].isin(list(self.split["report"]))]
+
+    def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
+        after = self.on_report(sweep, "ablate")
+        frame = base.select(self.split["report"]).to_frame()[
+            ["human", "ai", "score_human", "score_ai", "bias"]
+        ]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
-        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
-            after.score_human,
-            after.score_ai,
-            after.pair_bias,
-        )
+        for column, score in (
+            ("after_human", "score_human"),
+            ("after_ai", "score_ai"),
+            ("bias_after", "bias"),
+        ):
+            frame[column] = after[score].to_numpy()
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 

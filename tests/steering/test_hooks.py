@@ -480,3 +480,20 @@ def test_what_is_no_intervention_is_refused(gemma3):
         sb.intervene(gemma3.model, gemma3.feature(F)),
     ):
         pass
+
+
+def test_the_last_token_of_a_right_padded_batch_is_edited(gemma3, pairs):
+    """A user's own batch, padded on the right: each row's last real token, as in that row alone."""
+    model = gemma3.model
+    ids = [model.encode(t) for t in (pairs[0].ai, pairs[0].ai + " " + pairs[0].ai)]
+    n, pad = max(map(len, ids)), model.tokenizer.pad_token_id or 0
+    tokens = torch.tensor([row + [pad] * (n - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in ids])
+    edit = sb.Clamp(gemma3.feature(F), 5.0, when="always", positions="last")
+    with torch.no_grad(), sb.intervene(model, edit) as receipt:
+        together = model.hf(input_ids=tokens, attention_mask=mask).logits
+    assert receipt.positions_changed == 2
+    for row, own in enumerate(ids):
+        with torch.no_grad(), sb.intervene(model, edit):
+            alone = model.hf(input_ids=torch.tensor([own])).logits[0, -1]
+        torch.testing.assert_close(together[row, len(own) - 1], alone, atol=1e-4, rtol=1e-4)
