@@ -12,11 +12,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from sae_bias import __version__
-from sae_bias.core.errors import SaeBiasError
+from sae_bias.core.errors import RequestError, SaeBiasError
 
 COMMAND_MODULES = (
     "study",
@@ -82,10 +84,28 @@ def build_app() -> typer.Typer:
         for name in names
     }
     for command in app.registered_commands:
+        command.cls = _OnceEach
         command.rich_help_panel = panels.get(str(command.name))
     rank = {name: i for i, name in enumerate(panels)}
     app.registered_commands.sort(key=lambda c: rank.get(str(c.name), len(rank)))
     return app
+
+
+class _OnceEach(TyperCommand):
+    """A command that refuses an option given twice where it takes one value: the last would silently replace the first."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
+        for param in order:
+            if (
+                param.param_type_name == "option"
+                and not (param.multiple or param.is_flag)
+                and order.count(param) > 1
+            ):
+                raise RequestError(
+                    f"{param.opts[0]} is given {order.count(param)} times and takes one value; give it once."
+                )
+        return super().parse_args(ctx, args)
 
 
 def _root(

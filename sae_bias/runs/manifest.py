@@ -55,6 +55,7 @@ def manifest(
             "digest": model_digest(model),
             "commit": getattr(model.config, "_commit_hash", None),
             "files": model_files(model),
+            **({"chat": model.chat_facts()} if model.chat_facts() else {}),
             **({} if model.gguf is None else {"gguf": model.gguf, "label": model.label}),
         },
         "saes": [sae_facts(s) for s in saes],

@@ -86,7 +86,7 @@ def test_one_bos_exactly_where_the_tokenizer_puts_one(tiny):
 
 
 def test_two_bos_are_refused(gemma3):
-    with pytest.raises(sb.RequestError, match="2 BOS tokens"):
+    with pytest.raises(sb.RequestError, match="begins with 2 BOS tokens"):
         gemma3.model.encode("<bos>" + PROMPT)
 
 
@@ -138,7 +138,7 @@ def test_the_tokenizer_is_untouched_by_the_bridge(gemma3):
     )
 
 
-def test_a_tokenizer_that_drops_every_word_is_refused(gemma3, tmp_path):
+def test_a_tokenizer_that_drops_every_word_of_a_prompt_is_refused(gemma3, tmp_path):
     folder = copied(gemma3, tmp_path)
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -147,8 +147,35 @@ def test_a_tokenizer_that_drops_every_word_is_refused(gemma3, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>").save_pretrained(folder)
-    with pytest.raises(sb.RequestError, match="drops every word"):
-        sb.load_model(folder)
+    model = sb.load_model(folder)
+    with pytest.raises(sb.RequestError, match=r"special tokens only|knows no word"):
+        model.encode(PROMPT)
+
+
+def test_no_garbage_is_collected_while_a_vocabulary_is_parsed(gemma3, monkeypatch):
+    """A collection walks all 262k entries, again and again; afterwards, and after an error, it is on again."""
+    import gc
+
+    from transformers import AutoTokenizer
+
+    seen = []
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **k: (seen.append(gc.isenabled()), read(*a, **k))[1]
+    )
+    sb.load_model(gemma3.folder)
+    assert seen == [False]
+    assert gc.isenabled()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
+    with pytest.raises(sb.RequestError):
+        sb.load_model(gemma3.folder)
+    assert gc.isenabled()
+
+
+def test_the_bridge_is_built_only_when_asked_for(gemma3):
+    model = gemma3.fresh()
+    sb.residuals(model, [PROMPT], 1)
+    assert model._bridge is None
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────
