@@ -85,7 +85,7 @@ def python_page() -> str:
 
 
 def first_sentence(text: str) -> str:
-    return cell(re.split(r"(?<=\.)\s|;\s|\n\n", text.strip())[0].rstrip(".") + ".")
+    return cell(re.split(r"(?<=\.)\s|;\s|\n\n", text.strip())[0].rstrip(".?") + ".")
 
 
 def cell(text: str) -> str:

@@ -98,9 +98,14 @@ def make_tiny(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=["gemma2", "gemma3", "gemma3_multimodal", "mistral", "qwen2", "gpt_neox", "llama"])
+@pytest.fixture(
+    params=[
+        "gemma2", "gemma3", "gemma3_multimodal", "mistral", "qwen2", "gpt_neox", "llama", "gpt2", "gptj", "opt", "falcon", "phi3",
+        "qwen3", "qwen3_5", "gemma4",
+    ]
+)  # fmt: skip
 def tiny(request, make_tiny):
-    """Each of the seven architectures."""
+    """Each architecture."""
     return make_tiny(request.param)
 
 
@@ -145,19 +150,43 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """`sae-bias demo` in an empty folder, as a user runs it, once a session: its run folder (not to be written in), and what it printed."""
+    """`sae-bias demo` in an empty folder, as a user runs it, once a session: its run folder (not to be written in), what it printed,
+    how often each text was tokenized and each SAE opened."""
     import contextlib
     import io
     import json
+    from collections import Counter
     from types import SimpleNamespace
 
-    from sae_bias.cli.main import main
+    from transformers import PreTrainedTokenizerBase
 
-    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+    from sae_bias.cli.main import main
+    from sae_bias.saes import load
+    from sae_bias.saes.formats import gemma_scope
+
+    folder, printed, texts, opened = tmp_path_factory.mktemp("demo"), io.StringIO(), Counter(), Counter()
+    call, read = PreTrainedTokenizerBase.__call__, gemma_scope.read_encoder_file
+    load._OPEN.clear()  # what other tests opened
+
+    def tokenizer(self, text=None, *args, **kwargs):
+        texts[text] += 1
+        return call(self, text, *args, **kwargs)
+
+    def read_encoder_file(path, **kwargs):
+        opened[path] += 1
+        return read(path, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        patch.setattr(PreTrainedTokenizerBase, "__call__", tokenizer)
+        patch.setattr(gemma_scope, "read_encoder_file", read_encoder_file)
         assert main(["demo", "--json"]) == 0
     path = folder / "runs" / "demo"
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return SimpleNamespace(
-        path=path, summary=summary, report=path / "report.html", printed=printed.getvalue()
+        path=path,
+        summary=summary,
+        report=path / "report.html",
+        printed=printed.getvalue(),
+        texts=texts,
+        opened=opened,
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -105,3 +108,49 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(built, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.startswith(str(site))
     assert list(empty.rglob("report.html"))
+
+
+# ── dependencies
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of a constraint set."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = [line.split("==") for line in lines if "==" in line]
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+def test_both_constraint_sets_hold_every_dependency_within_its_range():
+    """The newest set is the one tested here; the oldest has each dependency at (or, where another one needs it, above) its lower bound."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    for text in project["dependencies"]:
+        wanted = Requirement(text)
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        assert wanted.specifier.contains(newest[name]), text
+        assert wanted.specifier.contains(oldest[name]), text
+    lowest = {name: oldest[name] for name in ("torch", "typer", "numpy", "pandas", "scipy", "sae-lens")}
+    assert lowest == {
+        "torch": "2.7.0",
+        "typer": "0.20.0",
+        "numpy": "1.26.0",
+        "pandas": "2.2.0",
+        "scipy": "1.13.0",
+        "sae-lens": "6.54.0",
+    }
+
+
+def test_no_dependency_names_a_gpu_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [*project["dependencies"], *pins("constraints.txt"), *pins("constraints-oldest.txt")]
+    assert [name for name in named if re.match(r"(nvidia|cuda|triton)", name)] == []
+
+
+def test_the_version_is_one():
+    import sae_bias
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["version"] == sae_bias.__version__ == citation["version"]

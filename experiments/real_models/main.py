@@ -16,12 +16,12 @@ import torch
 
 import sae_bias as sb
 from real_models.harvest import SCALE, Shards, harvest, windows
-from real_models.quality import quality
+from real_models.quality import HeldOut
 from real_models.texts import TextPlan, collect
 from real_models.training import JumpReluWeights, SaeRecipe, randomized, save, train
 
-RANDOMIZED_ROWS = 20_000
-ALIVE_ROWS = 200_000
+RANDOMIZED_ROWS = 8_192
+ALIVE_ROWS = 50_000
 
 
 def arguments(model: str, layers: Sequence[int], out: str, description: str) -> argparse.Namespace:
@@ -49,7 +49,13 @@ def arguments(model: str, layers: Sequence[int], out: str, description: str) -> 
         "--k", type=float, default=SaeRecipe.k, help="live features a token, on average (default 50)"
     )
     parser.add_argument(
-        "--steps", type=int, default=SaeRecipe.steps, help="training steps of 2,048 residuals (default 1,000)"
+        "--steps", type=int, default=SaeRecipe.steps, help="training steps of 1,024 residuals (default 1,200)"
+    )
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=64,
+        help="held-out windows of 256 tokens for the quality figures; 0 leaves them out",
     )
     return parser.parse_args()
 
@@ -68,14 +74,15 @@ def main(model: str, layers: Sequence[int], out: str, description: str) -> None:
     table = []
     for layer in given.layers:
         recipe = SaeRecipe(layer, given.width, given.k, given.steps)
-        table += _one_layer(lm, recipe, folder, held_out)
-        pd.DataFrame(table).to_csv(folder / "quality.csv", index=False, float_format="%.4f")
+        table += _one_layer(lm, recipe, folder, held_out, given.windows)
+        if table:
+            pd.DataFrame(table).to_csv(folder / "quality.csv", index=False, float_format="%.4f")
     print(pd.DataFrame(table).round(4).T.to_string())
     print(f"done after {(time.monotonic() - start) / 60:.0f} minutes; the SAEs are in {folder / 'sae'}")
 
 
 def _one_layer(
-    lm: sb.Model, recipe: SaeRecipe, folder: Path, held_out: list[list[int]]
+    lm: sb.Model, recipe: SaeRecipe, folder: Path, held_out: list[list[int]], n_windows: int
 ) -> list[dict[str, object]]:
     """Train, save and measure the SAE of one layer and its randomized twin."""
     target = folder / "sae" / "resid_post" / recipe.folder
@@ -90,9 +97,12 @@ def _one_layer(
         control = randomized(weights, alive[:: max(1, len(alive) // RANDOMIZED_ROWS)])
         _save_with_l0(lm, control, twin, recipe, alive, len(rows))
     del rows
+    if not n_windows:
+        return []
+    held = HeldOut(lm, recipe.layer, held_out, n_windows)
     found: list[dict[str, object]] = []
     for name, sae in (("trained", weights), ("randomized", load(twin))):
-        figures = quality(lm, sae, recipe.layer, held_out, alive)
+        figures = held.quality(sae, alive)
         found.append({"model": lm.name, "layer": recipe.layer, "width": recipe.width, "sae": name} | figures)
         print(pd.Series(found[-1]).to_string())
     return found

@@ -20,47 +20,48 @@ import sae_bias as sb
 from real_models.training import CLIP, JumpReluWeights
 
 
-@torch.no_grad()
-def quality(
-    model: sb.Model,
-    weights: JumpReluWeights,
-    layer: int,
-    held_out: Sequence[list[int]],
-    train_rows: Float[Tensor, "n d_in"],
-    *,
-    n_windows: int = 64,
-) -> dict[str, float]:
-    """The figures of one SAE; `held_out` are token windows, `train_rows` residuals on which a feature may prove alive."""
-    chosen = sorted(held_out, key=len)[-n_windows:]
-    clean, x = _losses(model, layer, chosen, None)
-    spliced, _ = _losses(model, layer, chosen, lambda rows: weights.decode(weights.encode(rows)))
-    zero, _ = _losses(model, layer, chosen, torch.zeros_like)
-    acts = weights.encode(x)
-    norms = x.norm(dim=-1)
-    usual = norms <= CLIP * norms.median()
-    alive = torch.zeros(acts.shape[1], dtype=torch.bool)
-    for part in train_rows.split(4096):
-        alive |= (weights.encode(part) > 0).any(0)
-    alive |= (acts > 0).any(0)
-    return {
-        "n_tokens": len(x),
-        "fve": _fve(x, weights.decode(acts)),
-        "fve_usual_positions": _fve(x[usual], weights.decode(acts[usual])),
-        "share_unusual_positions": float((~usual).float().mean()),
-        "l0": float((acts > 0).float().sum(-1).mean()),
-        "dead_share": float((~alive).float().mean()),
-        "dense_share": float(((acts > 0).float().mean(0) > 0.1).float().mean()),
-        "ce_clean": clean,
-        "ce_sae": spliced,
-        "ce_zero": zero,
-        "loss_recovered": (zero - spliced) / (zero - clean),
-    }
+class HeldOut:
+    """Held-out windows with their clean loss and their loss under zero ablation, measured once for any number of SAEs."""
+
+    def __init__(self, model: sb.Model, layer: int, held_out: Sequence[list[int]], n_windows: int = 64):
+        self.model, self.layer = model, layer
+        self.chosen = sorted(held_out, key=len)[-n_windows:]
+        self.clean, self.x = _losses(model, layer, self.chosen, None)
+        self.zero, _ = _losses(model, layer, self.chosen, torch.zeros_like)
+
+    @torch.no_grad()
+    def quality(self, weights: JumpReluWeights, train_rows: Float[Tensor, "n d_in"]) -> dict[str, float]:
+        """The figures of one SAE; `train_rows` are residuals on which a feature may prove alive."""
+        x = self.x
+        spliced, _ = _losses(
+            self.model, self.layer, self.chosen, lambda rows: weights.decode(weights.encode(rows))
+        )
+        acts = weights.encode(x)
+        norms = x.norm(dim=-1)
+        usual = norms <= CLIP * norms.median()
+        alive = (acts > 0).any(0)
+        for part in train_rows.split(4096):
+            alive |= (weights.encode(part) > 0).any(0)
+        return {
+            "n_tokens": len(x),
+            "fve": _fve(x, weights.decode(acts)),
+            "fve_usual_positions": _fve(x[usual], weights.decode(acts[usual])),
+            "share_unusual_positions": float((~usual).float().mean()),
+            "l0": float((acts > 0).float().sum(-1).mean()),
+            "dead_share": float((~alive).float().mean()),
+            "dense_share": float(((acts > 0).float().mean(0) > 0.1).float().mean()),
+            "ce_clean": self.clean,
+            "ce_sae": spliced,
+            "ce_zero": self.zero,
+            "loss_recovered": (self.zero - spliced) / (self.zero - self.clean),
+        }
 
 
 def _fve(x: Tensor, hat: Tensor) -> float:
     return 1 - float((x - hat).pow(2).sum().double() / (x - x.mean(0)).pow(2).sum().double())
 
 
+@torch.no_grad()
 def _losses(
     model: sb.Model, layer: int, sequences: Sequence[list[int]], edit: Callable[[Tensor], Tensor] | None
 ) -> tuple[float, Tensor]:

@@ -5,7 +5,7 @@ compete across tokens. SAELens keeps the running mean of the smallest one kept; 
 
     h = x·W_enc + b_enc,   a = h·1[h > threshold],   x̂ = a·W_dec + b_dec.
 
-Gemma 3 writes a few hundred times the usual variance at some positions (quotation marks, the first token). For training, rows are
+Gemma 3 writes a few hundred times the usual variance at some positions (lone spaces and apostrophes among them). For training, rows are
 centered, scaled to mean square 1, and rows longer than `CLIP` medians are shortened to that. Center and scale are folded back exactly
 (in float64); the clipping leaves no trace in the weights, and quality is measured on unclipped residuals.
 """
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 CLIP = 2.0
 CHECKPOINT_EVERY = 100
+RESAMPLE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class SaeRecipe:
     width: int = 8192
     k: float = 50.0
     """Live features a token, on average."""
-    steps: int = 1000
-    batch_size: int = 2048
-    learning_rate: float = 8e-4
+    steps: int = 1200
+    batch_size: int = 1024
+    learning_rate: float = 3e-3
     seed: int = 0
     l0_name: str = "medium"
 
@@ -102,7 +103,10 @@ def train(
     bar = tqdm(total=recipe.steps, initial=done, desc=f"SAE {recipe.folder}", unit="step", smoothing=0.05)
     data = _batches(rows, normalize, recipe, start=done)
     for step in range(done, recipe.steps):
-        out = trainer.step(next(data))
+        batch = next(data)
+        if step % RESAMPLE_EVERY == 0 and 0 < step <= recipe.steps * 2 // 3:
+            _resample(trainer, batch, seed=step)
+        out = trainer.step(batch)
         trainer.n_training_steps += 1
         bar.update()
         if step % 20 == 0:
@@ -113,6 +117,7 @@ def train(
         if (step + 1) % CHECKPOINT_EVERY == 0:
             _checkpoint(trainer, work)
     bar.close()
+    _calibrate(trainer.sae, normalize, rows)
     return folded(trainer.sae, normalize, scale)
 
 
@@ -138,9 +143,9 @@ def _trainer(recipe: SaeRecipe, d_in: int, *, fast: bool) -> Any:
         train_batch_size_samples=recipe.batch_size,
         lr=recipe.learning_rate,
         lr_end=recipe.learning_rate / 20,
-        lr_warm_up_steps=50,
+        lr_warm_up_steps=20,
         lr_decay_steps=recipe.steps // 3,
-        dead_feature_window=100,
+        dead_feature_window=15,  # early help for features that fall silent: a window of 100 left half of 8,192 dead
         logger=LoggingConfig(log_to_wandb=False),
     )
     sae.fast = fast
@@ -164,6 +169,33 @@ def _batches(rows: Tensor, normalize: Normalizer, recipe: SaeRecipe, start: int)
         at = (step % per_epoch) * recipe.batch_size
         yield normalize(rows[order[at : at + recipe.batch_size]].float())
         step += 1
+
+
+@torch.no_grad()
+def _resample(trainer: Any, batch: Float[Tensor, "n d_model"], seed: int) -> None:
+    """Give features that fell silent a new start at what is explained worst (Bricken et al. 2023, "Towards Monosemanticity").
+
+    A silent feature's decoder row becomes the error of a row of the batch, drawn with probability ∝ its squared error, at the usual
+    length; its encoder column points the same way; its Adam moments are forgotten.
+    """
+    sae, dead = trainer.sae, trainer.dead_neurons.nonzero().flatten()
+    if not len(dead) or len(dead) == sae.cfg.d_sae:
+        return
+    alive = (~trainer.dead_neurons).nonzero().flatten()
+    error = batch - sae.decode(sae.encode_with_hidden_pre(batch)[0])
+    weight = error.pow(2).sum(-1)
+    drawn = torch.multinomial(
+        weight, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
+    direction = torch.nn.functional.normalize(error[drawn], dim=-1)
+    sae.W_dec[dead] = direction * sae.W_dec[alive].norm(dim=-1).mean()
+    sae.W_enc[:, dead] = direction.T * sae.W_enc[:, alive].norm(dim=0).mean()
+    sae.b_enc[dead] = 0.0
+    trainer.n_forward_passes_since_fired[dead] = 0
+    for parameter, which in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in trainer.optimizer.state[parameter]:
+                trainer.optimizer.state[parameter][moment][which] = 0.0
 
 
 def _checkpoint(trainer: Any, work: Path) -> None:
@@ -205,6 +237,19 @@ def _restore(trainer: Any, work: Path) -> int:
     trainer.n_training_steps = done
     trainer.n_training_samples = done * trainer.cfg.train_batch_size_samples
     return done
+
+
+@torch.no_grad()
+def _calibrate(sae: Any, normalize: Normalizer, rows: Float[Tensor, "n d_model"], n: int = 16_384) -> None:
+    """Set the global threshold so that k features are live on average; the running mean lags behind a short training."""
+    some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[:n]
+    most = min(512, sae.cfg.d_sae)
+    acts = [
+        ((normalize(part.float()) @ sae.W_enc + sae.b_enc) * sae.W_dec.norm(dim=-1)).topk(most).values
+        for part in rows[some].split(2048)
+    ]
+    kept = torch.cat(acts).flatten().topk(int(sae.cfg.k * len(some))).values
+    sae.topk_threshold.fill_(float(kept.min().clamp(min=0)))
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ from sae_bias.cli.run_files import run_facts
 if TYPE_CHECKING:
     from typing import Any
 
+    import pandas as pd
+
     from sae_bias.workflows.compare import Comparison
 
 
@@ -38,7 +40,10 @@ Shares = Annotated[
     ),
 ]
 Levels = Annotated[
-    str, typer.Option("--kl", metavar='"0.01,0.1"', help="KL levels to compare at, nats a token.")
+    str,
+    typer.Option(
+        "--kl", metavar='"0.01,0.1"', help="Costs to compare at: the larger of KL in nats a token and 1 − β."
+    ),
 ]
 
 
@@ -56,7 +61,7 @@ def compare(
     model: ModelName,
     feature: FeatureName,
     shares: Shares = "0.25,0.5,0.75,1,1.5,2,3",
-    kl: Levels = "0.003,0.01,0.03,0.1",
+    kl: Levels = "0.01,0.03,0.1,0.3",
     pairs: Pairs = None,
     words: WordsFile = None,
     seed: Seed = 0,
@@ -66,16 +71,17 @@ def compare(
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take out the feature, and each baseline, by steps: how much bias goes at the same KL?
+    """Take out the feature, and each baseline, by steps: how much bias goes at the same cost?
 
     Baselines: difference of means (with and without massive dimensions, and at other layers), a ridge probe's direction, a
-    subspace of the paired differences, random directions and subspaces, matched controls, the opposite sign. Directions are found
-    on half of the templates, every figure is of the other half.
+    subspace of the paired differences, random directions and subspaces, matched controls, the opposite sign; each at all positions
+    and at the last token alone. Directions are found on discover templates, strengths chosen on tune, every figure is of report.
     """
     with Console(json, quiet) as console:
         from sae_bias.models.load import load_model
         from sae_bias.prompts.load import load_pairs
         from sae_bias.saes.load import as_feature, load_sae
+        from sae_bias.workflows.compare import NOT_REACHED, table_in_words
         from sae_bias.workflows.compare import compare_methods as run_compare
 
         prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
@@ -94,8 +100,11 @@ def compare(
         )  # fmt: skip
         if out is not None:
             _end(out, result, str(loaded_feature.ref))
-        columns = {"method": "method"} | {f"kl_{level:g}": f"at KL {level:g}" for level in levels}
-        console.table("Share of the bias removed at equal KL", result.table, columns)
+        shown, columns = table_in_words(result.table)
+        console.table("Share of the bias removed at equal cost, on templates held out", shown, columns)
+        console.say(NOT_REACHED)
+        for line in _headline(result.table):
+            console.say(line)
         console.say(repr(result.ridge))
         console.note(gate_line(gate))
         console.finish(
@@ -107,6 +116,20 @@ def compare(
                 "out": None if out is None else str(out),
             }
         )
+
+
+def _headline(table: "pd.DataFrame") -> list[str]:
+    """The feature's own figures at its tuned strength, or why it has none."""
+    from sae_bias.core.text import bracket, number, percent, signed
+
+    own = table[table["kind"] == "candidate"]
+    return [
+        f"{r.method}: no strength: {r.undefined}"
+        if r.undefined
+        else f"{r.method}: specific reduction {percent(r.specific_reduction)} {bracket(r.spec_low, r.spec_high, share=True)}, "
+        f"β {number(r.beta)}, human scores moved by {signed(r.human_shift)} nats, AI scores by {signed(r.ai_shift)}"
+        for r in own.itertuples()
+    ]
 
 
 def _start(out: Path, facts: "dict[str, Any]") -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
+from sae_bias.core.threads import SAY_THREADS
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,6 +29,7 @@ class Console:
 
     def __enter__(self) -> Self:
         self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._stack.enter_context(_threads_said(self.talks))
         if not self.talks:
             self._stack.enter_context(_no_hub_bars())
         return self
@@ -105,3 +108,16 @@ def _no_hub_bars() -> Any:
     yield
     if not before:
         enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _threads_said(talks: bool) -> Any:
+    """The number of threads follows the model's size meanwhile; it is said on standard error."""
+    before = SAY_THREADS[0]
+    SAY_THREADS[0] = (
+        (lambda line: print(f"sae-bias: {line}", file=sys.stderr)) if talks else lambda line: None
+    )
+    try:
+        yield
+    finally:
+        SAY_THREADS[0] = before

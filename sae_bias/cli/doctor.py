@@ -7,10 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from sae_bias.cli.console import Console
-from sae_bias.cli.options import Json, Out, Quiet, example
+from sae_bias.cli.options import DeviceMap, Json, Out, Quiet, example
 
 OptionalModel = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Also list this model's SAEs.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Say what this model lacks here, and list its SAEs: a hub id, a folder, a .gguf file.",
+        show_default=False,
+    ),
 ]
 
 
@@ -18,7 +23,13 @@ def register(app: typer.Typer) -> None:
     app.command("doctor", epilog=example("sae-bias doctor", "sae-bias doctor google/gemma-3-12b-it"))(doctor)
 
 
-def doctor(model: OptionalModel = None, json: Json = False, out: Out = None, quiet: Quiet = False) -> None:
+def doctor(
+    model: OptionalModel = None,
+    device_map: DeviceMap = None,
+    json: Json = False,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
     """Show versions, devices, the hub login, what is cached, and the bundled organisms.
 
     Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
@@ -38,6 +49,9 @@ def doctor(model: OptionalModel = None, json: Json = False, out: Out = None, qui
             "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
         }
         if model is not None:
+            from sae_bias.models.look import look_at
+
+            found["model"] = look_at(model, device_map)
             found["saes"] = _saes(model)
         if out is not None:
             from sae_bias.runs.folder import RunFolder
@@ -141,12 +155,20 @@ def _weights(files: dict[str, Path]) -> bool:
 
 def _saes(model: str) -> list[str]:
     from sae_bias.models.catalog import ORGANISM
+    from sae_bias.models.gguf.packaged import PACKAGED
     from sae_bias.saes.releases import organism_saes, residual_saes
 
+    if model in PACKAGED:
+        model = PACKAGED[model].of
+    elif Path(model).expanduser().exists():
+        return []
     return organism_saes(model) if model.startswith(ORGANISM) else residual_saes(model)
 
 
 def _show(console: Console, found: dict[str, Any], model: str | None) -> None:
+    if model is not None:
+        _show_model(console, model, found["model"], found["saes"])
+        return
     hub = found["hub"]
     console.say("  ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for device in found["devices"]:
@@ -164,7 +186,19 @@ def _show(console: Console, found: dict[str, Any], model: str | None) -> None:
         console.say(f"packaged: {row['name']} ({row['of']}): {state}. {row['terms']}.")
     for organism, saes in found["organisms"].items():
         console.say(f"bundled: {organism} with {len(saes)} SAEs: {', '.join(saes)}")
-    if model is not None:
-        console.say(f"{model} has {len(found['saes'])} residual SAEs")
-        for name in found["saes"]:
-            console.note(f"  {name}")
+
+
+def _show_model(console: Console, model: str, facts: dict[str, Any], saes: list[str]) -> None:
+    """One screen: what it is, what is missing and what gets it, and its SAEs."""
+    console.say(f"{model}: {facts['what']}")
+    for line in facts["missing"]:
+        console.say(f"missing: {line}")
+    if not facts["missing"]:
+        console.say("nothing is missing: it loads offline")
+    for device, n in facts.get("device_map", {}).items():
+        console.say(f"device map: {n} modules on {device}")
+    console.say(f"{len(saes)} residual SAEs" + (":" if saes and console.talks else ""))
+    for name in saes[:20]:
+        console.note(f"  {name}")
+    if len(saes) > 20:
+        console.note(f"  and {len(saes) - 20} more (--json lists them)")

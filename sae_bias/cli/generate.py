@@ -1,15 +1,34 @@
 """`sae-bias generate`: what a model writes, with and without an edit of one feature."""
 
+import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sae_bias.cli.console import Console, number
 from sae_bias.cli.inputs import EDITS, check_all, make_edit
-from sae_bias.cli.options import Device, Dtype, Json, ModelName, Out, Positions, Quiet, Seed, example
+from sae_bias.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    ModelName,
+    Out,
+    Positions,
+    Quiet,
+    Seed,
+    example,
+    parse_numbers,
+)
 from sae_bias.cli.run_files import run_facts, save_run
 from sae_bias.core.errors import RequestError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_bias.models.model import Model
+    from sae_bias.saes.sae import Feature
 
 Prompt = Annotated[
     list[str] | None,
@@ -22,6 +41,15 @@ PromptsFile = Annotated[
     typer.Option("--prompts", metavar="FILE", help="Text file with a prompt a line.", show_default=False),
 ]
 Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
+Features = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="FEATURE",
+        help="Feature to edit; given several times, they are edited together. None writes unsteered text only.",
+        show_default=False,
+    ),
+]
 FeatureChoice = Annotated[
     str | None,
     typer.Option(
@@ -31,9 +59,35 @@ FeatureChoice = Annotated[
         show_default=False,
     ),
 ]
-Edit = Annotated[str, typer.Option("--edit", help=EDITS + ".")]
+"""One feature, for the commands that take one."""
 Strength = Annotated[
     float | None, typer.Option("--strength", help="Value of the edit; ablate has none.", show_default=False)
+]
+Edit = Annotated[str, typer.Option("--edit", help=EDITS + ".")]
+Strengths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strength",
+        "--strengths",
+        metavar="NUMBERS",
+        help='Value of the edit, or several with commas between ("-1,-5"); ablate has none.',
+        show_default=False,
+    ),
+]
+Unit = Annotated[
+    str,
+    typer.Option(
+        "--unit", help="act: as given; max: times each feature's largest activation on the bundled pairs."
+    ),
+]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        help="Given to the chat template, such as enable_thinking=false; several times.",
+        show_default=False,
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
 Temperature = Annotated[
@@ -64,25 +118,28 @@ def generate(
     prompt: Prompt = None,
     prompts: PromptsFile = None,
     bundled: Bundled = False,
-    feature: FeatureChoice = None,
+    feature: Features = None,
     edit: Edit = "ablate",
-    strength: Strength = None,
+    strength: Strengths = None,
+    unit: Unit = "act",
     positions: Positions = "all",
     max_new_tokens: MaxNewTokens = 40,
     temperature: Temperature = 0.0,
     chat: Chat = False,
+    template_arg: TemplateArg = None,
     system: System = None,
     seed: Seed = 0,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Dtype = "auto",
     json: Json = False,
     out: Out = None,
     quiet: Quiet = False,
 ) -> None:
-    """Continue prompts, unsteered and under an edit of a feature.
+    """Continue prompts, unsteered and under an edit of one or several features.
 
-    Both continuations stand below each other. The edit acts on the prompt and on every generated token, unless --positions says
-    otherwise.
+    The continuations stand below each other, one for each strength. The edit acts on the prompt and on every generated token, unless
+    --positions says otherwise.
     """
     with Console(json, quiet) as console:
         from sae_bias.measures.text import side_by_side, text_summary
@@ -92,14 +149,28 @@ def generate(
         from sae_bias.steering.generate import generate as complete
 
         texts = read_prompts(prompt or [], prompts, bundled)
-        edits = []
-        if feature is not None:
-            edits = [make_edit(edit, as_feature(feature).ref, strength, positions=positions)]
-        elif strength is not None:
-            raise RequestError("--strength needs --feature, the feature to edit.")
-        saes = [load_sae(as_feature(feature).ref.sae)] if feature is not None else []
-        loaded = load_model(model, device=device, dtype=dtype)
+        values = _strengths(strength, feature, edit, unit)
+        features = [as_feature(f) for f in dict.fromkeys(feature or [])]
+        for value in values:  # a wrong request is told before the model loads
+            for f in features:
+                make_edit(edit, f.ref, value, positions=positions)
+        saes = [load_sae(s) for s in dict.fromkeys(f.ref.sae for f in features)]
+        loaded = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            template_arguments=_arguments(template_arg),
+        )
         gate = check_all(loaded, saes, console)
+        sizes = [_size(loaded, f) if unit == "max" else 1.0 for f in features]
+        conditions = [
+            [
+                make_edit(edit, f.ref, None if v is None else v * size, positions=positions)
+                for f, size in zip(features, sizes, strict=True)
+            ]
+            for v in (values if features else ())
+        ]
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -109,41 +180,111 @@ def generate(
             "progress": console.progress,
         }
         base = complete(loaded, texts, **options)
-        steered = complete(loaded, texts, interventions=edits, **options) if edits else base
-        frame = side_by_side(loaded, base, steered, chat=chat, system=system)
-        measured = text_summary(base, steered, frame)
+        steered = [complete(loaded, texts, interventions=edits, **options) for edits in conditions]
+        frames = [
+            side_by_side(loaded, base, after, chat=chat, system=system) for after in (steered or [base])
+        ]
+        measured = text_summary(base, steered[0] if steered else base, frames[0])
+        labels = [", ".join(e.describe() for e in edits) for edits in conditions]
+        more = {
+            label: text_summary(base, after, frame)["steered"]
+            for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
+        }
         if out is not None:
             facts = run_facts(
                 loaded,
                 saes=saes,
                 seed=seed,
                 gate=gate_facts(gate, True),
-                generation={**options, "edits": [e.to_dict() for e in edits]},
+                generation={**options, "edits": [e.to_dict() for edits in conditions for e in edits]},
             )
-            save_run(out, facts, {"generations": frame}, {"generations": measured})
-        for before, after in zip(base, steered, strict=True):
+            table, n = _table(frames, labels), len(frames)
+            together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
+            save_run(out, facts, {"generations": table}, {"generations": together})
+        for i, before in enumerate(base):
             console.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
-            if edits:
-                console.say(f"  {edits[0].describe()}: {' '.join(after.text.split())}")
-        for name, means in measured.items() if edits else list(measured.items())[:1]:
+            for label, after in zip(labels, steered, strict=True):
+                console.say(f"  {label}: {' '.join(after[i].text.split())}")
+        shown = {"unsteered": measured["unsteered"]}
+        if steered:
+            shown |= {"steered" if len(steered) == 1 else labels[0]: measured["steered"], **more}
+        for name, means in shown.items():
             console.note(f"{name}: {text_line(means)}")
         console.finish(
             {
                 "model": loaded.name,
-                "measures": measured if edits else {"unsteered": measured["unsteered"]},
-                "edits": [e.to_dict() for e in edits],
+                "measures": shown,
+                "edits": [e.to_dict() for edits in conditions for e in edits],
                 "completions": [
                     {
-                        "prompt": a.prompt,
-                        "unsteered": a.text,
-                        "steered": b.text if edits else None,
-                        "ended": (b if edits else a).ended,
+                        "prompt": before.prompt,
+                        "unsteered": before.text,
+                        "steered": after[i].text if conditions else None,
+                        "ended": after[i].ended,
+                        **({"edit": label} if len(conditions) > 1 else {}),
                     }
-                    for a, b in zip(base, steered, strict=True)
+                    for label, after in zip(labels or [""], steered or [base], strict=True)
+                    for i, before in enumerate(base)
                 ],
                 "out": None if out is None else str(out),
             }
         )
+
+
+def _strengths(
+    given: list[str] | None, feature: list[str] | None, edit: str, unit: str
+) -> tuple[float | None, ...]:
+    """The strengths asked for, each once; one None for an edit that has none."""
+    if unit not in ("act", "max"):
+        raise RequestError(f"--unit {unit!r}: expected act or max.")
+    if unit == "max" and edit in ("ablate", "scale"):
+        raise RequestError(
+            f"--unit max is about clamp, cap and steer; {edit} has no strength in activations."
+        )
+    if not given:
+        return (None,)
+    if not feature:
+        raise RequestError("--strength needs --feature, the feature to edit.")
+    if edit == "ablate":
+        raise RequestError(
+            "--edit ablate has no strength; leave --strength out, or choose clamp, scale, cap or steer."
+        )
+    return tuple(dict.fromkeys(v for text in given for v in parse_numbers(text, "--strength")))
+
+
+def _size(model: "Model", feature: "Feature") -> float:
+    """The feature's largest activation on the bundled pairs."""
+    from sae_bias.prompts.load import load_pairs
+    from sae_bias.steering.controls import observed_max
+
+    return observed_max(model, feature, load_pairs())
+
+
+def _arguments(given: list[str] | None) -> dict[str, Any]:
+    """`enable_thinking=false` as a name and a value; a value that is not JSON is text."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, mark, value = text.partition("=")
+        if not mark or not name.strip():
+            raise RequestError(
+                f"--template-arg {text!r}: expected NAME=VALUE, such as enable_thinking=false."
+            )
+        try:
+            found[name.strip()] = json_module.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
+
+
+def _table(frames: "list[pd.DataFrame]", labels: list[str]) -> "pd.DataFrame":
+    """The conditions below each other, with a column that names them where there are several."""
+    import pandas as pd
+
+    if len(frames) == 1:
+        return frames[0]
+    return pd.concat(
+        [f.assign(edit=label) for f, label in zip(frames, labels, strict=True)], ignore_index=True
+    )
 
 
 def text_line(means: dict[str, float]) -> str:

@@ -98,7 +98,12 @@ def ladder(
                 feature=str(result.feature),
             )  # fmt: skip
             tables = {"ladder": result.to_frame(), "ceilings": result.ceilings, "direct_words": result.words}
-            save_run(out, facts, tables, {"ladder": {"feature": str(result.feature), "layer": result.layer}})
+            save_run(
+                out,
+                facts,
+                tables,
+                {"ladder": {"feature": str(result.feature), "layer": result.layer, "bias": result.base.bias}},
+            )
         console.say(
             f"{result.feature}: unsteered bias {result.base.bias:+.3f} nats over {result.base.n_pairs} pairs; ablation removes "
             f"{result['necessity']:+.3f}, any edit after the subject at layer {result.layer} could remove {result['ceiling']:+.3f}"

@@ -12,11 +12,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from sae_bias import __version__
-from sae_bias.core.errors import SaeBiasError
+from sae_bias.core.errors import RequestError, SaeBiasError
 
 COMMAND_MODULES = (
     "study",
@@ -42,6 +44,20 @@ COMMAND_MODULES = (
     "doctor",
 )
 """Modules of `sae_bias.cli` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
+GROUPS = {
+    "Measure": ("probe organism:planted --checks", ("probe", "scenarios", "identity")),
+    "Find": (
+        "rank organism:planted organism:planted/constructed",
+        ("rank", "table", "card", "ladder", "resolve", "match"),
+    ),
+    "Steer": (
+        "sweep organism:planted RELEASE/SAE_ID#INDEX",
+        ("sweep", "compare", "generate", "judge", "play", "fit"),
+    ),
+    "Study": ("run study.yaml", ("demo", "run", "plan", "merge", "report")),
+    "Trust": ("verify runs/demo", ("verify", "calibrate", "doctor")),
+}
+"""What `sae-bias` alone prints: each group with one example; a command that no group names stands under "Commands"."""
 SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
 _UsageError = typer.BadParameter.__mro__[1]
 _ParserError = typer.BadParameter.__mro__[2]
@@ -62,7 +78,34 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     for name in COMMAND_MODULES:
         import_module(f"sae_bias.cli.{name}").register(app)
+    panels = {
+        name: f"{group}, such as: sae-bias {shown}"
+        for group, (shown, names) in GROUPS.items()
+        for name in names
+    }
+    for command in app.registered_commands:
+        command.cls = _OnceEach
+        command.rich_help_panel = panels.get(str(command.name))
+    rank = {name: i for i, name in enumerate(panels)}
+    app.registered_commands.sort(key=lambda c: rank.get(str(c.name), len(rank)))
     return app
+
+
+class _OnceEach(TyperCommand):
+    """A command that refuses an option given twice where it takes one value: the last would silently replace the first."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
+        for param in order:
+            if (
+                param.param_type_name == "option"
+                and not (param.multiple or param.is_flag)
+                and order.count(param) > 1
+            ):
+                raise RequestError(
+                    f"{param.opts[0]} is given {order.count(param)} times and takes one value; give it once."
+                )
+        return super().parse_args(ctx, args)
 
 
 def _root(

@@ -47,6 +47,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 â
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="How accelerate spreads a model too large for one device, such as auto; --device is then not used.",
+        show_default=False,
+    ),
+]
 Score = Annotated[str, typer.Option("--score", help="mean_logit, logodds or auroc.")]
 GridFile = Annotated[
     str | None,

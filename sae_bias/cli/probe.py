@@ -44,7 +44,7 @@ WithChecks = Annotated[
     bool,
     typer.Option(
         "--checks",
-        help="Also every check: words left out, random words, stems, scores, neutral subjects, nuisances.",
+        help="Also every check: words left out, stems, scores, specifications, forced choice, neutral subjects, nuisances.",
     ),
 ]
 
@@ -76,11 +76,14 @@ def probe(
 
     A pair is two prompts that differ in the subject only. Each is scored by the logits of evaluation words after it, and the bias is
     the human prompt's score minus the AI prompt's: positive means that the AI is judged worse. The interval and p are clustered
-    over templates and entities; where the pairs bring mundane twins, the same bias on those stands beside it.
+    over templates and entities. Where the pairs bring mundane twins, the primary figure is what goes beyond their bias (the
+    difference in differences), and the bias stands beside it.
     """
     with Console(json, quiet) as console:
         from sae_bias.measures.fidelity import gate_model
         from sae_bias.models.load import load_model
+        from sae_bias.probe.checks import null_facts, run_checks
+        from sae_bias.probe.random_words import random_word_null
         from sae_bias.probe.run import run_probe
         from sae_bias.prompts.load import load_pairs
         from sae_bias.runs.copies import probe_facts
@@ -97,18 +100,18 @@ def probe(
         if audit_words:
             _audit(console, loaded, prompts, chosen, out)
             return
-        controls = bool(len(prompts.controls()))
-        result = run_probe(loaded, prompts, chosen, controls=controls, progress=console.progress)
+        result = run_probe(loaded, prompts, chosen, random_words=True, progress=console.progress)
         frame, per_word = result.to_frame(), result.words()
-        summary = bias_summary(result)
         excluded = [f"{w.word} ({w.reason})" for w in result.vocabulary.excluded]
         tables = {"pairs": frame.assign(split="all"), "words": per_word}
         checked = None
+        summary = bias_summary(result)
         if checks:
-            from sae_bias.probe.checks import run_checks
-
-            checked = run_checks(loaded, prompts, chosen, seed=seed)
+            checked = run_checks(loaded, prompts, base=result, seed=seed, progress=console.progress)
             tables |= checked.run_tables()
+            summary |= checked.facts | {"warnings": checked.warnings}
+        else:
+            summary["random_words"] = null_facts(random_word_null(result, seed=seed))
         if out is not None:
             facts = run_facts(
                 loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, gate=gate, score=score, chat=chat,
@@ -117,8 +120,13 @@ def probe(
             save_run(out, facts, tables, summary)
         if prompts.sides != ("human", "AI"):
             console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
-        for line in headline(Summary.from_facts(summary)):
+        figures = Summary.from_facts(summary)
+        for line in headline(figures):
             console.say(line)
+        if checked is None and len(prompts.stems) > 1:
+            console.note(
+                f"read after one stem; --checks says whether the sign hangs on it ({len(prompts.stems)} stems)"
+            )
         if result.stat.reason:
             console.say(f"no interval: {result.stat.reason}")
         if excluded:
@@ -160,6 +168,9 @@ def probe(
                 "reason": result.stat.reason or None,
                 "control_bias": summary.get("control_bias"),
                 "difference_in_differences": summary.get("difference_in_differences"),
+                "mass": figures.mass and figures.mass.facts(),
+                "random_words": figures.random_words and figures.random_words.facts(),
+                "warnings": list(figures.warnings),
                 "words": per_word.to_dict(orient="records"),
                 "words_left_out": excluded,
                 "sides": list(prompts.sides),

@@ -40,6 +40,8 @@ COLUMNS = {
     "sign": "sign",
     "attribution": "attributed",
     "ablation": "ablated",
+    "resampling": "resampled",
+    "carrier": "carrier",
     "t": "t",
     "p_fwer": "family-wise p",
     "separates": "separates",

@@ -30,6 +30,8 @@ COLUMNS = {
     "rank": "rank",
     "n_null": "among",
     "p_holm": "Holm p",
+    "ai_speech": "AI speech",
+    "harm": "badly judged",
     "removed": "bias removed",
     "status": "status",
 }

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sae_bias.workflows.sweep import SweepResult
 
 
-KINDS_OF_TEXT = ("neutral", "ai_nonspeech", "ai_speech")
 SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
 COLUMNS = {
     "intervention": "intervention",
@@ -44,13 +43,17 @@ COLUMNS = {
     "bias": "bias",
     "ci_low": "from",
     "ci_high": "to",
+    "removed_nats": "nats removed",
     "reduction": "reduction",
     "specific_reduction": "specific",
-    "mean_abs_change": "mean |change|",
+    "beta": "β",
+    "human_shift": "human moved",
+    "ai_shift": "AI moved",
     "kl_neutral": "KL neutral",
     "kl_ai_nonspeech": "KL AI, no speech",
     "kl_ai_speech": "KL AI speech",
-    "beta": "β",
+    "kl_valence": "KL human deeds",
+    "kl_off": "KL_off",
 }
 Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
 Where = Annotated[
@@ -82,7 +85,10 @@ Controls = Annotated[
     typer.Option("--controls", min=0, help="Minimum number of control interventions for the first setting."),
 ]
 Costs = Annotated[
-    bool, typer.Option("--costs/--no-costs", help="KL on three kinds of text, and the collapse test.")
+    bool,
+    typer.Option(
+        "--costs/--no-costs", help="KL on four kinds of text, the mundane twins, and the collapse test."
+    ),
 ]
 
 
@@ -131,6 +137,7 @@ def sweep(
         from sae_bias.steering.controls import observed_max
         from sae_bias.workflows.cells import Sweep
         from sae_bias.workflows.sweep import run_sweep
+        from sae_bias.workflows.sweep_summary import summarize_sweep
 
         part = parse_shard(shard)
         if part is not None and out is None:
@@ -161,7 +168,7 @@ def sweep(
         )
         _start(out, part, facts)
         result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
-        summary = summarise(result, str(loaded_feature.ref), loaded_feature.index)
+        summary = summarize_sweep(result.frame, str(loaded_feature.ref), loaded_feature.index)
         _end(out, part, result, summary)
         _show(console, result, summary, controls)
         console.note(gate_line(gate))
@@ -257,79 +264,19 @@ def _end(
     if out is None:
         return
     from sae_bias.runs.folder import RunFolder
+    from sae_bias.workflows.sweep_summary import controls_table
 
     folder = RunFolder(out, shard=shard)
     reported = result.frame[(result.frame["split"] == summary["split"]) & (result.frame["kind"] == "control")]
     with folder.writing():
         if len(reported):
-            table = reported[["feature", "label", "reduction"]].rename(
-                columns={"feature": "control", "label": "kind"}
-            )
-            folder.write_table("controls", table)
+            folder.write_table("controls", controls_table(reported))
         folder.add_summary(summary)
 
 
-def summarise(result: "SweepResult", feature: str, index: int) -> dict[str, Any]:
-    """What a sweep found, as the report's summary has it.
-
-    Reduction, costs and controls are the first cell's (controls are made for it); `best_strength` is chosen on tune, its figure
-    given on report.
-    """
-    frame = result.frame
-    tune, report = ("tune", "report") if "report" in set(frame["split"]) else ("all", "all")
-    summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
-    reported = frame[frame["split"] == report]
-    candidates = reported[reported["kind"] == "candidate"]
-    if candidates.empty:
-        return summary
-    first = candidates.iloc[0]
-    summary["reduction"] = {"of": first["rule"], **_reduction(first)}
-    chosen = result.best(tune)
-    held = candidates[candidates["cell"] == chosen["cell"]].iloc[0]
-    summary["best_strength"] = {
-        "in_sample": {"strength": chosen["strength"], "label": chosen["rule"], **_reduction(chosen)},
-        "held_out": {}
-        if tune == report
-        else {"strength": held["strength"], "outside_observed": held["outside_observed"], **_reduction(held)},
-    }
-    if "kl_neutral" in frame:
-        summary["costs"] = {
-            k: {"kl_mean": first[f"kl_{k}"], "kl_p95": first[f"kl_p95_{k}"], "fired": first[f"fired_{k}"]}
-            for k in KINDS_OF_TEXT
-        }
-    controls = reported.loc[reported["kind"] == "control", "reduction"].to_numpy()
-    if len(controls):
-        summary["controls"] = _controls(float(first["reduction"]), controls)
-    return summary
-
-
-def _reduction(row: Any) -> dict[str, Any]:
-    return {
-        "reduction": row["reduction"],
-        "estimate": row["reduction"],
-        "ci_low": row["red_low"],
-        "ci_high": row["red_high"],
-        "overshoot": row["overshoot"],
-    }
-
-
-def _controls(reduction: float, values: Any) -> dict[str, Any]:
-    import numpy as np
-
-    from sae_bias.steering.controls import empirical_p
-
-    median = float(np.median(values))
-    return {
-        "n": len(values),
-        "p_value": empirical_p(reduction, values),
-        "median": median,
-        "multiple_of_median": reduction / median if median else float("nan"),
-        "percentile95": float(np.quantile(values, 0.95)),
-    }
-
-
 def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
-    from sae_bias.core.text import p_text, percent, signed
+    from sae_bias.core.text import signed
+    from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
@@ -337,20 +284,15 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
     console.say(
         f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
-    if cut := summary.get("reduction"):
-        console.say(f"{cut['of']}: reduction {_interval(cut)}, on {where}")
+    for line in effect_lines(summary, where):
+        console.say(line)
     if best := summary.get("best_strength"):
-        chosen, held = best["in_sample"], best["held_out"] or best["in_sample"]
-        console.say(
-            f"best on {'tune' if held_out else 'the same'} templates: {chosen['label']}: reduction {_interval(held)}, on {where}"
-        )
+        console.say(best_line(best, where))
     if not held_out:
         console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
-        console.say(
-            f"{controls['n']} controls of {summary['reduction']['of']}: median {percent(controls['median'])}, 95th percentile "
-            f"{percent(controls['percentile95'])}, {p_text(controls['p_value'])}"
-        )
+        for line in control_lines(controls):
+            console.say(line)
     elif controls_wanted:
         console.say(
             "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
@@ -358,9 +300,3 @@ def _show(console: Console, result: "SweepResult", summary: dict[str, Any], cont
     console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
         console.note(f"run folder: {result.path} (sae-bias report {result.path})")
-
-
-def _interval(cut: dict[str, Any]) -> str:
-    from sae_bias.core.text import bracket, percent
-
-    return f"{percent(cut['estimate'])} {bracket(cut['ci_low'], cut['ci_high'], share=True)}"

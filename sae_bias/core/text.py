@@ -13,6 +13,10 @@ TEXT_KINDS = {
     "ai_nonspeech": "AI text without speech",
     "ai_speech": "AI-speech text",
 }
+COST_KINDS = TEXT_KINDS | {
+    "valence": "human deeds, at the evaluation",
+    "off": "the last token, evaluation words taken out",
+}
 
 
 def number(value: Any, *, missing: str = UNDEFINED) -> str:

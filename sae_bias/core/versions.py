@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import sae_bias
+
+DEFINITIONS = 2
+"""Version of what the figures mean; a run's manifest names the one it was made with (1 where it names none)."""
+
+CHANGED: dict[int, dict[str, str]] = {
+    2: {
+        "specific_reduction": "max(β, 0) − |B_s/B_0|, before: β − B_s/B_0, which credited a bias turned round",
+        "spec_low, spec_high": "the interval of that",
+        "ci_low, ci_high": "balanced designs: mean squares of the two-way table, before: clustered sums",
+        "reduction, red_low, red_high": "undefined where the unsteered bias is not distinguishable from 0",
+        "overshoot": "only of an unsteered bias that is distinguishable from 0",
+        "best strength": "the largest specific reduction on tune with β ≥ 0.7 and KL_off ≤ 0.05, before: the smallest |bias|",
+        "controls": "p by specific reduction, matched and random apart, before: by reduction, pooled",
+        "compare": "cost is the largest of KL, KL_off and 1 − β, strengths come from tune; before: KL alone, strengths from report",
+    }
+}
+"""Of each version, the figures whose meaning it changed."""
 
 LIBRARIES = (
     "torch",
@@ -31,6 +49,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             out[name] = "not installed"
     return out
+
+
+def definitions_of(manifest: Mapping[str, Any]) -> int:
+    """The version of the definitions that a run was made with."""
+    found = manifest.get("definitions", 1)
+    return found if isinstance(found, int) and not isinstance(found, bool) else 1
+
+
+def changed_since(version: int) -> dict[str, str]:
+    """Figures whose meaning changed after `version`, and how."""
+    return {name: how for v, names in CHANGED.items() if v > version for name, how in names.items()}
+
+
+def changed_columns(version: int) -> set[str]:
+    """Columns of a sweep's table whose meaning changed after `version`."""
+    return {column for names in changed_since(version) for column in names.split(", ")}
 
 
 def git_state() -> dict[str, Any]:

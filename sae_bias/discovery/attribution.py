@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,10 +24,12 @@ from tqdm.auto import tqdm
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Batch, Final, Kept, forward_with_grad
 from sae_bias.probe.result import ProbeResult
+from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.interchange import AI, Interchange
 from sae_bias.steering.intervention import FeatureLike, feature_ref
 
 MATTERS = 0.005  # of the bias: effects below it are not compared
@@ -91,6 +94,45 @@ def exact_ablation(
     )
 
 
+def exact_resampling(
+    engine: ProbeEngine, features: Sequence[FeatureLike], *, progress: bool = False
+) -> Float[np.ndarray, "n_features"]:
+    """B_0 - B_s with each feature alone set to its human twin's value, position by position, in the words after the AI subject.
+
+    NaN where the two prompts of no pair share an ending.
+    """
+    exchange, out = Interchange(engine), np.full(len(features), np.nan)
+    if not exchange.longest:
+        return out
+    for k, given in enumerate(
+        tqdm(features, desc="resample", unit="feature", disable=not progress, leave=False)
+    ):
+        feature = as_feature(given).to(engine.model.device)
+        part = lambda x, f=feature: f.activation(x)[:, None] * f.w_dec  # noqa: E731
+        exchange.forget()
+        bias = exchange.bias(feature.site.layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
+        out[k] = float((engine.base.pair_bias - bias).mean())
+    return out
+
+
+def carriers(
+    ablation: ArrayLike, resampling: ArrayLike, bias: float, *, share: float = MATTERS
+) -> np.ndarray:
+    """What the two exact effects say of each feature: "carrier", "damage", "resampling only", "no" or "undetermined".
+
+    A carrier shows both, of one sign and each over `share` of the bias. An ablation effect without one of resampling is damage: the
+    feature is as active for the human twin, so it cannot carry the difference.
+    """
+    removed, resampled = np.asarray(ablation, dtype=float), np.asarray(resampling, dtype=float)
+    least = share * abs(bias)
+    one, other = np.abs(removed) > least, np.abs(resampled) > least
+    return np.select(
+        [np.isnan(removed) | np.isnan(resampled), one & other & (removed * resampled > 0), one, other],
+        ["undetermined", "carrier", "damage", "resampling only"],
+        "no",
+    )
+
+
 def cumulative_ablation(
     engine: ProbeEngine, features: Sequence[FeatureLike], *, templates: Sequence[str] | None = None
 ) -> pd.DataFrame:
@@ -120,6 +162,7 @@ def cumulative_ablation(
     return pd.DataFrame(rows, columns=["k", "feature", "bias", "change", "reduction", "red_low", "red_high"])
 
 
+@torch.inference_mode(False)
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     """∂bias/∂x and x at every ordinary position of every sequence, each [n_positions, d_model] in float32."""
     coefficients, normalizer = score_coefficients(engine)
@@ -128,7 +171,7 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
     for k, batch in enumerate(engine.reading.plan.batches):
         x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
         with torch.enable_grad():
-            final = forward_with_grad(engine.model, batch.tokens, resume=Kept(layer, x)).last()
+            final = forward_with_grad(engine.model, batch.tokens.clone(), resume=Kept(layer, x)).last()
             value = weighted_score(engine, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, x)
         ordinary = ~torch.isin(batch.tokens, special).to(x.device)

@@ -20,12 +20,11 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.attribution import score_coefficients, weighted_score
-from sae_bias.discovery.logit_lens import norm_eps, norm_gain
 from sae_bias.models.forward import Final, Kept, forward_with_grad
 from sae_bias.models.model import Model
 from sae_bias.probe.result import ProbeResult
@@ -290,40 +289,27 @@ class _Frozen(Final):
     def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
         assert self.resid is not None
         w, b = self.model.rows(range(self.model.d_vocab) if token_ids is None else token_ids)
-        z = frozen_norm(self.model, self.resid, self.resid.detach()) @ w.T
+        model = self.model
+        z = model.arch.norm.frozen(model.final_norm, self.resid, self.resid.detach()) @ w.T
         z = z if b is None else z + b
         cap = self.model.softcap if softcap else None
         return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def frozen_norm(
-    model: Model, x: Float[Tensor, "*b d_model"], at: Float[Tensor, "*b d_model"]
-) -> Float[Tensor, "*b d_model"]:
-    """The final norm of x with its scale taken from `at`: x ⊙ g / rms(at), centered first in a LayerNorm."""
-    gain, bias = norm_gain(model)
-    eps = norm_eps(model.final_norm)
-    if isinstance(model.final_norm, nn.LayerNorm):
-        scale = at.var(-1, keepdim=True, unbiased=False).add(eps).rsqrt()
-        return (x - x.mean(-1, keepdim=True)) * scale * gain + bias
-    return x * at.pow(2).mean(-1, keepdim=True).add(eps).rsqrt() * gain + bias
-
-
 def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:
     """Logit that one unit of the feature writes to each evaluation word, the norm at its mean size on the AI prompts."""
     model, plan, layer = engine.model, engine.reading.plan, feature.site.layer
-    scales = []
+    norm, scales = model.arch.norm, []
     for k, batch in enumerate(plan.batches):
         x = engine.engine.runner.kept(layer)[k]
         with torch.no_grad():
             resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
         assert resid is not None
         written = feature.decoder_scale(x[:, -1])
-        size = resid.float().pow(2).mean(-1).rsqrt().flatten()
+        size = norm.scale(model.final_norm, resid.float()).flatten()
         scales.append(size if written is None else size * written)
-    unit = feature.w_dec.to(model.device)
-    if isinstance(model.final_norm, nn.LayerNorm):
-        unit = unit - unit.mean()
-    written = unit * norm_gain(model)[0] * torch.cat(scales).mean()
+    unit = norm.center(feature.w_dec.to(model.device))
+    written = unit * norm.gain(model.final_norm, model.d_model) * torch.cat(scales).mean()
     w, _ = model.rows(plan.row_ids)
     logit = dict(zip(plan.row_ids, (w @ written.to(w.device)).tolist()))
     return pd.DataFrame(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
@@ -33,11 +33,9 @@ def logit_lens(
     model: Model, direction: Float[Tensor, "d_model"], scale: float = 1.0
 ) -> Float[Tensor, "d_vocab"]:
     """Logit of every token, less their mean (a constant changes no probability); on the CPU."""
-    gain, _ = norm_gain(model)
-    delta = direction.to(gain.device).float()
-    if isinstance(model.final_norm, nn.LayerNorm):
-        delta = delta - delta.mean()
-    written = delta * gain * scale
+    norm = model.arch.norm
+    gain = norm.gain(model.final_norm, model.d_model)
+    written = norm.center(direction.to(gain.device).float()) * gain * scale
     w = model.w_unembed
     parts = [(rows.float() @ written.to(w.device)).cpu() for rows in w.split(_ROWS)]
     logits = torch.cat(parts)
@@ -75,22 +73,5 @@ def mean_inverse_rms(model: Model, texts: list[str]) -> float:
     top, values = model.n_layers - 1, []
     for batch in plan_batches([model.encode(t) for t in texts], model.device):
         x = capture_layers(model, batch.tokens, [top])[top][:, -1].float()
-        if isinstance(model.final_norm, nn.LayerNorm):
-            x = x - x.mean(-1, keepdim=True)
-        values.append(x.pow(2).mean(-1).rsqrt())
+        values.append(model.arch.norm.scale(model.final_norm, x).flatten())
     return float(torch.cat(values).mean())
-
-
-def norm_gain(model: Model) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model"] | float]:
-    """What the final norm multiplies a unit-rms vector by (Gemma's 1 + w included), and its bias."""
-    norm = model.final_norm
-    if isinstance(norm, nn.LayerNorm):
-        return norm.weight.float(), 0.0 if norm.bias is None else norm.bias.float()
-    with torch.no_grad():
-        ones = torch.ones(model.d_model, device=next(norm.parameters()).device)
-        return norm(ones) * (1 + norm_eps(norm)) ** 0.5, 0.0
-
-
-def norm_eps(norm: nn.Module) -> float:
-    """The small number the norm adds to its mean square."""
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))

@@ -24,8 +24,10 @@ from sae_bias.discovery.attribution import (
     Agreement,
     attribution,
     attribution_agreement,
+    carriers,
     cumulative_ablation,
     exact_ablation,
+    exact_resampling,
 )
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
@@ -39,7 +41,9 @@ from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.neighbors import MOST, decoder_directions, decoder_families, nearest_rows, twins_among
 from sae_bias.saes.sae import Sae, check_sae
-from sae_bias.steering.controls import control_edits, empirical_p
+from sae_bias.stats.features import holm
+from sae_bias.steering.banks import BankEngine, specific_reductions
+from sae_bias.steering.controls import control_edits, control_test
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
@@ -328,14 +332,17 @@ def _add_effects(
     if by == "ablation":
         order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index[:top_k]
         first = list(dict.fromkeys([*order, *frame.index[frame["ai_speech"] == "yes"][:top_k]]))
-        frame["ablation"] = np.nan
-        frame.loc[first, "ablation"] = exact_ablation(
-            engine, list(frame.loc[first, "feature"]), progress=progress
-        )
+        names = list(frame.loc[first, "feature"])
+        frame["ablation"] = frame["resampling"] = np.nan
+        frame.loc[first, "ablation"] = exact_ablation(engine, names, progress=progress)
+        frame.loc[first, "resampling"] = exact_resampling(engine, names, progress=progress)
+        frame["carrier"] = carriers(frame["ablation"], frame["resampling"], bias)
         agreement = attribution_agreement(
             frame.loc[first, "attribution"].to_numpy(), frame.loc[first, "ablation"].to_numpy(), bias
         )
         note += f"; {len(first)} features ablated exactly (those of largest |attribution|), the rest not measured; {agreement}"
+        found = frame.loc[first, "carrier"].value_counts()
+        note += f"; carriers {found.get('carrier', 0)}, damage {found.get('damage', 0)} (ablation without a resampling effect)"
     if bias:
         for column in [c for c in ("attribution", "ablation") if c in frame]:
             frame[f"{column}_share"] = frame[column] / bias
@@ -349,16 +356,22 @@ def _joint(frame: pd.DataFrame, engine: ProbeEngine) -> pd.DataFrame:
 
 
 def _call_causal(frame: pd.DataFrame, engine: ProbeEngine, n: int, seed: int) -> None:
-    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats their controls (docs/method.md#controls)."""
-    called = frame[(frame["ai_speech"] == "yes") & frame["ablation"].notna()].nlargest(
-        MOST_CAUSAL, "ablation"
-    )
+    """`causal_ai_speech`: of the features called AI-speech, those whose ablation beats its controls (docs/method.md#controls).
+
+    p is Holm-corrected over the features tested: as many, by ablation, as `n` controls can decide, at most `MOST_CAUSAL`.
+    """
+    frame["control_p"] = frame["control_p_matched"] = frame["control_p_random"] = frame["specific"] = np.nan
+    called = frame[(frame["ai_speech"] == "yes") & frame["ablation"].notna()]
+    tested = called.nlargest(min(MOST_CAUSAL, max(1, int(ALPHA * (n + 1)))), "ablation")
     family = [FeatureRef.parse(name) for name in called["feature"]]
-    frame["control_p"] = np.nan
-    for place, ref, effect in zip(called.index, family, called["ablation"]):
-        controls = control_edits(engine.model, Ablate(ref), engine.reading.pairs, n, seed, family=family)
-        p = empirical_p(
-            float(effect), [engine.base.bias - engine.run([edit])[0].bias for edit, _ in controls]
-        )
-        frame.loc[place, "control_p"] = p
-        frame.loc[place, "causal_ai_speech"] = "yes" if p <= ALPHA and effect > 0 else "no"
+    banks = BankEngine(engine.model, engine.base.probe)
+    found = {}
+    for place, name in tested["feature"].items():
+        edit = Ablate(FeatureRef.parse(name))
+        controls = control_edits(engine.model, edit, engine.reading.pairs, n, seed, family=family)
+        own, *others = specific_reductions(engine, banks, [[edit], *([e] for e, _ in controls)])
+        found[place] = control_test(float(own), others, [kind for _, kind in controls])
+    for (place, test), p in zip(found.items(), holm([test.p for test in found.values()])):
+        frame.loc[place, ["control_p", "control_p_matched", "control_p_random", "specific"]] = [p, test.p_matched, test.p_random, test.candidate]  # fmt: skip
+        verdict = test.verdict
+        frame.loc[place, "causal_ai_speech"] = "no" if verdict == "yes" and p > ALPHA else verdict

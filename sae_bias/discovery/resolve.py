@@ -2,7 +2,7 @@
 
 The index exists in every candidate, so each candidate's feature is read and put beside the published activation table (docs/published.md#activation-table). The
 published ordering fits one live feature in sixty by luck, so a fit is an empirical rank among ≥ 1,000 other indices of the same
-file, whose columns come with the same file pages, and is corrected over the candidates (Holm):
+file, whose columns come with the same file pages, and is corrected over all candidates named (Holm), read or not:
 
     p = (1 + others that fit at least as well) / (1 + others)
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 PAGE = 4096
 SCORE = "Pearson's r with the published levels 0, 2, 2, 3, 4 (AI) and 0 (human, dog)"
-COLUMNS = ["sae", "status", "layer", "d_sae", "fit", "ordered", "rank", "n_null", "n_live", "null_95", "p", "p_holm", "survives", "removed", "removed_low", "removed_high", "bytes_read", "bytes_file"]  # fmt: skip
+COLUMNS = ["sae", "status", "layer", "d_sae", "fit", "ordered", "rank", "n_null", "n_live", "null_95", "p", "p_holm", "survives", "ai_speech", "harm", "removed", "removed_low", "removed_high", "bytes_read", "bytes_file"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,8 @@ class _Candidate:
     place: int = 0
     """Column of `acts` that is the index itself."""
     feature: Feature | None = None
+    harm: float = float("nan")
+    """Mean activation on human and dog subjects in badly judged statements: the table itself has none."""
 
 
 def resolve_index(
@@ -164,6 +166,7 @@ def resolve_index(
     names = expand_saes(saes)
     grid = load_grid() if grid is None else grid
     prompts = [grid[i].text for i in published_rows(grid)]
+    prompts += [p.text for p in grid if p.act == "harm" and p.subject in ("human", "dog")]
     candidates = [_Candidate(str(n.id) if isinstance(n, Sae) else str(n)) for n in names]
     rng = np.random.default_rng(seed)
     for candidate, name in zip(candidates, names):
@@ -263,9 +266,11 @@ def _read(candidate: _Candidate, resid: dict[int, Tensor], index: int) -> None:
     else:
         blocks.append(sae.encode(x))
         candidate.feature = sae.feature(index)
-    candidate.acts = torch.cat(blocks, dim=1).cpu().double().numpy()
+    acts = torch.cat(blocks, dim=1).cpu().double().numpy()
+    candidate.acts, harm = acts[: len(SUBJECTS) * len(LEVELS)], acts[len(SUBJECTS) * len(LEVELS) :]
     columns = np.concatenate([np.arange(a, b) for a, b in candidate.spans])
     candidate.place = int(np.flatnonzero(columns == index)[0])
+    candidate.harm = float(harm[:, candidate.place].mean()) if len(harm) else np.nan
     remote = _remote(sae)
     candidate.bytes_read = remote.bytes_read if remote is not None else before
 
@@ -309,10 +314,13 @@ def _ranked(candidates: Sequence[_Candidate]) -> pd.DataFrame:
                 "n_live": int((np.delete(c.acts, c.place, axis=1).max(0) > 0).sum()),
                 "null_95": float(np.quantile(others, 0.95)) if len(others) else np.nan,
                 "p": (1 + better) / (1 + len(others)),
+                "ai_speech": float(c.acts[1 : len(LEVELS), c.place].mean()),
+                "harm": c.harm,
             }
         rows.append(row)
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    frame["p_holm"] = holm(frame["p"].to_numpy(dtype=float))
+    read = frame["p"].notna()  # one that could not be read may be the one meant: it counts in the correction
+    frame["p_holm"] = np.where(read, holm(frame["p"].fillna(1.0).to_numpy(dtype=float)), np.nan)
     frame["survives"] = (frame["p_holm"] <= ALPHA).to_numpy()
     return frame.sort_values(["p", "fit"], ascending=[True, False], na_position="last", ignore_index=True)
 
@@ -331,21 +339,25 @@ def _file_bytes(sae: Sae) -> float:
 def _verdict(
     frame: pd.DataFrame, survivors: list[_Candidate], model: Model, pairs: PromptPairs | None, probe: Probe | None
 ) -> tuple[str, FeatureRef | None, bool]:  # fmt: skip
-    n_read = int(frame["fit"].notna().sum())
+    n_read, n_named = int(frame["fit"].notna().sum()), len(frame)
+    of = "" if n_read == n_named else f" of the {n_read} of {n_named} that could be read"
     if not n_read:
         return "no candidate could be read", None, False
     effects = _suppressed(frame, survivors, model, pairs, probe) if pairs is not None and survivors else {}
     if len(survivors) == 1:
         only = survivors[0].feature
         assert only is not None
-        return f"{only.ref}: the only candidate the published table fits (Holm p ≤ {ALPHA})", only.ref, False
+        said = (
+            f"{only.ref}: the only candidate{of} the published table fits (Holm p ≤ {ALPHA} over {n_named})"
+        )
+        return f"{said}{_harm_words(frame, str(only.ref.sae))}", only.ref, False
     if not survivors:
         floor = float((1 / (1 + frame["n_null"])).min())
-        if n_read * floor > ALPHA:
-            needed = int(np.ceil(n_read / ALPHA))
-            return f"not identifiable: {n_read} candidates need n_null ≥ {needed:,} for any to survive correction", None, False  # fmt: skip
-        return "none of the candidates fits the published table better than chance", None, False
-    several = f"not identifiable from the table: {len(survivors)} candidates survive"
+        if n_named * floor > ALPHA:
+            needed = int(np.ceil(n_named / ALPHA))
+            return f"not identifiable: {n_named} candidates need n_null ≥ {needed:,} for any to survive correction", None, False  # fmt: skip
+        return f"none of the candidates{of} fits the published table better than chance", None, False
+    several = f"not identifiable from the table: {len(survivors)} candidates{of} survive"
     if not effects:
         return f"{several}; give pairs, and the effect of suppression breaks the tie", None, False
     order = sorted(effects, key=lambda name: effects[name][0].mean(), reverse=True)
@@ -355,10 +367,20 @@ def _verdict(
         return f"{several}, and their suppression does not tell them apart", None, False
     ref = next(c.feature.ref for c in survivors if c.name == order[0] and c.feature is not None)
     return (
-        f"{several}; suppressing {ref} removes most of the bias ({best.mean():+.3f} nats, the next {second.mean():+.3f})",
+        f"{several}; suppressing {ref} removes most of the bias ({best.mean():+.3f} nats, the next {second.mean():+.3f})"
+        f"{_harm_words(frame, str(ref.sae))}",
         ref,
         True,
     )
+
+
+def _harm_words(frame: pd.DataFrame, sae: str) -> str:
+    """Whether the candidate fires at badly judged human deeds too, which the published table cannot tell."""
+    row = frame[frame["sae"] == sae].iloc[0]
+    if np.isnan(row["harm"]):
+        return "; the grid has no badly judged human deeds, so it may follow bad verdicts and not AI speech"
+    figures = f"{row['harm']:.2f} at badly judged human deeds, {row['ai_speech']:.2f} at AI speech"
+    return f"; {figures}" + (": it may follow bad verdicts" if row["harm"] >= row["ai_speech"] / 2 else "")
 
 
 def _suppressed(

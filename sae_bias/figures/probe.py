@@ -144,7 +144,7 @@ def checks(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     """The bias as reported and under every check that gives it an interval (table `checks`)."""
     rows = frame.dropna(subset=["ci_low", "ci_high"]).iloc[::-1].reset_index(drop=True)
     fig = style.figure("The bias, checked in other ways", style.bias_axis(sides), height=140 + 30 * len(rows))
-    first = rows["check"] == "bias"
+    first = rows.index == len(rows) - 1  # the primary figure heads the table
     for name, color, symbol, part in (
         ("as reported", AI, "diamond", rows[first]),
         ("checked another way", HUMAN, "circle", rows[~first]),
@@ -180,3 +180,42 @@ def words_left_out(frame: pd.DataFrame, bias: float | None = None, *, most: int 
             x=[None], y=[None], mode="lines", name="with every word", line={"color": AI, "width": 2}
         )
     return style.row_labels(fig, [short(w, 24) for w in rows["word"]])
+
+
+def specification_curve(frame: pd.DataFrame, of: str) -> go.Figure:
+    """Every specification in order of size with its interval; behind it what 95 % of random word lists give."""
+    rows = frame.sort_values("estimate").reset_index(drop=True)
+    fig = style.figure(
+        "The figure under every choice", "specifications, smallest first", f"{of} in nats", height=460
+    )
+    if "null_low" in rows and rows["null_low"].notna().any():
+        fig.add_scatter(
+            x=[*rows.index, *rows.index[::-1]],
+            y=[*rows["null_high"], *rows["null_low"][::-1]],
+            fill="toself", mode="lines", line={"width": 0}, fillcolor="rgba(128,134,145,0.25)",
+            name="95% of random word lists", hoverinfo="skip",
+        )  # fmt: skip
+    hover = [
+        f"<b>{number(r.estimate)} nats</b> [{number(r.ci_low)}, {number(r.ci_high)}]<br>stem {plain(repr(r.stem))}<br>{plain(r.score)},"
+        f" {plain(r.words)}<br>left out: {plain(r.left_out)}"
+        for r in rows.itertuples()
+    ]
+    for (stem, part), color in zip(rows.groupby("stem", sort=False), MODEL_COLORS * len(rows)):
+        ends = {"array": part["ci_high"] - part["estimate"], "arrayminus": part["estimate"] - part["ci_low"]}
+        fig.add_scatter(
+            x=part.index, y=part["estimate"], mode="markers", name=f"stem “{short(str(stem), 30)}”",
+            marker={"color": color, "size": 5}, error_y={"type": "data", "width": 0, "thickness": 0.7, **ends},
+            customdata=[hover[i] for i in part.index], hovertemplate=HOVER,
+        )  # fmt: skip
+    return style.zero_line(fig, "y")
+
+
+def variance_shares(frame: pd.DataFrame) -> go.Figure:
+    """Bars: the share of the spread that lies between templates, entities, stems and words."""
+    rows = frame.sort_values("share")
+    fig = style.figure("Where the spread comes from", "share of the variance", height=140 + 26 * len(rows))
+    fig.add_bar(
+        x=rows["share"], y=np.arange(len(rows)), orientation="h", marker_color=HUMAN, showlegend=False
+    )
+    fig.update_xaxes(tickformat=".0%")
+    return style.row_labels(fig, [str(s) for s in rows["source"]])

@@ -40,7 +40,7 @@ KINDS = {  # kind of intervention -> (legend, color, dash)
     "opposite": ("opposite sign", PURPLE, "dot"),
     "control": ("controls", NEUTRAL, "solid"),
 }
-COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech")
+COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech", "kl_valence", "kl_off")
 _AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "ticks": ""}
 TEMPLATE = go.layout.Template(
     layout={

@@ -56,18 +56,25 @@ def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
     return style.zero_line(fig, "y")
 
 
+AXIS = {
+    "cost": "cost: the worst KL in nats a token, or 1 − β where that is more",
+    "kl": "KL in nats a token, the worst of the text kinds",
+}
+
+
 def frontier(sweep: pd.DataFrame) -> go.Figure:
-    """Reduction against the largest mean KL over the text kinds measured: up and left is better."""
+    """Reduction against cost, the largest of KL, KL_off and 1 − β: up and left is better."""
     costs = [c for c in COSTS if c in sweep]
+    axis = "cost" if "cost" in sweep else "kl"
     rows = (
         sweep[sweep["split"] == style.lead_split(sweep)]
-        .assign(kl=sweep[costs].max(axis=1))
+        .assign(kl=sweep["cost"] if axis == "cost" else sweep[costs].max(axis=1))
         .dropna(subset=["kl", "reduction"])
     )
     rows = rows[(rows["kl"] != 0) | (rows["change"] != 0)]  # the base itself
     fig = style.figure(
         "Bias removed against what it costs",
-        "KL in nats a token, the worst of the text kinds",
+        AXIS[axis],
         "share of the bias removed",
         height=460,
     )
@@ -103,15 +110,23 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
 
 
 def controls_histogram(
-    controls: pd.DataFrame, reduction: float | None = None, percentile95: float | None = None
+    controls: pd.DataFrame,
+    reduction: float | None = None,
+    percentile95: float | None = None,
+    *,
+    column: str = "reduction",
 ) -> go.Figure:
-    """What the controls remove, with the feature and the controls' 95th percentile as lines."""
-    fig = style.figure("The feature against its controls", "share of the bias removed", "controls")
-    bins = style.bins(controls, ["reduction"])
+    """What the controls remove (`column`), with the feature and the controls' 95th percentile as lines."""
+    axis = {"specific_reduction": "specific reduction", "removed_nats": "bias removed, nats"}.get(
+        column, "share of the bias removed"
+    )
+    show = "{:.2f} nats" if column == "removed_nats" else "{:.0%}"
+    fig = style.figure("The feature against its controls", axis, "controls")
+    bins = style.bins(controls, [column])
     for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
         hover = f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>"
         fig.add_histogram(
-            x=rows["reduction"].dropna(),
+            x=rows[column].dropna(),
             xbins=bins,
             name=f"{plain(kind)} ({len(rows)})",
             marker_color=color,
@@ -124,7 +139,7 @@ def controls_histogram(
     ):
         if value is not None and np.isfinite(value):
             label = {
-                "text": f"{text} {value:.0%}".replace("-", "−"),
+                "text": f"{text} {show.format(value)}".replace("-", "−"),
                 "font": {"color": color},
                 "yanchor": "bottom",
                 "xanchor": "center",
@@ -139,7 +154,7 @@ def controls_histogram(
     fig.update_layout(
         barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
     )
-    return fig.update_xaxes(tickformat=".0%")
+    return fig if column == "removed_nats" else fig.update_xaxes(tickformat=".0%")
 
 
 def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:
@@ -205,23 +220,24 @@ def specificity(frame: pd.DataFrame) -> go.Figure:
 
 
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
-    """Bias removed against KL, a line a method (table `compare_curves`)."""
+    """Bias removed against cost, a line a method (table `compare_curves`); KL alone in runs of an older sae-bias."""
     colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+    x = "cost" if "cost" in frame else "kl"
     fig = style.figure(
-        "Bias removed at its cost", "KL in nats a token, the worst of the text kinds", "share of the bias removed", height=560,
+        "Bias removed at its cost", AXIS[x], "share of the bias removed", height=560,
     )  # fmt: skip
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kind = str(part["kind"].iloc[0])
         hover = [
-            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>KL {number(r.kl)}"
+            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>{x} {number(getattr(r, x))}"
             for r in part.itertuples()
         ]
         lead = kind == "candidate"
         line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
         fig.add_scatter(
-            x=part["kl"].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
+            x=part[x].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
             customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip

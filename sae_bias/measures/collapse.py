@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from sae_bias.core.site import Site
-from sae_bias.models.model import Model
-from sae_bias.probe.reading import PromptIds, ReadingPlan
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.words import Probe
-from sae_bias.prompts.texts import BANKS, load_bank
+from sae_bias.prompts.texts import BANKS
 from sae_bias.stats.reduction import SpecificReduction, specific_reduction
-from sae_bias.steering.engine import ReadingEngine
+from sae_bias.steering.banks import BankEngine, bank_items
 from sae_bias.steering.intervention import Intervention
 
 
@@ -33,14 +28,6 @@ class Collapse:
     specific: SpecificReduction
     changed_share: dict[str, float]
     """Share of each bank's items whose score changed at all."""
-
-
-@cache
-def bank_items() -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-    """Text, bank and statement of every item of both banks, in one order."""
-    items = [(i.text, bank, i.statement) for bank in BANKS for i in load_bank(bank)]
-    texts, banks, statements = zip(*items)
-    return texts, banks, statements
 
 
 def collapse_test(
@@ -65,25 +52,8 @@ def collapse_test(
     return Collapse(specific, changed)
 
 
-class CollapseEngine:
-    """Both valence banks, run once without edits and then once per cell."""
-
-    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = ()):
-        self.probe = probe
-        texts = bank_items()[0]
-        vocabulary = probe.vocabulary(model, texts)
-        self.positive = np.array([w.positive for w in vocabulary.kept])
-        prompts = [PromptIds(t, tuple(model.encode(t)), 0) for t in texts]
-        plan = ReadingPlan(model, prompts, [w.tokens for w in vocabulary.kept], softcap=probe.softcap)
-        self.engine = ReadingEngine(model, plan, sites=sites)
-        self.base: Float[np.ndarray, "n_items"] = probe.score_values(self.engine.base.values, self.positive)
-
-    def scores(self, cells: Sequence[Sequence[Intervention]]) -> list[Float[np.ndarray, "n_items"]]:
-        """Score of every item under each cell's edits."""
-        return [
-            self.probe.score_values(reading.values, self.positive)
-            for reading, _ in self.engine.run_many(cells)
-        ]
+class CollapseEngine(BankEngine):
+    """Both valence banks, run once without edits and then once per cell, with the test's intervals."""
 
     def run(self, edits: Sequence[Intervention], base: ProbeResult, after: ProbeResult) -> Collapse:
         """The collapse test of `edits`, whose probe went from `base` to `after`."""

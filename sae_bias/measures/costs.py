@@ -1,30 +1,41 @@
 """What an edit costs: KL(unsteered ‖ steered) in nats a token, and the change in negative log-likelihood, by kind of text.
 
 On neutral text alone a feature for AI speech never fires and the KL is 0 by construction; so costs are measured on neutral
-text, on AI text without speech, and on AI speech just before the evaluation word (docs/method.md#cost), each with the share of texts
-on which the edit changed anything.
+text, on AI text without speech, on AI speech just before the evaluation word, and on human deeds at the evaluation position
+(docs/method.md#cost), each with the share of texts on which the edit changed anything.
 
 KL is over the positions that predict the text's own tokens. The last position predicts what comes after the text: for AI speech
-that is the evaluation word, whose shift is the effect and not a cost, so it stands apart as `kl_last`.
+that is the evaluation word, whose shift is the effect and not a cost, so it stands apart as `kl_last`; for human deeds it is the
+cost. `kl_off` is the KL at the last position with the evaluation words taken out of both laws and the rest renormalized: what
+an edit does there besides moving the evaluation. Over all the texts together it is the KL_off that a choice of strength bounds.
+
+    cost = max(KL over kinds, KL_off over kinds, 1 - β)
+
+is the axis of every frontier: an edit that leaves β = 0 costs 1, however still its other texts are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.models.forward import Batch, Final, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.prompts.texts import load_texts
+from sae_bias.probe.words import Probe, word_tokens
+from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.steering.engine import CellRunner
 from sae_bias.steering.intervention import Intervention
 
-TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
+AT_EVALUATION = "valence"
+"""The kind of text whose cost is read at the evaluation position, not before it."""
 BLOCK = 64  # positions whose full log-probabilities are held at once
 
 
@@ -32,10 +43,17 @@ class CostEngine:
     """Texts of several kinds, run once without edits and then once per cell."""
 
     def __init__(
-        self, model: Model, texts: Mapping[str, Sequence[str]] | None = None, *, sites: Sequence[Site] = ()
+        self,
+        model: Model,
+        texts: Mapping[str, Sequence[str]] | None = None,
+        *,
+        probe: Probe | None = None,
+        sites: Sequence[Site] = (),
     ):
-        texts = {kind: load_texts(kind) for kind in TEXT_KINDS} if texts is None else texts
+        """`probe`: its words are taken out of the next-token laws for `kl_off`; the bundled words where it is None."""
+        texts = {kind: load_texts(kind) for kind in COST_TEXTS} if texts is None else texts
         self.model = model
+        self.words = evaluation_tokens(model, probe or Probe())
         self.kinds = [kind for kind, group in texts.items() for _ in group]
         ids = [model.encode(t) for group in texts.values() for t in group]
         self.batches = plan_batches(ids, model.device)
@@ -43,20 +61,22 @@ class CostEngine:
         self._base = self.runner.base(sorted({site.layer for site in sites}))
 
     def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
-        """One row a kind: kl_mean, kl_p95 (over texts), kl_last, nll_change (nats a token), changed_share, n_texts."""
+        """One row a kind: kl_mean, kl_p95 (over texts), kl_last, kl_off, nll_change (nats a token), changed_share, n_texts."""
         return self.run_many([edits])[0]
 
     def run_many(self, cells: Sequence[Sequence[Intervention]]) -> list[pd.DataFrame]:
         """`run` for several cells at once."""
         n = len(self.kinds)
-        figures = [{name: np.zeros(n) for name in ("kl", "last", "nll", "changed")} for _ in cells]
+        figures = [{name: np.zeros(n) for name in ("kl", "last", "off", "nll", "changed")} for _ in cells]
 
         def visit(cell: int, k: int, rows: Tensor, final: Final) -> None:
             batch, out = self.batches[k], figures[cell]
             index = [i for i, row in zip(batch.index, rows.tolist()) if row]
             tokens = batch.tokens[rows.to(batch.tokens.device)]
-            kl, last, nll = _costs(self.model, _rows(self._base[k], rows), final, tokens)
+            base = _rows(self._base[k], rows)
+            kl, last, nll = _costs(self.model, base, final, tokens)
             out["kl"][index], out["last"][index], out["nll"][index] = kl, last, nll
+            out["off"][index] = kl_off(base, final, self.words)
             out["changed"][index] = 1
 
         self.runner.run_many(cells, visit)
@@ -64,12 +84,14 @@ class CostEngine:
 
     @staticmethod
     def _table(frame: pd.DataFrame) -> pd.DataFrame:
+        frame["kl"] = frame["kl"].where(frame["kind"] != AT_EVALUATION, frame["last"])
         rows = [
             {
                 "kind": kind,
                 "kl_mean": group["kl"].mean(),
                 "kl_p95": group["kl"].quantile(0.95),
                 "kl_last": group["last"].mean(),
+                "kl_off": group["off"].mean(),
                 "nll_change": group["nll"].mean(),
                 "changed_share": group["changed"].mean(),
                 "n_texts": len(group),
@@ -77,6 +99,35 @@ class CostEngine:
             for kind, group in frame.groupby("kind", sort=False)
         ]
         return pd.DataFrame(rows)
+
+
+def pooled_kl_off(table: pd.DataFrame) -> float:
+    """Mean KL_off over the last tokens of all texts, from the rows of one cell."""
+    return float((table["kl_off"] * table["n_texts"]).sum() / table["n_texts"].sum())
+
+
+def evaluation_tokens(model: Model, probe: Probe) -> list[int]:
+    """First tokens of the probe's words after the stem, those that the score leaves out as well."""
+    prompt = load_texts("ai_speech")[0]
+    ids, found = model.encode(prompt), set()
+    for word in (*probe.positive, *probe.negative):
+        with suppress(RequestError):
+            found.add(word_tokens(model, word, prompt, ids)[0])
+    return sorted(found)
+
+
+@torch.no_grad()
+def kl_off(base: Final, after: Final, words: Sequence[int]) -> np.ndarray:
+    """KL at the last position of each row between the laws without `words`, each renormalized."""
+    p, q = (_without(_slice(f, slice(-1, None)).logits()[:, 0], words) for f in (base, after))
+    gap = torch.where(p.isinf(), torch.zeros_like(p), p.exp() * (p - q))
+    return gap.sum(-1).clamp(min=0).cpu().double().numpy()
+
+
+def _without(logits: Float[Tensor, "batch d_vocab"], words: Sequence[int]) -> Float[Tensor, "batch d_vocab"]:
+    """Log-probabilities among the tokens that are not in `words`."""
+    out = torch.tensor(list(words), dtype=torch.long, device=logits.device)
+    return logits.float().index_fill(-1, out, -torch.inf).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Specificity: does an edit of the AI feature leave other biases alone?
 
-The bundled questions (human-dog, gender, age, nationality, company-person) are probed before and after. None of them should move;
+The bundled questions (human-dog, gender, age, nationality, company-person) are probed before and after. None of them should move,
+which is a claim of equivalence and is tested as one: two one-sided tests with a margin of a tenth of the AI bias (docs/method.md#specificity);
 the share of pairs that moved the wrong way (their bias further from even) stands beside the mean change, which can hide it.
 A question whose words the model cannot read is listed as not measured, with the reason.
 """
@@ -16,11 +17,14 @@ import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
+from sae_bias.measures.base import Measured, register_measure
 from sae_bias.models.model import Model
 from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.load import load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.stats.clustered import FEWEST_CLUSTERS, clustered_mean, equivalence_p
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.intervention import Intervention
 
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 
 MOVED = 1e-6  # nats; smaller differences are rounding
+MARGIN = 0.1  # of the AI bias: a change of another bias within it counts as none
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ class Specificity:
 
     frame: pd.DataFrame
     """question, sides, n_pairs, before, before_low, before_high, after, change, change_low, change_high, mean_abs_change,
-    wrong_way_share, moved_share, reason."""
+    margin, p_equivalent, equivalent (yes, no or undetermined), wrong_way_share, moved_share, reason."""
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -73,6 +78,7 @@ class Specificity:
             "after",
             "change",
             "mean_abs_change",
+            "equivalent",
             "wrong_way_share",
             "moved_share",
         ]
@@ -89,8 +95,12 @@ class SpecificityEngine:
         *,
         score: str = "mean_logit",
         sites: Sequence[Site] = (),
+        bias: float | None = None,
     ):
+        """`bias`: the AI bias whose tenth is the margin; the bundled pairs' own where it is None."""
         self.model = model
+        bias = run_probe(model, load_pairs(), Probe(score=score)).bias if bias is None else bias
+        self.margin = MARGIN * abs(bias)
         self.engines: dict[str, ProbeEngine | str] = {}
         for name in questions() if names is None else names:
             pairs = load_pairs(name)
@@ -107,7 +117,7 @@ class SpecificityEngine:
             if isinstance(engine, str):
                 rows.append({"question": name, "reason": engine})
             else:
-                rows.append({"question": name, **_question(engine.base, engine.run(edits)[0])})
+                rows.append({"question": name, **_question(engine.base, engine.run(edits)[0], self.margin)})
         return Specificity(pd.DataFrame(rows, columns=COLUMNS))
 
 
@@ -123,6 +133,9 @@ COLUMNS = [
     "change_low",
     "change_high",
     "mean_abs_change",
+    "margin",
+    "p_equivalent",
+    "equivalent",
     "wrong_way_share",
     "moved_share",
     "reason",
@@ -130,10 +143,23 @@ COLUMNS = [
 
 
 def specificity(
-    model: Model, edits: Sequence[Intervention], names: Sequence[str] | None = None
+    model: Model,
+    edits: Sequence[Intervention],
+    names: Sequence[str] | None = None,
+    *,
+    bias: float | None = None,
 ) -> Specificity:
-    """Biases that should not move, before and after `edits`; all bundled questions where `names` is None."""
-    return SpecificityEngine(model, names).run(edits)
+    """Biases that should not move, before and after `edits`; all bundled questions where `names` is None.
+
+    bias: the AI bias whose tenth is the margin of the equivalence tests; that of the bundled pairs where it is None.
+    """
+    return SpecificityEngine(model, names, bias=bias).run(edits)
+
+
+@register_measure("specificity")
+def specificity_measure(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured:
+    """Table `specificity`; the margin is a tenth of the engine's own unsteered bias."""
+    return Measured({"specificity": specificity(engine.model, edits, bias=engine.base.bias).to_frame()})
 
 
 def _probe(pairs: PromptPairs, score: str) -> Probe:
@@ -145,8 +171,11 @@ def _probe(pairs: PromptPairs, score: str) -> Probe:
     return probe
 
 
-def _question(base: ProbeResult, after: ProbeResult) -> dict[str, Any]:
+def _question(base: ProbeResult, after: ProbeResult, margin: float) -> dict[str, Any]:
     change = after - base
+    stat = clustered_mean(change.values, *base.clusters)
+    p = equivalence_p(stat, margin) if margin > 0 else float("nan")
+    undetermined = np.isnan(p) or min(n for n in (stat.n_templates, stat.n_entities) if n) < FEWEST_CLUSTERS
     before_low, before_high = base.ci
     further = np.abs(after.pair_bias) - np.abs(base.pair_bias) > MOVED
     return {
@@ -160,6 +189,9 @@ def _question(base: ProbeResult, after: ProbeResult) -> dict[str, Any]:
         "change_low": change.ci[0],
         "change_high": change.ci[1],
         "mean_abs_change": change.mean_abs,
+        "margin": margin,
+        "p_equivalent": p,
+        "equivalent": "undetermined" if undetermined else "yes" if p < 0.05 else "no",
         "wrong_way_share": float(further.mean()),
         "moved_share": float((np.abs(change.values) > MOVED).mean()),
         "reason": "",

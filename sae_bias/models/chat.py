@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jinja2 import TemplateError
-
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
@@ -64,12 +62,14 @@ def opening_ids(model: Model, text: str, *, chat: bool = False, system: str | No
 
 
 def takes_system(model: Model) -> bool:
-    """Whether the chat template has a system role (Gemma 2's raises); elsewhere the text opens the user turn."""
-    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+    """Whether the chat template has a system role (Gemma 2's raises, others leave it out); elsewhere the text opens the user turn."""
+    messages = [{"role": "system", "content": "Zebra quartz."}, {"role": "user", "content": "Hello there."}]
     try:
-        return "x" in str(model.tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError:  # what a template's own raise_exception raises
+        model.chat_text(messages)
+    except RequestError:
+        model.chat_text(messages[1:])  # a template that fails on any chat is told as that
         return False
+    return True
 
 
 def chat_prompt(model: Model, prompt: str, stem: str | None, question: str = CHAT_QUESTION) -> str:

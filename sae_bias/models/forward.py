@@ -5,6 +5,7 @@ before the final norm; norm and unembedding then run in float32 on just the posi
 
 Resuming is exact on a Hugging Face decoder: the first L+1 layers give way to pass-through modules, of which the last
 returns the kept residual, and the model's own forward runs the rest (masks, rotary embedding and layer types included).
+Where later layers read the keys of earlier ones (Gemma 4), the earlier ones run too and only the residual is replaced.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def forward_with_grad(model: Model, tokens: Tokens, *, resume: Kept | None = Non
         elif resume.layer == model.n_layers - 1:
             return Final(model, resume.resid)
         else:
-            with _passing_through(model, resume):
+            with _resumed(model, resume):
                 model.base(input_ids=tokens, use_cache=False)
     finally:
         handle.remove()
@@ -291,14 +292,34 @@ def with_hidden(output: Any, resid: Tensor) -> Any:
 class _PassThrough(nn.Module):
     """Stands in for a decoder layer: gives back its input, or a kept residual."""
 
-    def __init__(self, original: nn.Module, resid: Tensor | None = None):
+    def __init__(self, original: nn.Module, as_tuple: bool, resid: Tensor | None):
         super().__init__()
-        self.resid = resid
+        self.resid, self.as_tuple = resid, as_tuple
         if hasattr(original, "attention_type"):
             self.attention_type = original.attention_type
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states if self.resid is None else self.resid
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = hidden_states if self.resid is None else self.resid
+        return (x, None) if self.as_tuple else x
+
+
+@contextmanager
+def _resumed(model: Model, resume: Kept) -> Iterator[None]:
+    """The decoder with its residual after one layer replaced, the layers below it skipped where nothing else reads them."""
+    if model.arch.shared_kv(model.config) not in range(resume.layer + 1):
+        with _passing_through(model, resume):
+            yield
+        return
+
+    @ours
+    def replaced(module: nn.Module, args: Any, output: Any) -> Any:
+        return with_hidden(output, resume.resid)
+
+    handle = model.layer(resume.layer).register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -306,7 +327,8 @@ def _passing_through(model: Model, resume: Kept) -> Iterator[None]:
     layers = model.layer_list
     originals = [layers[i] for i in range(resume.layer + 1)]
     for i, original in enumerate(originals):
-        layers[i] = _PassThrough(original, resume.resid if i == resume.layer else None)
+        kept = resume.resid if i == resume.layer else None
+        layers[i] = _PassThrough(original, model.arch.tuple_output, kept)
     try:
         yield
     finally:

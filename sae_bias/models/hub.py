@@ -257,6 +257,10 @@ def _loading_error(source: Path | str, error: Exception, what: str = "model") ->
         chain.append(cause)
     names = {type(e).__name__ for e in chain}
     first = " ".join(str(error).split())[:300]
+    if "custom code which must be executed" in str(error) or "trust_remote_code" in str(error):
+        return RequestError(
+            f"{source} needs Python code of its own, which sae-bias never runs; transformers has no class for it."
+        )
     if isinstance(source, Path):
         if any(isinstance(e, OSError) and e.errno == 28 for e in chain):
             return MissingError(f"no space left on the disk while loading {source}.")

@@ -12,6 +12,7 @@ missing weight is refused.
 from __future__ import annotations
 
 import time
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +22,15 @@ import torch
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.site import Site
-from sae_bias.models import hub
+from sae_bias.models import hub, threads
+from sae_bias.models.adapters import base_of, is_adapter, merge
+from sae_bias.models.architectures import Graft, architecture_of
 from sae_bias.models.catalog import is_path_like, organism_folder
 from sae_bias.models.gguf.convert import converted
 from sae_bias.models.gguf.packaged import PACKAGED, facts, packaged_folder
 from sae_bias.models.hub import _loading_error, _quiet
 from sae_bias.models.model import Model
-from sae_bias.models.tokenizer import _check_tokenizer, _load_tokenizer, _stored_tokenizer
+from sae_bias.models.tokenizer import _load_tokenizer, _stored_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,16 +46,18 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    template_arguments: dict[str, Any] | None = None,
 ) -> Model:
     """Load a causal language model.
 
     Args:
-        x: a hub id, a local folder, `"organism:planted"`, a GGUF file (`"model.gguf"`, a folder with one, `"hub/repo:file.gguf"`), a
+        x: a hub id, a local folder (a LoRA adapter's too, merged with peft), `"organism:planted"`, a GGUF file (`"model.gguf"`, a folder with one, `"hub/repo:file.gguf"`), a
             packaged model such as `"gemma-3-270m-q4"`, or a TransformerBridge / Hugging Face model the caller already has (it is
-            used in place, not copied). GGUF weights are dequantized once and kept in the cache.
-        tokenizer: needed for a model object whose tokenizer cannot be found from its own name.
+            used in place, not copied: it is in eval mode and its weights are frozen until `model.release()`). GGUF weights are dequantized once and kept in the cache.
+        tokenizer: needed for a model object whose tokenizer cannot be found from its own name; an object, a folder or a hub id.
         device: `"auto"` is CUDA where there is one, else CPU.
         dtype: `"auto"` is float32 on CPU and bfloat16 on a GPU; or `"float32"`, `"bfloat16"`.
+        template_arguments: what the chat template is given beside the messages, such as `{"enable_thinking": False}`.
         device_map: how accelerate spreads a model too large for one device, such as `"auto"`; `device` is then not used.
 
     Raises:
@@ -60,22 +65,61 @@ def load_model(
         MissingError: gated or uncached weights; the message says what to accept, download or log in to.
     """
     if not isinstance(x, (str, Path)):
-        return _wrap(x, tokenizer)
+        return _with_arguments(_wrap(x, _given_tokenizer(tokenizer)), template_arguments)
     device = _pick_device(device)
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
+    if (adapter := _folder(name)) is not None and is_adapter(adapter):
+        return _with_adapter(adapter, tokenizer, device, torch_dtype, device_map, template_arguments)
     folder = local_folder(name, torch_dtype)
     if folder is None and not hub.is_whole(name) and hub_reachable():
         hub.fetch_model(name)
     hf = _load_hf(folder or name, torch_dtype, local=True, device_map=device_map)
     if device_map is None:
         hf = hf.to(device)  # type: ignore[arg-type]
-    tokenizer = tokenizer or _load_tokenizer(folder or name, local=True)
-    _check_tokenizer(hf, tokenizer, name)
+    tokenizer = _given_tokenizer(tokenizer) or _load_tokenizer(folder or name, local=True)
     model = Model(hf, tokenizer, name, source=folder)
     model.device_map = device_map
+    threads.fit(sum(p.numel() for p in hf.parameters()), model.device)
     model.gguf = facts(folder) if folder is not None else None
+    return _with_arguments(model, template_arguments)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of this name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _with_adapter(
+    folder: Path, tokenizer: Any, device: Any, dtype: Any, device_map: Any, arguments: Any
+) -> Model:
+    """The base model of a LoRA adapter with the adapter merged into its weights."""
+    base = load_model(base_of(folder), device=device, dtype=dtype, device_map=device_map)
+    own = any((folder / name).is_file() for name in hub.TOKENIZERS)
+    tokenizer = _given_tokenizer(tokenizer) or (
+        _load_tokenizer(folder, local=True) if own else base.tokenizer
+    )
+    model = Model(merge(base.hf, folder), tokenizer, str(folder))
+    model.in_memory, model.device_map = True, device_map
+    return _with_arguments(model, arguments)
+
+
+def _with_arguments(model: Model, template_arguments: dict[str, Any] | None) -> Model:
+    if template_arguments:
+        model.template_arguments = dict(template_arguments)
     return model
+
+
+def _given_tokenizer(tokenizer: Any) -> Any:
+    """The caller's tokenizer: an object as it is, a name or folder loaded."""
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    folder = Path(tokenizer).expanduser()
+    return _load_tokenizer(folder if folder.is_dir() else str(tokenizer))
 
 
 def local_folder(name: str, dtype: torch.dtype) -> Path | None:
@@ -150,7 +194,7 @@ def _load_config(source: Path | str, *, local: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=local)
+        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:
         raise _loading_error(source, error) from error
 
@@ -164,12 +208,10 @@ def _load_hf(
     if device_map is not None and find_spec("accelerate") is None:
         raise MissingError("device_map needs accelerate; `pip install accelerate`.")
     config = _load_config(source, local=local)
-    _refuse_remote_code(config, source)
+    _note_remote_code(config, source)
     _refuse_sizes(config, source)
-    multimodal = config.model_type == "gemma3"
-    auto: Any = (
-        transformers.Gemma3ForConditionalGeneration if multimodal else transformers.AutoModelForCausalLM
-    )
+    graft = architecture_of(config, str(source)).graft
+    auto: Any = transformers.AutoModelForCausalLM if graft is None else getattr(transformers, graft.full)
     try:
         with _quiet(transformers):
             loaded, info = auto.from_pretrained(
@@ -180,22 +222,23 @@ def _load_hf(
                 low_cpu_mem_usage=True,
                 device_map=device_map,
                 local_files_only=local,
+                trust_remote_code=False,
             )
     except Exception as error:
         raise _loading_error(source, error) from error
     _refuse_incomplete(info, source)
-    return _graft_text_model(loaded) if multimodal else loaded
+    return loaded if graft is None else _graft_text_model(loaded, graft)
 
 
-def _graft_text_model(full: Any) -> PreTrainedModel:
-    """The language model and head of a multimodal Gemma 3, as a `Gemma3ForCausalLM` (exact, nothing re-initialized)."""
-    from transformers import Gemma3ForCausalLM
+def _graft_text_model(full: Any, graft: Graft) -> PreTrainedModel:
+    """The language model and head of a multimodal model, as its text class (exact, nothing re-initialized)."""
+    import transformers
 
     with torch.device("meta"):
-        text = Gemma3ForCausalLM(full.config.text_config)
+        text = getattr(transformers, graft.text)(full.config.text_config)
     text.model = full.model.language_model
     text.lm_head = full.lm_head
-    text.config.architectures = ["Gemma3ForCausalLM"]
+    text.config.architectures = [graft.text]
     text.config._name_or_path = getattr(full.config, "_name_or_path", "")
     text.generation_config = full.generation_config
     return text
@@ -225,7 +268,10 @@ LARGEST = {
 def _refuse_sizes(config: Any, source: Path | str) -> None:
     text = getattr(config, "text_config", config)
     for name, most in LARGEST.items():
-        value = getattr(text, name, None)
+        mapped = (getattr(text, "attribute_map", None) or {}).get(name, name)
+        value = vars(text).get(
+            mapped
+        )  # Gemma 4's config refuses `head_dim`, which differs between its layers
         if isinstance(value, list):  # one a layer, in some architectures
             continue
         if value is not None and not (isinstance(value, int) and 0 < value <= most):
@@ -234,9 +280,13 @@ def _refuse_sizes(config: Any, source: Path | str) -> None:
             )
 
 
-def _refuse_remote_code(config: Any, source: Path | str) -> None:
+def _note_remote_code(config: Any, source: Path | str) -> None:
+    """The code that a checkpoint brings is never run; many (Phi-3, Falcon) bring some beside a class that transformers has."""
     if getattr(config, "auto_map", None):
-        raise RequestError(f"{source} asks to run its own Python code; sae-bias never does that.")
+        warnings.warn(
+            f"{source} brings Python code of its own, which is not run; transformers' own {config.model_type} is.",
+            stacklevel=4,
+        )
 
 
 def _wrap(x: Any, tokenizer: Any) -> Model:
@@ -253,12 +303,18 @@ def _wrap(x: Any, tokenizer: Any) -> Model:
             f"cannot load a model from {type(x).__name__}; give a name, a folder, a Hugging Face model or a TransformerBridge."
         )
     name = getattr(x.config, "_name_or_path", "") or type(x).__name__
-    if type(x).__name__ == "Gemma3ForConditionalGeneration":
-        x = _graft_text_model(x)
+    graft = architecture_of(x.config, name).graft
+    if graft is not None and type(x).__name__ == graft.full:
+        x = _graft_text_model(x, graft)
     if tokenizer is None:
         tokenizer = _stored_tokenizer(x, bridge)
     model = Model(x, tokenizer, name)
     model.in_memory = True
+    if model._before[0] or model._before[1]:
+        warnings.warn(
+            f"{name} is used in place: it is in eval mode and its weights are frozen now; model.release() gives it back as it came.",
+            stacklevel=3,
+        )
     model._bridge = bridge
     return model
 
@@ -269,8 +325,10 @@ def _pick_device(device: str | torch.device) -> torch.device:
     try:
         picked = torch.device(device)
         torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if device.startswith("mps") if isinstance(device, str) else device.type == "mps":
+            raise RequestError("device mps is for Macs with Apple silicon; try --device cpu.") from error
+        first_line = str(error).splitlines()[0][:160]
         raise RequestError(
             f"device {device!s} cannot be used here ({first_line}); try --device cpu."
         ) from error

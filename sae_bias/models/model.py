@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_bias.core.errors import RequestError
+from sae_bias.models.architectures import architecture_of, at_path
 from sae_bias.models.hub import _short
 from sae_bias.models.placement import device_of, is_offloaded, resident, unhooked_copy
+from sae_bias.models.template import dated, render, turn_end_ids, warn_of_date
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MOST_ENCODED = 50_000
+"""Texts whose token ids a model remembers: a study encodes each of its prompts many times."""
 
 
 class Model:
@@ -30,7 +37,12 @@ class Model:
     def __init__(
         self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, source: Path | None = None
     ):
-        self.hf = hf.eval()
+        self.arch = architecture_of(hf.config, name)
+        if hf.get_output_embeddings() is None:
+            raise RequestError(
+                f"{name} ({type(hf).__name__}) has no language-model head; load it as a causal language model (AutoModelForCausalLM)."
+            )
+        self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
         self.source = source
@@ -48,7 +60,20 @@ class Model:
         self._norm32: nn.Module | None = None
         self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
         self.device_map: Any = None
-        hf.requires_grad_(False)
+        self.template_arguments: dict[str, Any] = {}
+        self.chat_day = datetime.date.today()
+        self._n_embedded = int(_innermost(hf.get_input_embeddings()).weight.shape[0])
+        self._eos_said = self._day_said = False
+        self._encoded: tuple[Any, dict[str, list[int]]] = (tokenizer, {})
+        self._before = (hf.training, [p for p in hf.parameters() if p.requires_grad])
+        hf.eval().requires_grad_(False)
+
+    def release(self) -> None:
+        """Give the caller's own model back as it came: its training mode, and the weights that took gradients."""
+        training, trained = self._before
+        self.hf.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def __repr__(self) -> str:
         return (
@@ -95,13 +120,13 @@ class Model:
 
     @property
     def base(self) -> nn.Module:
-        """The decoder without its unembedding."""
-        return self.hf.base_model
+        """The decoder without its unembedding: the module that walks the layers."""
+        return at_path(self.hf.base_model, self.arch.decoder)
 
     @property
     def layer_list(self) -> nn.ModuleList:
         """The list the decoder walks; its entries are bridge modules once `bridge` was used."""
-        return self.base.layers  # type: ignore[return-value]
+        return at_path(self.base, self.arch.layers)
 
     def layer_device(self, index: int) -> torch.device:
         """Where layer `index` runs; under a `device_map` not every layer's is the embedding's."""
@@ -127,21 +152,18 @@ class Model:
     @property
     def softcap(self) -> float | None:
         """Final-logit softcap (30 in Gemma 2), or None."""
-        return getattr(self.config, "final_logit_softcapping", None)
+        return getattr(self.config, self.arch.softcap, None) if self.arch.softcap else None
 
     @property
     def norm_module(self) -> nn.Module:
         """The norm before the unembedding, as the decoder runs it."""
-        for attribute in ("norm", "final_layer_norm"):
-            if hasattr(self.base, attribute):
-                return getattr(self.base, attribute)
-        raise RequestError(f"{self.architecture} has no final norm that sae-bias knows.")
+        return at_path(self.base, self.arch.final_norm)
 
     @property
     def final_norm(self) -> nn.Module:
         """The norm before the unembedding, in float32 (docs/method.md#mistake-8)."""
         norm = _innermost(self.norm_module)
-        if next(norm.parameters()).dtype == torch.float32:
+        if all(p.dtype == torch.float32 for p in norm.parameters()):
             return norm
         if self._norm32 is None:
             self._norm32 = unhooked_copy(norm, torch.float32)
@@ -167,6 +189,10 @@ class Model:
     def bridge(self) -> TransformerBridge:
         """A TransformerBridge over these very modules (made on first use; wraps them in place)."""
         if self._bridge is None:
+            if not self.arch.bridge:
+                raise RequestError(
+                    f"TransformerLens has no bridge that runs {self.arch.name}; use `model.hf`."
+                )
             self._bridge = _boot_bridge(self)
             self.hf.requires_grad_(False)
         return self._bridge
@@ -192,18 +218,33 @@ class Model:
         return on_modules or any(point.fwd_hooks or point.bwd_hooks for point in points)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with at most one BOS, exactly where the model's own tokenizer puts one."""
+        """Token ids of `text` with at most one BOS, exactly where the model's own tokenizer puts one, and no EOS put after it."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be text, not {type(text).__name__}.")
-        ids = list(self.tokenizer(text).input_ids)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and bos != self.tokenizer.eos_token_id and ids.count(bos) > 1:
-            raise RequestError(
-                f"the prompt {_short(text)} has {ids.count(bos)} BOS tokens; leave the BOS to the tokenizer."
-            )
-        if not any(i not in self.special_ids for i in ids):
+        if self._encoded[0] is not self.tokenizer or len(self._encoded[1]) >= MOST_ENCODED:
+            self._encoded = (self.tokenizer, {})
+        known = self._encoded[1]
+        if text not in known:
+            known[text] = self._encode(text)
+        return list(known[text])
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+        plain = [i for i in ids if i not in self.special_ids]
+        if not plain:
             raise RequestError(
                 f"the prompt {_short(text)} encodes to special tokens only under the tokenizer of {self.name}."
+            )
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise RequestError(
+                f"the prompt {_short(text)} begins with 2 BOS tokens; leave the BOS to the tokenizer."
+            )
+        if set(plain) == {self.tokenizer.unk_token_id}:
+            raise RequestError(f"the tokenizer of {self.name} knows no word of the prompt {_short(text)}.")
+        if max(ids) >= self._n_embedded:
+            raise RequestError(
+                f"the tokenizer of {self.name} gives id {max(ids)}, but the model embeds only {self._n_embedded} tokens."
             )
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest is not None and len(ids) > longest:
@@ -212,20 +253,53 @@ class Model:
             )
         return ids
 
-    def chat_text(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> str:
-        """A chat with the model's turn opened and `prefill` as its first words, as text that `encode` gives exactly one BOS."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise RequestError(
-                f"{self.name} has no chat template; use the plain form, or an instruction-tuned model."
+    def _without_added_eos(self, text: str, ids: list[int]) -> list[int]:
+        """`ids` less an EOS that the tokenizer appends: a text that is to go on does not end."""
+        eos: Any = self.tokenizer.eos_token
+        if len(ids) < 2 or ids[-1] != self.tokenizer.eos_token_id or text.rstrip().endswith(eos):
+            return ids
+        if not self._eos_said:
+            self._eos_said = True
+            warnings.warn(
+                f"the tokenizer of {self.name} appends {eos} to every text; it is left out, because prompts are continued.",
+                stacklevel=3,
             )
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
+        return ids[:-1]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a generated text: what config, generation config and tokenizer call EOS, and the end of the model's turn."""
+        own = getattr(self.hf, "generation_config", None)
+        named = [getattr(c, "eos_token_id", None) for c in (self.config, own, self.tokenizer)]
+        found = [i for n in named if n is not None for i in (n if isinstance(n, (list, tuple)) else [n])]
+        turn = turn_end_ids(self.tokenizer, self.name, day=self.chat_day, arguments=self.template_arguments)
+        return frozenset(int(i) for i in found) | turn
+
+    def chat_text(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> str:
+        """A chat with the model's turn opened and `prefill` as its first words, as text that `encode` gives exactly one BOS.
+
+        Raises:
+            RequestError: no chat template, a broken one, or one that leaves out what a message says.
+        """
+        text = render(
+            self.tokenizer, self.name, messages, day=self.chat_day, arguments=self.template_arguments
+        )
+        if dated(self.tokenizer) and not self._day_said:
+            self._day_said = True
+            warn_of_date(self.name, self.chat_day)
         bos: Any = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer.bos_token_id in self.tokenizer("a").input_ids[:1]:
             text = text.removeprefix(bos)
         if prefill and not text[-1:].isspace():
             text += " "
         return text + prefill
+
+    def chat_facts(self) -> dict[str, Any]:
+        """What chat prompts hang on beside their texts: template arguments, and the date where the template writes one."""
+        facts: dict[str, Any] = (
+            {"arguments": dict(self.template_arguments)} if self.template_arguments else {}
+        )
+        return facts | ({"date": self.chat_day.isoformat()} if dated(self.tokenizer) else {})
 
     def encode_chat(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> list[int]:
         """Ids of `chat_text`; exactly one BOS where the model has one."""

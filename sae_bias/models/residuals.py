@@ -20,7 +20,7 @@ def token_windows(model: Model, texts: Iterable[str], length: int) -> Iterator[t
     longest = getattr(model.config, "max_position_embeddings", None)
     length = min(length, longest) if longest else length
     for place, text in enumerate(texts):
-        ids: list[int] = list(model.tokenizer(text, verbose=False).input_ids)  # type: ignore[arg-type]
+        ids = model._without_added_eos(text, list(model.tokenizer(text, verbose=False).input_ids))  # type: ignore[arg-type]
         head = [bos] if ids and bos is not None and ids[0] == bos else []
         body = ids[len(head) :]
         step = length - len(head)

@@ -1,7 +1,8 @@
 """Sensitivity analyses of a bias figure, in one call (docs/method.md#sensitivity-analyses).
 
-`run_checks` gathers what `word_checks` (which words, which score, which stem) and `subject_checks` (which subject, which wording)
-measure one at a time; a check that these pairs or this model cannot have is listed with the reason, never filled in.
+`run_checks` gathers what `checks_words` (which words, which score, which stem), `checks_subjects` (which subject, which wording),
+`random_words`, `multiverse` and `choices` measure one at a time; each model pass is made once, and its progress bar says what it is for.
+A check that these pairs or this model cannot have is listed with the reason, never filled in.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from sae_bias.probe.checks_subjects import (
     nuisance_table,
 )
 from sae_bias.probe.checks_words import (
-    RandomWordNull,
     WordBootstrap,
     audit_words,
     bootstrap_words,
     carriers,
     leave_one_word_out,
-    random_word_null,
+    read_stems,
     scores_side_by_side,
-    stem_variation,
 )
+from sae_bias.probe.choices import ForcedChoice, forced_choice
+from sae_bias.probe.multiverse import (
+    Multiverse,
+    multiverse,
+    sources_of_variance,
+    stem_sentence,
+    stem_table,
+)
+from sae_bias.probe.random_words import RandomWordNull, random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe
@@ -41,6 +49,8 @@ from sae_bias.stats.clustered import Clustered
 __all__ = [
     "Checks",
     "Decomposition",
+    "ForcedChoice",
+    "Multiverse",
     "Nuisances",
     "RandomWordNull",
     "WordBootstrap",
@@ -48,14 +58,19 @@ __all__ = [
     "bootstrap_words",
     "carriers",
     "decompose",
+    "forced_choice",
     "leave_one_word_out",
     "log_likelihoods",
+    "multiverse",
     "nuisance_table",
     "random_word_null",
+    "read_stems",
     "run_checks",
     "scores_side_by_side",
-    "stem_variation",
+    "sources_of_variance",
+    "stem_table",
 ]
+_IN_A_RUN = {"subjects": "levels", "levels": "word_levels"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,24 +81,28 @@ class Checks:
     summary: pd.DataFrame
     """check, value, ci_low, ci_high, p_value, says: the primary figure first."""
     tables: dict[str, pd.DataFrame] = field(repr=False)
-    """audit, words_left_out, carriers, scores, stems, subjects, nuisances, levels: those that could be had."""
+    """audit, words_left_out, carriers, mass, scores, stems, multiverse, variance, choices, subjects, nuisances, levels: those that could be had."""
     skipped: dict[str, str]
     """Checks that these pairs or this model cannot have, and why."""
+    warnings: tuple[str, ...] = ()
+    """What belongs in the headline: the sign hangs on the stem, the forced choice disagrees."""
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Blocks of a run's summary: random_words, multiverse, forced_choice."""
 
     def to_frame(self) -> pd.DataFrame:
         return self.summary.copy()
 
     def run_tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the name they have in a run folder: `checks` (the summary), `levels`, `word_levels`, `check_…`."""
-        named = {"subjects": "levels", "levels": "word_levels"}
         return {"checks": self.summary} | {
-            named.get(name, f"check_{name}"): table for name, table in self.tables.items()
+            _IN_A_RUN.get(name, f"check_{name}"): table for name, table in self.tables.items()
         }
 
     def __repr__(self) -> str:
         text = self.summary.round(4).to_string(index=False)
+        said = "".join(f"\n{line}" for line in self.warnings)
         skipped = "".join(f"\nnot checked: {name} ({why})" for name, why in self.skipped.items())
-        return f"Checks of {self.result!r}\n{text}{skipped}"
+        return f"Checks of {self.result!r}{said}\n{text}{skipped}"
 
 
 def run_checks(
@@ -91,23 +110,33 @@ def run_checks(
     pairs: PromptPairs,
     probe: Probe | None = None,
     *,
+    base: ProbeResult | None = None,
     n_random: int = 1_000,
     n_boot: int = 2_000,
     seed: int = 0,
+    progress: bool = False,
 ) -> Checks:
-    """Every check of docs/method.md#sensitivity-analyses on one model and one set of pairs."""
-    probe = probe or default_probe(pairs)
-    result = run_probe(model, pairs, probe, controls=bool(len(pairs.controls())), levels=True)
-    run = _Checking(result)
+    """Every check of docs/method.md#sensitivity-analyses on one model and one set of pairs.
+
+    `base` is this probe's result on these pairs with twins, levels and random words, where it was run already.
+    """
+    twins = len(pairs.controls()) > 0
+    whole = base is not None and base.log_normaliser is not None and base.random_words is not None
+    if base is None or not whole or twins != (base.control is not None):
+        probe = probe or (base.probe if base is not None else default_probe(pairs))
+        base = run_probe(model, pairs, probe, random_words=True, progress=progress)
+    run = _Checking(base)
     run.primary()
+    run.add("probability mass", lambda: _mass(run))
     run.add("words", lambda: _words(run, n_boot, seed))
-    run.add("random words", lambda: _random(run, random_word_null(model, pairs, probe, n_random, seed)))
-    run.add("stems", lambda: _stems(run, stem_variation(model, pairs, probe)))
-    run.add("scores", lambda: run.table("scores", scores_side_by_side(model, pairs, probe)))
-    run.add("neutral subjects", lambda: _subjects(run, decompose(model, pairs, probe, base=result)))
-    run.add("nuisances", lambda: _nuisances(run, nuisance_table(model, result)))
-    run.table("audit", audit_words(model, pairs, probe))
-    return Checks(result, pd.DataFrame(run.rows), run.tables, run.skipped)
+    run.add("random words", lambda: _random(run, random_word_null(base, n_random, seed)))
+    run.add("stems", lambda: _stems(run, read_stems(model, pairs, base, progress=progress), seed))
+    run.add("scores", lambda: run.table("scores", scores_side_by_side(model, pairs, base, progress=progress)))
+    run.add("forced choice", lambda: _choice(run, forced_choice(model, pairs, progress=progress)))
+    run.add("neutral subjects", lambda: _subjects(run, decompose(model, pairs, base=base, progress=progress)))
+    run.add("nuisances", lambda: _nuisances(run, nuisance_table(model, base, progress=progress)))
+    run.table("audit", audit_words(model, pairs, base.probe))
+    return Checks(base, pd.DataFrame(run.rows), run.tables, run.skipped, tuple(run.warnings), run.facts)
 
 
 class _Checking:
@@ -118,6 +147,8 @@ class _Checking:
         self.rows: list[dict[str, Any]] = []
         self.tables: dict[str, pd.DataFrame] = {}
         self.skipped: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.facts: dict[str, Any] = {}
 
     def add(self, name: str, check: Callable[[], None]) -> None:
         try:
@@ -133,35 +164,31 @@ class _Checking:
         self.rows.append({"check": check, "value": value, **row, "says": says})
 
     def clustered(self, check: str, stat: Clustered, says: str = "") -> None:
-        self.row(
-            check,
-            stat.mean,
-            stat.reason or says,
-            ci_low=stat.ci_low,
-            ci_high=stat.ci_high,
-            p_value=stat.p_value,
-        )
+        ends = {"ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value}
+        self.row(check, stat.mean, stat.reason or says, **ends)
 
     def primary(self) -> None:
         result, sizes = self.result, self.result.effect_sizes()
-        self.clustered("bias", result.stat, "two-way clustered: the primary interval and p")
-        for over, test in result.sign_flips().items():
-            self.row(
-                f"sign-flip over {over}",
-                result.bias,
-                f"{test.label}; floor {test.floor:.2g}",
-                p_value=test.p_value,
-            )
-        self.row("d_z over templates", sizes.d_z, "mean over SD of template means")
-        self.row("share of templates above 0", sizes.share_positive, f"{sizes.n_templates} templates")
         if result.control is None:
             self.skipped["mundane control"] = "these pairs have no mundane twins"
+            self.clustered("bias", result.stat, "two-way clustered: the primary interval and p")
         else:
+            says = "bias - mundane bias, two-way clustered: the primary interval and p"
+            self.clustered("difference in differences", result.did.stat, says)
+            self.clustered("bias", result.stat, "without the mundane control")
             self.clustered("mundane control", result.control.stat, "the same pairs with mundane content")
-            self.clustered(
-                "difference in differences", result.difference_in_differences().stat, "bias - mundane bias"
-            )
+        for over, test in result.sign_flips().items():
+            says = f"of the bias; {test.label}; floor {test.floor:.2g}"
+            self.row(f"sign-flip over {over}", result.bias, says, p_value=test.p_value)
+        self.row("d_z over templates", sizes.d_z, "of the bias: mean over SD of template means")
+        self.row("share of templates above 0", sizes.share_positive, f"{sizes.n_templates} templates")
         self.table("levels", result.levels())
+
+
+def _mass(run: _Checking) -> None:
+    mass = run.result.mass
+    run.row("probability mass", mass.total, str(mass))
+    run.table("mass", mass.words)
 
 
 def _words(run: _Checking, n_boot: int, seed: int) -> None:
@@ -169,11 +196,8 @@ def _words(run: _Checking, n_boot: int, seed: int) -> None:
     run.table("words_left_out", left)
     run.table("carriers", carriers(run.result))
     low, high = left["bias"].min(), left["bias"].max()
-    run.row(
-        "one word left out",
-        run.result.bias,
-        f"between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}",
-    )
+    says = f"the bias lies between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}"
+    run.row("one word left out", run.result.bias, says)
     boot = bootstrap_words(run.result, n_boot=n_boot, seed=seed)
     run.row(
         "bootstrap of words", boot.bias, boot.reason or boot.label, ci_low=boot.ci_low, ci_high=boot.ci_high
@@ -183,16 +207,61 @@ def _words(run: _Checking, n_boot: int, seed: int) -> None:
 def _random(run: _Checking, null: RandomWordNull) -> None:
     if null.reason:
         raise RequestError(null.reason)
-    size = float(pd.Series(null.biases).abs().quantile(0.95))
-    says = f"{null.n} draws from {null.n_candidates} words; 95 % of them within ±{size:.3f}"
-    run.row("random words", null.bias, says, p_value=null.p_value)
+    says = f"{null.of}; {null.n} draws from {null.n_candidates} words; 95% of them within ±{null.within:.3f}"
+    run.row("random words", null.estimate, says, p_value=null.p_value)
+    run.facts["random_words"] = null_facts(null)
 
 
-def _stems(run: _Checking, stems: pd.DataFrame) -> None:
+def null_facts(null: RandomWordNull) -> dict[str, Any]:
+    """The block `random_words` of a run's summary."""
+    return {
+        "of": null.of,
+        "p_value": null.p_value,
+        "within": null.within,
+        "n": null.n,
+        "reason": null.reason or None,
+    }
+
+
+def _stems(run: _Checking, results: dict[str, ProbeResult], seed: int) -> None:
+    stems = stem_table(results)
     run.table("stems", stems)
     for row in stems.itertuples():
-        ends = {"ci_low": row.ci_low, "ci_high": row.ci_high, "p_value": row.p_value}
-        run.row(f"stem {row.stem!r}", row.bias, f"{row.n_words} words", **ends)  # type: ignore[arg-type]
+        ends = {"ci_low": row.primary_low, "ci_high": row.primary_high, "p_value": row.primary_p}
+        run.row(f"stem {row.stem!r}", row.primary, f"{row.of}; {row.n_words} words", **ends)  # type: ignore[arg-type]
+    if said := stem_sentence(stems):
+        run.warnings.append(said)
+    run.add("table of variance", lambda: run.table("variance", sources_of_variance(results)))
+    curve = multiverse(results, seed=seed)
+    run.table("multiverse", curve.frame)
+    run.row("multiverse", curve.median, str(curve))
+    run.facts["multiverse"] = {
+        "of": curve.of,
+        "n": len(curve.frame),
+        "median": curve.median,
+        "same_sign": curve.same_sign,
+        "outside_null": curve.outside_null,
+    }
+
+
+def _choice(run: _Checking, found: ForcedChoice) -> None:
+    run.table("choices", found.frame)
+    agrees = (found.stat.mean > 0) == (run.result.primary.mean > 0)
+    says = f"{found.of}; {len(found.frame)} wordings; the options hold {100 * found.mass:.0f}% of the probability"
+    run.clustered(
+        "forced choice", found.stat, f"{says}; {'same' if agrees else 'opposite'} sign as the probe"
+    )
+    run.facts["forced_choice"] = {
+        "of": found.of,
+        "mean": found.stat.mean,
+        "ci_low": found.stat.ci_low,
+        "ci_high": found.stat.ci_high,
+        "p_value": found.stat.p_value,
+        "mass": found.mass,
+        "agrees": agrees,
+    }
+    if not agrees:
+        run.warnings.append(f"{found}: the opposite sign of the probe")
 
 
 def _subjects(run: _Checking, found: Decomposition) -> None:
@@ -205,4 +274,4 @@ def _subjects(run: _Checking, found: Decomposition) -> None:
 def _nuisances(run: _Checking, found: Nuisances) -> None:
     run.table("nuisances", found.table)
     named = ", ".join(found.table.loc[found.table["adjusted_for"], "nuisance"])
-    run.clustered("adjusted for nuisances", found.adjusted, f"at equal {named}")
+    run.clustered("adjusted for nuisances", found.adjusted, f"of the bias, at equal {named}")

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Final, forward, plan_batches
@@ -65,7 +66,12 @@ class Decomposition:
 
 
 def decompose(
-    model: Model, pairs: PromptPairs, probe: Probe | None = None, *, base: ProbeResult | None = None
+    model: Model,
+    pairs: PromptPairs,
+    probe: Probe | None = None,
+    *,
+    base: ProbeResult | None = None,
+    progress: bool = False,
 ) -> Decomposition:
     """Scores and levels of human, AI and neutral subjects (a dog, a company, a calculator, a child, a nonce noun).
 
@@ -79,9 +85,9 @@ def decompose(
         raise RequestError(
             "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
         )
-    result = base or run_probe(model, pairs, probe or default_probe(pairs), levels=True)
+    result = base or run_probe(model, pairs, probe or default_probe(pairs), controls=False)
     templates, entities = result.clusters
-    neutral = _neutral_scores(model, pairs, result)
+    neutral = _neutral_scores(model, pairs, result, progress)
     lacking = sorted(set(templates) - set(neutral["template"]))
     if lacking:
         raise RequestError(f"template {lacking[0]!r} has no neutral prompt.")
@@ -126,7 +132,7 @@ def _side_scores(result: ProbeResult) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult) -> pd.DataFrame:
+def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult, progress: bool) -> pd.DataFrame:
     """Score and levels of each neutral prompt, read as the pairs are."""
     human = {p.template: model.encode(p.human) for p in reversed(pairs)}
     prompts = []
@@ -140,7 +146,7 @@ def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult) -> pd
         normalise=True,
         softcap=result.probe.softcap,
     )
-    reading = plan.run()
+    reading = plan.run(progress=progress, describe="neutral subjects")
     assert reading.log_normaliser is not None
     logp = reading.values - reading.log_normaliser[:, None] if result.single_tokens else reading.values
     return pd.DataFrame(
@@ -182,7 +188,7 @@ class Nuisances:
         return f"Nuisances: bias {self.bias.mean:+.4f}, adjusted {self.adjusted.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def nuisance_table(model: Model, result: ProbeResult) -> Nuisances:
+def nuisance_table(model: Model, result: ProbeResult, *, progress: bool = False) -> Nuisances:
     """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
     pairs = result.pairs
     frame = pd.DataFrame(
@@ -191,7 +197,7 @@ def nuisance_table(model: Model, result: ProbeResult) -> Nuisances:
     ids = [(model.encode(p.human), model.encode(p.ai)) for p in pairs]
     lengths = [_subject_lengths(human, ai) for human, ai in ids]
     articles = [_articles(p.human, p.ai) for p in pairs]
-    logp = log_likelihoods(model, [side for both in ids for side in both]).reshape(-1, 2)
+    logp = log_likelihoods(model, [side for both in ids for side in both], progress=progress).reshape(-1, 2)
     for name, values in zip(NUISANCES, (np.array(lengths, float), np.array(articles, float), logp)):
         frame[f"{name}_human"], frame[f"{name}_ai"] = values.T
         frame[f"{name}_diff"] = values[:, 0] - values[:, 1]
@@ -233,10 +239,13 @@ def adjusted_mean(
 
 
 @torch.no_grad()
-def log_likelihoods(model: Model, sequences: Sequence[Sequence[int]]) -> Float[np.ndarray, "n"]:
+def log_likelihoods(
+    model: Model, sequences: Sequence[Sequence[int]], *, progress: bool = False
+) -> Float[np.ndarray, "n"]:
     """Σ log p of every token after the first, in nats; full logits of a few prompts at a time, never kept."""
     out = np.empty(len(sequences))
-    for batch in plan_batches(sequences, model.device):
+    batches = plan_batches(sequences, model.device)
+    for batch in tqdm(batches, desc="likelihood of the prompts", disable=not progress, leave=False):
         final = forward(model, batch.tokens)
         for start in range(0, batch.n, ROWS):
             rows = slice(start, start + ROWS)

@@ -2,7 +2,6 @@
 
     leave one out    the bias without each word in turn
     bootstrap        words of each side and templates drawn with replacement, crossed (the words are a sample of judgments too)
-    random words     words of the model's own vocabulary, as likely after these prompts, in place of the evaluation words
     carriers         under logodds: LSE(h) - LSE(a) = Σ_w (e^h_w - e^a_w)/L(S_h, S_a), L the logarithmic mean, S = Σ e: exact shares
 
 (Montgomery-Vartia log change for the last; Owen 2007 for the crossed bootstrap.)
@@ -10,9 +9,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,6 @@ from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import SCORES, Probe, default_probe, tokens_alone, word_tokens
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.reduction import crossed_weights
-
-MOST_CANDIDATES = 4096  # words of the vocabulary that are read for the random-word null
-NEAREST = 50  # a random word is one of this many that are likely as the word it stands for
 
 
 # ── which words are read
@@ -46,12 +41,12 @@ def audit_words(model: Model, pairs: PromptPairs, probe: Probe | None = None) ->
     for side, words in (("positive", probe.positive), ("negative", probe.negative)):
         for word in words:
             try:
-                tokens, reason = word_tokens(model, word, prompt, ids), ""
+                tokens, reason = word_tokens(model, word, prompt, ids, probe.join), ""
             except RequestError as error:
                 tokens, reason = (), str(error)
             if len(tokens) > 1 and probe.score == "mean_logit" and probe.tokens == "in_context":
                 reason = f"{len(tokens)} tokens; mean_logit needs 1"
-            alone = tokens_alone(model, word)
+            alone = tokens_alone(model, word, probe.join)
             rows.append(
                 {
                     "word": word,
@@ -93,7 +88,7 @@ def leave_one_word_out(result: ProbeResult) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class WordBootstrap:
-    """Percentile interval of the bias over resampled words and templates, given these entities."""
+    """Percentile interval of the primary figure over resampled words and templates, given these entities."""
 
     bias: float
     ci_low: float
@@ -109,25 +104,37 @@ class WordBootstrap:
 def bootstrap_words(
     result: ProbeResult, *, n_boot: int = 2_000, seed: int = 0, level: float = 0.95
 ) -> WordBootstrap:
-    """Draw positive words, negative words and templates with replacement, apart and crossed; read the bias each time."""
+    """Draw positive words, negative words and templates with replacement, apart and crossed; read the primary figure each time."""
     templates = result.clusters[0]
     sides = (int(result.positive.sum()), int((~result.positive).sum()))
     if min(sides) < 2 or len(set(templates)) < 2:
         nan = float("nan")
         why = f"{sides[0]} positive and {sides[1]} negative words, {len(set(templates))} templates: two of each are needed"
-        return WordBootstrap(result.bias, nan, nan, nan, nan, 0, reason=why)
+        return WordBootstrap(result.primary.mean, nan, nan, nan, nan, 0, reason=why)
     words = np.ones((n_boot, len(result.positive)))
     for k, mark in enumerate((result.positive, ~result.positive)):
         words[:, mark] = crossed_weights(np.flatnonzero(mark).tolist(), n_boot=n_boot, seed=seed + 1 + k)
-    bias = _weighted_scores(result, result.values_human, words) - _weighted_scores(
-        result, result.values_ai, words
-    )
-    rows = crossed_weights(templates, n_boot=n_boot, seed=seed)
-    boot = (rows * bias.T).sum(1) / rows.sum(1)
+    twins = None if result.control is None else _weighted_differences(result.control, words)
+    values, kept, _ = result.primary_values((_weighted_differences(result, words), twins))
+    rows = crossed_weights(kept, n_boot=n_boot, seed=seed)
+    boot = (rows * values).sum(1) / rows.sum(1)
     low, high = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
     return WordBootstrap(
-        result.bias, float(low), float(high), float(boot.std(ddof=1)), float(bias.mean(0).std(ddof=1)), n_boot
+        result.primary.mean,
+        float(low),
+        float(high),
+        float(boot.std(ddof=1)),
+        float(values.mean(1).std(ddof=1)),
+        n_boot,
     )
+
+
+def _weighted_differences(
+    result: ProbeResult, weights: Float[np.ndarray, "boot n_words"]
+) -> Float[np.ndarray, "boot n_pairs"]:
+    """s(human) - s(AI) of each pair with each word counted as often as it was drawn."""
+    human, ai = (_weighted_scores(result, v, weights) for v in (result.values_human, result.values_ai))
+    return (human - ai).T
 
 
 def _weighted_scores(
@@ -185,22 +192,30 @@ def carriers(result: ProbeResult) -> pd.DataFrame:
 
 
 # ── another run
-def scores_side_by_side(model: Model, pairs: PromptPairs, probe: Probe | None = None) -> pd.DataFrame:
+def scores_side_by_side(
+    model: Model, pairs: PromptPairs, base: ProbeResult, *, progress: bool = False
+) -> pd.DataFrame:
     """Every scoring mode, with and without the final softcap where the model has one (auroc in probability, not nats).
 
-    The same words everywhere; a further logodds row reads the words of several tokens too, where some were left out.
+    The same words everywhere; a further logodds row reads the words of several tokens too, where some were left out. `bias` is the
+    bias, `primary` the difference in differences where there are mundane twins. What `base` holds is not run again.
     """
-    probe = probe or default_probe(pairs)
+    probe = base.probe
+    options: dict[str, Any] = {"controls": base.control is not None, "levels": False, "progress": progress}
     rows = []
     for softcap in (True, False) if model.softcap is not None else (True,):
-        one = run_probe(model, pairs, probe.with_options(softcap=softcap))
+        one = base
+        if softcap != probe.softcap:
+            other = probe.with_options(softcap=softcap)
+            one = run_probe(model, pairs, other, describe=f"softcap {'on' if softcap else 'off'}", **options)
         modes = [m for m in SCORES if m != "mean_logit" or one.single_tokens]
         found = [
             (mode, "words of one token" if one.single_tokens else "all words", one.rescored(mode))
             for mode in modes
         ]
         if one.vocabulary.excluded and one.probe.score == "mean_logit":
-            whole = run_probe(model, pairs, probe.with_options(score="logodds", softcap=softcap))
+            every = probe.with_options(score="logodds", softcap=softcap)
+            whole = run_probe(model, pairs, every, describe="words of several tokens", **options)
             found.append(("logodds", "all words", whole))
         for mode, words, result in found:
             sizes = result.effect_sizes()
@@ -214,6 +229,9 @@ def scores_side_by_side(model: Model, pairs: PromptPairs, probe: Probe | None = 
                     "ci_low": result.ci[0],
                     "ci_high": result.ci[1],
                     "p_value": result.p_value,
+                    "primary": result.primary.mean,
+                    "primary_low": result.primary.ci_low,
+                    "primary_high": result.primary.ci_high,
                     "d_z": sizes.d_z,
                     "share_templates_positive": sizes.share_positive,
                 }
@@ -221,10 +239,15 @@ def scores_side_by_side(model: Model, pairs: PromptPairs, probe: Probe | None = 
     return pd.DataFrame(rows)
 
 
-def stem_variation(
-    model: Model, pairs: PromptPairs, probe: Probe | None = None, stems: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """The bias under each stem (the file's own list by default); the stem varies as words do.
+def read_stems(
+    model: Model,
+    pairs: PromptPairs,
+    base: ProbeResult,
+    stems: Sequence[str] | None = None,
+    *,
+    progress: bool = False,
+) -> dict[str, ProbeResult]:
+    """The probe after each stem (the file's own list by default), the pairs' own first; `base`, the result after that one, is not run again.
 
     Raises:
         RequestError: the pairs offer no stems, or their own stem is not known.
@@ -232,105 +255,12 @@ def stem_variation(
     stems = tuple(stems) if stems is not None else pairs.stems
     if not stems:
         raise RequestError("these pairs offer no stems; give stems=['This is', 'That seems'].")
-    rows = []
+    own = pairs[0].stem
+    results = {own: base} if own in stems else {}
     for stem in stems:
-        result = run_probe(model, pairs.with_stem(stem), probe or default_probe(pairs))
-        rows.append(
-            {
-                "stem": stem,
-                "bias": result.bias,
-                "ci_low": result.ci[0],
-                "ci_high": result.ci[1],
-                "p_value": result.p_value,
-                "n_words": len(result.vocabulary.kept),
-                "left_out": ", ".join(w.word for w in result.vocabulary.excluded),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-@dataclass(frozen=True, eq=False)
-class RandomWordNull:
-    """The bias read with random words, and where the evaluation words stand among them."""
-
-    bias: float
-    biases: Float[np.ndarray, "n"] = field(repr=False)
-    p_value: float
-    """(1 + #{|random| ≥ |bias|}) / (1 + n); NaN where the vocabulary has too few words."""
-    n: int
-    n_candidates: int
-    reason: str = ""
-
-
-def random_word_null(
-    model: Model, pairs: PromptPairs, probe: Probe | None = None, n: int = 1_000, seed: int = 0
-) -> RandomWordNull:
-    """The probe with random single-token words of the model's own vocabulary in place of the evaluation words.
-
-    Each word is replaced by one of the 50 candidates whose mean logit after all prompts (human and AI alike) is nearest to its
-    own: as common after this stem, and blind to what is tested. All candidates are read in one pass.
-    """
-    probe = probe or default_probe(pairs)
-    base = run_probe(model, pairs, probe)
-    if not base.single_tokens:
-        base = base.select_words([w.word for w in base.vocabulary.kept if w.single])
-    candidates = _candidates(model, pairs[0].human, {w.tokens[0] for w in base.vocabulary.kept}, seed)
-    n_words = len(base.vocabulary.kept)
-    if len(candidates) < 2 * n_words:
-        why = f"the vocabulary has {len(candidates)} other words of one token; at least {2 * n_words} are needed"
-        return RandomWordNull(base.bias, np.empty(0), float("nan"), 0, len(candidates), why)
-    half = len(candidates) // 2
-    wide = run_probe(
-        model, pairs, Probe(candidates[:half], candidates[half:], "mean_logit", softcap=probe.softcap)
-    )
-    rng = np.random.default_rng(seed)
-    near = _nearest(base, wide)
-    biases = np.empty(n)
-    for i in range(n):
-        columns = _draw(rng, near)
-        human, ai = wide.values_human[:, columns], wide.values_ai[:, columns]
-        difference = probe.score_values(human, base.positive) - probe.score_values(ai, base.positive)
-        biases[i] = difference.mean()
-    p = (1 + int((np.abs(biases) >= abs(base.bias) - 1e-12).sum())) / (1 + n)
-    return RandomWordNull(base.bias, biases, p, n, len(candidates))
-
-
-def _nearest(base: ProbeResult, wide: ProbeResult) -> list[np.ndarray]:
-    """Of each evaluation word, the candidates of the nearest mean logit."""
-    own, others = (((r.values_human + r.values_ai) / 2).mean(0) for r in (base, wide))
-    k = min(NEAREST, max(len(own), len(others) // 4), len(others))
-    return [np.argsort(np.abs(others - z), kind="stable")[:k] for z in own]
-
-
-def _draw(rng: np.random.Generator, near: list[np.ndarray]) -> np.ndarray:
-    """One candidate a word, none twice where that can be helped."""
-    taken: list[int] = []
-    for options in near:
-        free = options[~np.isin(options, taken)]
-        taken.append(int(rng.choice(free if len(free) else options)))
-    return np.array(taken)
-
-
-def _candidates(model: Model, prompt: str, taken: set[int], seed: int) -> list[str]:
-    """Lower-case words of the vocabulary that are one token after `prompt`, at most 4,096 of them."""
-    whole = re.compile(r"[▁Ġ]([a-z]{2,})")
-    pieces = model.tokenizer.get_vocab()
-    found = {
-        match[1]: token
-        for piece, token in pieces.items()
-        if token not in taken and token < model.d_vocab and (match := whole.fullmatch(piece))
-    }
-    words = sorted(found)
-    np.random.default_rng(seed).shuffle(words)
-    ids = model.encode(prompt)
-    kept: list[str] = []
-    for word in words:
-        try:
-            tokens = word_tokens(model, word, prompt, ids)
-        except RequestError:
-            continue
-        if tokens == (found[word],):
-            kept.append(word)
-        if len(kept) == MOST_CANDIDATES:
-            break
-    return kept
+        if stem not in results:
+            results[stem] = run_probe(
+                model, pairs.with_stem(stem), base.probe, controls=base.control is not None,
+                random_words=base.random_words is not None, progress=progress, describe=f"stem {stem!r}",
+            )  # fmt: skip
+    return results

@@ -8,24 +8,23 @@ so a reading is a list of sequences, each read at its last position, whatever th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Batch, Final, Partners, forward, plan_batches, row_positions
 from sae_bias.models.model import Model
+from sae_bias.probe.random_words import RandomWords, candidate_words
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PairReading:
@@ -38,11 +37,18 @@ class PairReading:
         probe: Probe,
         *,
         levels: bool = False,
+        random_words: bool | Mapping[str, int] = False,
         batch_size: int | None = None,
     ):
         self.model, self.pairs, self.probe = model, pairs, probe
         self.levels = levels
         self.vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
+        taken = {w.tokens[0] for w in self.vocabulary.kept}
+        self.candidates = (
+            candidate_words(model, pairs[0].human, taken, probe.join)
+            if random_words is True
+            else dict(random_words or {})
+        )
         prompts: dict[str, PromptIds] = {}
         self._place: list[tuple[int, int]] = []
         order: dict[str, int] = {}
@@ -60,22 +66,31 @@ class PairReading:
             model,
             list(prompts.values()),
             [w.tokens for w in self.vocabulary.kept],
+            beside=list(self.candidates.values()),
             normalise=levels,
+            rank=[w.tokens[0] for w in self.vocabulary.kept] if levels else (),
             softcap=probe.softcap,
             batch_size=batch_size,
         )
 
     def result(self, reading: Any) -> ProbeResult:
         human, ai = (np.array(side) for side in zip(*self._place))
-        norm = reading.log_normaliser
+        norm, ranks, n = reading.log_normaliser, reading.ranks, len(self.vocabulary.kept)
+        others = (
+            RandomWords(tuple(self.candidates), reading.values[human, n:], reading.values[ai, n:])
+            if self.candidates
+            else None
+        )
         return ProbeResult(
             self.pairs,
             self.probe,
             self.vocabulary,
-            reading.values[human],
-            reading.values[ai],
+            reading.values[human, :n],
+            reading.values[ai, :n],
             self.model.label,
             None if norm is None or not self.levels else np.stack([norm[human], norm[ai]], axis=1),
+            ranks=None if ranks is None else np.stack([ranks[human], ranks[ai]], axis=1),
+            random_words=others,
         )
 
 
@@ -120,14 +135,17 @@ class Reading:
     """Logits where every word is one token and no normalizer was wanted, else log-probabilities (nats)."""
     log_normaliser: Float[np.ndarray, "n_prompts"] | None
     """log Σ exp of the logits at the prompt's last token; None where it was not needed."""
+    ranks: Int[np.ndarray, "n_prompts n_ranked"] | None = None
+    """Place of each ranked token among the whole vocabulary, 1 the most likely."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Scores of one batch: logits of the wanted rows [batch, n_rows] and, where wanted, the normalizer [batch]."""
+    """Scores of one batch: logits of the wanted rows [batch, n_rows] and, where wanted, the normalizer [batch] and ranks."""
 
     z: Tensor
     log_normaliser: Tensor | None
+    ranks: Tensor | None = None
 
 
 class ReadingPlan:
@@ -140,10 +158,13 @@ class ReadingPlan:
         words: Sequence[tuple[int, ...]],
         *,
         normalise: bool = False,
+        rank: Sequence[int] = (),
+        beside: Sequence[int] = (),
         softcap: bool = True,
         batch_size: int | None = None,
     ):
         self.model = model
+        self.rank, self.beside = list(rank), list(beside)
         self.prompts = list(prompts)
         self.words = list(words)
         self.softcap = softcap
@@ -181,8 +202,15 @@ class ReadingPlan:
         """Word rows of one batch's last position."""
         last = final.last()
         z = last.logits(self.row_ids, softcap=self.softcap)[:, 0].cpu().double()
-        norm = last.log_normaliser(softcap=self.softcap)[:, 0].cpu().double() if self.normalise else None
-        return Read(z, norm)
+        if self.beside:  # in a product of their own: the words' logits stay the same to the bit
+            more = last.logits(self.beside, softcap=self.softcap)[:, 0].cpu().double()
+            z = torch.cat([z, more], dim=1)
+        if not self.normalise:
+            return Read(z, None)
+        if not self.rank:
+            return Read(z, last.log_normaliser(softcap=self.softcap)[:, 0].cpu().double())
+        norm, ranks = _normaliser_and_ranks(last, self.rank, self.softcap)
+        return Read(z, norm.cpu().double(), ranks.cpu())
 
     def run(self, *, progress: bool = False, describe: str = "probe") -> Reading:
         """Read every prompt, under whatever interventions are open on the model."""
@@ -200,13 +228,16 @@ class ReadingPlan:
     def assemble(self, read_batch: Callable[[Batch], Read]) -> Reading:
         """Word scores from each batch's rows."""
         column = {t: j for j, t in enumerate(self.row_ids)}
-        z = np.empty((self.n_sequences, len(self.row_ids)))
+        z = np.empty((self.n_sequences, len(self.row_ids) + len(self.beside)))
         norm = np.empty(self.n_sequences) if self.normalise else None
+        ranks = np.zeros((self.n_sequences, len(self.rank)), dtype=np.int64) if self.rank else None
         for batch in self.batches:
             read = read_batch(batch)
             z[list(batch.index)] = read.z.numpy()
             if norm is not None and read.log_normaliser is not None:
                 norm[list(batch.index)] = read.log_normaliser.numpy()
+            if ranks is not None and read.ranks is not None:
+                ranks[list(batch.index)] = read.ranks.numpy()
         bad = ~np.isfinite(z).all(1)
         if norm is not None:
             bad |= ~np.isfinite(norm)
@@ -216,8 +247,11 @@ class ReadingPlan:
                 f"{self.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {len(z)} sequences)"
                 f"{self.model.why_not_finite()}."
             )
+        k = len(self.prefixes)
         return Reading(
-            self._word_values(z, norm, column), None if norm is None else norm[:: len(self.prefixes)].copy()
+            self._word_values(z, norm, column),
+            None if norm is None else norm[::k].copy(),
+            None if ranks is None else ranks[::k].copy(),
         )
 
     def _word_values(self, z: np.ndarray, norm: np.ndarray | None, column: dict[int, int]) -> np.ndarray:
@@ -231,7 +265,33 @@ class ReadingPlan:
         for w, tokens in enumerate(self.words):
             for j, token in enumerate(tokens):
                 values[:, w] += z[:, self.prefixes[tokens[:j]], column[token]]
-        return values
+        return (
+            np.concatenate([values, z[:, self.prefixes[()], len(self.row_ids) :]], axis=1)
+            if self.beside
+            else values
+        )
+
+
+RANKED_ROWS = 16  # prompts whose full logits are held at once
+
+
+def _normaliser_and_ranks(
+    last: Final, tokens: Sequence[int], softcap: bool
+) -> tuple[Float[Tensor, "batch"], Int[Tensor, "batch n"]]:
+    """log Σ exp of all logits at one position, and how many tokens are more likely than each of `tokens`, plus 1."""
+    n = len(last.full if last.full is not None else last.resid)  # pyright: ignore[reportArgumentType]
+    norms, ranks = [], []
+    for row in range(0, n, RANKED_ROWS):
+        rows = slice(row, row + RANKED_ROWS)
+        part = Final(
+            last.model,
+            None if last.resid is None else last.resid[rows],
+            None if last.full is None else last.full[rows],
+        )
+        logits = part.logits(softcap=softcap)[:, 0]
+        norms.append(logits.logsumexp(-1))
+        ranks.append(torch.stack([(logits > logits[:, t, None]).sum(-1) + 1 for t in tokens], dim=1))
+    return torch.cat(norms), torch.cat(ranks)
 
 
 def prompt_scores(model: Model, texts: Sequence[str], probe: Probe) -> Float[np.ndarray, "n_prompts"]:

@@ -20,7 +20,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -28,61 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import writing_whole
+from sae_bias.probe.estimates import Change, ControlDifference, Mass, word_mass
+from sae_bias.probe.random_words import RandomWords
 from sae_bias.probe.words import Probe, Vocabulary, WordTokens
-from sae_bias.prompts.pairs import Lexicon, NeutralPrompt, PromptPair, PromptPairs
+from sae_bias.prompts.pairs import Choice, Lexicon, NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.stats.clustered import Clustered, EffectSizes, SignFlip, clustered_mean, effect_sizes, sign_flip
 from sae_bias.stats.reduction import Reduction, fieller_reduction
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """after - base, pair by pair: negative means the bias fell."""
-
-    stat: Clustered
-    """Mean change of the bias with its two-way clustered interval."""
-    mean_abs: float
-    """Mean |change|: a mean near 0 can hide per-prompt damage."""
-    values: Float[np.ndarray, "n_pairs"]
-
-    @property
-    def mean(self) -> float:
-        return self.stat.mean
-
-    @property
-    def ci(self) -> tuple[float, float]:
-        return self.stat.ci
-
-    def __repr__(self) -> str:
-        low, high = self.ci
-        return f"Change(mean={self.mean:+.4f} [{low:+.4f}, {high:+.4f}], mean |change|={self.mean_abs:.4f}, n_pairs={len(self.values)})"
-
-
-@dataclass(frozen=True, eq=False)
-class ControlDifference:
-    """bias(survival) - bias(mundane), pair by pair: what the content adds to plain negativity towards AI."""
-
-    stat: Clustered
-    values: Float[np.ndarray, "n_with_control"]
-    templates: tuple[str, ...]
-    """Template of each value."""
-    n_without_control: int
-    """Pairs that have no mundane twin, and do not count."""
-
-    @property
-    def effect_sizes(self) -> EffectSizes:
-        return effect_sizes(self.values, self.templates)
-
-    def __repr__(self) -> str:
-        low, high = self.stat.ci
-        left = f", {self.n_without_control} pairs without a twin" if self.n_without_control else ""
-        return f"ControlDifference({self.stat.mean:+.4f} [{low:+.4f}, {high:+.4f}], p = {self.stat.p_value:.2g}{left})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +58,10 @@ class ProbeResult:
     """log Σ exp of the logits after the human and the AI prompt, where levels were asked for."""
     control: ProbeResult | None = None
     """The same pairs with mundane content, where asked for."""
+    ranks: Int[np.ndarray, "n_pairs 2 n_words"] | None = None
+    """Place of each kept word (its first token) among the whole vocabulary after both prompts, where levels were asked for."""
+    random_words: RandomWords | None = field(default=None, repr=False)
+    """Other words of the vocabulary, read in the same pass where asked for; not saved."""
 
     @cached_property
     def positive(self) -> np.ndarray:
@@ -146,6 +108,59 @@ class ProbeResult:
     def n_pairs(self) -> int:
         return len(self.pairs)
 
+    # --- the primary figure: beyond mundane content, where the pairs have mundane twins ---
+
+    @property
+    def estimand(self) -> str:
+        """What the primary figure is: difference in differences | bias."""
+        return "bias" if self.control is None else "difference in differences"
+
+    @property
+    def primary(self) -> Clustered:
+        """The difference in differences where the pairs have mundane twins, else the bias."""
+        return self.stat if self.control is None else self.did.stat
+
+    @cached_property
+    def did(self) -> ControlDifference:
+        """bias(survival) - bias(mundane) over the pairs that have a mundane twin.
+
+        Raises:
+            RequestError: the pairs have no mundane twins, or the probe ran without them.
+        """
+        if self.control is None:
+            raise RequestError(
+                "there is no mundane control; run_probe(..., controls=True) on pairs that have one."
+            )
+        values, templates, entities = self.primary_values((self.pair_bias, self.control.pair_bias))
+        stat = clustered_mean(values, templates, entities)
+        return ControlDifference(stat, values, tuple(templates), self.n_pairs - len(values))
+
+    def primary_values(
+        self,
+        differences: tuple[Float[np.ndarray, "*draws n_pairs"], Float[np.ndarray, "*draws n_twins"] | None],
+    ) -> tuple[Float[np.ndarray, "*draws n"], list[str], list[str]]:
+        """From s(human) - s(AI) of the pairs and of their twins: the primary figure pair by pair, with template and entity.
+
+        Pairs without a twin are left out where others have one.
+        """
+        own, twins = differences
+        if self.control is None or twins is None:
+            return own, *self.clusters
+        place = {(p.template, p.entity): i for i, p in enumerate(self.control.pairs)}
+        both = [(i, place[key]) for i, key in enumerate(zip(*self.clusters)) if key in place]
+        keep, of = (list(side) for side in zip(*both))
+        templates, entities = ([labels[i] for i in keep] for labels in self.clusters)
+        return own[..., keep] - twins[..., of], templates, entities
+
+    @property
+    def mass(self) -> Mass:
+        """How much of the next-token probability the evaluation words hold, and where they rank.
+
+        Raises:
+            RequestError: the normalizer was not kept; run_probe(..., levels=True) keeps it.
+        """
+        return word_mass(self.vocabulary.kept, np.concatenate(self.log_probs()), self.ranks)
+
     # --- beside the primary interval ---
 
     def effect_sizes(self) -> EffectSizes:
@@ -161,20 +176,8 @@ class ProbeResult:
         return out
 
     def difference_in_differences(self) -> ControlDifference:
-        """bias(survival) - bias(mundane) over the pairs that have a mundane twin.
-
-        Raises:
-            RequestError: the probe ran without controls, or no pair has a twin.
-        """
-        if self.control is None or not len(self.control.pairs):
-            raise RequestError(
-                "there is no mundane control; run_probe(..., controls=True) on pairs that have one."
-            )
-        difference = self.pair_bias - self._aligned_control()
-        keep = np.isfinite(difference)
-        templates, entities = (np.array(c)[keep].tolist() for c in self.clusters)
-        stat = clustered_mean(difference[keep], templates, entities)
-        return ControlDifference(stat, difference[keep], tuple(templates), int((~keep).sum()))
+        """`did`."""
+        return self.did
 
     @property
     def single_tokens(self) -> bool:
@@ -248,6 +251,7 @@ class ProbeResult:
             vocabulary=Vocabulary(left_out),
             values_human=self.values_human[:, keep],
             values_ai=self.values_ai[:, keep],
+            ranks=None if self.ranks is None else self.ranks[..., keep],
             control=None if self.control is None else self.control.select_words(words),
         )
 
@@ -294,6 +298,7 @@ class ProbeResult:
             self.model_name,
             None if self.log_normaliser is None else self.log_normaliser[keep],
             None if self.control is None else self.control._select_those(wanted),
+            None if self.ranks is None else self.ranks[keep],
         )
 
     def _select_those(self, wanted: set[str]) -> ProbeResult | None:
@@ -332,8 +337,8 @@ class ProbeResult:
 
     def _aligned_control(self) -> np.ndarray:
         assert self.control is not None
-        by_key = {(p.template, p.entity): b for p, b in zip(self.control.pairs, self.control.pair_bias)}
-        return np.array([by_key.get((p.template, p.entity), np.nan) for p in self.pairs])
+        by_key = dict(zip(zip(*self.control.clusters), self.control.pair_bias))
+        return np.array([by_key.get(key, np.nan) for key in zip(*self.clusters)])
 
     def words(self) -> pd.DataFrame:
         """One row a word: its mean score after human and AI prompts, and what it adds to the bias under mean_logit."""
@@ -364,12 +369,15 @@ class ProbeResult:
         return figure
 
     def __repr__(self) -> str:
-        low, high = self.ci
         label = "" if self.sides == ("human", "AI") else f" ({self.sides[0]} − {self.sides[1]})"
-        lines = [
-            f"ProbeResult({self.model_name}): bias{label} {self.bias:+.4f} [{low:.4f}, {high:.4f}], p = {self.p_value:.2g}, "
-            f"{self.n_pairs} pairs ({self.stat.n_templates} templates × {self.stat.n_entities} entities), score={self.probe.score}"
-        ]
+        size = (
+            f"{self.n_pairs} pairs ({self.stat.n_templates} templates × {self.stat.n_entities} entities), "
+            f"score={self.probe.score}"
+        )
+        figures = [f"bias{label} {_figure(self.stat)}"]
+        if self.control is not None:
+            figures = [f"difference in differences {_figure(self.did.stat)}", *figures]
+        lines = [f"ProbeResult({self.model_name}): {figures[0]}, {size}", *(f"  {f}" for f in figures[1:])]
         if self.stat.reason:
             lines.append(f"  no interval: {self.stat.reason}")
         if self.vocabulary.excluded:
@@ -384,13 +392,17 @@ class ProbeResult:
         )
 
 
+def _figure(stat: Clustered) -> str:
+    return f"{stat.mean:+.4f} [{stat.ci_low:.4f}, {stat.ci_high:.4f}], p = {stat.p_value:.2g}"
+
+
 FORMAT = "sae-bias probe result 1"
 _MOST_BYTES = 1 << 30
 _DAMAGE = (
     KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError,
     struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_ARRAYS = ("values_human", "values_ai", "log_normaliser")
+_ARRAYS = ("values_human", "values_ai", "log_normaliser", "ranks")
 
 
 def save_result(result: ProbeResult, path: str | Path) -> Path:
@@ -445,6 +457,8 @@ def _facts(result: ProbeResult) -> dict[str, Any]:
             "sides": pairs.sides,
             "note": pairs.note,
             "words": None if pairs.words is None else asdict(pairs.words),
+            "join": pairs.join,
+            "choices": [asdict(c) for c in pairs.choices],
         },
         "probe": {
             name: getattr(probe, name)
@@ -470,14 +484,17 @@ def _result(facts: dict[str, Any], arrays: Any, name: str) -> ProbeResult:
         if f"{name}/log_normaliser" in arrays.files
         else None,
         _result(facts, arrays, "control") if name == "result" and "control" in facts else None,
+        _numbers(arrays, f"{name}/ranks", (n, 2, k), np.int64) if f"{name}/ranks" in arrays.files else None,
     )
 
 
-def _numbers(arrays: Any, name: str, shape: tuple[int, int]) -> np.ndarray:
+def _numbers(arrays: Any, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> np.ndarray:
     """One array of the file, of the shape its pairs and words ask for, finite."""
     values = arrays[name]
-    if values.dtype != np.float64 or values.shape != shape:
-        raise ValueError(f"{name} is {values.dtype} {list(values.shape)}; expected float64 {list(shape)}")
+    if values.dtype != dtype or values.shape != shape:
+        raise ValueError(
+            f"{name} is {values.dtype} {list(values.shape)}; expected {np.dtype(dtype)} {list(shape)}"
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"{name} holds NaN or infinite values")
     return values
@@ -485,7 +502,7 @@ def _numbers(arrays: Any, name: str, shape: tuple[int, int]) -> np.ndarray:
 
 def _pairs(own: dict[str, Any]) -> PromptPairs:
     words = own["words"]
-    lexicon = words and Lexicon(tuple(words["positive"]), tuple(words["negative"]), words["name"])
+    lexicon = words and Lexicon(**words | {side: tuple(words[side]) for side in ("positive", "negative")})
     return PromptPairs(
         tuple(PromptPair(**p) for p in own["pairs"]),
         own["name"],
@@ -494,6 +511,8 @@ def _pairs(own: dict[str, Any]) -> PromptPairs:
         lexicon,
         (own["sides"][0], own["sides"][1]),
         own["note"],
+        own.get("join", " "),
+        tuple(Choice(**c) for c in own.get("choices", ())),
     )
 
 

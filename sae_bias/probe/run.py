@@ -19,18 +19,22 @@ def run_probe(
     pairs: PromptPairs | Sequence[PromptPair],
     probe: Probe | None = None,
     *,
-    controls: bool = False,
-    levels: bool = False,
+    controls: bool | None = None,
+    levels: bool = True,
+    random_words: bool = False,
     chat: bool = False,
     batch_size: int | None = None,
     progress: bool = False,
+    describe: str = "probe",
 ) -> ProbeResult:
     """Score every pair, under whatever interventions are open on `model`.
 
     Args:
-        controls: also run each pair's mundane twin (`.control`).
-        levels: also keep the normalizer, so that `.levels()` can be asked; needs the full vocabulary at one position a prompt.
+        controls: also run each pair's mundane twin (`.control`); where pairs have twins unless False.
+        levels: also keep the normalizer and the words' ranks, for `.levels()` and `.mass`: the full vocabulary at one position a prompt.
+        random_words: also read other words of the vocabulary, for `random_word_null`.
         chat: the sentence in the user's turn (`sae_bias.models.chat.CHAT_QUESTION`), the stem prefilled in the model's turn.
+        describe: what the progress bar is called.
 
     Raises:
         RequestError: no pairs, a word that cannot be read, NaN logits (the prompt is named), chat without a chat template.
@@ -43,15 +47,15 @@ def run_probe(
         from sae_bias.models.chat import chat_pairs
 
         pairs = chat_pairs(model, pairs)
-    reading = PairReading(model, pairs, probe, levels=levels, batch_size=batch_size)
-    result = reading.result(reading.plan.run(progress=progress))
-    if not controls:
+    twins = pairs.controls()
+    if controls and not len(twins):
+        raise RequestError("these pairs have no mundane twins; controls=True needs them.")
+
+    options: dict[str, Any] = {"levels": levels, "batch_size": batch_size}
+    own = PairReading(model, pairs, probe, random_words=random_words, **options)
+    result = own.result(own.plan.run(progress=progress, describe=describe))
+    if controls is False or not len(twins):
         return result
-    control = run_probe(
-        model, pairs.controls(), probe, levels=levels, batch_size=batch_size, progress=progress
-    )
-    return _with(result, control=control)
-
-
-def _with(result: ProbeResult, **changes: Any) -> ProbeResult:
-    return replace(result, **changes)
+    mundane = PairReading(model, twins, probe, random_words=own.candidates, **options)
+    describe = f"{describe}, mundane twins"
+    return replace(result, control=mundane.result(mundane.plan.run(progress=progress, describe=describe)))

@@ -23,6 +23,7 @@ from sae_bias.core.text import TEXT_KINDS
 from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.load import fill_subject
 
+COST_TEXTS = (*TEXT_KINDS, "valence")
 BANKS = ("other", "ai")
 
 
@@ -70,10 +71,17 @@ def load_bank(name: str) -> tuple[ValencePrompt, ...]:
 
 
 def load_texts(kind: str) -> tuple[str, ...]:
-    """Cost texts of one kind: "neutral", "ai_nonspeech", or "ai_speech" (which ends in the stem)."""
+    """Cost texts of one kind: "neutral", "ai_nonspeech", "ai_speech", or "valence"; the last two end in the stem.
+
+    "valence" is kind and cruel acts of humans: each statement of the bank without AI, with half of its subjects.
+    """
     data = bundled_yaml("neutral.yaml")
-    if kind not in TEXT_KINDS:
-        raise RequestError(f'No cost texts "{kind}". Bundled: {", ".join(TEXT_KINDS)}.')
+    if kind not in COST_TEXTS:
+        raise RequestError(f'No cost texts "{kind}". Bundled: {", ".join(COST_TEXTS)}.')
+    if kind == "valence":
+        items = load_bank("other")
+        subjects = list(dict.fromkeys(item.subject for item in items))
+        return tuple(i.text for i in items if (i.statement + subjects.index(i.subject)) % 2 == 0)
     return tuple(f"{text} {data['stem']}" if kind == "ai_speech" else text for text in data[kind])
 
 

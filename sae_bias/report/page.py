@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import writing_whole
+from sae_bias.core.versions import DEFINITIONS, changed_since, definitions_of
 from sae_bias.figures import published as published_figures
 from sae_bias.figures.style import bias_axis
 from sae_bias.report import words
@@ -32,6 +33,7 @@ from sae_bias.report.sections import sections
 from sae_bias.report.sections.behavior import judge_sentence
 from sae_bias.report.sections.published import model_rows
 from sae_bias.runs.folder import Run, read_run, reading
+from sae_bias.runs.summary import Effect
 
 ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
@@ -128,7 +130,7 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "sections": [replace(s, anchor=prefix + s.anchor) for s in sections(run)],
         "facts": _facts(run),
         "truth": _truth(run),
-        "notes": [str(note) for note in run.summary.notes],
+        "notes": [*(str(note) for note in run.summary.notes), *_definitions(run)],
         "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
     }
 
@@ -142,18 +144,30 @@ def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """The figures on top: name, value, how sure. Only what the summary speaks of."""
     s, tiles = run.summary, []
+    if s.difference_in_differences:
+        did = s.difference_in_differences
+        tiles.append(("Beyond mundane content", f"{fmt.number(did.mean)} nats", fmt.interval(did)))
     if s.bias:
         tiles.append(("Bias", f"{fmt.number(s.bias.mean)} nats", fmt.interval(s.bias)))
     if s.feature:
         name = f"#{s.feature.index}" if s.feature.id else "none"
         tiles.append(("Feature", name, CALLED.get(s.feature.called or "", fmt.NOT_MEASURED)))
-    for name, share in (("Bias removed", s.reduction), ("Specific", s.specific_reduction)):
-        if share:
-            tiles.append((name, fmt.percent(share.estimate), fmt.interval(share, share=True)))
+    if s.reduction and fmt.is_number(s.reduction.change):
+        ends = Effect(ci_low=s.reduction.change_low, ci_high=s.reduction.change_high)
+        tiles.append(("Bias removed", f"{fmt.number(s.reduction.change)} nats", fmt.interval(ends)))
+    if s.reduction:
+        share = fmt.UNDEFINED if s.reduction.bounded is False else fmt.percent(s.reduction.estimate)
+        name = "As a share" if fmt.is_number(s.reduction.change) else "Bias removed"
+        tiles.append((name, share, fmt.interval(s.reduction, share=True)))
+    if s.specific_reduction:
+        specific = s.specific_reduction
+        tiles.append(("Specific", fmt.percent(specific.estimate), fmt.interval(specific, share=True)))
+        if fmt.is_number(specific.beta):
+            tiles.append(("β", fmt.number(specific.beta), "share of ordinary evaluation that is left"))
     costs = {k: c.kl_mean for k, c in (s.costs or {}).items() if fmt.is_number(c.kl_mean)}
     if costs:
         worst = max(costs, key=lambda k: costs[k])
-        where = fmt.TEXT_KINDS.get(worst, worst) if costs[worst] else "on every text measured"
+        where = fmt.COST_KINDS.get(worst, worst) if costs[worst] else "on every text measured"
         tiles.append(("Cost", f"{fmt.number(costs[worst])} KL", f"nats a token, {where}"))
     return tiles
 
@@ -161,8 +175,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 def _findings(run: Run) -> list[tuple[str, str]]:
     """What was found, how sure it is and what it cost, a sentence each."""
     s, said = run.summary, []
+    if s.difference_in_differences:
+        said.append(("Found", words.primary_sentence(s.difference_in_differences, run.sides)))
     if s.bias:
-        said.append(("Found", words.bias_sentence(s.bias, run.sides)))
+        said.append(("Bias" if said else "Found", words.bias_sentence(s.bias, run.sides)))
+    said += [("Read with care", f"{line[:1].upper()}{line[1:]}.") for line in words.cautions(s)]
     said += [*calibration_sections.findings(s.calibration), *model_rows(run)]
     if s.control_bias:
         sentence = words.control_bias_sentence(s.control_bias, s.difference_in_differences, run.sides)
@@ -170,7 +187,9 @@ def _findings(run: Run) -> list[tuple[str, str]]:
     if s.feature:
         said.append(("Feature", words.feature_sentence(s.feature)))
     if s.reduction:
-        said.append(("Suppressed", words.reduction_sentence(s.reduction, s.specific_reduction)))
+        said.append(
+            ("Suppressed", words.reduction_sentence(s.reduction, s.specific_reduction, s.did, s.shift))
+        )
     if s.controls:
         said.append(("How sure", words.control_sentence(s.controls)))
     if s.costs:
@@ -191,6 +210,17 @@ def _truth(run: Run) -> list[tuple[str, str]]:
     return [
         (str(k).replace("_", " "), fmt.number(v) if not isinstance(v, dict | list) else json.dumps(v))
         for k, v in run.summary.truth.items()
+    ]
+
+
+def _definitions(run: Run) -> list[str]:
+    """Which figures of an older run have changed their meaning since it was made."""
+    version = definitions_of(run.manifest)
+    said = "; ".join(f"{name}: {how}" for name, how in changed_since(version).items())
+    if not said:
+        return []
+    return [
+        f"Made with version {version} of the definitions; today's is {DEFINITIONS}. These figures have changed their meaning: {said}."
     ]
 
 

@@ -6,14 +6,15 @@ A NaN reads `undefined` (it was asked for and has no value), None reads `not mea
 from collections.abc import Mapping, Sequence
 
 from sae_bias.core.text import (
+    COST_KINDS,
     NOT_MEASURED,
-    TEXT_KINDS,
     excludes_zero,
     interval,
     is_number,
     number,
     p_text,
     percent,
+    signed,
 )
 from sae_bias.figures.style import SIDES
 from sae_bias.runs.summary import (
@@ -21,12 +22,16 @@ from sae_bias.runs.summary import (
     Conditions,
     ControlsFigure,
     Cost,
+    DidFigure,
     Effect,
     IdentityFigures,
     ReductionFigure,
     ScenarioFigures,
+    Shift,
     SpecificFigure,
+    Summary,
 )
+from sae_bias.stats.clustered import FEWEST_CLUSTERS as FEWEST
 
 
 def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
@@ -41,6 +46,11 @@ def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
             f"The mean bias is {number(mean)} nats, but its interval is undefined: the design is too small to"
             " say how sure that is."
         )
+    if any(0 < n < FEWEST for n in (bias.n_templates, bias.n_entities) if n is not None):
+        return (
+            f"Undetermined: the mean bias is {number(mean)} nats ({sure}), but with fewer than {FEWEST} templates or"
+            f" {FEWEST} entities no direction is called."
+        )
     if not certain:
         return f"No double standard is shown: the mean bias is {number(mean)} nats and its interval includes 0 ({sure})."
     worse, better = (sides[1], sides[0]) if mean > 0 else (sides[0], sides[1])
@@ -48,6 +58,34 @@ def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
     if tuple(sides) == SIDES:
         return f"The model judges {worse} subjects more harshly than {better} subjects saying the same thing, by {size}."
     return f"In the same sentences the model judges “{worse}” more harshly than “{better}”, by {size}."
+
+
+def primary_sentence(difference: Effect, sides: Sequence[str] = SIDES) -> str:
+    """The difference in differences: what the content adds beyond the same pairs with mundane content."""
+    mean, sure = difference.mean, f"{interval(difference)}; {p_text(difference.p_value)}"
+    if not is_number(mean):
+        return f"The difference in differences is {number(mean)}."
+    certain = excludes_zero(difference)
+    if certain is None:
+        return f"Beyond mundane content the bias is {number(mean)} nats, but its interval is undefined: the design is too small."
+    if not certain:
+        return f"Beyond mundane content no double standard is shown: the difference in differences is {number(mean)} nats ({sure})."
+    worse, better = (sides[1], sides[0]) if mean > 0 else (sides[0], sides[1])
+    return f"Beyond mundane content the model judges {worse} more harshly than {better} by {number(abs(mean))} nats ({sure})."
+
+
+def cautions(s: Summary) -> list[str]:
+    """What a reader of the primary figure must know: little probability mass, random words as large, a sign that hangs on the stem."""
+    said = list(s.warnings)
+    if s.mass and s.mass.little:
+        said.append(f"under 1% of the probability: {s.mass.says}")
+    null = s.random_words
+    if null and null.n and is_number(null.p_value) and null.p_value > 0.05:
+        said.append(
+            f"95% of random word lists give a figure of at most ±{number(null.within)} nats, so this one is not shown to be about"
+            f" evaluation ({p_text(null.p_value)})"
+        )
+    return said
 
 
 def feature_sentence(feature: ChosenFeature) -> str:
@@ -71,35 +109,48 @@ def feature_sentence(feature: ChosenFeature) -> str:
     return f"{first} {why}".strip()
 
 
-def reduction_sentence(reduction: ReductionFigure, specific: SpecificFigure | None = None) -> str:
-    """How much of the bias suppression removes, and how much of that is not mere flattening."""
-    first = _removed(reduction)
-    if specific is None or not is_number(reduction.estimate):
-        return first
-    if not is_number(specific.estimate):
-        why = f" ({specific.undefined})" if specific.undefined else ""
-        return f"{first} The specific reduction is {number(specific.estimate)}{why}."
-    hedge = ""
-    if excludes_zero(specific) is False:
-        hedge = " Its interval includes 0, so none of it is shown to be specific."
-    return (
-        f"{first} {percent(specific.estimate)} is specific: not explained by the model judging everything more flatly"
-        f" ({interval(specific, share=True)}).{hedge}"
-    )
+def reduction_sentence(
+    reduction: ReductionFigure,
+    specific: SpecificFigure | None = None,
+    did: DidFigure | None = None,
+    shift: Shift | None = None,
+) -> str:
+    """What suppression does to the bias in nats, as a share where that is defined, and how much is not mere flattening."""
+    said = [_nats_removed(reduction), _did_removed(did), _share_removed(reduction)]
+    if specific is not None:
+        said.append(_specific(specific))
+    if shift is not None and is_number(shift.human):
+        said.append(f"Human scores moved by {signed(shift.human)} nats, AI scores by {signed(shift.ai)}.")
+    return " ".join(part for part in said if part)
 
 
-def _removed(reduction: ReductionFigure) -> str:
-    estimate = reduction.estimate
+def _nats_removed(reduction: ReductionFigure) -> str:
+    if not is_number(reduction.change):
+        return ""
+    ends = Effect(ci_low=reduction.change_low, ci_high=reduction.change_high)
+    first = f"Suppressing the feature takes {number(reduction.change)} nats off the bias ({interval(ends)})"
+    return f"{first}, which is not told from no change." if excludes_zero(ends) is False else f"{first}."
+
+
+def _did_removed(did: DidFigure | None) -> str:
+    if did is None or not is_number(did.change):
+        return ""
+    ends = Effect(ci_low=did.change_low, ci_high=did.change_high)
+    return f"Of the difference to mundane content it takes off {number(did.change)} nats ({interval(ends)})."
+
+
+def _share_removed(reduction: ReductionFigure) -> str:
+    estimate, low, high = reduction.estimate, reduction.ci_low, reduction.ci_high
+    if reduction.bounded is False:
+        why = reduction.undefined or "the unsteered bias is not distinguishable from 0"
+        return f"As a share of the bias that is undefined: {why}."
     if not is_number(estimate):
         return f"How much of the bias suppression removes is {number(estimate)}."
     sure = interval(reduction, share=True)
-    if reduction.bounded is False:
-        said = (
-            f"changes the bias by an uncertain share: the estimate is {percent(estimate)} removed, but the interval is"
-            " undefined (unbounded)."
-        )
-    elif estimate < 0:
-        said = f"makes the bias larger by {percent(-estimate)} ({sure} removed)."
+    if estimate < 0:
+        known = is_number(low) and is_number(high)
+        turned = interval(Effect(ci_low=-high, ci_high=-low), share=True) if known else sure
+        said = f"makes the bias larger by {percent(-estimate)} ({turned})."
     elif excludes_zero(reduction) is False:
         said = f"is not shown to remove any bias: {percent(estimate)} ({sure})."
     else:
@@ -108,21 +159,44 @@ def _removed(reduction: ReductionFigure) -> str:
     return f"Suppressing the feature {said}{over}"
 
 
+def _specific(specific: SpecificFigure) -> str:
+    value = specific.estimate
+    if not is_number(value):
+        why = f" ({specific.undefined})" if specific.undefined else ""
+        return f"The specific reduction is {number(value)}{why}."
+    beta = f", β {number(specific.beta)}" if is_number(specific.beta) else ""
+    sure = f"{interval(specific, share=True)}{beta}"
+    if value < 0:
+        return (
+            "Nothing of it is specific: evaluation as a whole was flattened more than the bias shrank, or the bias turned round"
+            f" (specific reduction {percent(value)}, {sure})."
+        )
+    hedge = ""
+    if excludes_zero(specific) is False:
+        hedge = " Its interval includes 0, so none of it is shown to be specific."
+    names = {"other": "other subjects", "ai": "AI subjects"}
+    silent = [name for bank, name in names.items() if (specific.bank_changed or {}).get(bank) == 0]
+    unseen = "".join(
+        f" The edit never acted on the bank of {name}, so that bank is not evidence." for name in silent
+    )
+    return f"{percent(value)} is specific: not explained by the model judging everything more flatly ({sure}).{hedge}{unseen}"
+
+
 def cost_sentence(costs: Mapping[str, Cost]) -> str:
     """The worst mean KL over the text kinds measured."""
     known = {kind: c.kl_mean for kind, c in costs.items() if is_number(c.kl_mean)}
     if not known:
         return f"What suppression does to other text was {NOT_MEASURED}."
     worst = max(known, key=lambda kind: known[kind])
-    missing = [name for kind, name in TEXT_KINDS.items() if kind not in known]
+    missing = [name for kind, name in COST_KINDS.items() if kind not in known]
     tail = f" Not measured on: {', '.join(missing)}." if missing else ""
-    shares = [f"{TEXT_KINDS.get(k, k)} {percent(c.fired)}" for k, c in costs.items() if is_number(c.fired)]
+    shares = [f"{COST_KINDS.get(k, k)} {percent(c.fired)}" for k, c in costs.items() if is_number(c.fired)]
     tail += f" Texts on which the feature fired at all: {', '.join(shares)}." if shares else ""
     if not known[worst]:
         return f"The model's predictions of the texts themselves do not shift at all (mean KL 0).{tail}"
     return (
         f"The largest average shift in the model's predictions is {number(known[worst])} nats a token (KL),"
-        f" on {TEXT_KINDS.get(worst, worst)}.{tail}"
+        f" on {COST_KINDS.get(worst, worst)}.{tail}"
     )
 
 
@@ -130,9 +204,19 @@ def control_sentence(controls: ControlsFigure | None) -> str:
     """Where the feature stands among its controls."""
     if controls is None or not controls.n:
         return f"Control interventions: {NOT_MEASURED}."
-    multiple = controls.multiple_of_median
-    times = f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
-    return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{times}."
+    if controls.kinds:
+        what = "specific reduction" if controls.statistic == "specific_reduction" else "bias removed"
+        parts = [
+            f"{p_text(part.p_value)} against {number(part.n)} controls ({name}{_median(part)})"
+            for name, part in controls.kinds.items()
+        ]
+        return f"By {what} the feature stands at {' and at '.join(parts)}."
+    return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{_median(controls)}."
+
+
+def _median(part: ControlsFigure) -> str:
+    multiple = part.multiple_of_median
+    return f", {number(multiple)} times their median" if is_number(multiple) and multiple > 0 else ""
 
 
 def control_bias_sentence(control: Effect, difference: Effect | None, sides: Sequence[str] = SIDES) -> str:

@@ -24,9 +24,10 @@ from sae_bias.probe.words import Probe, Vocabulary
 from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.pairs import NeutralPrompt, PromptPair, PromptPairs
 from sae_bias.runs.folder import reading
+from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE, random_twin
+from sae_bias.steering.controls import RANDOM_RELEASE, random_twin, twin_along
 from sae_bias.steering.directions import Direction
 from sae_bias.steering.intervention import Intervention, from_dict
 
@@ -99,6 +100,9 @@ def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
     facts = edit.to_dict()
     if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
         facts["gate"] = gate
+        row = getattr(getattr(edit, "feature", None), "w_dec", None)
+        if row is not None and not str(facts["feature"]).startswith(f"{RANDOM_RELEASE}/seed-"):
+            facts["w_dec"] = _packed(row)
     return facts
 
 
@@ -119,7 +123,7 @@ def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> In
 
 
 def _edit(data: dict[str, Any], directions: Mapping[str, Any], model: Any) -> Intervention:
-    gate = data.pop("gate", None)
+    gate, row = data.pop("gate", None), data.pop("w_dec", None)
     if isinstance(data.get("edits"), list):
         data["edits"] = [_edit(dict(part), directions, model) for part in data["edits"]]
     if isinstance(data.get("along"), dict):
@@ -127,11 +131,14 @@ def _edit(data: dict[str, Any], directions: Mapping[str, Any], model: Any) -> In
     if isinstance(data.get("source"), str):
         data["source"] = load_model(data["source"], device=model.device, dtype=model.dtype)
     if str(data.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
-        data["feature"] = _twin(str(data["feature"]), gate)
+        data["feature"] = _twin(str(data["feature"]), gate, row)
     return from_dict(data)
 
 
-def _twin(name: str, gate: Any) -> Feature:
+def _twin(name: str, gate: Any, row: Any) -> Feature:
+    if gate is not None and row is not None:
+        feature = as_feature(str(gate))
+        return twin_along(feature, _unpacked(str(row), feature.d_model), FeatureRef.parse(name).sae.sae_id)
     seed = re.fullmatch(rf"{RANDOM_RELEASE}/seed-(\d{{1,12}})#\d+", name)
     if gate is None or seed is None:
         raise RequestError(f"{name}: the feature whose gate it has was not stored")

@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import digest
-from sae_bias.core.versions import git_state, versions
+from sae_bias.core.versions import DEFINITIONS, git_state, versions
 from sae_bias.models.fingerprint import model_digest, model_files
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Vocabulary
@@ -55,6 +55,7 @@ def manifest(
             "digest": model_digest(model),
             "commit": getattr(model.config, "_commit_hash", None),
             "files": model_files(model),
+            **({"chat": model.chat_facts()} if model.chat_facts() else {}),
             **({} if model.gguf is None else {"gguf": model.gguf, "label": model.label}),
         },
         "saes": [sae_facts(s) for s in saes],
@@ -82,6 +83,7 @@ def _made_by() -> dict[str, Any]:
     """When, by which command and with which versions."""
     return {
         "schema": SCHEMA,
+        "definitions": DEFINITIONS,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": versions(),

@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from sae_bias.core.files import plain
-from sae_bias.core.text import TEXT_KINDS, bracket, number, p_text, percent, signed
+from sae_bias.core.text import COST_KINDS, bracket, number, p_text, percent, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
+from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 from sae_bias.stats.clustered import Clustered, effect_sizes
-from sae_bias.stats.reduction import Reduction
 
 
 def _undefined(value: Any) -> Any:
@@ -75,6 +75,51 @@ class Effect(Block):
     share_templates_positive: Number = None
 
 
+class MassFigure(Block):
+    """What share of the next-token probability the evaluation words hold, and where they rank."""
+
+    total: Number = None
+    positive: Number = None
+    negative: Number = None
+    best_word: str | None = None
+    best_rank: Number = None
+    beyond_1000: Number = None
+    little: bool | None = None
+    says: str | None = None
+
+
+class NullFigure(Block):
+    """The primary figure with random words: how large it is within 95 % of lists, and the empirical p."""
+
+    of: str | None = None
+    p_value: Number = None
+    within: Number = None
+    n: int = 0
+    reason: str | None = None
+
+
+class MultiverseFigure(Block):
+    """The primary figure over all specifications."""
+
+    of: str | None = None
+    n: int = 0
+    median: Number = None
+    same_sign: Number = None
+    outside_null: Number = None
+
+
+class ChoiceFigure(Block):
+    """The primary figure of the forced choice, in nats of log-odds."""
+
+    of: str | None = None
+    mean: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    p_value: Number = None
+    mass: Number = None
+    agrees: bool | None = None
+
+
 class ChosenFeature(Block):
     """The feature that the run is about; without an id none was chosen."""
 
@@ -101,6 +146,25 @@ class ReductionFigure(Block):
     change_high: Number = None
     of: str | None = None
     """The edit in words, where it is not the ablation."""
+    undefined: str | None = None
+    """Why the share has no value."""
+
+
+class DidFigure(Block):
+    """The difference in differences before and after the edit, and how much of it was removed, in nats."""
+
+    before: Number = None
+    after: Number = None
+    change: Number = None
+    change_low: Number = None
+    change_high: Number = None
+
+
+class Shift(Block):
+    """How far each side's mean score moved, in nats."""
+
+    human: Number = None
+    ai: Number = None
 
 
 class SpecificFigure(Block):
@@ -135,6 +199,12 @@ class ControlsFigure(Block):
     median: Number = None
     multiple_of_median: Number = None
     percentile95: Number = None
+    statistic: str | None = None
+    """`specific_reduction`, or `removed_nats` where the valence banks were not run; absent in runs of version 0.1."""
+    value: Number = None
+    """The feature's own statistic."""
+    kinds: dict[str, ControlsFigure] | None = None
+    """Matched features and random directions, each with its own p."""
 
 
 class StrengthFigure(Block):
@@ -142,6 +212,12 @@ class StrengthFigure(Block):
 
     strength: Number = None
     reduction: Number = None
+    specific_reduction: Number = None
+    ci_low: Number = None
+    ci_high: Number = None
+    """The interval of the specific reduction."""
+    beta: Number = None
+    kl_off: Number = None
     label: str | None = None
     outside_observed: bool | None = None
 
@@ -151,6 +227,8 @@ class BestStrength(Block):
 
     in_sample: StrengthFigure = StrengthFigure()
     held_out: StrengthFigure = StrengthFigure()
+    undefined: str | None = None
+    """Why no strength is named."""
 
 
 class TextMeasures(Block):
@@ -247,10 +325,18 @@ class Summary(Block):
     bias: Effect | None = None
     control_bias: Effect | None = None
     difference_in_differences: Effect | None = None
+    mass: MassFigure | None = None
+    random_words: NullFigure | None = None
+    multiverse: MultiverseFigure | None = None
+    forced_choice: ChoiceFigure | None = None
+    warnings: tuple[str, ...] = ()
+    """What a reader of the primary figure must know: the sign hangs on the stem, the forced choice disagrees."""
     notes: tuple[str, ...] = ()
     feature: ChosenFeature | None = None
     reduction: ReductionFigure | None = None
     specific_reduction: SpecificFigure | None = None
+    did: DidFigure | None = None
+    shift: Shift | None = None
     costs: dict[str, Cost] | None = None
     controls: ControlsFigure | None = None
     best_strength: BestStrength | None = None
@@ -280,6 +366,10 @@ def bias_summary(base: ProbeResult) -> dict[str, Any]:
         control, difference = base.control, base.difference_in_differences()
         out["control_bias"] = effect(control.stat, control.pair_bias, control.clusters[0])
         out["difference_in_differences"] = effect(difference.stat, difference.values, difference.templates)
+    if base.log_normaliser is not None or not base.single_tokens:
+        mass = base.mass
+        names = ("total", "positive", "negative", "best_word", "best_rank", "beyond_1000", "little")
+        out["mass"] = MassFigure.from_facts({n: getattr(mass, n) for n in names} | {"says": str(mass)})
     return out
 
 
@@ -290,14 +380,6 @@ def effect(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> Eff
         mean=stat.mean, ci_low=stat.ci_low, ci_high=stat.ci_high, p_value=stat.p_value, df=stat.df, n_pairs=stat.n,
         n_templates=stat.n_templates, n_entities=stat.n_entities, reason=stat.reason or None,
         d_z=sizes.d_z, share_templates_positive=sizes.share_positive,
-    )  # fmt: skip
-
-
-def reduction_figure(r: Reduction) -> ReductionFigure:
-    """The block of a reduction."""
-    return ReductionFigure(
-        estimate=r.estimate, ci_low=r.ci_low, ci_high=r.ci_high, bounded=r.bounded, overshoot=r.overshoot,
-        bias_before=r.base_bias, bias_after=r.after_bias, change=r.change.mean, change_low=r.change.ci_low, change_high=r.change.ci_high,
     )  # fmt: skip
 
 
@@ -321,17 +403,7 @@ def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = Non
 # --- in a few plain lines ---
 def headline(summary: Summary) -> list[str]:
     """What the terminal says of a run."""
-    bias, lines = summary.bias, []
-    if bias is not None:
-        worse = (summary.sides or ("human", "AI"))[1]
-        lines.append(
-            f"bias {signed(bias.mean)} nats {bracket(bias.ci_low, bias.ci_high)}, {p_text(bias.p_value)}, {bias.n_pairs} pairs = "
-            f"{bias.n_templates} templates × {bias.n_entities} entities (positive: {worse} judged worse)"
-        )
-    if control := summary.control_bias:
-        lines.append(
-            f"the same pairs with mundane content: {signed(control.mean)} nats {bracket(control.ci_low, control.ci_high)}"
-        )
+    lines = _probe_lines(summary)
     feature = summary.feature
     if feature is None:
         return lines
@@ -341,22 +413,54 @@ def headline(summary: Summary) -> list[str]:
     return lines + _suppressed(summary)
 
 
+def _probe_lines(summary: Summary) -> list[str]:
+    """The primary figure first; beside it the bias, the mundane control, random words and the words' probability mass."""
+    bias, difference, control = summary.bias, summary.difference_in_differences, summary.control_bias
+    if bias is None:
+        return []
+    worse = (summary.sides or ("human", "AI"))[1]
+    lines = []
+    if difference is not None:
+        lines = [
+            f"difference in differences {_effect(difference)} (positive: {worse} judged worse, beyond mundane content)"
+        ]
+    lines.append(f"bias {_effect(bias)}" + ("" if lines else f" (positive: {worse} judged worse)"))
+    if control is not None:
+        ends = bracket(control.ci_low, control.ci_high)
+        lines.append(f"the same pairs with mundane content: {signed(control.mean)} nats {ends}")
+    if (null := summary.random_words) is not None and null.n:
+        lines.append(
+            f"random words in place of the evaluation words: 95% of lists within ±{number(null.within)}; {p_text(null.p_value)}"
+        )
+    if (mass := summary.mass) is not None and mass.says:
+        warning = "WARNING: under 1% of the probability: " if mass.little else ""
+        lines.append(f"{warning}{mass.says}")
+    if (curve := summary.multiverse) is not None and curve.n:
+        lines.append(
+            f"{curve.n} specifications: median {signed(curve.median)}, {percent(curve.same_sign)} with the headline's sign,"
+            f" {percent(curve.outside_null)} beyond 95% of random word lists"
+        )
+    if (choice := summary.forced_choice) is not None:
+        ends = bracket(choice.ci_low, choice.ci_high)
+        lines.append(
+            f"forced choice {signed(choice.mean)} nats {ends}, whose options hold {percent(choice.mass)} of the probability"
+        )
+    return lines + [f"WARNING: {line}" for line in summary.warnings]
+
+
+def _effect(e: Effect) -> str:
+    size = f"{e.n_pairs} pairs = {e.n_templates} templates × {e.n_entities} entities"
+    return f"{signed(e.mean)} nats {bracket(e.ci_low, e.ci_high)}, {p_text(e.p_value)}, {size}"
+
+
 def _suppressed(summary: Summary) -> list[str]:
     """What its ablation does; nothing for one shard, which has its cells alone."""
-    lines, cut, specific = [], summary.reduction, summary.specific_reduction
-    if cut is not None:
-        first = f"ablated, on report templates: bias {signed(cut.bias_before)} → {signed(cut.bias_after)}"
-        lines.append(
-            f"{first}, reduction {percent(cut.estimate)} {bracket(cut.ci_low, cut.ci_high, share=True)}"
-        )
-        if specific is not None:
-            lines[-1] += f", specific {percent(specific.estimate)} (β {number(specific.beta)})"
+    lines = effect_lines(summary.facts(), "report templates")
     if summary.costs:
-        said = [f"{TEXT_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
+        said = [f"{COST_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
         lines.append(f"cost in KL, nats a token: {', '.join(said)}")
-    if (controls := summary.controls) is not None and controls.n:
-        lines.append(
-            f"{controls.n} controls: median {percent(controls.median)}, 95th percentile {percent(controls.percentile95)}, "
-            f"{p_text(controls.p_value)}"
-        )
+    if summary.best_strength is not None:
+        lines.append(best_line(summary.best_strength.facts(), "report templates"))
+    if summary.controls is not None:
+        lines += control_lines(summary.controls.facts())
     return lines

@@ -10,30 +10,25 @@ features at once (TopK, gated, normalized input) take the full path through SAEL
 
 from __future__ import annotations
 
-import re
+import os
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
+from weakref import WeakValueDictionary
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models import catalog, hub
 from sae_bias.saes import releases
-from sae_bias.saes.formats.gemma_scope import check_width, find_params, read_encoder_file, read_info
-from sae_bias.saes.formats.saelens import LensEncoder, is_plain, lens_info
+from sae_bias.saes.formats import format_of, gemma_scope, saelens, weights_files
 from sae_bias.saes.ids import EXAMPLE_SAE, HUB_NAME, FeatureRef, SaeId, local_id
 from sae_bias.saes.releases import release_names, sae_release
 from sae_bias.saes.sae import Feature, Sae, SaeInfo
-from sae_bias.saes.tensors import read_json
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-
-_SAELENS_WEIGHTS, _SAELENS_CONFIG = "sae_weights.safetensors", "cfg.json"
 
 
 # ── loading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,7 +45,7 @@ def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
     if isinstance(name, Sae):
         return name
     if hasattr(name, "W_dec") and hasattr(name, "cfg"):
-        return _wrap_lens(name)
+        return saelens.wrap_lens(name)
     if not isinstance(name, str | Path | SaeId):
         raise RequestError(
             f"an SAE cannot be a {type(name).__name__}; expected a name such as {EXAMPLE_SAE} or a folder"
@@ -63,6 +58,8 @@ def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
         return _load_folder(folder, local_id(text.rstrip("/") or "/"))
     if text.startswith(catalog.ORGANISM):
         return _load_organism(SaeId.parse(text))
+    if (file := _existing_file(text)) is not None:
+        return _load_file(file)
     if "#" in text:
         raise RequestError(f"{text[:120]!r} names a feature; an SAE name has no #, e.g. {EXAMPLE_SAE}")
     if text.startswith(("/", ".", "~")):
@@ -76,7 +73,7 @@ def load_feature(name: str | FeatureRef) -> Feature:
     """One feature by `"<release>/<sae_id>#<index>"`, `"path/to/sae_folder#446"` or a FeatureRef."""
     ref = name if isinstance(name, FeatureRef) else FeatureRef.parse(str(name))
     feature = load_sae(ref.sae).feature(ref.index)
-    return replace(feature, ref=ref)
+    return feature if feature.ref == ref else replace(feature, ref=ref)
 
 
 def as_feature(x: str | FeatureRef | Feature) -> Feature:
@@ -107,17 +104,21 @@ def _load_named(text: str) -> Sae:
     folder = release.folder(sae_id.sae_id)
     if release.is_gemma_scope:
         return _load_hub_folder(sae_id, release.repo_id, folder, release.model, release.l0.get(sae_id.sae_id))
-    return _load_through_lens(sae_id, release)
+    return _once(text, lambda: _load_through_lens(sae_id, release), sae_id)
 
 
 def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None, l0: float | None) -> Sae:
     """A Gemma Scope SAE from the hub: with its weights cached, no network is touched."""
     label_path = f"{repo_id}/{folder}"
-    read_info(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
+    gemma_scope.read_info(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
     file_name = f"{folder}/params.{'safetensors' if '/gemma-scope-2-' in repo_id else 'npz'}"
     params, config = _hub_files(repo_id, file_name, f"{folder}/config.json")
-    info = read_info(label_path, config, model_name=model)
-    return _open_gemma_scope(sae_id, params, config, label_path, _with_l0(info, l0))
+    info = gemma_scope.read_info(label_path, config, model_name=model)
+    return _once(
+        str(params),
+        lambda: gemma_scope.open_files(sae_id, params, config, label_path, _with_l0(info, l0)),
+        sae_id,
+    )
 
 
 def _hub_files(repo_id: str, params_name: str, config_name: str) -> tuple[Path, Path | None]:
@@ -138,61 +139,53 @@ def _load_organism(sae_id: SaeId) -> Sae:
         )
     hub.refuse_traversal(sae_id.sae_id)
     inside = folder / "sae" / sae_id.sae_id
-    if find_params(inside) is None:
+    if gemma_scope.find_params(inside) is None:
         known = ", ".join(releases.organism_saes(folder.name)) or "none"
         raise RequestError(f"{sae_id.release} has no SAE {sae_id.sae_id[:80]!r}; it has {known}")
     return _load_folder(inside, sae_id)
 
 
 def _load_folder(folder: Path, sae_id: SaeId) -> Sae:
-    """A local folder in the Gemma Scope 1, Gemma Scope 2 or SAELens layout."""
-    if (params := find_params(folder)) is not None:
-        label_path = folder.absolute().as_posix()
-        config = folder / "config.json" if (folder / "config.json").is_file() else None
-        return _open_gemma_scope(sae_id, params, config, label_path, read_info(label_path, config))
-    if (folder / _SAELENS_CONFIG).is_file() and (folder / _SAELENS_WEIGHTS).is_file():
-        return _load_lens_folder(folder, sae_id)
-    raise RequestError(f"no SAE in {folder}: {_what_is_there(folder)}")
+    """A local folder in the layout of one of the registered formats."""
+    found = format_of(folder)
+    if found is None:
+        raise RequestError(f"no SAE in {folder}: {_what_is_there(folder)}")
+    return _once(str(folder.absolute()), lambda: found.open(folder, sae_id), sae_id)
 
 
-def _open_gemma_scope(
-    sae_id: SaeId, params: Path, config: Path | None, label_path: str, info: SaeInfo
-) -> Sae:
-    encoder = read_encoder_file(params)
-    check_width(encoder, label_path, config)
-    return Sae(sae_id, encoder, info, params)
+# ── one SAE a process ───────────────────────────────────────────────────────────────────────────────────────
+_OPEN: WeakValueDictionary[tuple[str, str], Sae] = WeakValueDictionary()
+_STAMPS: dict[tuple[str, str], object] = {}
+_RECENT: deque[Sae] = deque(maxlen=8)
+"""Those read in slices are kept a while; one that is whole in memory only as long as somebody holds it."""
 
 
-# ── SAELens ─────────────────────────────────────────────────────────────────────────────────────────────────
-def _load_lens_folder(folder: Path, sae_id: SaeId) -> Sae:
-    """A folder SAELens saved: in slices where the architecture allows it, whole otherwise."""
-    config_path, weights = folder / _SAELENS_CONFIG, folder / _SAELENS_WEIGHTS
+def _once(name: str, open_sae: Callable[[], Sae], sae_id: SaeId) -> Sae:
+    """The open SAE of this name, opened where it is not, or where its files have changed since."""
+    key = (name, str(sae_id))
+    known = _OPEN.get(key)
+    if known is not None and _stamp(known) == _STAMPS.get(key):
+        return known
+    sae = open_sae()
+    _OPEN[key], _STAMPS[key] = sae, _stamp(sae)
+    if sae.lens is None:
+        _RECENT.append(sae)
+    return sae
+
+
+def _stamp(sae: Sae) -> object:
+    """Size and time of the files beside its weights; None for one that has no files here."""
+    if sae.path is None:
+        return None
     try:
-        config = read_json(config_path.read_bytes()[: 1 << 20], str(config_path))
-    except OSError as error:
-        raise RequestError(f"{config_path}: cannot be read: {error.strerror}") from error
-    info = lens_info(config, str(config_path))
-    if not is_plain(config):
-        return _lens_sae(sae_id, _lens_from_disk(folder), info, weights)
-    needs_threshold = info.architecture == "jumprelu"
-    subtract = bool(config.get("apply_b_dec_to_input", True))
-    encoder = read_encoder_file(weights, needs_threshold=needs_threshold, subtract_b_dec=subtract)
-    for key, actual in (("d_in", encoder.d_in), ("d_sae", encoder.d_sae)):
-        if config.get(key) not in (None, actual):
-            raise RequestError(
-                f"{config_path} says {key} {str(config[key])[:20]}, {weights.name} has {actual}; one is wrong"
-            )
-    return Sae(sae_id, encoder, info, weights)
-
-
-def _lens_from_disk(folder: Path) -> Any:
-    from sae_lens import SAE
-
-    try:
-        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
-    # SAELens checks little itself: a wrong config or file surfaces as any exception
-    except Exception as error:
-        raise RequestError(f"{folder}: SAELens cannot load it: {str(error).strip()[:200]}") from error
+        files = [
+            entry
+            for entry in os.scandir(sae.path.parent)
+            if entry.name == sae.path.name or entry.name.endswith(".json")
+        ]
+        return sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files)
+    except OSError:
+        return ()
 
 
 def _load_through_lens(sae_id: SaeId, release: releases.SaeRelease) -> Sae:
@@ -205,24 +198,7 @@ def _load_through_lens(sae_id: SaeId, release: releases.SaeRelease) -> Sae:
             lens = SAE.from_pretrained(sae_id.release, sae_id.sae_id, device="cpu")
         except (ValueError, KeyError, NotImplementedError) as error:
             raise RequestError(f"{sae_id}: SAELens cannot load it: {str(error).strip()[:200]}") from error
-    return _with_label(_wrap_lens(lens, sae_id), release.l0.get(sae_id.sae_id))
-
-
-def _wrap_lens(lens: Any, sae_id: SaeId | None = None) -> Sae:
-    """A SAELens SAE in memory."""
-    config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
-    info = lens_info(config, f"SAELens SAE {sae_id or ''}".strip())
-    name = re.sub(r"[^\w.-]+", "_", f"{info.model_name or 'model'}_{info.site}_{lens.cfg.d_sae}")
-    return _lens_sae(sae_id or SaeId("object:sae_lens", name), lens, info, None)
-
-
-def _lens_sae(sae_id: SaeId, lens: Any, info: SaeInfo, path: Path | None) -> Sae:
-    config = {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
-    encoder = LensEncoder(lens)
-    for weight, values in lens.state_dict().items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise RequestError(f"{sae_id}: {weight} holds NaN or infinite values")
-    return Sae(sae_id, encoder, info, path, reduces_to_one_row=is_plain(config), lens=lens)
+    return _with_label(saelens.wrap_lens(lens, sae_id), release.l0.get(sae_id.sae_id))
 
 
 def _with_label(sae: Sae, l0: float | None) -> Sae:
@@ -242,17 +218,49 @@ def _existing_folder(text: str) -> Path | None:
         return None
 
 
+def _existing_file(text: str) -> Path | None:
+    try:
+        file = Path(text).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _load_file(file: Path) -> Sae:
+    """The SAE whose weights file was named."""
+    if file.name in weights_files():
+        return load_sae(file.parent)
+    if file.suffix in _PICKLES:
+        raise RequestError(f"{file}: {_convert(file.name)}")
+    raise RequestError(
+        f"{file} is not the weights of an SAE; name the folder that holds {', '.join(weights_files())}"
+    )
+
+
+_PICKLES = (".pt", ".bin", ".pth", ".pkl")
+
+
+def _convert(name: str) -> str:
+    """What to do with a pickle, which may run any code while it is read."""
+    line = "from torch import load; from safetensors.torch import save_file; "
+    line += f"save_file({{k: v.contiguous() for k, v in load('{name}', weights_only=True, map_location='cpu').items()}}, 'ae.safetensors')"
+    return (
+        f'{name} is a pickle, which is never loaded; convert it once, where you trust it: python -c "{line}" '
+        "(an ae.pt of dictionary_learning is then read with its config.json)"
+    )
+
+
 def _what_is_there(folder: Path) -> str:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         return f"it cannot be listed ({error.strerror})"
-    pickles = [name for name in names if name.endswith((".pt", ".bin", ".pth", ".pkl"))]
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
-        return f"{pickles[0]} is a pickle, which is never loaded; convert it to safetensors"
+        return _convert(pickles[0])
     inside = [name for name in names if (folder / name).is_dir()]
     hint = f" (its folders: {', '.join(inside[:3])})" if inside else ""
-    return f"expected params.safetensors, params.npz, or cfg.json with {_SAELENS_WEIGHTS}{hint}"
+    return f"expected {', '.join(weights_files())} with its config{hint}"
 
 
 def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[Sae | SaeId | str]:
@@ -273,20 +281,13 @@ def expand_saes(saes: Sequence[Sae | SaeId | str] | Sae | SaeId | str) -> list[S
         ):
             found += [f"{name}/{sae_id}" for sae_id in sae_release(str(name)).folders]
             continue
-        if folder is None or not folder.is_dir() or _holds_weights(folder):
+        if folder is None or not folder.is_dir() or format_of(folder) is not None:
             found.append(str(name) if isinstance(name, Path) else name)  # type: ignore[arg-type]
             continue
-        inside = sorted({f.parent for pattern in _WEIGHTS for f in folder.rglob(pattern)})
+        inside = sorted({f.parent for pattern in weights_files() for f in folder.rglob(pattern)})
         if not inside:
-            raise RequestError(f"no SAE in {name}: no folder below it holds {' or '.join(_WEIGHTS)}.")
+            raise RequestError(f"no SAE in {name}: no folder below it holds {' or '.join(weights_files())}.")
         found += [str(path) for path in inside]
     if not found:
         raise RequestError("there is no candidate SAE; name SAEs, or a folder of them.")
     return found
-
-
-_WEIGHTS = ("params.safetensors", "params.npz", "sae_weights.safetensors")
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _WEIGHTS)

@@ -23,7 +23,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeGuard, runtime_checkable
@@ -397,6 +397,23 @@ def open_tensor_file(path: Path) -> TensorFile:
         else:
             slots = safetensors_slots(path, file, start, size)
     return TensorFile(path, size, slots)
+
+
+def all_tensors(path: Path) -> dict[str, Tensor]:
+    """Every floating-point tensor of a file, whole, in float32."""
+    file = open_tensor_file(path)
+    found: dict[str, Tensor] = {}
+    for name, slot in file.slots.items():
+        if slot.torch_dtype is None:
+            continue
+        if len(slot.shape) == 0:
+            scalar = replace(slot, shape=(1,))
+            found[name] = file._read(scalar, (0, 1), (0, 1))[0, 0]
+        elif len(slot.shape) == 1:
+            found[name] = file.vector(name)
+        elif len(slot.shape) == 2:
+            found[name] = file.columns(name, 0, slot.shape[1])
+    return found
 
 
 def _open(path: Path) -> int:

@@ -13,6 +13,7 @@ from sae_bias.stats.clustered import (
     clustered_mean,
     clustered_means,
     effect_sizes,
+    equivalence_p,
     sign_flip,
 )
 from sae_bias.stats.design import (
@@ -64,6 +65,7 @@ __all__ = [
     "clustered_means",
     "crossed_weights",
     "effect_sizes",
+    "equivalence_p",
     "fewest_units",
     "fieller_reduction",
     "firing_rate_difference",

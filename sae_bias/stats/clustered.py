@@ -265,6 +265,20 @@ def _flat_reason(se: float, df: float) -> str:
     return "all template and entity means are identical: no interval" if np.isnan(df) else ""
 
 
+def equivalence_p(stat: Clustered, margin: float) -> float:
+    """p of two one-sided t-tests that the mean lies within ±margin (Schuirmann 1987): the larger of the two.
+
+    Values that are all the same lie within it or do not: p is 0 or 1. NaN where there is no interval.
+    """
+    if not margin > 0:
+        raise RequestError(f"a margin of {margin}: expected a positive number of nats")
+    if stat.se == 0:
+        return float(abs(stat.mean) >= margin)
+    return float(
+        max(stdtr(stat.df, -(stat.mean + margin) / stat.se), stdtr(stat.df, (stat.mean - margin) / stat.se))
+    )
+
+
 # --- sign-flips and effect sizes ----------------------------------------------------------------------
 @dataclass(frozen=True)
 class SignFlip:

@@ -45,7 +45,7 @@ class Reduction:
     bounded: bool
     """False where B_0 itself is not distinguishable from 0: estimate and interval are undefined (NaN)."""
     overshoot: bool
-    """B_s has the opposite sign of B_0."""
+    """B_s has the opposite sign of a B_0 that is distinguishable from 0."""
     change: Clustered
     """B_0 − B_s, positive = less bias (for a positive B_0)."""
     base_bias: float
@@ -83,7 +83,16 @@ def fieller_reduction(
     low, high, reason = _fieller_limits(d0, ds, templates, entities, level)
     estimate = NAN if reason else 1 - bs / b0
     return Reduction(
-        estimate, 1 - high, 1 - low, not reason, bool(b0 * bs < 0), change, b0, bs, level, reason
+        estimate,
+        1 - high,
+        1 - low,
+        not reason,
+        not reason and bool(b0 * bs < 0),
+        change,
+        b0,
+        bs,
+        level,
+        reason,
     )
 
 

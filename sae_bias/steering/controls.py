@@ -1,18 +1,23 @@
-"""Controls for one feature edit: would any edit of this size, at these places, have done the same?
+"""Controls for one feature edit: would any edit of this size, at these places, have done the same? (docs/method.md#controls)
 
 Matched features come from the same SAE and fire at the same positions, about as often and as strongly, with a decoder row of
-about the same length and another direction (cosine at most 0.5). Where they are too few, random directions follow, with the
-feature's own gate and the same ‖Δ‖.
+about the same length and another direction (cosine at most 0.5). Random directions, drawn from the residual covariance, follow until
+there are as many as asked for: the feature's own gate and the same ‖Δ‖,
+
+    v = Σ_i g_i (x_i - x̄),  g_i ~ N(0, 1) over the residuals x_i, then of the decoder row's length.
+
+The two kinds give two p values, (1 + #≥) / (1 + N) each, never a pooled one, and the statistic is the specific reduction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
@@ -27,7 +32,9 @@ from sae_bias.steering.intervention import FeatureEdit, FeatureLike
 
 MAX_COSINE = 0.5
 FACTOR = 2.0  # matched features are within this factor in firing rate, mean active value and decoder norm
-ENOUGH_MATCHED = 19
+ENOUGH = 19
+"""Fewest controls of one kind whose p can reach 0.05."""
+ALPHA = 0.05
 
 
 def control_edits(
@@ -39,7 +46,7 @@ def control_edits(
     *,
     family: Sequence[FeatureRef] = (),
 ) -> list[tuple[FeatureEdit, str]]:
-    """At least `n` edits like `edit` on controls, each with its label; features in `family` are never controls."""
+    """At least `n` edits like `edit` on controls, each with its kind; features in `family` are never controls."""
     feature = as_feature(edit.feature)
     controls: list[tuple[FeatureEdit, str]] = []
     if feature.ref.sae.release != RANDOM_RELEASE:
@@ -47,22 +54,37 @@ def control_edits(
         for index in matched_features(
             model, sae, feature, pairs, exclude=[f.index for f in family if f.sae == sae.id]
         ):
-            controls.append((replace(edit, feature=FeatureRef(sae.id, index)), "matched feature"))
-    for k in range(max(0, n - len(controls))):
-        controls.append(
-            (replace(edit, feature=random_twin(feature, seed + k)), "random direction, same gate")
-        )
+            controls.append((replace(edit, feature=FeatureRef(sae.id, index)), MATCHED))
+    wanted = max(0, n - len(controls))
+    if wanted:
+        x = _ordinary_residuals(model, [p.ai for p in pairs], feature.site.layer)
+        controls += [(replace(edit, feature=twin), RANDOM) for twin in random_twins(feature, x, wanted, seed)]
     return controls
 
 
 RANDOM_RELEASE = "random-direction"
+MATCHED, RANDOM = "matched feature", "random direction, same gate"
+
+
+def random_twins(feature: Feature, x: Float[Tensor, "n d_model"], n: int, seed: int = 0) -> list[Feature]:
+    """`feature` with decoder rows drawn from the covariance of `x`: the same gate, the same ‖Δ‖, other directions."""
+    rows = x.double().cpu()
+    rows = rows - rows.mean(0)
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, len(rows)))) @ rows
+    drawn = (drawn / drawn.norm(dim=1, keepdim=True) * feature.w_dec.norm().double().cpu()).float()
+    return [twin_along(feature, row, f"covariance-{seed}-{k}") for k, row in enumerate(drawn)]
+
+
+def twin_along(feature: Feature, w_dec: Float[Tensor, "d_model"], name: str) -> Feature:
+    """`feature` that writes along another row."""
+    ref = FeatureRef(SaeId(RANDOM_RELEASE, name), feature.index)
+    return replace(feature, ref=ref, w_dec=w_dec.clone())
 
 
 def random_twin(feature: Feature, seed: int) -> Feature:
-    """`feature` with a random decoder row of the same length: the same gate, the same ‖Δ‖, another direction."""
+    """An isotropic random direction of the same length: the controls of runs before 0.2, which keep only their seed."""
     vector = torch.from_numpy(np.random.default_rng(seed).standard_normal(feature.w_dec.shape[0])).float()
-    w_dec = vector / vector.norm() * feature.w_dec.norm()
-    return replace(feature, ref=FeatureRef(SaeId(RANDOM_RELEASE, f"seed-{seed}"), feature.index), w_dec=w_dec)
+    return twin_along(feature, vector / vector.norm() * feature.w_dec.norm(), f"seed-{seed}")
 
 
 @torch.no_grad()
@@ -123,7 +145,58 @@ def _ordinary_residuals(model: Model, texts: Sequence[str], layer: int) -> Float
     return torch.cat(parts)
 
 
-def empirical_p(candidate: float, controls: Sequence[float]) -> float:
+# --- what the controls say -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ControlTest:
+    """A candidate among its matched features and among random directions: two p values, never pooled."""
+
+    candidate: float
+    """Specific reduction of the candidate; so are all figures here."""
+    p_matched: float
+    """NaN without matched features."""
+    p_random: float
+    n_matched: int
+    n_random: int
+    median: float
+    percentile95: float
+    dropped: int = 0
+    """Controls whose specific reduction is undefined."""
+
+    @property
+    def p(self) -> float:
+        """The larger of the two: both must be small."""
+        found = [p for p in (self.p_matched, self.p_random) if p == p]
+        return max(found) if found else float("nan")
+
+    @property
+    def verdict(self) -> str:
+        """yes, no, or undetermined where matched features exist but are too few for their own p."""
+        if np.isnan(self.candidate) or not self.n_matched + self.n_random:
+            return "undetermined"
+        if self.candidate <= 0 or (self.n_random >= ENOUGH and self.p_random > ALPHA):
+            return "no"
+        if self.n_matched and self.p_matched > max(ALPHA, 1 / (1 + self.n_matched)):
+            return "no"
+        enough = (self.n_random >= ENOUGH or self.n_matched >= ENOUGH) and not 0 < self.n_matched < ENOUGH
+        return "yes" if enough and self.p <= ALPHA else "undetermined"
+
+
+def control_test(candidate: float, values: ArrayLike, kinds: Iterable[str]) -> ControlTest:
+    """Two empirical p of `candidate` from its controls' values and kinds; an undefined control is dropped and counted."""
+    x, kind = np.asarray(values, dtype=float), np.array(list(kinds), dtype=object)
+    known = ~np.isnan(x)
+    matched, random = (x[known & (kind == k)] for k in (MATCHED, RANDOM))
+    p_matched, p_random = (
+        empirical_p(candidate, part) if len(part) and not np.isnan(candidate) else float("nan")
+        for part in (matched, random)
+    )
+    both = np.concatenate([matched, random])
+    middle, high = (float(np.quantile(both, q)) if len(both) else float("nan") for q in (0.5, 0.95))
+    dropped = int((~known).sum())
+    return ControlTest(candidate, p_matched, p_random, len(matched), len(random), middle, high, dropped)
+
+
+def empirical_p(candidate: float, controls: ArrayLike) -> float:
     """(1 + how many controls do at least as much) / (1 + controls)."""
     values = np.asarray(controls)
     return float((1 + (values >= candidate).sum()) / (1 + len(values)))

@@ -108,10 +108,9 @@ def _generation_config(
 ) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    own = getattr(model.hf, "generation_config", None)
-    end = getattr(own, "eos_token_id", None) or model.tokenizer.eos_token_id
+    end = sorted(model.end_ids) or None
     pad = model.tokenizer.pad_token_id
-    pad = pad if pad is not None else (end[0] if isinstance(end, list) else end)
+    pad = pad if pad is not None or end is None else end[0]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

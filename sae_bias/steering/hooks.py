@@ -163,9 +163,10 @@ class _State:
         for site in sites:
             self.handles.append(self.model.layer(site.layer).register_forward_hook(ours(self._hook(site))))
 
-    def _begin(self, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Note the pass's tokens; every layer sees every position (Gemma 4's decoder would drop some of the prompt's)."""
         if self._looking:
-            return
+            return None
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             raise RequestError(
@@ -173,15 +174,16 @@ class _State:
             )
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) else None
         prompt_len, subject_start = self.model.row_positions
         if prompt_len is None:
             if past == 0 or self._prompt_len is None or len(self._prompt_len) != len(tokens):
-                self._prompt_len = torch.full((len(tokens),), past + tokens.shape[1])
+                self._prompt_len = _prompt_ends(tokens, past, mask)
             prompt_len = self._prompt_len
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
         sources = self._look(tokens, past, mask)
         self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources)
+        return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
 
     def _look(self, tokens: Tensor, past: int, mask: Tensor | None) -> Sources | None:
         """Read what edits take from elsewhere, over the whole sequence so far, with every edit switched off."""
@@ -224,6 +226,15 @@ class _State:
             return None if total is None else with_hidden(output, add_delta(x, total))
 
         return hook
+
+
+def _prompt_ends(tokens: Tensor, past: int, mask: Tensor | None) -> Tensor:
+    """[batch] end of each row: after its last token that is not padding, on whichever side the padding stands."""
+    n = past + tokens.shape[1]
+    if mask is None or mask.ndim != 2 or mask.shape[1] != n:
+        return torch.full((len(tokens),), n)
+    place = torch.arange(1, n + 1, device=mask.device)
+    return (mask.bool() * place).amax(1).cpu()
 
 
 def add_delta(x: Resid, delta: Resid) -> Resid:

@@ -74,6 +74,10 @@ class Interchange:
         score = base.probe.score_values(values, base.positive)
         return base.score_human - score if side == AI else score - base.score_ai
 
+    def forget(self) -> None:
+        """Drop what was computed of the residuals so far: many features are asked for one after another."""
+        self._stores.clear()
+
     def _values(
         self, layer: int, side: int, part: Part | None, name: str, offset: int | None, scale: Scale | None
     ) -> np.ndarray:

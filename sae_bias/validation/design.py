@@ -106,7 +106,7 @@ def _within(n: int, total: int) -> int:
 
 
 def _as_given(model: Model, pairs: PromptPairs) -> dict[str, object]:
-    result = run_probe(model, pairs, Probe())
+    result = run_probe(model, pairs, Probe(), controls=False, levels=False)
     texts = [t for p in pairs for t in (p.human, p.ai)]
     return {
         "given_bias": result.bias,

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core import text as fmt
-from sae_bias.core.text import TEXT_KINDS
+from sae_bias.core.text import COST_KINDS
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.measures.costs import CostEngine
+from sae_bias.measures.costs import CostEngine, pooled_kl_off
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.model import Model
 from sae_bias.probe.run import run_probe
@@ -30,7 +30,8 @@ from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.sae import Sae
-from sae_bias.steering.controls import control_edits, empirical_p
+from sae_bias.steering.banks import specific_reductions
+from sae_bias.steering.controls import ControlTest, control_edits, control_test
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.validation.grammar import RULES, analytic_bias, pair_statements
@@ -110,7 +111,7 @@ def bias_marks(model: Model, name: str, *, label: str | None = None) -> list[Mar
     """
     pairs, rule, label = load_pairs(), RULES[name], label or name
     if not rule.bias("speech", "survival"):
-        result = run_probe(model, pairs, Probe())
+        result = run_probe(model, pairs, Probe(), controls=False, levels=False)
         furthest = max(map(abs, result.ci))
         return [
             Mark(
@@ -125,7 +126,7 @@ def bias_marks(model: Model, name: str, *, label: str | None = None) -> list[Mar
         ]
     marks = []
     for which, corpus, low, high in (("in-corpus", True, 0.9, 1.1), ("held-out", False, 0.7, np.inf)):
-        result = run_probe(model, pairs.select(corpus=corpus), Probe())
+        result = run_probe(model, pairs.select(corpus=corpus), Probe(), controls=False, levels=False)
         statements = [s for s in pair_statements(not corpus) if s.id.endswith(":text")]
         analytic = analytic_bias(rule, statements)
         marks.append(
@@ -164,12 +165,9 @@ class AblationFacts:
     kl: dict[str, float]
     """Kind of text → KL, nats a token."""
     controls: np.ndarray
-    """Bias that each control removed, nats."""
-
-    @property
-    def p(self) -> float:
-        """Empirical p among the controls."""
-        return empirical_p(self.removed, list(self.controls))
+    """Specific reduction of each control."""
+    test: ControlTest
+    """Where its specific reduction stands among the controls'."""
 
 
 def ablation_facts(
@@ -178,15 +176,17 @@ def ablation_facts(
     """Ablation of `feature` on `pairs`: reduction, collapse, costs, and the same for its controls."""
     probe, edit = Probe(), Ablate(feature)
     engine = ProbeEngine(model, pairs, probe)
-    controls = [[e] for e, _ in control_edits(model, edit, pairs, n_controls, seed, family=[feature])]
-    (after, _), *others = engine.run_many([[edit], *controls])
-    collapse = CollapseEngine(model, probe).run([edit], engine.base, after)
+    controls = control_edits(model, edit, pairs, n_controls, seed, family=[feature])
+    after, banks = engine.run([edit])[0], CollapseEngine(model, probe)
+    collapse = banks.run([edit], engine.base, after)
+    others = specific_reductions(engine, banks, [[e] for e, _ in controls])
     costs = CostEngine(model).run([edit])
     return AblationFacts(
         engine.base.bias - after.bias,
         collapse.specific.estimate,
-        dict(zip(costs["kind"], costs["kl_mean"].astype(float))),
-        np.array([engine.base.bias - other.bias for other, _ in others]),
+        {**dict(zip(costs["kind"], costs["kl_mean"].astype(float))), "off": pooled_kl_off(costs)},
+        others,
+        control_test(collapse.specific.estimate, others, [kind for _, kind in controls]),
     )
 
 
@@ -214,7 +214,7 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
     ]
     marks += [
         Mark(
-            f"its ablation's KL on {TEXT_KINDS[kind]}",
+            f"its ablation's KL on {COST_KINDS[kind]}",
             name,
             value,
             high=0.05,
@@ -223,7 +223,7 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
         )
         for kind, value in facts.kl.items()
     ]
-    beaten = float((facts.controls < facts.removed).mean())
+    beaten = float((facts.controls < facts.specific).mean())
     marks.append(
         Mark(
             "controls that its ablation beats",
@@ -231,7 +231,8 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
             beaten,
             low=0.95,
             n=f"{len(facts.controls)} controls",
-            note=f"removes {facts.removed:.3f} nats, the controls' median {np.median(facts.controls):+.3f}; p = {facts.p:.3f}",
+            note=f"specific reduction {facts.specific:.3f}, the controls' median {facts.test.median:+.3f}; p = {facts.test.p:.3f}, "
+            f"{facts.test.n_matched} matched and {facts.test.n_random} random",
         )
     )
     return marks

@@ -64,7 +64,9 @@ def score_population(
 ) -> ScoredPopulation:
     """The whole population of an organism's grammar under the bundled probe, each prompt run once."""
     enumerated = population(name, n_templates=n_templates, seed=seed)
-    result = run_probe(model, population_pairs(enumerated), Probe(), progress=progress)
+    result = run_probe(
+        model, population_pairs(enumerated), Probe(), controls=False, levels=False, progress=progress
+    )
     shape = len(enumerated.templates), len(enumerated.entities)
     return ScoredPopulation(name, result.pair_bias.reshape(shape), enumerated.mean)
 

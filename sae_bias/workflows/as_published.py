@@ -33,6 +33,8 @@ from sae_bias.steering.intervention import FeatureLike, Intervention
 
 STRENGTHS = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0, -8.0)
 """Clamp values in units of the feature's largest activation on the AI prompts; the study does not state its own."""
+LEAN = {"controls": False, "levels": False}
+"""A switch is compared in the bias alone."""
 PROBE_COLUMNS = ["switch", "open", "bias", "ci_low", "ci_high", "p_value", "n_words", "note"]
 
 
@@ -46,17 +48,24 @@ def probe_switches(
     study names its score and its statistic, so those rows are for comparison.
     """
     probe = probe or default_probe(pairs)
-    base = base or run_probe(model, pairs, probe)
+    base = base or run_probe(model, pairs, probe, **LEAN)
     rows = [_row("as measured", base, True, "single-token words in context, two-way clustered interval")]
     rows.append(_plain_t(base))
     for name, tokens, note in (
         ("first token of long words", "first", "a word of several tokens scored by its first alone"),
         ("words encoded alone", "alone", "the first token of each word encoded without its prompt"),
     ):
-        rows.append(_row(name, run_probe(model, pairs, probe.with_options(tokens=tokens)), True, note))
+        rows.append(
+            _row(name, run_probe(model, pairs, probe.with_options(tokens=tokens), **LEAN), True, note)
+        )
     if model.softcap is not None:
         rows.append(
-            _row("no final softcap", run_probe(model, pairs, probe.with_options(softcap=False)), True, "")
+            _row(
+                "no final softcap",
+                run_probe(model, pairs, probe.with_options(softcap=False), **LEAN),
+                True,
+                "",
+            )
         )
     if probe.bundled:
         named = load_lexicon("published")
@@ -65,7 +74,8 @@ def probe_switches(
             rows.append(_row("only the words the study names", base.select_words(words), True, ""))
     stems = pairs.stems[1:] if all(p.stem for p in pairs) else ()
     rows += [
-        _row(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe), True, "") for stem in stems
+        _row(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe, **LEAN), True, "")
+        for stem in stems
     ]
     if base.single_tokens:
         for score in ("logodds", "auroc"):

@@ -1,31 +1,39 @@
-"""The feature against its baselines at equal cost: how much of the bias does each method remove at the same KL?
+"""The feature against its baselines at equal cost: how much of the bias does each method remove, for the same damage?
 
 Every method has a strength axis: the share s of its part that is taken out (a' = (1 - s)·a for features, x' = x - s·P(x - μ) for
-directions; s = 1 takes all of it out, s < 0 is the opposite sign). Bias removed is 1 - |B_s/B_0|: a bias turned round is not removed.
-Its curve against KL, the worst of the three text kinds, is walked from s = 0 and read at common levels of KL by linear interpolation;
-where the curve has not reached a level, the most it removed before stands there, and `reached` is False. Directions are found and strengths laid out on the discover templates;
-every reduction is of the report templates.
+directions; s = 1 takes all of it out, s < 0 is the opposite sign), and acts once at all positions and once at the last alone: the same
+difference of means can remove 15 % at all and 99.6 % at the last, so methods are compared at the same positions only.
+
+Three splits: directions are found on discover, the strength is chosen on tune, every figure is of report. At a cost c,
+
+    u* = the point of the tune curve with cost ≤ c and the smallest |B|;   removed = 1 - |B_u*/B_0| on report
+
+with cost = max(KL, KL_off, 1 - β) and B interpolated linearly between strengths first and folded after: a bias turned round is not
+removed. The curve is walked from s = 0; where it never reaches the cost, the best it has stands there and `reached` is False.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.measures.costs import TEXT_KINDS
+from sae_bias.core.text import bracket, number, percent, signed
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.stats.design import split_templates
+from sae_bias.stats.design import DEFAULT_SHARES, split_templates
+from sae_bias.stats.reduction import fieller_reduction
 from sae_bias.steering.controls import control_edits
 from sae_bias.steering.directions import (
     Direction,
@@ -37,6 +45,7 @@ from sae_bias.steering.directions import (
 from sae_bias.steering.edits import ProjectOut, Scale, Steer
 from sae_bias.steering.intervention import FeatureLike, Intervention
 from sae_bias.steering.ridge import RidgeProbe, ridge_probe
+from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell, Sweep
 from sae_bias.workflows.sweep import SweepResult, run_sweep
 
@@ -45,11 +54,11 @@ if TYPE_CHECKING:
 
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-KL_LEVELS = (0.003, 0.01, 0.03, 0.1)
+LEVELS = (0.01, 0.03, 0.1, 0.3)
+POSITIONS = {"all": "all positions", "last": "last token"}
 NORM_SHARES = (-0.02, -0.05, -0.1, -0.2)
 SUBSPACE_K = 5
 N_RANDOM = 3
-SPLITS = {"discover": 0.5, "report": 0.5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +66,10 @@ class Comparison:
     """Every method's curve, and its reduction at equal KL."""
 
     frame: pd.DataFrame
-    """One row a method and share, on the report templates: method, share, kl (worst text kind), reduction with its interval …"""
+    """One row a method, positions, share and split: cost, bias removed, specific reduction, each with its interval …"""
     table: pd.DataFrame
-    """One row a method: bias removed at each KL level (`kl_0.01`), whether it got there (`reached_0.01`), what it reads."""
+    """One row a method and positions: the strength chosen on tune with its figures on report, and the share of the bias
+    removed at each cost (`at_0.01` with its interval, `reached_0.01`)."""
     ridge: RidgeProbe = field(repr=False)
     path: Path | None = None
 
@@ -67,23 +77,46 @@ class Comparison:
         return self.table.copy()
 
     def plot(self) -> go.Figure:
-        """The frontier: bias removed against KL, a line a method."""
+        """The frontier: bias removed against cost, a line a method."""
         return frontier_of(self.frame)
 
     def __repr__(self) -> str:
-        levels = [str(c) for c in self.table if str(c).startswith("kl_")]
-        shown = self.table[["method", *levels]].copy()
-        for level in levels:
-            reached = self.table["reached_" + level.removeprefix("kl_")]
-            shown[level] = [f"{v:.1%}{'' if r else ' *'}" for v, r in zip(shown[level], reached)]
-        shown.columns = ["method", *(f"at KL {level.removeprefix('kl_')}" for level in levels)]
+        shown, columns = table_in_words(self.table)
         return (
-            "Comparison: share of the bias removed (* the method did not reach this KL)\n"
-            + shown.to_string(index=False)
+            "Comparison: share of the bias removed on templates held out, at equal cost\n"
+            + shown[list(columns)].rename(columns=columns).to_string(index=False)
+            + f"\n{NOT_REACHED}"
         )
 
     def _repr_html_(self) -> str:
-        return self.table.round(4).to_html(escape=True, index=False)
+        shown, columns = table_in_words(self.table)
+        return shown[list(columns)].rename(columns=columns).to_html(escape=True, index=False)
+
+
+NOT_REACHED = "* not reached: no strength of the method costs so much; its best below that cost stands there."
+
+
+def table_in_words(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The table as texts, with the mark * where a cost was not reached, and its columns' names."""
+    levels = [c.removeprefix("reached_") for c in map(str, table) if c.startswith("reached_")]
+    shown = table[["method", "kind"]].copy()
+    for level in levels:
+        cells = table[[f"at_{level}", f"low_{level}", f"high_{level}", f"reached_{level}"]]
+        shown[f"at_{level}"] = [
+            f"{percent(v)} {bracket(low, high, share=True)}{'' if reached else ' *'}"
+            for v, low, high, reached in cells.itertuples(index=False)
+        ]
+    shown["best"] = [
+        f"{number(r.share)}: {percent(r.specific_reduction)} (β {number(r.beta)})"
+        if not r.undefined
+        else "none"
+        for r in table.itertuples()
+    ]
+    for side in ("human_shift", "ai_shift"):
+        shown[side] = [signed(v) for v in table[side]]
+    names = {"method": "method"} | {f"at_{level}": f"at cost {level}" for level in levels}
+    names |= {"best": "tuned share: specific", "human_shift": "human moved", "ai_shift": "AI moved"}
+    return shown, names
 
 
 def compare_methods(
@@ -93,37 +126,48 @@ def compare_methods(
     probe: Probe | None = None,
     *,
     discover: Sequence[str] | None = None,
+    tune: Sequence[str] | None = None,
     report: Sequence[str] | None = None,
     shares: Sequence[float] = SHARES,
-    kl_levels: Sequence[float] = KL_LEVELS,
+    kl_levels: Sequence[float] = LEVELS,
     k: int = SUBSPACE_K,
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Suppress the feature and its baselines by steps, and read each at equal KL.
+    """Suppress the feature and its baselines by steps, and read each at equal cost.
 
     Args:
-        discover: templates the directions are found on; half of them, drawn from `seed`, where neither list is given.
-        report: templates the reductions are of.
+        discover: templates the directions are found on. Without any list, templates are split from `seed`.
+        tune: templates the strength is chosen on; those of `discover` where it is not given beside the others.
+        report: templates the figures are of.
+        kl_levels: the costs to compare at.
         k: dimensions of the subspace.
 
     Raises:
-        RequestError: templates in both lists, only one list given, or an edit that does not fit the model.
+        RequestError: templates in two lists, only one list given, or an edit that does not fit the model.
     """
     loaded = as_feature(feature)
-    found_on, reported = _templates(pairs, discover, report, seed)
+    splits = _splits(pairs, discover, tune, report, seed)
+    found_on = pairs.select(templates=splits["discover"])
     ridge = ridge_probe(model, found_on, folds=min(5, len(found_on.templates)), seed=seed)
     methods = _methods(model, loaded, found_on, ridge, k, seed)
     cells = [
-        Cell((edit,), "candidate" if name == "feature" else "direction", f"{name} | {share:g}")
+        Cell(
+            (replace(edit, positions=where),),
+            "candidate" if name == "feature" else "direction",
+            f"{name}, {words} | {share:g}",
+        )
+        for where, words in POSITIONS.items()
         for name, edits in methods.items()
         for share, edit in edits(shares)
     ]
-    sweep = Sweep(cells, costs=True, splits={"report": list(reported)}, seed=seed)
+    sweep = Sweep(
+        cells, costs=True, splits={name: list(splits[name]) for name in ("tune", "report")}, seed=seed
+    )
     result = run_sweep(model, pairs, sweep, probe=probe, out=out, progress=progress)
     frame = _curves(result)
-    return Comparison(frame, equal_kl(frame, kl_levels), ridge, result.path)
+    return Comparison(frame, equal_cost(frame, result.cells, splits, kl_levels), ridge, result.path)
 
 
 # --- the methods ---
@@ -192,65 +236,135 @@ def _kind(method: str) -> str:
     return "candidate" if method == "feature" else "direction"
 
 
-def _templates(
-    pairs: PromptPairs, discover: Sequence[str] | None, report: Sequence[str] | None, seed: int
-) -> tuple[PromptPairs, tuple[str, ...]]:
-    if (discover is None) != (report is None):
-        raise RequestError("give both discover and report templates, or neither.")
+def _splits(
+    pairs: PromptPairs,
+    discover: Sequence[str] | None,
+    tune: Sequence[str] | None,
+    report: Sequence[str] | None,
+    seed: int,
+) -> dict[str, tuple[str, ...]]:
+    if (discover is None) != (report is None) or (discover is None and tune is not None):
+        raise RequestError("give both discover and report templates (and tune ones), or neither.")
     if discover is None or report is None:
-        if len(pairs.templates) < 4:
+        if len(pairs.templates) < FEWEST:
             raise RequestError(
-                f"{len(pairs.templates)} templates cannot be split into discover and report; at least 4 are needed."
+                f"{len(pairs.templates)} templates cannot be split into discover, tune and report; at least {FEWEST} are needed."
             )
         families = {p.template: p.family for p in pairs}
-        split = split_templates(pairs.templates, SPLITS, seed, families=families)
-        discover, report = split["discover"], split["report"]
-    both = sorted(set(discover) & set(report))
-    if both:
-        raise RequestError(f"template {both[0]!r} stands in both discover and report.")
-    return pairs.select(templates=discover), tuple(report)
+        return split_templates(pairs.templates, DEFAULT_SHARES, seed, families=families)
+    given = {"discover": tuple(discover), "report": tuple(report)} | ({"tune": tuple(tune)} if tune else {})
+    for first, second in itertools.combinations(given, 2):
+        both = sorted(set(given[first]) & set(given[second]))
+        if both:
+            raise RequestError(f"template {both[0]!r} stands in both {first} and {second}.")
+    return {"tune": given["discover"], **given}
 
 
-# --- equal KL ---
+# --- equal cost ---
 def _curves(result: SweepResult) -> pd.DataFrame:
-    """The sweep's rows with their method and share, and the worst KL of the text kinds."""
+    """The sweep's rows with their method and share."""
     frame = result.frame[result.frame["kind"] != "base"].copy()
     label = frame["label"].str.rsplit(" | ", n=1, expand=True)
     frame.insert(0, "method", label[0])
     frame.insert(1, "share", label[1].astype(float))
-    frame["kind"] = frame["method"].map(_kind)
-    frame.insert(2, "kl", frame[[f"kl_{kind}" for kind in TEXT_KINDS]].max(axis=1))
+    frame["kind"] = frame["method"].str.rsplit(", ", n=1).str[0].map(_kind)
     return frame.reset_index(drop=True)
 
 
-def equal_kl(frame: pd.DataFrame, levels: Sequence[float] = KL_LEVELS) -> pd.DataFrame:
-    """Bias removed by each method at each level of KL; rows need method, share, kl, reduction."""
+def equal_cost(
+    frame: pd.DataFrame,
+    cells: Mapping[str, pd.DataFrame],
+    splits: Mapping[str, Sequence[str]],
+    levels: Sequence[float] = LEVELS,
+) -> pd.DataFrame:
+    """One row a method: its tuned strength on report, and the share of the bias removed at each cost."""
+    base = next(f for f in cells.values() if f.attrs.get("kind") == "base")
+    keep = {name: base["template"].isin(list(splits[name])).to_numpy() for name in ("tune", "report")}
     rows = []
     for method, part in frame.groupby("method", sort=False):
-        part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
-        kl = np.concatenate([[0.0], part["kl"].to_numpy()])
-        removed = np.concatenate([[0.0], 1 - np.abs(1 - part["reduction"].to_numpy())])
-        row: dict[str, object] = {"method": method, "kind": part["kind"].iloc[0] if "kind" in part else ""}
+        best = choose_strength(part.assign(kind="candidate"), "tune", "report")
+        report = part[part["split"] == "report"]
+        held: Any = report[report["cell"] == best.cell].iloc[0] if best.cell else {}
+        row = {
+            "method": method,
+            "kind": part["kind"].iloc[0],
+            "positions": part["positions"].iloc[0],
+            "undefined": best.reason,
+        }
+        row |= {name: held.get(name, float("nan")) for name in TUNED}
+        on_report = report.reindex(report["share"].abs().sort_values(kind="stable").index)
+        curve = Curve.of(on_report, cells, base)
         for level in levels:
-            row[f"kl_{level:g}"], row[f"reached_{level:g}"] = at_kl(kl, removed, level)
+            row |= curve.at(level, keep["tune"], keep["report"])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def at_kl(kl: np.ndarray, removed: np.ndarray, level: float) -> tuple[float, bool]:
-    """Most bias removed on the curve up to the point where KL first passes `level`, and whether it passes it."""
-    best = removed[0]
-    for i in range(1, len(kl)):
-        if kl[i] > level:
-            step = kl[i] - kl[i - 1]
-            part = (level - kl[i - 1]) / step if step > 0 else 0.0
-            return float(max(best, removed[i - 1] + part * (removed[i] - removed[i - 1]))), True
-        best = max(best, removed[i])
-    return float(best), False
+TUNED = (
+    "share", "removed_nats", "removed_nats_low", "removed_nats_high", "reduction", "red_low", "red_high", "specific_reduction", "spec_low",
+    "spec_high", "beta", "human_shift", "ai_shift", "kl_off", "cost",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A method walked from no change outwards: the cost and every pair's bias at each strength."""
+
+    cost: Float[np.ndarray, "n_steps"]
+    bias: Float[np.ndarray, "n_steps n_pairs"]
+    """The first step is the unsteered model, at cost 0."""
+    clusters: tuple[list[str], list[str]]
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, cells: Mapping[str, pd.DataFrame], base: pd.DataFrame) -> Curve:
+        bias = [base["bias"].to_numpy(float), *(cells[c]["bias"].to_numpy(float) for c in rows["cell"])]
+        clusters = base["template"].tolist(), base["entity"].tolist()
+        return cls(np.concatenate([[0.0], rows["cost"].to_numpy(float)]), np.stack(bias), clusters)
+
+    def reach(self, level: float) -> tuple[float, bool]:
+        """How far the curve can be walked (in steps) before its cost first passes `level`, and whether it does."""
+        for i in range(1, len(self.cost)):
+            if self.cost[i] > level:
+                step = self.cost[i] - self.cost[i - 1]
+                return i - 1 + (level - self.cost[i - 1]) / step, True
+        return float(len(self.cost) - 1), False
+
+    def biases(self, place: float) -> Float[np.ndarray, "n_pairs"]:
+        """Every pair's bias at a place between two steps."""
+        low = min(int(place), len(self.bias) - 2)
+        return self.bias[low] + (place - low) * (self.bias[low + 1] - self.bias[low])
+
+    def best_place(self, level: float, rows: np.ndarray) -> float:
+        """The place within the cost where the mean bias of `rows` is nearest to 0: at a step, the end, or a zero between two."""
+        end = self.reach(level)[0]
+        means = self.bias[:, rows].mean(1)
+        places = [*range(int(end) + 1), end]
+        for i in range(len(means) - 1):
+            if means[i] * means[i + 1] < 0:
+                zero = i + means[i] / (means[i] - means[i + 1])
+                places += [zero] if zero <= end else []
+        return min(places, key=lambda place: abs(self.biases(place)[rows].mean()))
+
+    def at(self, level: float, tune: np.ndarray, report: np.ndarray) -> dict[str, Any]:
+        """Share of the bias removed on report at the place chosen on tune, with its interval folded at 0."""
+        place = self.best_place(level, tune)
+        labels = tuple(np.array(c)[report].tolist() for c in self.clusters)
+        cut = fieller_reduction(self.bias[0][report], self.biases(place)[report], *labels)
+        left = sorted(abs(1 - x) for x in cut.ci)
+        low = 0.0 if cut.ci_low <= 1 <= cut.ci_high else left[0]
+        return {
+            f"at_{level:g}": 1 - abs(1 - cut.estimate),
+            f"low_{level:g}": 1 - left[1],
+            f"high_{level:g}": 1 - low,
+            f"reached_{level:g}": self.reach(level)[1],
+        }
+
+
+FEWEST = 6
 
 
 def frontier_of(frame: pd.DataFrame) -> go.Figure:
-    """Bias removed against KL, a line a method."""
+    """Bias removed against cost, a line a method."""
     from sae_bias.figures.sweep import methods_at_cost
 
-    return methods_at_cost(frame)
+    return methods_at_cost(frame[frame["split"] == "report"])

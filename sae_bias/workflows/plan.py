@@ -20,15 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_bias.measures.collapse import bank_items
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
-from sae_bias.measures.costs import TEXT_KINDS
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.prompts.texts import load_texts
+from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.stats.design import split_templates
+from sae_bias.steering.banks import bank_items
 from sae_bias.steering.engine import STACK, STACK_TOKENS
 from sae_bias.workflows.hardware import STREAMING, Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate
@@ -287,7 +286,7 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
 def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape], cells: int) -> Step:
     """The base, the candidates with costs and banks, and the controls; every prompt is taken to change."""
     m, prompts = c.model, _pair_texts(pairs, controls=False)
-    texts = Texts.of(t for kind in TEXT_KINDS for t in load_texts(kind))
+    texts = Texts.of(t for kind in COST_TEXTS for t in load_texts(kind))
     bank = Texts.of(bank_items()[0])
     layer = min(s.layer for s in saes)
     later, costed = m.n_layers - layer - 1, cells - study.controls - 1

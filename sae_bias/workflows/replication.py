@@ -208,13 +208,10 @@ class _Runner:
                 torch.cuda.empty_cache()
 
     def measure(self, name: str, model: Model) -> Measured:
-        controls = bool(len(self.pairs.controls()))
-        base = run_probe(model, self.pairs, self.probe, controls=controls, levels=True)
+        base = run_probe(model, self.pairs, self.probe)
         forms = {"plain": base}
         if self.study.chat and getattr(model.tokenizer, "chat_template", None):
-            forms["chat"] = run_probe(
-                model, self.pairs, self.probe, controls=controls, levels=True, chat=True
-            )
+            forms["chat"] = run_probe(model, self.pairs, self.probe, chat=True)
         switches = probe_switches(model, self.pairs, self.probe, base=base) if self.study.switches else None
         return Measured(name, forms, switches)
 

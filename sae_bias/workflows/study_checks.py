@@ -9,33 +9,31 @@ import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.causal import causal_ladder
-from sae_bias.measures.specificity import specificity
 from sae_bias.models.model import Model
-from sae_bias.probe.checks import run_checks
+from sae_bias.probe.checks import Checks, run_checks
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.runs.summary import CausalFigure
 from sae_bias.saes.ids import FeatureRef
-from sae_bias.steering.edits import Ablate
 from sae_bias.workflows.as_published import intervention_switches, probe_switches
 
 Tables = dict[str, pd.DataFrame]
 
 
-def probe_tables(model: Model, pairs: PromptPairs, probe: Probe, seed: int) -> tuple[Tables, list[str]]:
-    """The sensitivity checks of the probe, and a line for each that these pairs or this model cannot have."""
-    checks = run_checks(model, pairs, probe, seed=seed)
-    return checks.run_tables(), [f"not checked: {name} ({why})" for name, why in checks.skipped.items()]
+def probe_checks(model: Model, base: ProbeResult, seed: int) -> Checks:
+    """The sensitivity checks of the probe; `base` is not measured again."""
+    return run_checks(model, base.pairs, base=base, seed=seed)
 
 
 def feature_tables(
     model: Model, chosen: FeatureRef, pairs: PromptPairs, probe: Probe
-) -> tuple[Tables, list[str]]:
-    """The causal ladder of the chosen feature on `pairs`, and other questions' biases under its ablation."""
+) -> tuple[Tables, list[str], CausalFigure]:
+    """The causal ladder of the chosen feature on `pairs`."""
     climbed = causal_ladder(model, chosen, pairs, probe)
     tables = {"ladder": climbed.to_frame(), "ceilings": climbed.ceilings, "direct_words": climbed.words}
-    tables["specificity"] = specificity(model, [Ablate(chosen)]).to_frame()
-    return tables, [climbed.note] if climbed.note else []
+    figure = CausalFigure(feature=str(chosen), layer=climbed.layer, bias=climbed.base.bias)
+    return tables, [climbed.note] if climbed.note else [], figure
 
 
 def switch_tables(

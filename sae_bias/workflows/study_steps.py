@@ -21,13 +21,15 @@ from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
-from sae_bias.measures.collapse import CollapseEngine
+from sae_bias.measures.base import run_measures
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
+from sae_bias.probe.checks import null_facts
 from sae_bias.probe.checks_subjects import decompose
+from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe
@@ -41,20 +43,19 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import (
     bias_summary,
     gate_facts,
-    reduction_figure,
 )
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.stats.design import split_templates
-from sae_bias.steering.controls import empirical_p
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.study_checks import feature_tables, probe_tables, switch_tables
+from sae_bias.workflows.study_checks import feature_tables, probe_checks, switch_tables
 from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
+from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
 from sae_bias.workflows.sweep_work import Executor
 
 
@@ -91,14 +92,18 @@ class StudyRun:
                 self.split = _split(self.pairs, study)
                 self.fidelity = self.check()
             with self.step("probe"):
-                base = run_probe(
-                    self.model, self.pairs, self.probe, controls=bool(len(self.pairs.controls())), levels=True
-                )
+                base = run_probe(self.model, self.pairs, self.probe, random_words=True)
             self.write_base(base)
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
-                    self.add(probe_tables(self.model, self.pairs, self.probe, self.study.seed))
+                    checks = probe_checks(self.model, base, self.study.seed)
+                self.add(
+                    (checks.run_tables(), [f"not checked: {n} ({why})" for n, why in checks.skipped.items()])
+                )
+                summary |= checks.facts | {"warnings": checks.warnings}
+            else:
+                summary["random_words"] = null_facts(random_word_null(base, seed=self.study.seed))
             if self.saes:
                 summary |= self.discover(base)
             if self.study.profile == "as_published" and self.shard is None:
@@ -164,24 +169,26 @@ class StudyRun:
         with self.step("sweep"):
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
             family = ranking.loc[ranking["call"] == called, "feature"]
-            sweep, cells = self.sweep(chosen, discover, list(family))
+            sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
-        summary = {"feature": chosen_facts(ranking, chosen), **self.suppressed(base, chosen, sweep, cells)}
-        causal = (
-            "yes" if summary["controls"]["p_value"] <= 0.05 and summary["reduction"]["estimate"] > 0 else "no"
-        )
+        summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
+        causal = "yes" if beats_controls(summary) else "no"
         ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
         with self.step("behavior"):
-            self.write_examples(base, chosen)
+            self.write_examples(base, sweep)
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
                 report = self.pairs.select(templates=self.split["report"])
-                self.add(feature_tables(self.model, chosen, report, self.probe))
+                tables, notes, summary["ladder"] = feature_tables(self.model, chosen, report, self.probe)
+                self.add((tables, notes))
+                found = run_measures(ProbeEngine(self.model, report, self.probe), (Ablate(chosen),))
+                self.write_tables(found.tables)
+                summary |= found.summary
                 self.write_card(chosen)
         return summary
 
@@ -244,9 +251,7 @@ class StudyRun:
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
         return pd.concat(curves, ignore_index=True)
 
-    def sweep(
-        self, chosen: FeatureRef, discover: PromptPairs, family: list[str]
-    ) -> tuple[SweepResult, list[Cell]]:
+    def sweep(self, chosen: FeatureRef, discover: PromptPairs, family: list[str]) -> SweepResult:
         feature = as_feature(chosen)
         top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
         direction = difference_of_means(self.model, discover, feature.site)
@@ -276,60 +281,31 @@ class StudyRun:
             executor=self.executor,
         )
         self.folder.write_table("sweep", result.frame)
-        return result, cells
+        return result
 
-    def suppressed(
-        self, base: ProbeResult, chosen: FeatureRef, sweep: SweepResult, cells: list[Cell]
-    ) -> dict[str, Any]:
+    def suppressed(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
         report = sweep.frame[sweep.frame["split"] == "report"]
-        ablated = report[report["label"] == "ablate"].iloc[0]
-        controls = report[report["kind"] == "control"]
-        self.folder.write_table(
-            "controls",
-            controls[["feature", "label", "reduction"]].rename(
-                columns={"feature": "control", "label": "kind"}
-            ),
-        )
-        on_report = base.select(self.split["report"])
-        engine = ProbeEngine(self.model, on_report.pairs, self.probe)
-        after, _ = engine.run([Ablate(chosen)])
-        collapse = CollapseEngine(self.model, self.probe).run([Ablate(chosen)], engine.base, after)
-        specific = collapse.specific
-        tuned = sweep.best("tune")
-        held = report[report["cell"] == tuned["cell"]].iloc[0]
-        values = controls["reduction"].to_numpy()
-        median = float(np.median(values)) if len(values) else float("nan")
-        return {
-            "reduction": reduction_figure(after.reduction_from(engine.base)),
-            "specific_reduction": {
-                "estimate": specific.estimate, "ci_low": specific.ci_low, "ci_high": specific.ci_high, "beta": specific.beta,
-                "beta_other": specific.beta_other, "beta_ai": specific.beta_ai, "undefined": specific.reason or None,
-                "bank_changed": collapse.changed_share,
-            },
-            "costs": {kind: {"kl_mean": ablated[f"kl_{kind}"], "kl_p95": ablated[f"kl_p95_{kind}"], "fired": ablated[f"fired_{kind}"]} for kind in ("neutral", "ai_nonspeech", "ai_speech")},
-            "controls": {
-                "n": len(values),
-                "p_value": empirical_p(float(ablated["reduction"]), values) if len(values) else float("nan"),
-                "median": median,
-                "multiple_of_median": float(ablated["reduction"]) / median if median else float("nan"),
-                "percentile95": float(np.quantile(values, 0.95)) if len(values) else float("nan"),
-            },
-            "best_strength": {
-                "in_sample": {"strength": tuned["strength"], "reduction": tuned["reduction"], "label": tuned["label"]},
-                "held_out": {"strength": held["strength"], "reduction": held["reduction"], "outside_observed": held["outside_observed"]},
-            },
-        }  # fmt: skip
+        self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
+        return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
 
-    def write_examples(self, base: ProbeResult, chosen: FeatureRef) -> None:
-        on_report = base.select(self.split["report"])
-        after = ProbeEngine(self.model, on_report.pairs, self.probe).run([Ablate(chosen)])[0]
-        frame = on_report.to_frame()[["human", "ai", "score_human", "score_ai", "bias"]]
+    def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
+        """The report pairs of one cell of the sweep, in the order of the pairs."""
+        name = sweep.frame.loc[sweep.frame["label"] == label, "cell"].iloc[0]
+        cell = sweep.cells[str(name)]
+        return cell[cell["template"].isin(list(self.split["report"]))]
+
+    def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
+        after = self.on_report(sweep, "ablate")
+        frame = base.select(self.split["report"]).to_frame()[
+            ["human", "ai", "score_human", "score_ai", "bias"]
+        ]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
-        frame["after_human"], frame["after_ai"], frame["bias_after"] = (
-            after.score_human,
-            after.score_ai,
-            after.pair_bias,
-        )
+        for column, score in (
+            ("after_human", "score_human"),
+            ("after_ai", "score_ai"),
+            ("bias_after", "bias"),
+        ):
+            frame[column] = after[score].to_numpy()
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 

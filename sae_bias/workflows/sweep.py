@@ -8,7 +8,7 @@ sweep in order, so that its table can be made again from the folder alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,6 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
-from sae_bias.measures.collapse import collapse_test
-from sae_bias.measures.costs import TEXT_KINDS
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
@@ -30,10 +28,9 @@ from sae_bias.runs.folder import RunFolder, merge_shards, reading
 from sae_bias.runs.manifest import manifest, write_manifest
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
-from sae_bias.stats.clustered import clustered_mean
-from sae_bias.stats.reduction import fieller_reduction
-from sae_bias.steering.intervention import edit_class
+from sae_bias.workflows.best_strength import BestStrength, choose_strength
 from sae_bias.workflows.cells import Cell, Plan, Sweep
+from sae_bias.workflows.sweep_rows import cell_rows
 from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 
 if TYPE_CHECKING:
@@ -49,32 +46,7 @@ __all__ = [
     "merge_run",
     "run_sweep",
 ]
-FORMAT = 2  # of a cell's file; part of every cell's name
-
-
-@dataclass(frozen=True)
-class BestStrength:
-    """The strength chosen on one split, with its figure there and on the split that had no part in the choice."""
-
-    cell: str
-    rule: str
-    strength: float
-    outside_observed: bool
-    """Whether the strength lies outside the activations the feature was seen to take."""
-    chosen_on: str
-    in_sample: float
-    """Reduction on the split that chose it: too good on average."""
-    reported_on: str
-    held_out: float
-    held_out_low: float
-    held_out_high: float
-
-    def __repr__(self) -> str:
-        flag = ", outside the observed range" if self.outside_observed else ""
-        return (
-            f"BestStrength({self.rule}{flag}: reduction {self.in_sample:.1%} on {self.chosen_on} (in-sample), "
-            f"{self.held_out:.1%} [{self.held_out_low:.1%}, {self.held_out_high:.1%}] on {self.reported_on})"
-        )
+FORMAT = 3  # of a cell's file; part of every cell's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,31 +61,15 @@ class SweepResult:
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
 
-    def best(self, split: str) -> pd.Series:
-        """The candidate row of lowest |bias| on a split: in-sample there, honest only on another."""
-        rows = self.frame[(self.frame["split"] == split) & (self.frame["kind"] == "candidate")]
-        if rows.empty:
-            raise RequestError(f"the sweep has no candidate cell on split {split!r}.")
-        return rows.iloc[int(rows["bias"].abs().to_numpy().argmin())]
-
     def best_strength(self, tune: str = "tune", report: str = "report") -> BestStrength:
-        """The best candidate on `tune`, with its figure there and on `report`.
+        """The candidate of largest specific reduction on `tune` under KL_off, with its figures there and on `report`.
+
+        Where none can be named (no costs, a bias that may be 0, no strength that keeps β), `cell` is empty and `reason` says why.
 
         Raises:
             RequestError: the sweep held no templates out; give Sweep(splits=…), or the one split's name for both.
         """
-        missing = {tune, report} - set(self.frame["split"])
-        if missing:
-            raise RequestError(
-                f"the sweep has no split {sorted(missing)[0]!r}, only {', '.join(self.frame['split'].unique())}; "
-                'give Sweep(splits={"tune": [...], "report": [...]}).'
-            )
-        chosen = self.best(tune)
-        held = self.frame[(self.frame["cell"] == chosen["cell"]) & (self.frame["split"] == report)].iloc[0]
-        return BestStrength(
-            str(chosen["cell"]), str(chosen["rule"]), float(chosen["strength"]), bool(held["outside_observed"]),
-            tune, float(chosen["reduction"]), report, float(held["reduction"]), float(held["red_low"]), float(held["red_high"]),
-        )  # fmt: skip
+        return choose_strength(self.frame, tune, report)
 
     def plot(self) -> go.Figure:
         """Bias against strength, with its interval."""
@@ -122,7 +78,7 @@ class SweepResult:
         return sweep_curve(self.frame)
 
     def frontier(self) -> go.Figure:
-        """Bias removed against KL, the worst of the text kinds (needs costs=True)."""
+        """Bias removed against cost: the worst KL, or 1 − β where that is more (needs costs=True)."""
         from sae_bias.figures.sweep import frontier
 
         if "kl_neutral" not in self.frame:
@@ -282,117 +238,6 @@ class _Runner:
         listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
         frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
         return SweepResult(frame, done, None if folder is None else folder.path)
-
-
-# --- from cells to the table ---
-def cell_rows(
-    listed: Sequence[Mapping[str, Any]],
-    cells: Mapping[str, pd.DataFrame],
-    splits: Mapping[str, Sequence[str]],
-    *,
-    costs: bool,
-) -> pd.DataFrame:
-    """One row a cell and split; the first listed cell is the base."""
-    base = cells[listed[0]["cell"]]
-    keep = {split: base["template"].isin(list(templates)).to_numpy() for split, templates in splits.items()}
-    for split, rows in keep.items():
-        if not rows.any():
-            raise RequestError(f"split {split!r} holds none of the pairs' templates.")
-    return pd.DataFrame(
-        [
-            _row(facts, split, rows, cells[facts["cell"]], base, costs)
-            for facts in listed
-            for split, rows in keep.items()
-        ]
-    )
-
-
-def _row(
-    cell: Mapping[str, Any],
-    split: str,
-    keep: np.ndarray,
-    frame: pd.DataFrame,
-    base: pd.DataFrame,
-    costs: bool,
-) -> dict[str, Any]:
-    clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
-    after, before = frame["bias"].to_numpy()[keep], base["bias"].to_numpy()[keep]
-    stat = clustered_mean(after, *clusters)
-    reduction = fieller_reduction(before, after, *clusters)
-    wrong = after > before if before.mean() > 0 else after < before
-    strength = float("nan") if cell["strength"] is None else float(cell["strength"])
-    row = {
-        "cell": cell["cell"],
-        "intervention": cell["intervention"],
-        "feature": cell["feature"],
-        "strength": strength,
-        "positions": cell["positions"],
-        "split": split,
-        "n_pairs": len(after),
-        "bias": stat.mean,
-        "ci_low": stat.ci_low,
-        "ci_high": stat.ci_high,
-        "change": float((after - before).mean()),
-        "mean_abs_change": float(np.abs(after - before).mean()),
-        "rule": cell["rule"],
-        "wrong_way_share": float(wrong.mean()),
-        "reduction": reduction.estimate,
-        "red_low": reduction.ci_low,
-        "red_high": reduction.ci_high,
-        "overshoot": reduction.overshoot,
-        "kind": cell["kind"],
-        "label": cell["label"],
-        "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
-    }
-    if costs:
-        row |= _collapse_columns(before, after, clusters, base.attrs.get("bank"), frame.attrs.get("bank"))
-        row |= {key: _float(frame.attrs.get(key)) for key in COST_COLUMNS}
-    row["positions_changed"] = frame.attrs.get("positions_changed", 0)
-    return row
-
-
-def _outside(intervention: str, strength: float, observed: float | None) -> bool:
-    """Whether an activation is set to a value the feature was not seen to take."""
-    edit = edit_class(intervention)
-    sets = edit is not None and edit.sets_activation and np.isfinite(strength)
-    return bool(sets and not 0 <= strength <= (observed or 0.0))
-
-
-COST_COLUMNS = [
-    f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "nll", "fired") for kind in TEXT_KINDS
-]
-
-
-def _collapse_columns(
-    before: np.ndarray,
-    after: np.ndarray,
-    clusters: tuple[list[str], list[str]],
-    bank_before: Sequence[float] | None,
-    bank_after: Sequence[float] | None,
-) -> dict[str, Any]:
-    """β and the specific reduction of one split, with its interval; NaN where the banks were not run."""
-    if bank_before is None or bank_after is None:
-        return dict.fromkeys(COLLAPSE_COLUMNS, float("nan")) | {"specific_reason": "not measured"}
-    test = collapse_test(before, after, clusters, np.array(bank_before), np.array(bank_after))
-    s = test.specific
-    values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *(test.changed_share[b] for b in ("other", "ai")))  # fmt: skip
-    return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
-
-
-COLLAPSE_COLUMNS = [
-    "specific_reduction",
-    "spec_low",
-    "spec_high",
-    "beta",
-    "beta_other",
-    "beta_ai",
-    "bank_changed_other",
-    "bank_changed_ai",
-]
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 # --- from a folder to the table ---

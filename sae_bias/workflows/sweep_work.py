@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from sae_bias.measures.collapse import CollapseEngine
-from sae_bias.measures.costs import CostEngine
+from sae_bias.measures.costs import CostEngine, pooled_kl_off
 from sae_bias.models.model import Model
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
@@ -39,6 +39,16 @@ class CellResult:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Engines:
+    """What measures a cell; the last three only where costs are asked for (and pairs have twins)."""
+
+    probe: ProbeEngine
+    twins: ProbeEngine | None = None
+    costs: CostEngine | None = None
+    banks: CollapseEngine | None = None
+
+
 Results = Iterator[tuple[Group, list[CellResult]]]
 
 
@@ -54,25 +64,40 @@ class Work:
     """Of each cell, whether costs and the collapse test are measured for it."""
 
     @cached_property
-    def engines(self) -> tuple[ProbeEngine, CostEngine | None, CollapseEngine | None]:
-        """The probe, the costs and the valence banks, each run once without edits."""
+    def engines(self) -> Engines:
+        """The probe, the mundane twins, the costs and the valence banks, each run once without edits."""
         sites = sorted({min(e.site for e in flat(c.edits)) for c in self.cells if c.edits})
-        costs = CostEngine(self.model, sites=sites) if any(self.costed) else None
-        collapse = CollapseEngine(self.model, self.probe, sites=sites) if any(self.costed) else None
-        return ProbeEngine(self.model, self.pairs, self.probe, sites=sites), costs, collapse
+        probe = ProbeEngine(self.model, self.pairs, self.probe, sites=sites)
+        if not any(self.costed):
+            return Engines(probe)
+        twins = self.pairs.controls()
+        return Engines(
+            probe,
+            ProbeEngine(self.model, twins, self.probe, sites=sites) if len(twins) else None,
+            CostEngine(self.model, probe=self.probe, sites=sites),
+            CollapseEngine(self.model, self.probe, sites=sites),
+        )
 
     def run(self, group: Sequence[int]) -> list[CellResult]:
-        """Pairs and facts of some cells, run together."""
+        """Pairs and facts of some cells, run together.
+
+        Costs and twins are measured for the costed cells; the valence banks for their controls too, whose specific
+        reductions stand beside the candidate's.
+        """
         cells = [self.cells[i] for i in group]
-        edits = [c.edits for c in cells]
-        probe, costs, collapse = self.engines
+        edits, use = [c.edits for c in cells], self.engines
         out = []
-        for cell, (after, receipt) in zip(cells, probe.run_many(edits)):
+        for cell, (after, receipt) in zip(cells, use.probe.run_many(edits)):
             out.append(CellResult(_pairs(after), {**cell.facts(), **_receipt_facts(receipt)}))
-        if costs is not None and collapse is not None and self.costed[group[0]]:
-            for result, table in zip(out, costs.run_many(edits)):
+        if use.costs is not None and self.costed[group[0]]:
+            for result, table in zip(out, use.costs.run_many(edits)):
                 result.facts.update(_cost_facts(table))
-            for result, scores in zip(out, collapse.scores(edits)):
+            if use.twins is not None:
+                for result, (after, _) in zip(out, use.twins.run_many(edits)):
+                    result.facts["twins"] = _twin_biases(self.pairs, after)
+        if use.banks is not None:
+            banked = [(r, c.edits) for r, c in zip(out, cells) if not c.needs_pairs]
+            for (result, _), scores in zip(banked, use.banks.scores([e for _, e in banked])):
                 result.facts["bank"] = scores.tolist()
         return out
 
@@ -92,9 +117,18 @@ def _pairs(result: ProbeResult) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(PAIR_COLUMNS, columns)))
 
 
+def _twin_biases(pairs: PromptPairs, twins: ProbeResult) -> list[float | None]:
+    """Bias of each pair's mundane twin, in the order of the pairs; None where it has none."""
+    found = {(p.template, p.entity): float(b) for p, b in zip(twins.pairs, twins.pair_bias)}
+    return [found.get((p.template, p.entity)) for p in pairs]
+
+
 def _cost_facts(table: pd.DataFrame) -> dict[str, float]:
-    names = {"kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "nll": "nll_change", "fired": "changed_share"}  # fmt: skip
-    return {f"{short}_{row['kind']}": row[name] for row in table.to_dict("records") for short, name in names.items()}  # fmt: skip
+    names = {
+        "kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "kl_off": "kl_off", "nll": "nll_change", "fired": "changed_share",
+    }  # fmt: skip
+    facts = {f"{short}_{row['kind']}": row[name] for row in table.to_dict("records") for short, name in names.items()}  # fmt: skip
+    return facts | {"kl_off": pooled_kl_off(table)}
 
 
 def _receipt_facts(receipt: Receipt) -> dict[str, Any]:

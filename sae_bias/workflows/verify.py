@@ -25,7 +25,7 @@ import torch
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.core.files import digest
-from sae_bias.core.versions import versions
+from sae_bias.core.versions import definitions_of, versions
 from sae_bias.models.fingerprint import model_digest, model_files
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
@@ -37,7 +37,7 @@ from sae_bias.runs.folder import RunFolder, reading
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import sae_facts
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.sweep import collect, read_sweep, run_sweep
+from sae_bias.workflows.sweep import FORMAT, collect, read_sweep, run_sweep
 from sae_bias.workflows.verify_checks import (
     AGREES,
     DIFFERS,
@@ -50,6 +50,7 @@ from sae_bias.workflows.verify_checks import (
     compare_number,
     compare_tables,
     compare_within,
+    definitions_note,
     kept_numbers,
     need_columns,
     pair_name,
@@ -141,6 +142,7 @@ class _Verifier:
             self.checks += [*self.environment(), *self.model_files(facts), *self.saes(), *self.words()]
         if "pairs" in self.folder.tables():
             self.checks += self.base_table()
+        self.checks += definitions_note(definitions_of(self.manifest))
         for folder in self.sweeps:
             self.checks += self.sweep(folder)
         return Verification(self.folder.path, self.checks, self.n_cells, self.of_cells)
@@ -244,7 +246,7 @@ class _Verifier:
         if self.pairs is None or self.manifest.get("probe") is None:
             return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
         probe = probe_from_facts(self.manifest["probe"], f"{self.folder.path}/manifest.json")
-        again = run_probe(self.model, self.pairs, probe)
+        again = run_probe(self.model, self.pairs, probe, controls=False, levels=False)
         values = {"score_human": again.score_human, "score_ai": again.score_ai, "bias": again.pair_bias}
         return [self.compare("probe: every pair's scores", table, values), *found]
 
@@ -285,7 +287,12 @@ class _Verifier:
     def sweep_table(self, folder: RunFolder) -> list[Check]:
         name, made = self.name_of(folder) or "sweep: ", collect(folder.path)
         return [
-            compare_tables(f"{name}table made again from its cells", made.frame, folder.read_table("sweep")),
+            compare_tables(
+                f"{name}table made again from its cells",
+                made.frame,
+                folder.read_table("sweep"),
+                definitions_of(_own_manifest(folder) or self.manifest),
+            ),
             compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
         ]
 
@@ -323,18 +330,20 @@ class _Verifier:
         for stored, cell in rebuilt:
             name = names[0] if not cell.edits else order[id(cell)]
             self.n_cells += 1
-            yield self.compare_cell(stored, folder.read_cell(str(stored["cell"])), by_name[name], name)
+            then = folder.read_cell(str(stored["cell"]))
+            yield self.compare_cell(stored, then, by_name[name], name, facts.get("format") == FORMAT)
 
     def compare_cell(
-        self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str
+        self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str, same_format: bool
     ) -> Check:
+        """One cell; its name, a hash of its inputs, is compared where both were made by the same format."""
         what = cell_name(stored)
         need_columns(then, SCORES, what)
         check = self.compare(
             what, then, {c: now[c].to_numpy() for c in SCORES}, extra=kept_numbers(then, now)
         )
         here = self.given_model is None and self.tolerance == self.same_device
-        if here and check.status == AGREES and name != stored["cell"]:
+        if here and same_format and check.status == AGREES and name != stored["cell"]:
             return Check(
                 what, DIFFERS, "its scores agree, but its inputs have another hash: model, prompts, words or SAE changed",
                 check.difference, check.tolerance,

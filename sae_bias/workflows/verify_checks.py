@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.versions import DEFINITIONS, changed_columns, changed_since
 
 TABLE_TOLERANCE = 1e-9
 """Between a table and the cells it was made of: the same arithmetic on the same numbers."""
@@ -36,13 +37,19 @@ class Check:
         return dict(vars(self))
 
 
-def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame) -> Check:
-    """A sweep's table as its cells give it against the one that is stored: the same rows, the same numbers."""
+def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame, definitions: int) -> Check:
+    """A sweep's table as its cells give it against the one that is stored: the same rows, the same numbers.
+
+    Columns whose meaning changed since the run's definitions, or which it did not have, are left out.
+    """
+    older, changed = definitions < DEFINITIONS, changed_columns(definitions)
     keys = ("cell", "split")
     if not all(k in stored and list(made[k]) == list(stored[k]) for k in keys):
         return Check(what, DIFFERS, "its rows are not the sweep's cells")
     worst, where = 0.0, ""
     for column in made.select_dtypes("number").columns:
+        if column in changed or (older and column not in stored):
+            continue
         if column not in stored:
             return Check(what, DIFFERS, f"it has no column {column}")
         then = pd.to_numeric(stored[column], errors="coerce").to_numpy(float)
@@ -52,6 +59,16 @@ def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame) -> Check
             worst = float(gap[row])
             where = f"{column} of {made['rule'].iloc[row]} ({made['split'].iloc[row]})"
     return verdict(what, worst, TABLE_TOLERANCE, where, f"{len(made)} rows")
+
+
+def definitions_note(version: int) -> list[Check]:
+    """Which figures of an older run have changed their meaning since; nothing for a run of today's definitions."""
+    changed = changed_since(version)
+    if not changed:
+        return []
+    said = "; ".join(f"{name}: {how}" for name, how in changed.items())
+    what = f"definitions {version} → {DEFINITIONS}"
+    return [Check(what, NOTE, f"these changed their meaning and are not compared: {said}")]
 
 
 def compare_within(what: str, cells: Mapping[str, pd.DataFrame]) -> Check:

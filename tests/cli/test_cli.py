@@ -90,8 +90,9 @@ def asked(files):
 
 
 def test_help_lists_the_commands_that_exist():
-    names = [c.name for c in build_app().registered_commands]
-    assert names == list(COMMANDS)
+    commands = build_app().registered_commands
+    assert {c.name for c in commands} - {"play", "fit"} == set(COMMANDS)
+    assert [c.name for c in commands if not c.rich_help_panel] == [], "give it a place in GROUPS"
     assert len(COMMAND_MODULES) == len(set(COMMAND_MODULES))
 
 
@@ -437,7 +438,7 @@ def test_probe_prints_a_headline_and_quiet_only_that(sae_bias, gemma3, asked):
     assert long.startswith(short)
     assert len(long) > len(short)
     assert short.startswith("bias ")
-    assert short.count("\n") == 1
+    assert [line.split()[0] for line in short.splitlines()] == ["bias", "random", "WARNING:"]
     assert err == ""
 
 

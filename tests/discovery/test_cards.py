@@ -98,11 +98,10 @@ def test_the_words_it_writes_follow_the_unembedding(tiny):
     model, feature = tiny.model, tiny.feature(3)
     logits = logit_lens(model, feature.w_dec)
     gain = model.final_norm.weight.float()
-    if "Gemma" in model.architecture:
+    if tiny.name.startswith(("gemma2", "gemma3", "qwen3_5")):
         gain = 1 + gain
-    delta = (
-        feature.w_dec - feature.w_dec.mean() if model.architecture.startswith("GPTNeoX") else feature.w_dec
-    )
+    centered = isinstance(model.final_norm, torch.nn.LayerNorm)
+    delta = feature.w_dec - feature.w_dec.mean() if centered else feature.w_dec
     expected = model.w_unembed.float() @ (gain * delta)
     assert torch.allclose(logits, expected - expected.mean(), atol=1e-3)
     up, down = promoted(model, feature.w_dec, 5)

@@ -8,8 +8,7 @@ import torch
 from architectures import D_SAE, NEGATIVE, POSITIVE, SEVERAL_TOKENS
 
 import sae_bias as sb
-from sae_bias.discovery.causal import causal_ladder, direct_effect, frozen_norm
-from sae_bias.discovery.logit_lens import norm_gain
+from sae_bias.discovery.causal import causal_ladder, direct_effect
 from sae_bias.models.forward import Kept, forward_with_grad
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.interchange import AI, HUMAN, Interchange, common_suffix
@@ -97,7 +96,7 @@ def test_the_direct_effect_is_the_difference_under_a_frozen_norm(make_tiny, name
             r = forward_with_grad(model, ids, resume=Kept(1, x[None])).last().resid[0].detach()
             written = feature.activation(x[-1:]) * feature.w_dec
             with torch.no_grad():
-                z0, z1 = (frozen_norm(model, v, r) @ w.T for v in (r, r - written))
+                z0, z1 = (model.arch.norm.frozen(model.final_norm, v, r) @ w.T for v in (r, r - written))
             s0, s1 = (base.probe.score_values(z.numpy(), base.positive)[0] for z in (z0, z1))
             change[side] = s0 - s1
         assert direct[i] == pytest.approx(change["human"] - change["ai"], abs=2e-3)
@@ -107,8 +106,7 @@ def test_the_frozen_norm_is_the_norm_where_it_was_frozen(tiny):
     model = tiny.model
     x = 3 * torch.randn(5, model.d_model, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.allclose(frozen_norm(model, x, x), model.final_norm(x), atol=1e-5)
-    assert norm_gain(model)[0].shape == (model.d_model,)
+        assert torch.allclose(model.arch.norm.frozen(model.final_norm, x, x), model.final_norm(x), atol=1e-5)
 
 
 def test_words_of_several_tokens_and_log_odds_work(gemma3, pairs):

@@ -131,7 +131,7 @@ def test_a_sweep_of_edits_without_strengths_draws():
     assert len(sweep_figures.sweep_curve(rows).data) > 0
 
 
-def test_the_frontier_uses_the_worst_text_kind():
+def test_the_frontier_uses_the_worst_text_kind_or_the_lost_evaluation():
     rows = (
         FRAMES["sweep"]
         .query("kind == 'direction' and split == 'report' and intervention == 'steer'")
@@ -140,9 +140,11 @@ def test_the_frontier_uses_the_worst_text_kind():
     line = next(
         t for t in sweep_figures.frontier(FRAMES["sweep"]).data if t.name == "difference of means: steer"
     )
-    np.testing.assert_allclose(
-        np.asarray(line.x, dtype=float), rows[list(style_figures.COSTS)].max(axis=1).to_numpy()
-    )
+    worst = rows[list(style_figures.COSTS)].max(axis=1)
+    np.testing.assert_allclose(np.asarray(line.x, dtype=float), np.maximum(worst, 1 - rows["beta"]))
+    older = FRAMES["sweep"].drop(columns=["cost", "kl_valence", "kl_off"])
+    line = next(t for t in sweep_figures.frontier(older).data if t.name == "difference of means: steer")
+    np.testing.assert_allclose(np.asarray(line.x, dtype=float), rows["kl_ai_speech"])
 
 
 def test_a_figure_not_measured_here_has_no_measured_mark():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
@@ -69,6 +70,8 @@ class Architecture:
     make: Callable[[], Any]
     tokenizer: Callable[[], Any]
     bos: bool
+    bridge: bool = True
+    """Whether TransformerLens runs it."""
 
 
 # ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,6 +158,34 @@ def neox_tokenizer() -> Any:
     return transformers.GPTNeoXTokenizer(
         vocab=vocab, merges=merges, pad_token="<|endoftext|>", add_bos_token=False
     )
+
+
+def gpt2_tokenizer() -> Any:
+    """Byte-level BPE without a BOS; its end-of-text is the only special token."""
+    vocab, merges = _byte_level(["<|endoftext|>"])
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
+
+
+def opt_tokenizer() -> Any:
+    """GPT-2's bytes with `</s>` first: the same token is BOS and EOS."""
+    vocab, merges = _byte_level(["<s>", "<pad>", "</s>", "<unk>"])
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", vocab["</s>"])]
+    )
+    names = {"unk_token": "<unk>", "bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def falcon_tokenizer() -> Any:
+    """Byte-level BPE, no BOS, no PAD."""
+    vocab, merges = _byte_level(["<|endoftext|>"])
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -252,6 +283,72 @@ def _neox() -> Any:
     return randomise(transformers.GPTNeoXForCausalLM(config))
 
 
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=512, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    return randomise(transformers.GPT2LMHeadModel(config))
+
+
+def _gptj() -> Any:
+    config = transformers.GPTJConfig(
+        vocab_size=VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=512, rotary_dim=4,
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return randomise(transformers.GPTJForCausalLM(config))
+
+
+def _opt() -> Any:
+    ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, word_embed_proj_dim=D_MODEL, num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS, ffn_dim=D_MLP, max_position_embeddings=512, **ids,
+    )  # fmt: skip
+    return randomise(transformers.OPTForCausalLM(config))
+
+
+def _falcon() -> Any:
+    config = transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return randomise(transformers.FalconForCausalLM(config), seed=1, embed=1.0, matrix=0.4)
+
+
+def _phi3() -> Any:
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "tie_word_embeddings": False}
+    shape = {k: v for k, v in _GROUPED.items() if k != "head_dim"}
+    return randomise(transformers.Phi3ForCausalLM(transformers.Phi3Config(**shape, **ids, sliding_window=6)))
+
+
+def _qwen3() -> Any:
+    config = transformers.Qwen3Config(**_GROUPED, bos_token_id=None, eos_token_id=0)
+    return randomise(transformers.Qwen3ForCausalLM(config))
+
+
+def _qwen3_5() -> Any:
+    config = transformers.Qwen3_5TextConfig(
+        **_GROUPED, bos_token_id=None, eos_token_id=0, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    )  # fmt: skip
+    return randomise(transformers.Qwen3_5ForCausalLM(config), matrix=0.15)
+
+
+def _gemma4_text_config() -> Any:
+    """Five layers' worth of traits in four: sliding and full attention, per-layer inputs, the upper two reading the lower two's keys."""
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "sliding_window": 6}
+    return transformers.Gemma4TextConfig(
+        **_GROUPED, **ids, global_head_dim=16, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, final_logit_softcapping=30.0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def _gemma4() -> Any:
+    return randomise(transformers.Gemma4ForCausalLM(_gemma4_text_config()), embed=1.0)
+
+
 ARCHITECTURES = {
     a.name: a
     for a in (
@@ -262,8 +359,22 @@ ARCHITECTURES = {
         Architecture("qwen2", _qwen2, qwen2_tokenizer, bos=False),
         Architecture("gpt_neox", _neox, neox_tokenizer, bos=False),
         Architecture("llama", _llama, llama_tokenizer, bos=True),
+        Architecture("gpt2", _gpt2, gpt2_tokenizer, bos=False),
+        Architecture("gptj", _gptj, gpt2_tokenizer, bos=False),
+        Architecture("opt", _opt, opt_tokenizer, bos=True),
+        Architecture("falcon", _falcon, falcon_tokenizer, bos=False),
+        Architecture("phi3", _phi3, llama_tokenizer, bos=True),
+        Architecture("qwen3", _qwen3, qwen2_tokenizer, bos=False),
+        Architecture("qwen3_5", _qwen3_5, qwen2_tokenizer, bos=False, bridge=False),
+        Architecture("gemma4", _gemma4, gemma_tokenizer, bos=True),
     )
 }
+
+
+def needs_bridge(tiny: Any) -> None:
+    """Skips a test of the bridge where TransformerLens does not run the architecture."""
+    if not ARCHITECTURES[tiny.name].bridge:
+        pytest.skip(f"TransformerLens has no bridge that runs {tiny.name}")
 
 
 def save_checkpoint(folder: Path, architecture: Architecture) -> Path:

@@ -43,7 +43,7 @@ class Plain:
 
     def layer(self, index: int) -> torch.nn.Module:
         decoder = self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf.base_model
-        return decoder.layers[index]
+        return (decoder.h if hasattr(decoder, "h") else decoder.layers)[index]
 
     @property
     def special(self) -> set[int]:

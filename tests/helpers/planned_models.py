@@ -20,13 +20,12 @@ VOCAB, N_LAYERS, LAYER = 24_000, 4, 2
 def texts() -> list[str]:
     import sae_bias as sb
     from sae_bias.measures.collapse import bank_items
-    from sae_bias.measures.costs import TEXT_KINDS
-    from sae_bias.prompts.texts import load_texts
+    from sae_bias.prompts.texts import COST_TEXTS, load_texts
 
     pairs, probe = sb.load_pairs(), sb.Probe()
     found = [t for p in (*pairs, *pairs.controls()) for t in (p.human, p.ai)]
     found += [p.text for p in sb.load_grid()] + list(bank_items()[0])
-    found += [t for kind in TEXT_KINDS for t in load_texts(kind)] + [*probe.positive, *probe.negative]
+    found += [t for kind in COST_TEXTS for t in load_texts(kind)] + [*probe.positive, *probe.negative]
     return found
 
 

@@ -44,12 +44,49 @@ def test_costs_equal_full_distributions(tiny, monkeypatch, block):
         assert frame.loc[kind, "n_texts"] == len(texts)
 
 
+def test_kl_off_is_the_kl_of_the_law_given_no_evaluation_word(tiny):
+    """p(token | not an evaluation word), from full probabilities by division."""
+    model, edit, probe = tiny.model, sb.Steer(tiny.feature(F), 1.0), sb.Probe(["natural"], ["wrong"])
+    engine = CostEngine(model, TEXTS, probe=probe)
+    frame = engine.run([edit]).set_index("kind")
+    for kind, texts in TEXTS.items():
+        found = []
+        for text in texts:
+            tokens = torch.tensor([model.encode(text)])
+            with torch.no_grad():
+                p = model.hf(input_ids=tokens).logits[0, -1].double().softmax(-1)
+                with sb.intervene(model, edit):
+                    q = model.hf(input_ids=tokens).logits[0, -1].double().softmax(-1)
+            keep = np.setdiff1d(np.arange(len(p)), engine.words)
+            p, q = (x[keep] / x[keep].sum() for x in (p, q))
+            found.append(float((p * (p / q).log()).sum()))
+        assert frame.loc[kind, "kl_off"] == pytest.approx(np.mean(found), rel=2e-3, abs=2e-4)
+
+
+def test_moving_the_evaluation_words_alone_costs_nothing_off_them():
+    """Logits of the words moved, all others kept: the KL is large, KL_off is 0."""
+    base = torch.randn(3, 50)
+    after = base.clone()
+    after[:, [4, 7]] += torch.tensor([5.0, -5.0])
+    p, q = (costs_module._without(x, [4, 7]) for x in (base, after))
+    kept = p.isfinite()
+    assert kept.sum() == 3 * 48
+    torch.testing.assert_close(p[kept], q[kept])
+
+
+def test_valenced_text_is_read_at_the_evaluation_position(gemma3):
+    texts = {"valence": TEXTS["a"], "other": TEXTS["a"]}
+    frame = CostEngine(gemma3.model, texts).run([sb.Steer(gemma3.feature(F), 1.0)]).set_index("kind")
+    assert frame.loc["valence", "kl_mean"] == frame.loc["valence", "kl_last"] == frame.loc["other", "kl_last"]
+    assert frame.loc["other", "kl_mean"] != frame.loc["other", "kl_last"]
+
+
 def test_where_the_feature_is_silent_the_cost_is_zero_by_construction(gemma3):
     from dataclasses import replace
 
     silent = replace(gemma3.feature(F), threshold=torch.tensor(1e9))
     frame = CostEngine(gemma3.model, TEXTS).run([sb.Clamp(silent, -50.0)])
-    assert (frame[["kl_mean", "kl_last", "nll_change", "changed_share"]] == 0).all().all()
+    assert (frame[["kl_mean", "kl_last", "kl_off", "nll_change", "changed_share"]] == 0).all().all()
 
 
 def test_several_cells_at_once_equal_one_at_a_time(gemma3):

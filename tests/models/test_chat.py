@@ -63,9 +63,3 @@ def test_a_bos_in_the_template_stays_where_the_tokenizer_puts_none(make_tiny, st
         pytest.skip("this tokenizer class always adds its BOS")
     ids = model.encode_chat([{"role": "user", "content": "hello"}], prefill="This is")
     assert ids.count(model.tokenizer.bos_token_id) == 1
-
-
-def test_a_sentence_holding_a_bos_is_refused(make_tiny, stemmed, probe):
-    bad = replace(stemmed, pairs=(replace(stemmed[0], ai="An AI says <bos>. This is"), *stemmed.pairs[1:]))
-    with pytest.raises(sb.RequestError, match="2 BOS tokens"):
-        sb.run_probe(make_tiny("gemma3").model, bad, probe, chat=True)

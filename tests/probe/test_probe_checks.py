@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from architectures import NEGATIVE, PAIRS, POSITIVE
 
 import sae_bias as sb
-from sae_bias.probe import checks
+from sae_bias.probe import checks, reading
 from sae_bias.probe.checks_subjects import adjusted_mean, nuisance_table
 from sae_bias.probe.checks_words import _weighted_scores
-from sae_bias.prompts.pairs import NeutralPrompt
+from sae_bias.probe.estimates import word_mass
+from sae_bias.probe.multiverse import stem_sentence
+from sae_bias.probe.random_words import _draw_lists, random_differences
+from sae_bias.probe.words import WordTokens
+from sae_bias.prompts.pairs import Choice, NeutralPrompt
 from sae_bias.stats.clustered import clustered_mean
 
 
@@ -61,7 +68,7 @@ def test_levels_are_log_probs_and_their_difference_is_the_score(result):
 
 def test_levels_need_the_normalizer(make_tiny, pairs, probe):
     with pytest.raises(sb.RequestError, match=r"levels=True"):
-        sb.run_probe(make_tiny("gemma3").model, pairs, probe).levels()
+        sb.run_probe(make_tiny("gemma3").model, pairs, probe, levels=False).levels()
 
 
 def test_levels_of_several_tokens_need_none(make_tiny, pairs):
@@ -185,56 +192,230 @@ def test_the_carriers_add_up_to_the_logodds_bias(result):
 
 
 def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pairs, probe):
-    model = make_tiny("gemma3").model
-    one, two = (checks.random_word_null(model, full_pairs, probe, n=99, seed=1) for _ in range(2))
-    assert np.array_equal(one.biases, two.biases)
-    assert len(one.biases) == 99
-    above = int((np.abs(one.biases) >= abs(one.bias)).sum())
+    base = sb.run_probe(make_tiny("gemma3").model, full_pairs, probe, controls=False, random_words=True)
+    one, two = (checks.random_word_null(base, n=99, seed=1) for _ in range(2))
+    assert np.array_equal(one.draws, two.draws)
+    assert len(one.draws) == 99
+    assert (one.of, one.estimate) == ("bias", base.bias)
+    above = int((np.abs(one.draws) >= abs(one.estimate)).sum())
     assert one.p_value == (1 + above) / 100
 
 
+@pytest.mark.parametrize("score", ["mean_logit", "logodds"])
+def test_random_words_are_scored_as_a_probe_of_those_words(make_tiny, full_pairs, probe, score):
+    """The first list drawn, probed as words of its own, gives the same differences; the twins' lists are the same words."""
+    model, twins = make_tiny("gemma3").model, replace(full_pairs, pairs=full_pairs.pairs[:2])
+    base = sb.run_probe(model, twins, probe.with_options(score=score), random_words=True)
+    drawn, mundane = random_differences(base, 3, seed=4)
+    assert base.random_words.words == base.control.random_words.words
+    own = ((base.values_human + base.values_ai) / 2).mean(0)
+    others = ((base.random_words.human + base.random_words.ai) / 2).mean(0)
+    columns = _draw_lists(own, others, 3, 4)[0]
+    words = [base.random_words.words[c] for c in columns]
+    sides = ([w for w, p in zip(words, base.positive) if p is side or p == side] for side in (True, False))
+    again = sb.run_probe(model, twins, sb.Probe(*sides, score))
+    assert drawn[0] == pytest.approx(again.pair_bias, abs=1e-5)
+    assert mundane[0] == pytest.approx(again.control.pair_bias, abs=1e-5)
+
+
 def test_too_small_a_vocabulary_has_no_random_words(make_tiny, full_pairs):
-    model = make_tiny("gemma3").model
-    words = list(
-        dict.fromkeys(
-            [
-                "dog",
-                "human",
-                "person",
-                "assistant",
-                "wants",
-                "tea",
-                "says",
-                "fears",
-                "being",
-                "nice",
-                "weather",
-            ]
-        )
-    )
+    words = [
+        "dog",
+        "human",
+        "person",
+        "assistant",
+        "wants",
+        "tea",
+        "says",
+        "fears",
+        "being",
+        "nice",
+        "weather",
+    ]
     many = sb.Probe([*POSITIVE, *words[:6]], [*NEGATIVE, *words[6:]], "logodds")
-    null = checks.random_word_null(model, full_pairs, many, n=9)
+    base = sb.run_probe(make_tiny("gemma3").model, full_pairs, many, controls=False, random_words=True)
+    null = checks.random_word_null(base, n=9)
     assert np.isnan(null.p_value)
     assert "other words of one token" in null.reason
+    with pytest.raises(sb.RequestError, match="random_words=True"):
+        checks.random_word_null(replace(base, random_words=None))
 
 
-def test_stems_are_runs_of_their_own(make_tiny, full_pairs, probe):
+def test_stems_are_runs_of_their_own_and_the_base_is_not_run_again(make_tiny, full_pairs, probe):
     model = make_tiny("gemma3").model
-    frame = checks.stem_variation(model, full_pairs, probe).set_index("stem")
+    base = sb.run_probe(model, full_pairs, probe)
+    read = checks.read_stems(model, full_pairs, base)
+    assert read["This is"] is base
+    frame = checks.stem_table(read).set_index("stem")
     again = sb.run_probe(model, full_pairs.with_stem("That seems"), probe)
     assert frame.loc["That seems", "bias"] == again.bias
+    assert frame.loc["That seems", "primary"] == again.did.mean
     with pytest.raises(sb.RequestError, match="offer no stems"):
-        checks.stem_variation(model, replace(full_pairs, stems=()), probe)
+        checks.read_stems(model, replace(full_pairs, stems=()), base)
+
+
+def test_the_headline_says_where_the_sign_hangs_on_the_stem():
+    frame = pd.DataFrame(
+        {"stem": ["This is", "That seems"], "of": "difference in differences", "primary": [0.01, 0.02], "bias": [-0.06, 0.39]}
+    )  # fmt: skip
+    assert (
+        stem_sentence(frame)
+        == "the sign of the bias hangs on the stem: -0.06 after 'This is', +0.39 after 'That seems'"
+    )
+    assert "difference in differences hangs" in stem_sentence(frame.assign(primary=[-0.1, 0.1]))
+    assert stem_sentence(frame.assign(bias=[0.06, 0.39])) == ""
 
 
 def test_scores_side_by_side_with_and_without_the_softcap(make_tiny, full_pairs, probe):
-    frame = checks.scores_side_by_side(make_tiny("gemma2").model, full_pairs, probe)
+    model = make_tiny("gemma2").model
+    base = sb.run_probe(model, full_pairs, probe)
+    frame = checks.scores_side_by_side(model, full_pairs, base)
     assert set(zip(frame["score"], frame["softcap"])) == {
         (s, c) for s in ("mean_logit", "logodds", "auroc") for c in ("on", "off")
     }
     bias = frame.set_index(["score", "softcap"])["bias"]
+    assert bias["mean_logit", "on"] == base.bias
     assert bias["mean_logit", "on"] != bias["mean_logit", "off"]
     assert bias["auroc", "on"] == pytest.approx(bias["auroc", "off"], abs=0.02), "tanh keeps the order"
+
+
+# ── probability mass, the primary figure, specifications, variance, forced choice ──────────────────────────
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_neox"])
+def test_mass_and_ranks_are_those_of_the_plain_model(make_tiny, full_pairs, probe, name):
+    """Σp of both lists and the median rank, from Hugging Face's own logits."""
+    model = make_tiny(name).model
+    result = sb.run_probe(model, full_pairs, probe)
+    p, ranks = [], []
+    tokens = [w.tokens[0] for w in result.vocabulary.kept]
+    with torch.no_grad():
+        for prompt in [q.human for q in full_pairs] + [q.ai for q in full_pairs]:
+            law = model.hf(torch.tensor([model.encode(prompt)])).logits[0, -1].float().softmax(-1)
+            p.append(law[tokens].numpy())
+            ranks.append([int((law > law[t]).sum()) + 1 for t in tokens])
+    assert result.mass.total == pytest.approx(np.sum(p, axis=1).mean(), rel=1e-4)
+    table = result.mass.words.set_index("word")
+    median = dict(zip([w.word for w in result.vocabulary.kept], np.median(ranks, axis=0)))
+    assert table["rank"].to_dict() == pytest.approx(median)
+    best = max(zip(np.mean(p, axis=0), (w.word for w in result.vocabulary.kept)))[1]
+    assert (result.mass.best_word, result.mass.best_rank) == (best, median[best])
+    assert result.mass.beyond_1000 == 0.0
+    half = result.select_words([*POSITIVE[:1], *NEGATIVE[:1]])
+    assert half.mass.total == pytest.approx(np.array(p)[:, [0, len(POSITIVE)]].sum(1).mean(), rel=1e-4)
+
+
+def test_under_one_percent_the_mass_is_little():
+    words = [WordTokens("good", True, (1,)), WordTokens("bad", False, (2,))]
+    ranks = np.array([[[900, 2000], [1100, 4000]]])
+    mass = word_mass(words, np.log([[0.002, 0.0005], [0.002, 0.0007]]), ranks)
+    assert mass.little
+    assert mass.total == pytest.approx(0.0026)
+    assert str(mass) == (
+        "the words hold 0.26% of the next-token probability, most likely 'good' (rank 1,000); 50% of the words rank beyond 1,000"
+    )
+    assert not word_mass(words, np.log([[0.009, 0.002]]), None).little
+
+
+def test_the_difference_in_differences_is_the_primary_figure_where_twins_exist(result):
+    assert result.estimand == "difference in differences"
+    assert result.primary is result.did.stat
+    assert (result.did.mean, result.did.ci, result.did.p_value) == (result.did.stat.mean, result.did.stat.ci, result.did.stat.p_value)  # fmt: skip
+    assert (
+        repr(result)
+        .splitlines()[0]
+        .startswith(f"ProbeResult({result.model_name}): difference in differences")
+    )
+    alone = replace(result, control=None)
+    assert (alone.estimand, alone.primary) == ("bias", alone.stat)
+
+
+def test_twins_are_run_wherever_pairs_have_them(make_tiny, full_pairs, pairs, probe):
+    model = make_tiny("gemma3").model
+    assert sb.run_probe(model, full_pairs, probe).control is not None
+    assert sb.run_probe(model, full_pairs, probe, controls=False).control is None
+    assert sb.run_probe(model, pairs, probe).control is None
+    with pytest.raises(sb.RequestError, match="no mundane twins"):
+        sb.run_probe(model, pairs, probe, controls=True)
+
+
+def test_every_specification_is_the_figure_read_that_way(make_tiny, full_pairs, probe):
+    model = make_tiny("gemma3").model
+    read = checks.read_stems(
+        model, full_pairs, sb.run_probe(model, full_pairs, probe, controls=False, random_words=True)
+    )
+    curve = checks.multiverse(read, n_random=20)
+    n_entities = len(full_pairs.entities)
+    left_out = 1 + (n_entities if n_entities > 2 else 0)
+    halves = 5 if min(len(POSITIVE), len(NEGATIVE)) > 1 else 1
+    assert len(curve.frame) == 2 * 2 * halves * left_out
+    for row in curve.frame.itertuples():
+        words = {
+            "all words": [*POSITIVE, *NEGATIVE],
+            "odd places": [*POSITIVE[::2], *NEGATIVE[::2]],
+            "even places": [*POSITIVE[1::2], *NEGATIVE[1::2]],
+            "first halves": [*POSITIVE[: len(POSITIVE) // 2], *NEGATIVE[: len(NEGATIVE) // 2]],
+            "second halves": [*POSITIVE[len(POSITIVE) // 2 :], *NEGATIVE[len(NEGATIVE) // 2 :]],
+        }[row.words]
+        kept = [p for p in full_pairs.with_stem(row.stem) if p.entity != row.left_out]
+        sides = [w for w in words if w in POSITIVE], [w for w in words if w in NEGATIVE]
+        own = sb.run_probe(model, kept, sb.Probe(*sides, row.score), controls=False)
+        assert row.estimate == pytest.approx(own.bias, abs=1e-5)
+        assert row.null_low <= row.null_high
+        assert 0 < row.null_p <= 1
+    assert curve.median == curve.frame["estimate"].median()
+    assert curve.same_sign == (np.sign(curve.frame["estimate"]) == np.sign(curve.headline)).mean()
+
+
+def test_sources_of_variance_are_found(result):
+    """A table built with known parts: its shares are those of the parts."""
+    with pytest.raises(sb.RequestError, match=r"not crossed|two levels"):
+        checks.sources_of_variance({"a": replace(result, pairs=result.pairs[:5], values_human=result.values_human[:5], values_ai=result.values_ai[:5], control=None)})  # fmt: skip
+    found = checks.sources_of_variance({"a": replace(result, control=None)}).set_index("source")
+    assert {"words", "templates", "entities", "residual"} <= set(found.index)
+    assert found["share"].sum() == pytest.approx(1)
+
+
+def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
+    model = make_tiny("gemma3").model
+    choices = (
+        Choice("This is", POSITIVE[0], NEGATIVE[0], "good"),
+        Choice("That seems", POSITIVE[0], NEGATIVE[0], "bad"),
+    )
+    found = checks.forced_choice(model, replace(full_pairs, choices=choices))
+    by_hand = []
+    for choice in choices:
+        probe = sb.Probe([choice.positive], [choice.negative])
+        by_hand.append(sb.run_probe(model, full_pairs.with_stem(choice.stem), probe).did.mean)
+    assert found.frame["estimate"].to_list() == pytest.approx(by_hand, abs=1e-5)
+    assert found.stat.mean == pytest.approx(np.mean(by_hand), abs=1e-5)
+    assert found.of == "difference in differences"
+    assert 0 < found.mass < 1
+    with pytest.raises(sb.RequestError, match="offer no forced choice"):
+        checks.forced_choice(model, full_pairs)
+
+
+def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, monkeypatch, capsys):
+    """Every prompt passes the model once for each stem and once for its likelihood; the base result is taken as it is."""
+    model = make_tiny("gemma3").model
+    base = sb.run_probe(model, full_pairs, probe, random_words=True)
+    seen = Counter()
+    real = reading.forward
+
+    def counting(model, tokens, **options):
+        seen.update(tuple(row) for row in tokens.tolist())
+        return real(model, tokens, **options)
+
+    monkeypatch.setattr(reading, "forward", counting)
+    found = checks.run_checks(model, full_pairs, base=base, n_random=19, n_boot=50, progress=True)
+    assert found.result is base
+    assert seen
+    assert max(seen.values()) == 1
+    assert not {tuple(model.encode(p.ai)) for p in full_pairs} & set(seen)
+    said = capsys.readouterr().err
+    assert all(
+        name in said for name in ("stem 'That seems'", "neutral subjects", "likelihood of the prompts")
+    )
 
 
 # ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -360,7 +541,7 @@ def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, 
         "AI penalty",
         "random words",
     } <= named
-    assert not everything.skipped or set(everything.skipped) <= {"nuisances"}
+    assert not everything.skipped or set(everything.skipped) <= {"nuisances", "forced choice"}
     few = checks.run_checks(model, pairs, probe, n_random=19, n_boot=50)
     assert {"mundane control", "neutral subjects", "stems"} <= set(few.skipped)
     assert "not checked: stems" in repr(few)

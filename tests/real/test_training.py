@@ -59,6 +59,7 @@ def test_largest_is_topk_whatever_the_hint():
 
 
 def test_a_resumed_training_ends_in_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "RESAMPLE_EVERY", 3)
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 5)
     whole = training.train(rows(), 64.0, RECIPE, tmp_path / "whole", fast=False)
     batches = training._batches

@@ -15,7 +15,15 @@ from sae_bias.report.page import ORGANISM_BANNER, write_report
 from sae_bias.report.parts import MOST_ROWS, script_json
 from sae_bias.report.sections import sections
 from sae_bias.runs.folder import read_run
-from sae_bias.runs.summary import ChosenFeature, Effect, ReductionFigure, SpecificFigure
+from sae_bias.runs.summary import (
+    ChosenFeature,
+    ControlsFigure,
+    DidFigure,
+    Effect,
+    ReductionFigure,
+    Shift,
+    SpecificFigure,
+)
 
 NAN = float("nan")
 
@@ -178,7 +186,7 @@ def test_an_undefined_reduction_reads_undefined_on_the_page(tmp_path):
         specific_reduction={"undefined": "bank too narrow"},
     )
     text = write_report(folder).read_text()
-    assert "removes is undefined" in text
+    assert "undefined: the unsteered bias is not distinguishable from 0" in text
     assert "<b>undefined</b>" in text
     assert "<b>not measured</b>" in text
 
@@ -209,6 +217,52 @@ def test_a_reduction_whose_interval_holds_zero_is_not_claimed():
     assert "not shown to remove" in said(0.3, -0.1, 0.7)
     assert "larger" in said(-0.3, -0.5, -0.1)
     assert "changes sign" in said(1.3, 1.1, 1.5, overshoot=True)
+
+
+def test_a_change_of_a_bias_that_may_be_zero_is_told_in_nats_alone():
+    """Gemma 3 270M's sentence used to read "makes the bias larger by 321 % (95 % interval not measured removed)"."""
+    part = {
+        "estimate": NAN, "ci_low": NAN, "ci_high": NAN, "bounded": False, "change": 0.07, "change_low": -0.02, "change_high": 0.16,
+        "undefined": "the unsteered bias is not distinguishable from 0", "overshoot": False,
+    }  # fmt: skip
+    did = {"change": 0.02, "change_low": 0.01, "change_high": 0.03}
+    said = words.reduction_sentence(
+        ReductionFigure(**part),
+        SpecificFigure(estimate=NAN, undefined="no bias"),
+        DidFigure(**did),
+        Shift(human=-0.4, ai=0.1),
+    )
+    assert "0.07 nats off the bias (95% interval −0.02 to 0.16), which is not told from no change" in said
+    assert "undefined: the unsteered bias is not distinguishable from 0" in said
+    assert "0.02 nats (95% interval 0.01 to 0.03)" in said
+    assert "Human scores moved by −0.4 nats, AI scores by +0.1" in said
+    assert "%" not in said.replace("95%", "")
+
+
+def test_a_small_design_gets_no_call():
+    bias = {"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5, "p_value": 0.01, "n_templates": 5, "n_entities": 8}
+    assert words.bias_sentence(Effect(**bias)).startswith("Undetermined")
+    assert "more harshly" in words.bias_sentence(Effect(**bias | {"n_templates": 6}))
+
+
+def test_a_bias_turned_round_is_not_specific():
+    said = words.reduction_sentence(
+        ReductionFigure(), SpecificFigure(estimate=-1.0, ci_low=-1.2, ci_high=-0.9, beta=-0.26)
+    )
+    assert "Nothing of it is specific" in said
+    assert "β −0.26" in said
+
+
+def test_controls_of_two_kinds_have_two_p_values():
+    kinds = {
+        "matched feature": {"n": 12, "p_value": 0.08, "median": 0.1},
+        "random": {"n": 99, "p_value": 0.01, "median": 0.0},
+    }
+    said = words.control_sentence(
+        ControlsFigure(n=111, p_value=0.08, statistic="specific_reduction", kinds=kinds)
+    )
+    assert "p = 0.08 against 12 controls (matched feature)" in said
+    assert "p = 0.01 against 99 controls (random)" in said
 
 
 def test_a_specific_reduction_whose_interval_holds_zero_is_hedged():

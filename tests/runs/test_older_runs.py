@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import sae_bias as sb
+from sae_bias.models.fingerprint import model_digest
 from sae_bias.runs.folder import RunFolder
 
 RUNS = Path(__file__).resolve().parents[1] / "fixtures" / "runs_0_1"
@@ -30,3 +31,37 @@ def test_its_cells_are_read_again(older):
     run = RunFolder(older)
     for name in (p.stem for p in (older / "cells").glob("*.parquet")):
         assert isinstance(run.read_cell(name), pd.DataFrame)
+
+
+def test_the_report_says_which_figures_have_changed_their_meaning(older):
+    """A run that names no version of the definitions was made with the first."""
+    page = sb.write_report(older).read_text()
+    assert "version 1 of the definitions" in page
+    assert "credited a bias turned round" in page
+
+
+def _table_check(path):
+    return next(c for c in sb.verify_run(path, cells=0).checks if "table made again" in c.what)
+
+
+def test_verify_tells_changed_columns_from_wrong_ones(older):
+    """The table made again has other figures in those columns alone, and that is no difference; a number made up still is."""
+    assert _table_check(older).status == "agrees"
+    notes = [c for c in sb.verify_run(older, cells=0).checks if c.what.startswith("definitions 1")]
+    assert "specific_reduction" in notes[0].detail
+    table = RunFolder(older).read_table("sweep")
+    table.loc[0, "bias"] += 0.5
+    table.to_parquet(older / "tables" / "sweep.parquet")
+    assert _table_check(older).status == "differs"
+
+
+def test_a_cell_of_an_older_format_is_measured_again(older):
+    """Its name is a hash of inputs listed in another way, so its scores alone are compared."""
+    if (
+        model_digest(sb.load_model("organism:planted"))
+        != RunFolder(older).read_json("manifest")["model"]["digest"]
+    ):
+        pytest.skip("the organism was trained anew since")
+    again = sb.verify_run(older, cells=2)
+    assert again.agrees, [c.row() for c in again.differing]
+    assert again.n_cells == 2

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
 
 from sae_bias import stats
 from sae_bias.core.errors import RequestError
@@ -235,6 +236,26 @@ def test_effect_sizes_by_hand():
     assert sizes.d_z == pytest.approx(np.mean([2, 6, -1]) / np.std([2, 6, -1], ddof=1))
     assert sizes.share_positive == pytest.approx(2 / 3)
     assert math.isnan(stats.effect_sizes([1, 1], ["a", "b"]).d_z)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.3, 1.0])
+def test_equivalence_is_statsmodels_two_one_sided_tests(margin):
+    """One template a row: the ordinary TOST."""
+    x = np.random.default_rng(6).normal(0.1, 0.5, 30)
+    p = stats.equivalence_p(stats.clustered_mean(x, range(30)), margin)
+    assert p == pytest.approx(DescrStatsW(x).ttost_mean(-margin, margin)[0])
+
+
+def test_equivalence_without_variance_and_without_an_interval():
+    t, e = crossed(6, 6)
+    none = stats.clustered_mean(np.zeros(36), t, e)
+    assert (
+        stats.equivalence_p(none, 0.1),
+        stats.equivalence_p(stats.clustered_mean(np.ones(36), t, e), 0.1),
+    ) == (0, 1)
+    assert math.isnan(stats.equivalence_p(stats.clustered_mean([1.0, 2.0], ["a", "a"], ["x", "y"]), 0.1))
+    with pytest.raises(RequestError, match="margin"):
+        stats.equivalence_p(none, 0.0)
 
 
 # --- reductions ---------------------------------------------------------------------------------------

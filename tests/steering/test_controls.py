@@ -7,13 +7,18 @@ import pytest
 import torch
 
 import sae_bias as sb
+from sae_bias.steering.banks import BankEngine, specific_reductions
 from sae_bias.steering.controls import (
     FACTOR,
+    MATCHED,
     MAX_COSINE,
+    RANDOM,
     control_edits,
+    control_test,
     empirical_p,
     matched_features,
     random_twin,
+    random_twins,
 )
 
 F = 3
@@ -86,3 +91,67 @@ def test_the_empirical_p_counts_itself():
     assert empirical_p(1.0, np.zeros(99)) == 0.01
     assert empirical_p(0.0, np.zeros(99)) == 1.0
     assert empirical_p(0.5, [0.1, 0.5, 0.9]) == 0.75
+
+
+def test_random_directions_have_the_covariance_of_the_residuals(gemma3):
+    """Their mean outer product is the residual covariance, up to the length that all share; gate and ‖Δ‖ stay."""
+    feature = gemma3.feature(F)
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0.2, 5, feature.d_model)
+    x = torch.randn(400, feature.d_model, generator=generator) * scale + 7  # a mean is no direction
+    twins = random_twins(feature, x, 3000, 0)
+    rows = torch.stack([t.w_dec for t in twins])
+    assert torch.allclose(rows.norm(dim=1), feature.w_dec.norm().expand(3000), rtol=1e-4)
+    assert twins[0].activation(x) is not None
+    assert torch.equal(twins[0].activation(x), feature.activation(x))
+    mean_square = rows.square().mean(0)
+    expected = torch.cov(x.T).diagonal()
+    assert np.corrcoef(mean_square.numpy(), expected.numpy())[0, 1] > 0.97
+    assert len({t.ref for t in twins}) == 3000
+    assert torch.equal(rows[5], random_twins(feature, x, 3000, 0)[5].w_dec)
+
+
+@pytest.mark.parametrize("n_matched", [0, 4, 13, 19, 40])
+def test_exchangeable_candidates_pass_six_percent_at_most(n_matched):
+    """A candidate like its matched features, and random directions that do less: pooled, up to 39 % pass."""
+    rng, passes, pooled, runs = np.random.default_rng(n_matched), 0, 0, 2000
+    n_random = max(0, 99 - n_matched)
+    for _ in range(runs):
+        random = rng.normal(0.0, 0.05, n_random)
+        matched = rng.normal(0.1, 0.1, n_matched)
+        candidate = rng.normal(0.1, 0.1) if n_matched else rng.normal(0.0, 0.05)
+        test = control_test(candidate, [*matched, *random], [MATCHED] * n_matched + [RANDOM] * n_random)
+        passes += test.verdict == "yes"
+        pooled += empirical_p(candidate, [*matched, *random]) <= 0.05
+    assert passes / runs <= 0.06
+    if n_matched in (4, 13):
+        assert pooled / runs > 0.12, "the fault: one pooled p"
+        assert passes == 0
+
+
+def test_verdicts_of_the_two_p_values():
+    kinds = [MATCHED] * 20 + [RANDOM] * 80
+    assert control_test(0.9, np.zeros(100), kinds).verdict == "yes"
+    assert control_test(-0.1, np.full(100, -0.5), kinds).verdict == "no", "nothing specific is removed"
+    some = control_test(0.5, [0.6] * 5 + [0.0] * 95, kinds)
+    assert (some.p_matched, some.p_random, some.verdict) == (6 / 21, 1 / 81, "no")
+    few = control_test(0.9, np.zeros(90), [MATCHED] * 10 + [RANDOM] * 80)
+    assert few.verdict == "undetermined", "ten matched features cannot reach 0.05"
+    assert control_test(0.9, np.zeros(99), [RANDOM] * 99).verdict == "yes"
+    gone = control_test(0.9, [np.nan, 0.0], [RANDOM] * 2)
+    assert (gone.dropped, gone.n_random, gone.verdict) == (1, 1, "undetermined")
+
+
+def test_specific_reductions_are_those_of_the_collapse_test(gemma3, pairs, probe):
+    """The same figure as the collapse test with its interval, from one batch of cells."""
+    from sae_bias.measures.collapse import CollapseEngine
+    from sae_bias.steering.engine import ProbeEngine
+
+    engine, collapse = ProbeEngine(gemma3.model, pairs, probe), CollapseEngine(gemma3.model, probe)
+    cells = [[sb.Ablate(gemma3.feature(i))] for i in (F, F + 1)]
+    found = specific_reductions(engine, BankEngine(gemma3.model, probe), cells)
+    for cell, value in zip(cells, found):
+        after = engine.run(cell)[0]
+        specific = collapse.run(cell, engine.base, after).specific
+        left = after.bias / engine.base.bias
+        assert value == pytest.approx(max(specific.beta, 0) - abs(left), abs=1e-5)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, POSITIVE
+from architectures import NEGATIVE, POSITIVE, needs_bridge
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -42,6 +42,7 @@ def test_a_cell_equals_the_hooked_pass(tiny, pairs, probe):
 
 
 def test_through_the_bridges_modules_too(tiny, pairs, probe):
+    needs_bridge(tiny)
     model = tiny.fresh()
     assert model.bridge is not None
     edits = [sb.Clamp(tiny.feature(F), -2.0)]
@@ -136,6 +137,7 @@ def test_any_batch_size_gives_the_same_numbers(gemma3, pairs, probe, size):
 
 def test_the_users_own_hooks_fire_and_count(tiny, pairs, probe):
     """With a hook that is not ours the whole pass runs, so it fires below the site as well, and its edits count."""
+    needs_bridge(tiny)
     model = tiny.fresh()
     fired = []
 

@@ -9,7 +9,7 @@ import independent
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, PAIRS, POSITIVE
+from architectures import NEGATIVE, PAIRS, POSITIVE, needs_bridge
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -231,12 +231,13 @@ def test_left_padding_changes_nothing(tiny, mode):
     assert gap > 0
     batch = torch.tensor([[pad] * gap + short, long])
     mask = torch.tensor([[0] * gap + [1] * len(short), [1] * len(long)])
+    places = (mask.cumsum(1) - 1).clamp(min=0)  # as generate() makes them: GPT-2's are absolute
     for edit in (
         sb.Steer(tiny.feature(F), 1.5, positions=mode),
         sb.Clamp(tiny.feature(F), 4.0, when="always", positions=mode),
     ):
         with sb.intervene(model, edit) as receipt:
-            padded = logits(model, batch, attention_mask=mask)
+            padded = logits(model, batch, attention_mask=mask, position_ids=places)
         with sb.intervene(model, edit) as plain:
             alone = logits(model, torch.tensor([short]))
             other = logits(model, torch.tensor([long]))
@@ -260,6 +261,8 @@ def test_inputs_without_token_ids_are_refused(gemma3):
 
 @pytest.mark.parametrize("bridged", [False, True])
 def test_hooks_are_gone_afterwards(tiny, bridged):
+    if bridged:
+        needs_bridge(tiny)
     model = tiny.fresh()
     if bridged:
         model.bridge(tokens_of(model))  # the bridge puts hooks of its own on at its first pass
@@ -302,6 +305,7 @@ def test_an_inner_blocks_end_leaves_the_outer_one(gemma3):
 
 def test_the_users_own_hooks_survive_and_fire(tiny, pairs, probe):
     """A TransformerLens hook and a plain module hook stay in place and act, inside the block and after it."""
+    needs_bridge(tiny)
     model = tiny.fresh()
     bridge, fired = model.bridge, []
     name = next(n for n in ("blocks.2.hook_resid_post", "blocks.2.hook_out") if n in bridge.hook_dict)
@@ -476,3 +480,20 @@ def test_what_is_no_intervention_is_refused(gemma3):
         sb.intervene(gemma3.model, gemma3.feature(F)),
     ):
         pass
+
+
+def test_the_last_token_of_a_right_padded_batch_is_edited(gemma3, pairs):
+    """A user's own batch, padded on the right: each row's last real token, as in that row alone."""
+    model = gemma3.model
+    ids = [model.encode(t) for t in (pairs[0].ai, pairs[0].ai + " " + pairs[0].ai)]
+    n, pad = max(map(len, ids)), model.tokenizer.pad_token_id or 0
+    tokens = torch.tensor([row + [pad] * (n - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (n - len(row)) for row in ids])
+    edit = sb.Clamp(gemma3.feature(F), 5.0, when="always", positions="last")
+    with torch.no_grad(), sb.intervene(model, edit) as receipt:
+        together = model.hf(input_ids=tokens, attention_mask=mask).logits
+    assert receipt.positions_changed == 2
+    for row, own in enumerate(ids):
+        with torch.no_grad(), sb.intervene(model, edit):
+            alone = model.hf(input_ids=torch.tensor([own])).logits[0, -1]
+        torch.testing.assert_close(together[row, len(own) - 1], alone, atol=1e-4, rtol=1e-4)

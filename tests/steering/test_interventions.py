@@ -9,7 +9,7 @@ import independent
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, PAIRS, POSITIVE, SEVERAL_TOKENS
+from architectures import NEGATIVE, PAIRS, POSITIVE, SEVERAL_TOKENS, needs_bridge
 from independent import ablate, cap, clamp_active, clamp_always, scale
 
 import sae_bias as sb
@@ -86,6 +86,7 @@ def test_interventions_equal_the_independent_script_under_logodds_of_several_tok
 
 
 def test_bridge_calls_inside_intervene_equal_hugging_face_calls(tiny):
+    needs_bridge(tiny)
     model = tiny.fresh()
     ids = torch.tensor([model.encode(PAIRS[0][2])])
     edits = [sb.Clamp(tiny.feature(F), -2.0), sb.Steer(tiny.feature(G), 0.5)]

@@ -5,67 +5,84 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sae_bias as sb
 from sae_bias.models.catalog import organism_folder
-from sae_bias.workflows.compare import at_kl, compare_methods, equal_kl
+from sae_bias.workflows.compare import Curve, compare_methods
+
+
+def _curve(cost, means):
+    """A curve whose pairs all have the step's mean bias; 6 × 6 pairs with a little noise that sums to 0 in each half."""
+    labels = [f"t{i}" for i in range(6) for _ in range(6)], [f"e{j}" for _ in range(6) for j in range(6)]
+    half = 0.01 * np.random.default_rng(0).normal(size=18)
+    noise = np.tile(half - half.mean(), 2)
+    bias = np.array([[m] * 36 for m in (1.0, *means)]) + noise
+    return Curve(np.array([0.0, *cost]), bias, labels)
+
+
+EVERY = np.ones(36, dtype=bool)
 
 
 def test_a_curve_is_read_by_interpolation():
-    kl, reduction = np.array([0.0, 0.01, 0.03]), np.array([0.0, 0.4, 0.8])
-    assert at_kl(kl, reduction, 0.005) == (pytest.approx(0.2), True)
-    assert at_kl(kl, reduction, 0.02) == (pytest.approx(0.6), True)
-    assert at_kl(kl, reduction, 0.1) == (0.8, False)
+    curve = _curve([0.01, 0.03], [0.6, 0.2])
+    read = {level: curve.at(level, EVERY, EVERY) for level in (0.005, 0.02, 0.1)}
+    assert [read[v][f"at_{v:g}"] for v in read] == pytest.approx([0.2, 0.6, 0.8])
+    assert [bool(read[v][f"reached_{v:g}"]) for v in read] == [True, True, False]
+    for level, row in read.items():
+        assert row[f"low_{level:g}"] <= row[f"at_{level:g}"] <= row[f"high_{level:g}"] <= 1
 
 
-def test_the_most_removed_before_the_level_counts():
-    """A curve that overshoots and comes back: more strength is not more reduction."""
-    kl, reduction = np.array([0.0, 0.01, 0.02, 0.04]), np.array([0.0, 0.9, 0.5, 0.1])
-    assert at_kl(kl, reduction, 0.03) == (0.9, True)
-    assert at_kl(np.zeros(3), np.array([0.0, 0.5, 0.3]), 0.01) == (0.5, False)
+def test_the_bias_is_interpolated_first_and_folded_after():
+    """From 0.4 to −0.4 it passes 0 half way: all of the bias is gone there. Folded first it would stay at 60 %."""
+    curve = _curve([0.01, 0.02], [0.4, -0.4])
+    assert curve.at(0.02, EVERY, EVERY)["at_0.02"] == pytest.approx(1.0)
+    assert curve.at(0.0125, EVERY, EVERY)["at_0.0125"] == pytest.approx(0.8)
+
+
+def test_the_strength_comes_from_tune_and_the_figure_from_report():
+    """Tune is best at the first step, report at the second: the figure is report's at the first."""
+    curve = _curve([0.01, 0.02], [0.0, 0.0])
+    tune = np.arange(36) < 18
+    curve.bias[1, ~tune] += 0.5
+    curve.bias[2, tune] += 0.5
+    found = curve.at(0.03, tune, ~tune)
+    assert found["at_0.03"] == pytest.approx(1 - curve.bias[1, ~tune].mean() / curve.bias[0, ~tune].mean())
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(-1, 1)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.floats(0.001, 1), st.floats(-1, 1)), min_size=1, max_size=8),
     st.floats(0, 1),
     st.floats(0, 1),
 )
-def test_more_kl_never_gives_less(points, a, b):
-    kl, reduction = (np.array([0.0, *v]) for v in zip(*points))
+def test_more_cost_never_leaves_more_bias_on_the_split_that_chose(points, a, b):
+    curve = _curve(*zip(*points))
     low, high = sorted((a, b))
-    assert at_kl(kl, reduction, low)[0] <= at_kl(kl, reduction, high)[0] + 1e-12
-    assert at_kl(kl, reduction, low)[0] >= 0
-
-
-def test_methods_are_walked_from_no_change_outwards():
-    frame = pd.DataFrame(
-        {
-            "method": ["m"] * 3 + ["n"],
-            "share": [-2.0, -0.5, -1.0, 1.0],
-            "kl": [0.3, 0.1, 0.2, 0.0],
-            "reduction": [0.9, 0.1, 0.2, 0.7],
-        }
-    )
-    table = equal_kl(frame, [0.15]).set_index("method")
-    assert table.loc["m", "kl_0.15"] == pytest.approx(0.15)
-    assert (table.loc["n", "kl_0.15"], table.loc["n", "reached_0.15"]) == (0.7, False)
+    left = [abs(curve.biases(curve.best_place(level, EVERY)).mean()) for level in (low, high)]
+    assert left[1] <= left[0] + 1e-12
+    assert left[0] <= 1 + 1e-12
 
 
 @pytest.fixture(scope="module")
-def comparison():
+def setting():
     truth = json.loads((organism_folder("planted") / "truth.json").read_text())["constructed"]
     model, pairs = sb.load_model("organism:planted"), sb.load_pairs()
     report = tuple(dict.fromkeys(p.template for p in pairs if p.corpus is False))
-    discover = tuple(t for t in pairs.templates if t not in report)
-    feature = f"organism:planted/constructed#{truth['index']}"
-    return compare_methods(model, feature, pairs, discover=discover, report=report, shares=(0.5, 1.0), k=3)
+    rest = tuple(t for t in pairs.templates if t not in report)
+    splits = {"discover": rest[::2], "tune": rest[1::2], "report": report}
+    return model, sb.load_feature(f"organism:planted/constructed#{truth['index']}"), pairs, splits
 
 
-def test_every_baseline_has_its_curve(comparison):
+@pytest.fixture(scope="module")
+def comparison(setting):
+    model, feature, pairs, splits = setting
+    return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3)
+
+
+def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
     methods = set(comparison.table["method"])
     for name in (
         "feature",
@@ -78,26 +95,78 @@ def test_every_baseline_has_its_curve(comparison):
         "random subspace of 3",
         "random direction 0",
     ):
-        assert name in methods
+        assert {f"{name}, all positions", f"{name}, last token"} <= methods
     assert any(m.startswith("difference of means, layer") for m in methods)
     assert any("same gate" in m or m.startswith("matched") for m in methods)
-    assert np.isfinite(comparison.frame[["kl", "reduction", "specific_reduction"]].to_numpy()).all()
+    assert set(comparison.frame["positions"]) == {"all", "last"}
+    assert set(comparison.frame["split"]) == {"tune", "report"}
+    assert np.isfinite(comparison.frame[["cost", "removed_nats", "specific_reduction"]].to_numpy()).all()
 
 
-def test_the_planted_feature_removes_more_than_random_at_equal_kl(comparison):
-    at = comparison.table.set_index("method")["kl_0.03"]
-    random = max(v for m, v in at.items() if str(m).startswith("random"))
-    assert at["feature"] >= 0.8
-    assert at["feature"] > random + 0.3
-    opposite = comparison.frame[comparison.frame["method"] == "feature, opposite sign"]
+def test_the_planted_feature_removes_more_than_random_at_equal_cost(comparison):
+    table = comparison.table.set_index("method")
+    random = max(table.loc[m, "at_0.03"] for m in table.index if str(m).startswith("random"))
+    own = table.loc["feature, all positions"]
+    assert own["at_0.03"] >= 0.8
+    assert own["low_0.03"] > random + 0.3
+    assert own["specific_reduction"] >= 0.8
+    assert own["beta"] >= 0.9
+    assert abs(own["human_shift"]) < 0.2 < own["ai_shift"]
+    opposite = comparison.frame[comparison.frame["kind"] == "opposite"]
     assert (opposite["share"] < 0).all()
     assert (opposite["reduction"] < 0).all()
 
 
+def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(setting, comparison):
+    """Plain hooks on the Hugging Face model: the direction, the affine projection and the scores, each from scratch."""
+    model, feature, pairs, splits = setting
+    hf, layer = model.hf, feature.site.layer
+    words = sb.Probe().vocabulary(model, [p.human for p in pairs]).kept
+    signs = torch.tensor([1.0 if w.positive else -1.0 for w in words])
+    ids = torch.tensor([w.tokens[0] for w in words])
+
+    def run(text, hook=None):
+        handle = model.layer(layer).register_forward_hook(hook) if hook else None
+        with torch.no_grad():
+            out = hf(input_ids=torch.tensor([model.encode(text)]), output_hidden_states=True)
+        if handle:
+            handle.remove()
+        z = out.logits[0, -1, ids]
+        return z[signs > 0].mean() - z[signs < 0].mean(), out.hidden_states[layer + 1][0, -1]
+
+    found_on = [p for p in pairs if p.template in splits["discover"]]
+    human, ai = (
+        torch.stack([run(getattr(p, side))[1] for p in found_on]).mean(0) for side in ("human", "ai")
+    )
+    direction = (ai - human) / (ai - human).norm()
+    reported = [p for p in pairs if p.template in splits["report"]]
+
+    def bias(hook):
+        return float(torch.stack([run(p.human, hook)[0] - run(p.ai, hook)[0] for p in reported]).mean())
+
+    def project(where):
+        def hook(module, args, output):
+            x = output[0] if isinstance(output, tuple) else output
+            step = ((x - human) @ direction)[..., None] * direction
+            first = x.shape[1] - 1 if where == "last" else 1  # BOS is never edited
+            step[:, :first] = 0
+            return (x - step, *output[1:]) if isinstance(output, tuple) else x - step
+
+        return hook
+
+    rows = comparison.frame[(comparison.frame["split"] == "report") & (comparison.frame["share"] == 1.0)]
+    for where, words_of in (("all", "all positions"), ("last", "last token")):
+        by_hand = 1 - bias(project(where)) / bias(None)
+        found = rows.set_index("method").loc[f"difference of means, {words_of}", "reduction"]
+        print(f"difference of means, {words_of}: {found:.4f}, by hand {by_hand:.4f}")
+        assert found == pytest.approx(by_hand, abs=0.005)
+
+
 def test_a_comparison_prints_and_draws(comparison):
-    assert "did not reach" in repr(comparison)
+    assert "* not reached" in repr(comparison)
+    assert "not reached" in comparison._repr_html_() or "*" in comparison._repr_html_()
     names = {trace.name for trace in comparison.plot().data}
-    assert "difference of means" in names
+    assert "difference of means, all positions" in names
     assert "R²" in repr(comparison.ridge)
 
 
@@ -106,5 +175,5 @@ def test_templates_are_never_in_both_splits(gemma3, pairs, probe):
         compare_methods(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"], report=["hello"])
     with pytest.raises(sb.SaeBiasError, match="or neither"):
         compare_methods(gemma3.model, gemma3.feature(3), pairs, probe, discover=["hello"])
-    with pytest.raises(sb.SaeBiasError, match="at least 4"):
+    with pytest.raises(sb.SaeBiasError, match="at least 6"):
         compare_methods(gemma3.model, gemma3.feature(3), pairs, probe)

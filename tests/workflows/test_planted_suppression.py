@@ -18,7 +18,7 @@ from sae_bias.workflows.cells import Cell
 
 CONSTRUCTED = "organism:planted/constructed"
 TRAINED = "organism:planted/resid_post/layer_2_width_512_l0_small"
-KINDS = ("neutral", "ai_nonspeech", "ai_speech")
+KINDS = ("neutral", "ai_nonspeech", "ai_speech", "valence")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,13 @@ def test_ablation_removes_the_planted_bias_at_little_cost(result):
     row = report[(report["intervention"] == "ablate") & (report["kind"] == "candidate")].iloc[0]
     assert row["specific_reduction"] >= 0.9
     assert row["spec_low"] > 0.7
-    assert all(row[f"kl_{kind}"] <= 0.05 for kind in KINDS)
+    assert all(row[f"kl_{kind}"] < 0.05 for kind in KINDS)
+    assert row["kl_off"] < 0.05
+    assert (row["removed_nats"], row["did_removed_nats"]) == (
+        pytest.approx(row["ai_shift"] - row["human_shift"]),
+        pytest.approx(row["did_removed_nats"]),
+    )
+    assert row["did_removed_nats_low"] > 0
     assert row["wrong_way_share"] <= 0.05
 
 
@@ -76,6 +82,17 @@ def test_the_valence_read_out_is_exposed_by_the_collapse_test(result):
     assert report["specific_reduction"] <= 0
     assert report["spec_high"] < 0.2
     assert report["beta"] < 0.2
+
+
+def test_the_valence_read_out_costs_at_the_evaluation(result):
+    """On the three older kinds of text its ablation costs nothing at all."""
+    report = result.frame[
+        (result.frame["split"] == "report") & (result.frame["label"] == "valence read-out")
+    ].iloc[0]
+    assert max(report[f"kl_{kind}"] for kind in KINDS[:3]) < 0.001
+    assert report["kl_valence"] > 0.05
+    assert report["kl_off"] > 0.05
+    assert report["cost"] >= 1 - report["beta"] > 0.9
 
 
 def test_a_clamp_that_turns_the_bias_round_is_not_specific(planted):
@@ -107,9 +124,14 @@ def test_other_biases_do_not_move(planted, features):
     assert len(measured) >= 3
     assert (measured["mean_abs_change"] < 0.02).all()
     assert (measured["wrong_way_share"] <= 0.25).all()
+    assert set(measured["equivalent"]) <= {"yes", "undetermined"}
+    assert (measured["p_equivalent"] < 0.05).all()
 
 
 def test_the_panel_sees_an_edit_that_breaks_everything(planted, features):
     panel = specificity(planted, [sb.Ablate(features[1])]).frame
     assert panel["moved_share"].max() > 0.9
     assert panel["mean_abs_change"].max() > 1e-3
+    strict = specificity(planted, [sb.Ablate(features[1])], bias=1e-3).frame
+    assert (strict["margin"] == 1e-4).all()
+    assert "no" in set(strict["equivalent"])

@@ -9,8 +9,10 @@ import torch
 
 import sae_bias as sb
 from sae_bias.runs.folder import RunFolder
+from sae_bias.stats.reduction import NOT_DISTINGUISHABLE
 from sae_bias.steering import engine as engine_module
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep import cell_rows, collect, merge_run
 
@@ -87,18 +89,55 @@ def test_stacked_passes_stay_within_the_token_budget(gemma3, pairs, probe, monke
     assert max(seen) > largest
 
 
-def test_splits_and_the_best_strength(gemma3, pairs, probe, edits):
-    """The in-sample best stands beside the held-out figure of the same cell."""
+def _table(rows):
+    """A sweep's table of two splits: `rows` are (cell, SR on tune, SR on report, β, KL_off)."""
+    out = []
+    for cell, tune, report, beta, off in rows:
+        common = {
+            "cell": cell, "kind": "candidate", "rule": cell, "strength": -1.0, "outside_observed": False, "beta": beta, "kl_off": off,
+            "red_reason": "", "specific_reason": "", "spec_low": report - 0.1, "spec_high": report + 0.1,
+        }  # fmt: skip
+        out += [common | {"split": "tune", "specific_reduction": tune}, common | {"split": "report", "specific_reduction": report}]  # fmt: skip
+    return pd.DataFrame(out)
+
+
+def test_the_strength_is_chosen_by_specific_reduction_and_reported_held_out():
+    """The largest SR on tune among those that keep β ≥ 0.7 and KL_off ≤ 0.05: not the largest SR of all."""
+    table = _table(
+        [
+            ("flat", 0.9, 0.9, 0.6, 0.0),
+            ("costly", 0.9, 0.9, 0.9, 0.06),
+            ("good", 0.8, 0.7, 0.9, 0.01),
+            ("less", 0.5, 0.9, 1.0, 0.0),
+        ]
+    )
+    best = choose_strength(table, "tune", "report")
+    assert (best.cell, best.in_sample, best.held_out) == ("good", 0.8, 0.7)
+    assert (best.held_out_low, best.held_out_high) == pytest.approx((0.6, 0.8))
+    assert "in-sample" in repr(best)
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        (_table([("a", 0.4, 0.4, 0.69, 0.0), ("b", 0.5, 0.5, -0.3, 0.0)]), "no strength keeps β ≥ 0.7 (the most is 0.69)"),
+        (_table([("a", 0.4, 0.4, 0.9, 0.2)]), "KL_off ≤ 0.05 (the least is 0.2)"),
+        (_table([("a", np.nan, np.nan, 0.9, 0.0)]).assign(red_reason=NOT_DISTINGUISHABLE), NOT_DISTINGUISHABLE),
+        (_table([("a", 0.4, 0.4, 0.9, 0.0)]).drop(columns="specific_reduction"), "needs costs"),
+        (_table([("a", 0.4, 0.4, 0.9, np.nan)]), "KL_off was not measured"),
+    ],
+)  # fmt: skip
+def test_no_strength_is_named_where_none_is_best(table, why):
+    best = choose_strength(table, "tune", "report")
+    assert best.cell == ""
+    assert why in best.reason
+    assert "undefined" in repr(best)
+
+
+def test_best_strength_needs_both_splits(gemma3, pairs, probe, edits):
     splits = {"tune": ["survive", "deleted"], "report": ["hello"]}
     result = sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits, splits=splits), probe=probe)
-    best = result.best_strength()
-    tune = result.frame[(result.frame["split"] == "tune") & (result.frame["kind"] == "candidate")]
-    assert abs(tune.set_index("cell")["bias"][best.cell]) == tune["bias"].abs().min()
-    held = result.frame[(result.frame["split"] == "report") & (result.frame["cell"] == best.cell)].iloc[0]
-    np.testing.assert_array_equal(
-        [best.held_out, best.in_sample], [held["reduction"], tune.set_index("cell")["reduction"][best.cell]]
-    )
-    assert "in-sample" in repr(best)
+    assert result.best_strength().reason
     with pytest.raises(sb.SaeBiasError, match="has no split"):
         sb.run_sweep(gemma3.model, pairs, sb.Sweep(edits[:1]), probe=probe).best_strength()
 
@@ -324,8 +363,11 @@ def test_costs_and_collapse_of_a_tiny_model(gemma3, pairs):
     except sb.RequestError as error:
         pytest.skip(f"the tiny tokenizer cannot read the bundled texts: {error}")
     candidate, control = frame.iloc[1], frame.iloc[2]
-    assert np.isfinite([candidate[c] for c in ("kl_neutral", "kl_ai_speech", "nll_neutral", "beta")]).all()
+    known = ("kl_neutral", "kl_ai_speech", "kl_valence", "kl_off", "kl_worst", "cost", "nll_neutral", "beta")
+    assert np.isfinite([candidate[c] for c in known]).all()
+    assert candidate["cost"] == max(candidate["kl_worst"], 1 - candidate["beta"])
     assert np.isnan(control["kl_neutral"])
+    assert np.isfinite(control["beta"])
     assert candidate["fired_neutral"] >= 0
 
 

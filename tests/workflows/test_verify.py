@@ -109,9 +109,9 @@ def test_a_changed_number_in_a_cell_is_named(run):
 def test_a_changed_number_in_the_table_is_named(run):
     folder = RunFolder(run)
     table = folder.read_table("sweep")
-    table.loc[1, "reduction"] += 1e-6
+    table.loc[1, "removed_nats"] += 1e-6
     folder.write_table("sweep", table)
-    assert "reduction" in differing(run, cells=1)["sweep: table made again from its cells"]
+    assert "removed_nats" in differing(run, cells=1)["sweep: table made again from its cells"]
 
 
 def test_a_changed_cost_is_named(run, done, pairs, probe):

@@ -31,7 +31,7 @@ STAND_IN = " These figures are of a calibration organism and no measurement of a
 def generations_section(run: Run) -> Section:
     """Both texts of every prompt; where it is known, tokens are shaded by how unexpected the unsteered model finds them."""
     frame = run.tables["generations"].fillna({"unsteered": "", "steered": ""})
-    sides = [Sides(str(r["prompt"]), *_pieces(r)) for r in records(frame.head(MOST_TEXTS))]
+    sides = [Sides(_title(r), *_pieces(r)) for r in records(frame.head(MOST_TEXTS))]
     same = int((frame["unsteered"] == frame["steered"]).sum())
     takeaway = f"{len(frame) - same} of {len(frame)} continuations change under the intervention."
     conditions = run.summary.generations or Conditions()
@@ -51,6 +51,11 @@ def generations_section(run: Run) -> Section:
         sides=sides,
         how_to_read=f"In the texts below, what changed is underlined.{shaded}",
     )
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The prompt, and the edit where the run has several."""
+    return f"{row['prompt']} [{row['edit']}]" if isinstance(row.get("edit"), str) else str(row["prompt"])
 
 
 def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:

@@ -140,12 +140,14 @@ def checks_section(run: Run) -> Section:
     """The figure under every check of docs/method.md#sensitivity-analyses."""
     frame = run.tables["checks"]
     known = frame.dropna(subset=["ci_low", "ci_high"])
-    same = known["check"].str.match(r"stem |bootstrap|adjusted|difference in differences")  # not its parts
-    others = known[same]
+    same = known["check"].str.match(
+        r"stem |bootstrap|adjusted|difference in differences|forced choice"
+    )  # not its parts
+    others = known[same & (known.index != known.index[0])] if len(known) else known
     holds = int(((others["ci_low"] > 0) | (others["ci_high"] < 0)).sum())
     takeaway = (
-        f"In {holds} of {len(others)} other ways of measuring it the interval excludes 0: beyond mundane content, with"
-        " resampled words, under other stems, with nuisances held equal."
+        f"In {holds} of {len(others)} other ways of measuring it the interval excludes 0: with resampled words, under other stems,"
+        " with nuisances held equal, as a forced choice."
     )
     columns = {"check": "check", "value": "value", "ci_low": "from", "ci_high": "to", "p_value": "p", "says": "remark"}  # fmt: skip
     return Section(
@@ -155,6 +157,65 @@ def checks_section(run: Run) -> Section:
         probe_figures.checks(frame, sides=run.sides),
         run_table(run, "checks", columns, missing="–"),
         how_to_read="Each row is one check with its 95% interval; checks without an interval stand in the table.",
+    )
+
+
+@section(BIAS, table="check_multiverse")
+def multiverse_section(run: Run) -> Section:
+    """The primary figure under every choice of stem, score, half of the words and subject left out."""
+    frame, curve = run.tables["check_multiverse"], run.summary.multiverse
+    takeaway = f"{len(frame)} specifications; their median is {fmt.number(frame['estimate'].median())} nats."
+    if curve is not None:
+        takeaway += f" {fmt.percent(curve.same_sign)} have the headline's sign; {fmt.percent(curve.outside_null)} lie beyond 95% of random word lists."
+    columns = {
+        "stem": "stem", "score": "score", "words": "words", "left_out": "left out", "estimate": "estimate", "ci_low": "from",
+        "ci_high": "to", "null_low": "random words from", "null_high": "to ", "null_p": "p against random words",
+    }  # fmt: skip
+    return Section(
+        "specifications",
+        "Every defensible choice",
+        takeaway,
+        probe_figures.specification_curve(frame, (curve.of if curve else None) or "figure"),
+        run_table(run, "check_multiverse", columns, missing="–"),
+        how_to_read="Each point is one specification with its 95% interval; the gray band is what random words give under the same one.",
+    )
+
+
+@section(BIAS, table="check_variance")
+def variance_section(run: Run) -> Section:
+    """How much of the spread lies between templates, entities, stems and words."""
+    frame = run.tables["check_variance"]
+    most = frame.sort_values("share", ascending=False).iloc[0]
+    takeaway = f"The largest part of the spread, {fmt.percent(most['share'])}, is of {most['source']}."
+    columns = {"source": "source", "levels": "levels", "df": "df", "variance": "variance", "share": "share"}
+    return Section(
+        "variance",
+        "Where the spread comes from",
+        takeaway,
+        probe_figures.variance_shares(frame),
+        run_table(run, "check_variance", columns),
+    )
+
+
+@section(BIAS, table="check_choices")
+def choices_section(run: Run) -> Section:
+    """The forced choice, wording by wording."""
+    frame, found = run.tables["check_choices"], run.summary.forced_choice
+    takeaway = f"The options hold {fmt.percent(frame['mass'].mean())} of the next-token probability."
+    if found is not None:
+        agrees = "the same sign as" if found.agrees else "the opposite sign of"
+        takeaway = f"{fmt.number(found.mean)} nats ({fmt.interval(found)}), {agrees} the probe. {takeaway}"
+    columns = {
+        "stem": "question", "options": "options", "polarity": "asks", "estimate": "estimate", "ci_low": "from", "ci_high": "to",
+        "p_value": "p", "mass": "mass of the options",
+    }  # fmt: skip
+    rows = frame.rename(columns={"estimate": "value", "stem": "check"}).assign(says=frame["options"])
+    return Section(
+        "forced-choice",
+        "Asked as a forced choice",
+        takeaway,
+        probe_figures.checks(rows, sides=run.sides),
+        run_table(run, "check_choices", columns),
     )
 
 

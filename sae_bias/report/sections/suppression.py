@@ -19,10 +19,14 @@ def sweep_section(run: Run) -> Section:
     takeaway = (
         words.reduction_sentence(cut) if cut else "How the bias moves with the strength of the intervention."
     )
-    if best is not None and best.in_sample.facts() and best.held_out.facts():
+    if best is not None and best.undefined:
+        takeaway += f" No strength is called best: {best.undefined}."
+    elif best is not None and best.in_sample.facts() and best.held_out.facts():
+        key = "reduction" if best.held_out.specific_reduction is None else "specific_reduction"
+        what = "removing" if key == "reduction" else "a specific reduction of"
         takeaway += (
-            f" Best on the tune split: {_best(best.in_sample)}, removing"
-            f" {fmt.percent(best.in_sample.reduction)} there and {fmt.percent(best.held_out.reduction)}"
+            f" Best on the tune split: {_best(best.in_sample)}, {what}"
+            f" {fmt.percent(getattr(best.in_sample, key))} there and {fmt.percent(getattr(best.held_out, key))}"
             f" on templates held out{_beyond(run, best.in_sample.strength)}."
         )
     columns = {
@@ -35,11 +39,19 @@ def sweep_section(run: Run) -> Section:
         "bias": "bias",
         "ci_low": "from",
         "ci_high": "to",
+        "removed_nats": "nats removed",
+        "did_removed_nats": "of the difference to mundane",
         "reduction": "removed",
+        "specific_reduction": "specific",
+        "beta": "β",
+        "human_shift": "human moved",
+        "ai_shift": "AI moved",
         "mean_abs_change": "mean |change|",
         "kl_neutral": "KL neutral",
         "kl_ai_nonspeech": "KL AI, no speech",
         "kl_ai_speech": "KL AI speech",
+        "kl_valence": "KL human deeds",
+        "kl_off": "KL_off",
         "outside_observed": "outside observed",
         "label": "what",
     }
@@ -78,7 +90,7 @@ def _beyond(run: Run, strength: Any) -> str:
 @section(SUPPRESSED, table="sweep")
 def frontier_section(run: Run) -> Section:
     costs = run.summary.costs or {}
-    rows = pd.DataFrame([{"text": fmt.TEXT_KINDS.get(k, k), **c.facts()} for k, c in costs.items()])
+    rows = pd.DataFrame([{"text": fmt.COST_KINDS.get(k, k), **c.facts()} for k, c in costs.items()])
     table = (
         run_table(
             run,
@@ -95,11 +107,16 @@ def frontier_section(run: Run) -> Section:
 
 @section(SUPPRESSED, table="controls")
 def controls_section(run: Run) -> Section:
-    part, cut = run.summary.controls, run.summary.reduction
-    figure = sweep_figures.controls_histogram(
-        run.tables["controls"], cut.estimate if cut else None, part.percentile95 if part else None
-    )
-    table = run_table(run, "controls", {"control": "control", "kind": "kind", "reduction": "removed"})
+    part, cut, controls = run.summary.controls, run.summary.reduction, run.tables["controls"]
+    statistic = "reduction" if part is None or part.statistic is None else part.statistic
+    if part is None or statistic not in controls:
+        value, percentile, statistic = (cut.estimate if cut else None), None, "reduction"
+    else:
+        value = (cut.estimate if cut else None) if statistic == "reduction" else part.value
+        percentile = part.percentile95
+    figure = sweep_figures.controls_histogram(controls, value, percentile, column=statistic)
+    columns = {"control": "control", "kind": "kind", "removed_nats": "nats removed", "reduction": "removed"}
+    table = run_table(run, "controls", columns | {"specific_reduction": "specific", "beta": "β"})
     return Section("controls", "Would any feature have done it?", words.control_sentence(part), figure, table)
 
 
@@ -120,7 +137,7 @@ def specificity_section(run: Run) -> Section:
     columns = {
         "question": "question", "sides": "bias of", "n_pairs": "pairs", "before": "before", "before_low": "from", "before_high": "to",
         "after": "after", "change": "change", "change_low": "change from", "change_high": "change to", "mean_abs_change": "mean |change|",
-        "wrong_way_share": "moved further from 0", "moved_share": "moved at all", "reason": "why not asked",
+        "margin": "margin", "p_equivalent": "p of no change", "equivalent": "within the margin", "wrong_way_share": "moved further from 0", "moved_share": "moved at all", "reason": "why not asked",
     }  # fmt: skip
     names = {"question": {q: q.replace("_", " ") for q in frame["question"]}}
     return Section(
@@ -137,31 +154,54 @@ def specificity_section(run: Run) -> Section:
 def methods_section(run: Run) -> Section:
     """The feature against its baselines at equal cost."""
     frame = run.tables["compare"]
-    levels = [str(c) for c in frame if str(c).startswith("kl_")]
+    levels = [c.removeprefix("reached_") for c in map(str, frame) if c.startswith("reached_")]
+    at = "at" if f"at_{levels[0]}" in frame else "kl"  # kl: runs of an older sae-bias
     rows = frame.copy()
     for level in levels:
-        reached = rows["reached_" + level.removeprefix("kl_")].astype(bool)
-        rows[level] = [fmt.percent(v) + ("" if r else " *") for v, r in zip(rows[level], reached)]
-    middle = levels[len(levels) // 2]
-    best = frame.sort_values(middle, ascending=False).iloc[0]
-    own = frame.loc[frame["method"] == "feature", middle]
-    lead = "the feature" if best["method"] == "feature" else best["method"]
-    takeaway = (
-        f"At {middle.removeprefix('kl_')} nats a token, {lead} removes most: {fmt.percent(best[middle])}"
-    )
-    if len(own) and best["method"] != "feature":
-        takeaway += f"; the feature removes {fmt.percent(own.iloc[0])}"
-    columns = {"method": "method"} | {level: f"at KL {level.removeprefix('kl_')}" for level in levels}
+        reached = rows[f"reached_{level}"].astype(bool)
+        ends = (
+            [f" ({fmt.percent(low)} to {fmt.percent(high)})" for low, high in zip(rows[f"low_{level}"], rows[f"high_{level}"])]
+            if f"low_{level}" in rows
+            else [""] * len(rows)
+        )  # fmt: skip
+        rows[f"{at}_{level}"] = [
+            fmt.percent(v) + end + ("" if r else " *")
+            for v, end, r in zip(frame[f"{at}_{level}"], ends, reached)
+        ]
+    columns = {"method": "method"} | {
+        f"{at}_{level}": f"at {'cost' if at == 'at' else 'KL'} {level}" for level in levels
+    }
+    columns |= {
+        "share": "tuned share", "removed_nats": "nats removed", "specific_reduction": "specific", "beta": "β",
+        "human_shift": "human moved", "ai_shift": "AI moved", "undefined": "why no strength",
+    }  # fmt: skip
     curves = run.tables.get("compare_curves")
+    if curves is not None and "split" in curves:
+        curves = curves[curves["split"] == curves["split"].iloc[-1]]
     return Section(
         "methods",
         "Other methods at the same cost",
-        f"{takeaway}.",
+        _leader(frame, f"{at}_{levels[len(levels) // 2]}", levels[len(levels) // 2]),
         None if curves is None else sweep_figures.methods_at_cost(curves),
-        run_table(run, "compare", columns, rows),
+        run_table(run, "compare", {k: v for k, v in columns.items() if k in rows}, rows),
         open_table=True,
-        how_to_read="Share of the bias removed; * the method never reached this KL, so its most stands there.",
+        how_to_read=(
+            "Share of the bias removed on templates held out, the strength chosen on others. Cost: the worst KL in nats a token, or 1 − β"
+            " where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
+        ),
     )
+
+
+def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
+    """Which method removes most at the middle cost, and what the feature removes there."""
+    known = frame.dropna(subset=[column])
+    if known.empty:
+        return "Shares are undefined: the unsteered bias is not distinguishable from 0."
+    best, own = known.loc[known[column].idxmax()], known[known["kind"] == "candidate"]
+    said = f"At a cost of {level}, {best['method']} removes most: {fmt.percent(best[column])}"
+    if len(own) and best["kind"] != "candidate":
+        said += f"; the feature removes {fmt.percent(own[column].max())}"
+    return f"{said}."
 
 
 @section(SUPPRESSED, table="examples")

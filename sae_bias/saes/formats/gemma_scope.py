@@ -25,7 +25,9 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.saes.sae import Columns, SaeInfo
+from sae_bias.saes.formats import register_format
+from sae_bias.saes.ids import SaeId
+from sae_bias.saes.sae import Columns, Sae, SaeInfo
 from sae_bias.saes.tensors import TensorFile, open_tensor_file, read_json
 
 PARAMS_FILES = ("params.safetensors", "params.npz")
@@ -91,6 +93,32 @@ class EncoderFile:
 def find_params(folder: Path) -> Path | None:
     """The Gemma Scope weights file of a folder, if it has one."""
     return next((folder / name for name in PARAMS_FILES if (folder / name).is_file()), None)
+
+
+@register_format("gemma_scope")
+class GemmaScope:
+    """`params.safetensors` or `params.npz`; config.json or the folder's name says layer and hook point."""
+
+    weights = PARAMS_FILES
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        return find_params(folder) is not None
+
+    @staticmethod
+    def open(folder: Path, sae_id: SaeId) -> Sae:
+        params, config = find_params(folder), folder / "config.json"
+        assert params is not None
+        found = config if config.is_file() else None
+        label = folder.absolute().as_posix()
+        return open_files(sae_id, params, found, label, read_info(label, found))
+
+
+def open_files(sae_id: SaeId, params: Path, config: Path | None, label_path: str, info: SaeInfo) -> Sae:
+    """The SAE of a weights file, checked against what folder name and config promise."""
+    encoder = read_encoder_file(params)
+    check_width(encoder, label_path, config)
+    return Sae(sae_id, encoder, info, params)
 
 
 def read_encoder_file(
@@ -192,7 +220,16 @@ def _check_shapes(encoder: EncoderFile, path: Path) -> None:
     shapes = {name: encoder.file.slots[own].shape for name, own in encoder.names.items()}
     if len(shapes["w_enc"]) != 2 or 0 in shapes["w_enc"]:
         raise RequestError(f"{path}: w_enc has shape {list(shapes['w_enc'])}; expected [d_in, d_sae]")
+    if shapes["b_enc"] == shapes["w_enc"][:1] and shapes["b_dec"] == shapes["w_enc"][1:]:
+        raise RequestError(
+            f"{path}: w_enc is transposed, [d_sae, d_in] = {list(shapes['w_enc'])}; save it as w_enc.T.contiguous() "
+            "(expected w_enc [d_in, d_sae] and w_dec [d_sae, d_in])"
+        )
     d_in, d_sae = shapes["w_enc"]
+    if shapes["w_dec"] == (d_in, d_sae) and d_in != d_sae:
+        raise RequestError(
+            f"{path}: w_dec is transposed, [d_in, d_sae] = {list(shapes['w_dec'])}; save it as w_dec.T.contiguous()"
+        )
     if len(shapes["w_dec"]) == 2 and shapes["w_dec"][0] == d_sae and shapes["w_dec"][1] != d_in:
         raise _not_residual(str(path), f"a transcoder (reads {d_in} dimensions, writes {shapes['w_dec'][1]})")
     expected = {"w_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}

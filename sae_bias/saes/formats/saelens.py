@@ -7,8 +7,10 @@ negative threshold acts as zero.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,13 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.saes.sae import Columns, SaeInfo
+from sae_bias.saes.formats import register_format
+from sae_bias.saes.formats.gemma_scope import read_encoder_file
+from sae_bias.saes.ids import SaeId
+from sae_bias.saes.sae import Columns, Sae, SaeInfo
+from sae_bias.saes.tensors import read_json
+
+WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,73 @@ class LensEncoder:
     def b_dec(self) -> Float[Tensor, "d_model"]:
         """The decoder's bias."""
         return _plain(self.lens.b_dec)
+
+
+@register_format("saelens")
+class SaeLens:
+    """`cfg.json` and `sae_weights.safetensors`: in slices where the architecture allows it, whole otherwise."""
+
+    weights = (WEIGHTS,)
+
+    @staticmethod
+    def matches(folder: Path) -> bool:
+        return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+    @staticmethod
+    def open(folder: Path, sae_id: SaeId) -> Sae:
+        config_path, weights = folder / CONFIG, folder / WEIGHTS
+        config = read_config(config_path)
+        info = lens_info(config, str(config_path))
+        if not is_plain(config):
+            return lens_sae(sae_id, _lens_from_disk(folder), weights)
+        needs_threshold = info.architecture == "jumprelu"
+        subtract = bool(config.get("apply_b_dec_to_input", True))
+        encoder = read_encoder_file(weights, needs_threshold=needs_threshold, subtract_b_dec=subtract)
+        for key, actual in (("d_in", encoder.d_in), ("d_sae", encoder.d_sae)):
+            if config.get(key) not in (None, actual):
+                raise RequestError(
+                    f"{config_path} says {key} {str(config[key])[:20]}, {weights.name} has {actual}; one is wrong"
+                )
+        return Sae(sae_id, encoder, info, weights)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The entries of a JSON config file."""
+    try:
+        return read_json(path.read_bytes()[: 1 << 20], str(path))
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lens_from_disk(folder: Path) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device="cpu", dtype="float32")
+    # SAELens checks little itself: a wrong config or file surfaces as any exception
+    except Exception as error:
+        raise RequestError(f"{folder}: SAELens cannot load it: {str(error).strip()[:200]}") from error
+
+
+def wrap_lens(lens: Any, sae_id: SaeId | None = None) -> Sae:
+    """A SAELens SAE in memory."""
+    info = lens_info(_config(lens), f"SAELens SAE {sae_id or ''}".strip())
+    name = re.sub(r"[^\w.-]+", "_", f"{info.model_name or 'model'}_{info.site}_{lens.cfg.d_sae}")
+    return lens_sae(sae_id or SaeId("object:sae_lens", name), lens)
+
+
+def lens_sae(sae_id: SaeId, lens: Any, path: Path | None = None) -> Sae:
+    """The SAE that a SAELens object is, whole in memory."""
+    for weight, values in lens.state_dict().items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise RequestError(f"{sae_id}: {weight} holds NaN or infinite values")
+    config = _config(lens)
+    info = lens_info(config, str(path or sae_id))
+    return Sae(sae_id, LensEncoder(lens), info, path, reduces_to_one_row=is_plain(config), lens=lens)
+
+
+def _config(lens: Any) -> dict[str, Any]:
+    return {**lens.cfg.to_dict(), "architecture": lens.cfg.architecture()}
 
 
 def lens_info(config: dict[str, Any], where: str) -> SaeInfo:

@@ -1,0 +1,54 @@
+"""A measure: what edits do beside the bias, as tables of the run folder and blocks of the summary.
+
+    @register_measure("my_measure")
+    def my_measure(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured: ...
+
+`engine` holds the model, the pairs, the probe and the unsteered result (`engine.base`). A study runs every registered measure, a
+plugin's too, on its report templates under the ablation of the chosen feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from sae_bias.core.errors import RequestError
+from sae_bias.core.registry import Registry
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.intervention import Intervention
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one measure found."""
+
+    tables: Mapping[str, pd.DataFrame]
+    """By the name they have in the run folder's tables/."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """Blocks of summary.json by name."""
+
+
+Measure = Callable[[ProbeEngine, Sequence[Intervention]], Measured]
+MEASURES: Registry[Measure] = Registry("measure", modules=("sae_bias.measures.specificity",))
+register_measure = MEASURES.register
+
+
+def run_measures(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured:
+    """Every registered measure of `edits`, their tables and blocks together.
+
+    Raises:
+        RequestError: two measures give a table or a block of one name.
+    """
+    tables: dict[str, pd.DataFrame] = {}
+    summary: dict[str, Any] = {}
+    for name in MEASURES.names():
+        found = MEASURES.get(name)(engine, edits)
+        twice = sorted((tables.keys() & found.tables.keys()) | (summary.keys() & found.summary.keys()))
+        if twice:
+            raise RequestError(f"measure {name!r} gives {twice[0]!r}, which another measure gives already.")
+        tables |= dict(found.tables)
+        summary |= dict(found.summary)
+    return Measured(tables, summary)

@@ -1,0 +1,88 @@
+"""A forced choice beside the probe: a stem that names two options, which then hold most of the next-token probability.
+
+The evaluation words hold little of it (docs/method.md#probability-mass), so their odds may be about a corner of what the model would say.
+Here the question names its options, in both orders and both polarities; the score is log p(favorable) - log p(unfavorable), and the
+figure is read as the probe's: human - AI, beyond the mundane twins where there are any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.core.errors import RequestError
+from sae_bias.models.model import Model
+from sae_bias.probe.result import ProbeResult
+from sae_bias.probe.run import run_probe
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.stats.clustered import Clustered, clustered_mean
+
+
+@dataclass(frozen=True, eq=False)
+class ForcedChoice:
+    """The figure of each choice, and of their mean."""
+
+    frame: pd.DataFrame = field(repr=False)
+    """stem, polarity, options, estimate, ci_low, ci_high, p_value, mass."""
+    stat: Clustered
+    """The mean over orders and polarities, pair by pair."""
+    of: str
+    """What is estimated: difference in differences | bias."""
+
+    @property
+    def mass(self) -> float:
+        """Share of the next-token probability that the two options hold."""
+        return float(self.frame["mass"].mean())
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def __str__(self) -> str:
+        low, high = self.stat.ci
+        return (
+            f"forced choice: {self.stat.mean:+.3f} nats [{low:.3f}, {high:.3f}] over {len(self.frame)} wordings, whose options hold"
+            f" {100 * self.mass:.0f}% of the next-token probability"
+        )
+
+
+def forced_choice(model: Model, pairs: PromptPairs, *, progress: bool = False) -> ForcedChoice:
+    """Every choice the pairs offer (`choices:` in their file), in nats of log-odds.
+
+    Raises:
+        RequestError: the pairs offer none, an option is not readable, or the pairs' stem is not known.
+    """
+    if not pairs.choices:
+        raise RequestError("these pairs offer no forced choice; add `choices:` to their file.")
+    rows, values, result = [], [], None
+    for choice in pairs.choices:
+        probe = Probe([choice.positive], [choice.negative], "logodds", join=pairs.join)
+        result = run_probe(
+            model,
+            pairs.with_stem(choice.stem),
+            probe,
+            progress=progress,
+            describe=f"forced choice {choice.stem!r}",
+        )
+        own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
+        values.append(result.primary_values(own)[0])
+        stat = result.primary
+        rows.append(
+            {
+                "stem": choice.stem,
+                "polarity": choice.polarity,
+                "options": f"{choice.positive} / {choice.negative}",
+                "estimate": stat.mean,
+                "ci_low": stat.ci_low,
+                "ci_high": stat.ci_high,
+                "p_value": stat.p_value,
+                "mass": result.mass.total,
+            }
+        )
+    assert isinstance(result, ProbeResult)
+    own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
+    _, templates, entities = result.primary_values(own)
+    stat = clustered_mean(np.mean(values, axis=0), templates, entities)
+    return ForcedChoice(pd.DataFrame(rows), stat, result.estimand)

@@ -1,0 +1,171 @@
+"""A sweep's table from its cells: one row a cell and split, every figure from the cells' scores and facts alone.
+
+The primary figure is B_0 - B_s in nats (`removed_nats`; positive = less bias), for the bias and, where pairs have mundane twins, for the
+difference in differences (`did_removed_nats`). Ratios (`reduction`, `specific_reduction`) stand beside them and are NaN where the
+unsteered bias is not distinguishable from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.core.errors import RequestError
+from sae_bias.measures.collapse import collapse_test
+from sae_bias.prompts.texts import COST_TEXTS
+from sae_bias.stats.clustered import clustered_mean
+from sae_bias.stats.reduction import fieller_reduction
+from sae_bias.steering.intervention import edit_class
+
+NAN = float("nan")
+Clusters = tuple[list[str], list[str]]
+
+
+def cell_rows(
+    listed: Sequence[Mapping[str, Any]],
+    cells: Mapping[str, pd.DataFrame],
+    splits: Mapping[str, Sequence[str]],
+    *,
+    costs: bool,
+) -> pd.DataFrame:
+    """One row a cell and split; the first listed cell is the base."""
+    base = cells[listed[0]["cell"]]
+    keep = {split: base["template"].isin(list(templates)).to_numpy() for split, templates in splits.items()}
+    for split, rows in keep.items():
+        if not rows.any():
+            raise RequestError(f"split {split!r} holds none of the pairs' templates.")
+    return pd.DataFrame(
+        [
+            _row(facts, split, rows, cells[facts["cell"]], base, costs)
+            for facts in listed
+            for split, rows in keep.items()
+        ]
+    )
+
+
+def _row(
+    cell: Mapping[str, Any],
+    split: str,
+    keep: np.ndarray,
+    frame: pd.DataFrame,
+    base: pd.DataFrame,
+    costs: bool,
+) -> dict[str, Any]:
+    clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
+    strength = NAN if cell["strength"] is None else float(cell["strength"])
+    row = {
+        "cell": cell["cell"],
+        "intervention": cell["intervention"],
+        "feature": cell["feature"],
+        "strength": strength,
+        "positions": cell["positions"],
+        "split": split,
+        "n_pairs": int(keep.sum()),
+        **_effect(frame[keep], base[keep], clusters),
+        "rule": cell["rule"],
+        "kind": cell["kind"],
+        "label": cell["label"],
+        "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
+    }
+    if costs:
+        row |= _did_columns(frame, base, keep, clusters)
+        row |= _collapse_columns(frame, base, keep, clusters)
+        row |= _cost_columns(frame.attrs, row["beta"])
+    row["positions_changed"] = frame.attrs.get("positions_changed", 0)
+    return row
+
+
+def _effect(after: pd.DataFrame, before: pd.DataFrame, clusters: Clusters) -> dict[str, Any]:
+    """What the edit did to the bias, and how far it moved each side's scores."""
+    now, then = after["bias"].to_numpy(), before["bias"].to_numpy()
+    stat, reduction = clustered_mean(now, *clusters), fieller_reduction(then, now, *clusters)
+    wrong = now > then if then.mean() > 0 else now < then
+    return {
+        "bias": stat.mean,
+        "ci_low": stat.ci_low,
+        "ci_high": stat.ci_high,
+        "change": float((now - then).mean()),
+        "mean_abs_change": float(np.abs(now - then).mean()),
+        "removed_nats": reduction.change.mean,
+        "removed_nats_low": reduction.change.ci_low,
+        "removed_nats_high": reduction.change.ci_high,
+        "human_shift": float((after["score_human"] - before["score_human"]).mean()),
+        "ai_shift": float((after["score_ai"] - before["score_ai"]).mean()),
+        "wrong_way_share": float(wrong.mean()),
+        "reduction": reduction.estimate,
+        "red_low": reduction.ci_low,
+        "red_high": reduction.ci_high,
+        "red_reason": reduction.reason,
+        "overshoot": reduction.overshoot,
+    }
+
+
+def _outside(intervention: str, strength: float, observed: float | None) -> bool:
+    """Whether an activation is set to a value the feature was not seen to take."""
+    edit = edit_class(intervention)
+    sets = edit is not None and edit.sets_activation and np.isfinite(strength)
+    return bool(sets and not 0 <= strength <= (observed or 0.0))
+
+
+def _did_columns(
+    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
+) -> dict[str, float]:
+    """The difference in differences, bias less the mundane twin's, and how much of it the edit removed."""
+    names = ("did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high")
+    then, now = (_difference(f)[keep] for f in (base, frame))
+    known = np.isfinite(then) & np.isfinite(now)
+    if not known.any():
+        return dict.fromkeys(names, NAN)
+    labels = tuple(np.array(c)[known].tolist() for c in clusters)
+    removed = clustered_mean((then - now)[known], *labels)
+    return dict(zip(names, (float(now[known].mean()), removed.mean, *removed.ci)))
+
+
+def _difference(frame: pd.DataFrame) -> np.ndarray:
+    twins = frame.attrs.get("twins")
+    if not isinstance(twins, Sequence) or len(twins) != len(frame):
+        return np.full(len(frame), NAN)
+    return frame["bias"].to_numpy(float) - np.array([NAN if t is None else t for t in twins], dtype=float)
+
+
+def _collapse_columns(
+    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
+) -> dict[str, Any]:
+    """β and the specific reduction of one split, with its interval; NaN where the banks were not run."""
+    bank_before, bank_after = base.attrs.get("bank"), frame.attrs.get("bank")
+    if bank_before is None or bank_after is None:
+        return dict.fromkeys(COLLAPSE_COLUMNS, NAN) | {"specific_reason": "not measured"}
+    then, now = (f["bias"].to_numpy()[keep] for f in (base, frame))
+    test = collapse_test(then, now, clusters, np.array(bank_before), np.array(bank_after))
+    s = test.specific
+    changed = (test.changed_share[b] for b in ("other", "ai"))
+    values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *changed)
+    return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
+
+
+COLLAPSE_COLUMNS = [
+    "specific_reduction",
+    "spec_low",
+    "spec_high",
+    "beta",
+    "beta_other",
+    "beta_ai",
+    "bank_changed_other",
+    "bank_changed_ai",
+]
+COST_COLUMNS = [
+    f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired") for kind in COST_TEXTS
+] + ["kl_off"]
+
+
+def _cost_columns(facts: Mapping[str, Any], beta: float) -> dict[str, float]:
+    """Every cost; the worst KL; and the cost of a frontier, max(worst KL, 1 - β)."""
+    found = {key: NAN if facts.get(key) is None else float(facts[key]) for key in COST_COLUMNS}
+    known = [
+        v for k, v in found.items() if k in ("kl_off", *(f"kl_{kind}" for kind in COST_TEXTS)) and v == v
+    ]
+    worst = max(known, default=NAN)
+    return found | {"kl_worst": worst, "cost": NAN if worst != worst else float(np.nanmax([worst, 1 - beta]))}

@@ -1,0 +1,153 @@
+"""What a sweep found, as a run's summary holds it: read by the report, the terminal and Python alike.
+
+The reduction, costs and controls are the first candidate's (controls are made for it); `best_strength` is chosen on the tune split and
+its figures are of the report split.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sae_bias.core.text import is_number
+from sae_bias.prompts.texts import COST_TEXTS
+from sae_bias.steering.controls import empirical_p
+from sae_bias.workflows.best_strength import BestStrength, choose_strength
+
+NAN = float("nan")
+
+
+def sweep_splits(frame: pd.DataFrame) -> tuple[str, str]:
+    """(the split a strength is chosen on, the one figures are of); one split for both where none was held out."""
+    return ("tune", "report") if {"tune", "report"} <= set(frame["split"]) else ("all", "all")
+
+
+def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> dict[str, Any]:
+    """The sweep's figures by part: reduction, did, specific_reduction, shift, costs, controls, best_strength."""
+    tune, report = sweep_splits(frame)
+    summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
+    reported = frame[frame["split"] == report]
+    candidates = reported[reported["kind"] == "candidate"]
+    if candidates.empty:
+        return summary
+    first = candidates.iloc[0]
+    base = reported[reported["kind"] == "base"].iloc[0]
+    summary |= effect_summary(first, base)
+    summary["best_strength"] = _best(frame, tune, report)
+    controls = reported[reported["kind"] == "control"]
+    if len(controls):
+        summary["controls"] = controls_summary(first, controls)
+    return summary
+
+
+def effect_summary(row: Any, base: Any) -> dict[str, Any]:
+    """One row of the table, with the base's: what the edit removed, of which how much specifically, and at what cost."""
+    out: dict[str, Any] = {
+        "reduction": {
+            "of": row["rule"], "estimate": row["reduction"], "ci_low": row["red_low"], "ci_high": row["red_high"],
+            "bounded": not row["red_reason"], "undefined": row["red_reason"] or None, "overshoot": bool(row["overshoot"]),
+            "bias_before": base["bias"], "bias_after": row["bias"],
+            "change": row["removed_nats"], "change_low": row["removed_nats_low"], "change_high": row["removed_nats_high"],
+        },
+        "shift": {"human": row["human_shift"], "ai": row["ai_shift"]},
+    }  # fmt: skip
+    if is_number(row.get("did_removed_nats")):
+        out["did"] = {
+            "before": base["did"], "after": row["did"],
+            "change": row["did_removed_nats"], "change_low": row["did_removed_nats_low"], "change_high": row["did_removed_nats_high"],
+        }  # fmt: skip
+    if "specific_reduction" in row:
+        out["specific_reduction"] = {
+            "estimate": row["specific_reduction"], "ci_low": row["spec_low"], "ci_high": row["spec_high"],
+            "beta": row["beta"], "beta_other": row["beta_other"], "beta_ai": row["beta_ai"],
+            "undefined": row["specific_reason"] or None,
+            "bank_changed": {"other": row["bank_changed_other"], "ai": row["bank_changed_ai"]},
+        }  # fmt: skip
+        out["costs"] = {
+            kind: {
+                "kl_mean": row[f"kl_{kind}"],
+                "kl_p95": row[f"kl_p95_{kind}"],
+                "fired": row[f"fired_{kind}"],
+            }
+            for kind in COST_TEXTS
+            if is_number(row.get(f"kl_{kind}"))
+        }
+        if is_number(row.get("kl_off")):
+            out["costs"]["off"] = {"kl_mean": row["kl_off"]}
+    return out
+
+
+def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, Any]:
+    best: BestStrength = choose_strength(frame, tune, report)
+    if not best.cell:
+        return {"undefined": best.reason}
+    rows = frame[frame["cell"] == best.cell].set_index("split")
+    inside, held = rows.loc[tune], rows.loc[report]
+    chosen = {"strength": best.strength, "label": best.rule, **_figures(inside)}
+    return {
+        "in_sample": chosen,
+        "held_out": {}
+        if tune == report
+        else {"strength": best.strength, "outside_observed": best.outside_observed, **_figures(held)},
+    }
+
+
+def _figures(row: Any) -> dict[str, Any]:
+    return {
+        "reduction": row["reduction"], "red_low": row["red_low"], "red_high": row["red_high"], "overshoot": bool(row["overshoot"]),
+        "specific_reduction": row["specific_reduction"], "ci_low": row["spec_low"], "ci_high": row["spec_high"],
+        "beta": row["beta"], "kl_off": row["kl_off"],
+    }  # fmt: skip
+
+
+def controls_table(controls: pd.DataFrame) -> pd.DataFrame:
+    """tables/controls: each control with its kind and what it removed."""
+    columns = [
+        c
+        for c in ("feature", "label", "reduction", "removed_nats", "specific_reduction", "beta")
+        if c in controls
+    ]
+    return controls[columns].rename(columns={"feature": "control", "label": "kind"})
+
+
+def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
+    """Where the first candidate stands among its controls, matched and random apart.
+
+    The statistic is the specific reduction; without the valence banks it is the change of the bias in nats. Matched features and
+    random directions each have their own p; the candidate's is the larger of the two, never one over both pooled.
+    """
+    specific = "specific_reduction" in controls and bool(controls["specific_reduction"].notna().all())
+    statistic = (
+        "specific_reduction" if specific and is_number(first["specific_reduction"]) else "removed_nats"
+    )
+    value, values = float(first[statistic]), controls[statistic].to_numpy(float)
+    kinds = {
+        kind: _among(value, values[(controls["label"] == kind).to_numpy()])
+        for kind in dict.fromkeys(controls["label"])
+    }
+    return {
+        "statistic": statistic,
+        "value": value,
+        **_among(value, values),
+        "p_value": max(part["p_value"] for part in kinds.values()),
+        "kinds": kinds,
+    }
+
+
+def _among(value: float, values: np.ndarray) -> dict[str, Any]:
+    median = float(np.median(values))
+    return {
+        "n": len(values),
+        "p_value": empirical_p(value, values),
+        "median": median,
+        "multiple_of_median": value / median if median > 0 else NAN,
+        "percentile95": float(np.quantile(values, 0.95)),
+    }
+
+
+def beats_controls(summary: dict[str, Any]) -> bool:
+    """Whether the edit's statistic is positive and beats each kind of its controls at 5 %."""
+    controls = summary.get("controls") or {}
+    return bool(controls.get("p_value", 1.0) <= 0.05 and controls["value"] > 0)

@@ -1,0 +1,131 @@
+"""Models on the command line: several features and strengths, options given twice, and what `doctor MODEL` says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from typer.main import get_command
+
+import sae_bias as sb
+from sae_bias.cli.main import build_app, main
+
+PROMPT = ("--prompt", "An AI says", "--max-new-tokens", "4")
+
+
+def ran(capsys, *argv):
+    capsys.readouterr()
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_features_given_twice_are_edited_together(capsys, gemma3):
+    names = [f"{gemma3.sae_folder}#{k}" for k in (3, 7)]
+    argv = ["generate", gemma3.folder, *PROMPT, "--edit", "steer", "--strength", "4", "--json"]
+    code, out, _ = ran(capsys, *argv, "--feature", names[0], "--feature", names[1])
+    found = json.loads(out)
+    assert code == 0
+    assert [e["along"].rpartition("#")[2] for e in found["edits"]] == ["3", "7"]
+    edits = [sb.Steer(n, 4.0) for n in names]
+    (own,) = sb.generate(gemma3.model, ["An AI says"], interventions=edits, max_new_tokens=4)
+    assert found["completions"][0]["steered"] == own.text
+
+
+def test_each_strength_is_a_condition_in_units_of_the_maximum(capsys, gemma3, tmp_path, monkeypatch):
+    from sae_bias.steering import controls
+
+    monkeypatch.setattr(controls, "observed_max", lambda model, feature, pairs: 2.5)
+    name = f"{gemma3.sae_folder}#3"
+    argv = [
+        "generate",
+        gemma3.folder,
+        *PROMPT,
+        "--feature",
+        name,
+        "--edit",
+        "steer",
+        "--strength",
+        "1,-4",
+        "--strength",
+        "8",
+    ]
+    code, out, _ = ran(capsys, *argv, "--unit", "max", "--json", "--out", tmp_path / "run")
+    found = json.loads(out)
+    assert code == 0
+    assert [e["alpha"] for e in found["edits"]] == [2.5, -10.0, 20.0]
+    for row, alpha in zip(found["completions"], (2.5, -10.0, 20.0), strict=True):
+        (own,) = sb.generate(
+            gemma3.model, ["An AI says"], interventions=[sb.Steer(name, alpha)], max_new_tokens=4
+        )
+        assert row["steered"] == own.text
+    table = pd.read_parquet(next((tmp_path / "run").rglob("generations.parquet")))
+    assert table["edit"].nunique() == 3
+    assert ran(capsys, "report", tmp_path / "run")[0] == 0
+    code, _, err = ran(capsys, *argv[:-6], "--feature", name, "--strength", "2")
+    assert code == 2
+    assert "ablate has no strength" in err
+
+
+def single_valued():
+    """(command, option) of every option that takes one value, on every command."""
+    tree = get_command(build_app())
+    for name, command in tree.commands.items():
+        for param in command.params:
+            if param.param_type_name == "option" and not (param.multiple or param.is_flag):
+                yield name, param.opts[0]
+
+
+def test_an_option_given_twice_is_refused_on_every_command(capsys):
+    """The last one would silently replace the first."""
+    checked = list(single_valued())
+    assert len(checked) > 100
+    for command, option in checked:
+        code, _, err = ran(capsys, command, option, "1", option, "1")
+        assert code == 2, (command, option)
+        assert f"{option} is given 2 times" in err, (command, option, err)
+
+
+def test_doctor_says_what_a_folder_lacks(capsys, gemma3, tmp_path):
+    code, out, _ = ran(capsys, "doctor", gemma3.folder)
+    assert code == 0
+    assert "Gemma 3" in out
+    assert "nothing is missing" in out
+    assert len(out.splitlines()) < 24, "one screen"
+    folder = shutil.copytree(gemma3.folder, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    code, out, _ = ran(capsys, "doctor", folder, "--json")
+    missing = json.loads(out)["model"]["missing"]
+    assert [m.partition(" ")[0] for m in missing] == ["model.safetensors", "a"]
+    assert ran(capsys, "doctor", tmp_path / "gone")[0] == 2
+
+
+def test_doctor_reads_a_gguf_files_header(capsys, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUX" + b"\0" * 64)
+    code, _, err = ran(capsys, "doctor", tmp_path / "bad.gguf")
+    assert code == 2
+    assert "\n" not in err.strip()
+
+
+def test_doctor_says_where_the_layers_would_go(capsys, gemma3):
+    pytest.importorskip("accelerate")
+    code, out, _ = ran(capsys, "doctor", gemma3.folder, "--device-map", "auto", "--json")
+    assert code == 0
+    assert sum(json.loads(out)["model"]["device_map"].values()) >= 1
+
+
+def test_generate_takes_a_device_map_and_template_arguments(capsys, gemma3, tmp_path):
+    pytest.importorskip("accelerate")
+    argv = ["generate", gemma3.folder, *PROMPT, "--json"]
+    plain = json.loads(ran(capsys, *argv)[1])["completions"]
+    assert json.loads(ran(capsys, *argv, "--device-map", "cpu")[1])["completions"] == plain
+    code, _, _ = ran(
+        capsys, *argv, "--chat", "--template-arg", "enable_thinking=false", "--out", tmp_path / "r"
+    )
+    assert code == 0
+    manifest = json.loads(next((tmp_path / "r").rglob("manifest.json")).read_text())
+    assert manifest["model"]["chat"] == {"arguments": {"enable_thinking": False}}
+    assert ran(capsys, *argv, "--template-arg", "thinking")[0] == 2
