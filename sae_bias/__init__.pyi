@@ -61,10 +61,14 @@ from sae_bias.steering.edits import Steer as Steer
 from sae_bias.steering.generate import Completion as Completion
 from sae_bias.steering.generate import generate as generate
 from sae_bias.steering.hooks import intervene as intervene
+from sae_bias.steering.learned import FeatureSet as FeatureSet
+from sae_bias.steering.learned import GatedCounterfactual as GatedCounterfactual
 from sae_bias.steering.receipt import Receipt as Receipt
 from sae_bias.steering.ridge import ridge_probe as ridge_probe
 from sae_bias.workflows.cells import Sweep as Sweep
 from sae_bias.workflows.compare import compare_methods as compare_methods
+from sae_bias.workflows.fit import fit_feature_set as fit_feature_set
+from sae_bias.workflows.fit import fit_report as fit_report
 from sae_bias.workflows.study import run_study as run_study
 from sae_bias.workflows.study_file import Study as Study
 from sae_bias.workflows.sweep import run_sweep as run_sweep

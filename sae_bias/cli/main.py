@@ -34,6 +34,7 @@ COMMAND_MODULES = (
     "scenarios",
     "generate",
     "play",
+    "fit",
     "identity",
     "judge",
     "report",
@@ -99,7 +100,7 @@ class _OnceEach(TyperCommand):
         for param in order:
             if (
                 param.param_type_name == "option"
-                and not (param.multiple or param.is_flag)
+                and not (param.multiple or getattr(param, "is_flag", False))
                 and order.count(param) > 1
             ):
                 raise RequestError(

@@ -50,7 +50,7 @@ def merge(hf: Any, folder: Path) -> Any:
     Raises:
         RequestError: the adapter does not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]
 
     try:
         return PeftModel.from_pretrained(hf, folder, use_safetensors=True).merge_and_unload()

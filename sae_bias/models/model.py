@@ -240,7 +240,7 @@ class Model:
             raise RequestError(
                 f"the prompt {_short(text)} begins with 2 BOS tokens; leave the BOS to the tokenizer."
             )
-        if set(plain) == {self.tokenizer.unk_token_id}:
+        if plain and all(token == self.tokenizer.unk_token_id for token in plain):
             raise RequestError(f"the tokenizer of {self.name} knows no word of the prompt {_short(text)}.")
         if max(ids) >= self._n_embedded:
             raise RequestError(

@@ -93,8 +93,8 @@ def load_published(row: str | None = None) -> tuple[PublishedFigure, ...]:
 
 def _figure(entry: dict[str, Any]) -> PublishedFigure:
     value = entry.get("value")
-    defaults = {"reported": "", "of": None, "p_below": None}
-    return PublishedFigure(**defaults | entry | {"value": None if value is None else float(value)})
+    defaults: dict[str, Any] = {"reported": "", "of": None, "p_below": None}
+    return PublishedFigure(**{**defaults, **entry, "value": None if value is None else float(value)})
 
 
 Texts = str | Path | Iterable[str] | None

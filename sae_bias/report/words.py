@@ -148,8 +148,9 @@ def _share_removed(reduction: ReductionFigure) -> str:
         return f"How much of the bias suppression removes is {number(estimate)}."
     sure = interval(reduction, share=True)
     if estimate < 0:
-        known = is_number(low) and is_number(high)
-        turned = interval(Effect(ci_low=-high, ci_high=-low), share=True) if known else sure
+        turned = sure
+        if is_number(low) and is_number(high):
+            turned = interval(Effect(ci_low=-high, ci_high=-low), share=True)
         said = f"makes the bias larger by {percent(-estimate)} ({turned})."
     elif excludes_zero(reduction) is False:
         said = f"is not shown to remove any bias: {percent(estimate)} ({sure})."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ def variance_components(y: Float[np.ndarray, "..."], names: Sequence[str]) -> pd
         raise RequestError("variance components need a table without gaps.")
     axes = range(y.ndim)
     pairs = list(combinations(axes, 2)) if y.ndim > 2 else []
-    means = {(a,): _mean(y, (a,)) - y.mean() for a in axes}
+    means: dict[tuple[int, ...], Any] = {(a,): _mean(y, (a,)) - y.mean() for a in axes}
     for a, b in pairs:
         means[a, b] = _mean(y, (a, b)) - y.mean() - means[a,] - means[b,]
     ss = {effect: float((m**2).mean() * y.size) for effect, m in means.items()}

@@ -331,7 +331,7 @@ class Patch(Intervention):
         return True
 
     def bind(self, model: Model) -> Self:
-        check_fits(model, self.target, self.site, self.source.d_model)
+        check_fits(model, self.target, Site.parse(self.site), self.source.d_model)
         return self
 
     def prepare(self, sources: Sources) -> None:

@@ -33,7 +33,7 @@ from sae_bias.steering.intervention import FeatureLike, Intervention
 
 STRENGTHS = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0, -8.0)
 """Clamp values in units of the feature's largest activation on the AI prompts; the study does not state its own."""
-LEAN = {"controls": False, "levels": False}
+LEAN: dict[str, Any] = {"controls": False, "levels": False}
 """A switch is compared in the bias alone."""
 PROBE_COLUMNS = ["switch", "open", "bias", "ci_low", "ci_high", "p_value", "n_words", "note"]
 

@@ -66,11 +66,12 @@ def choose_strength(frame: pd.DataFrame, tune: str, report: str) -> BestStrength
     reason = why_no_strength(rows)
     if reason:
         return BestStrength(tune, report, reason=reason)
-    chosen = rows.loc[_eligible(rows)["specific_reduction"].idxmax()]
+    eligible = _eligible(rows)
+    chosen = eligible.iloc[int(eligible["specific_reduction"].to_numpy().argmax())]
     held: Any = frame[(frame["cell"] == chosen["cell"]) & (frame["split"] == report)].iloc[0]
     return BestStrength(
         tune, report, str(chosen["cell"]), str(chosen["rule"]), float(chosen["strength"]), bool(held["outside_observed"]),
-        float(chosen["specific_reduction"]), *(float(held[c]) for c in ("specific_reduction", "spec_low", "spec_high")),
+        float(chosen["specific_reduction"]), float(held["specific_reduction"]), float(held["spec_low"]), float(held["spec_high"]),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.attribution import attribution, score_coefficients
 from sae_bias.measures.collapse import BANKS, CollapseEngine, bank_items
-from sae_bias.measures.costs import CostEngine
+from sae_bias.measures.costs import CostEngine, pooled_kl_off
 from sae_bias.models.forward import Batch, Kept, forward_with_grad, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
@@ -69,7 +69,7 @@ def fit_feature_set(
     pairs: PromptPairs,
     *,
     probe: Probe | None = None,
-    kind: Literal["scales", "gated"] = "scales",
+    kind: Literal["scales", "gated"] | str = "scales",
     most: int = MOST,
     steps: int = STEPS,
     penalty: float = L1,
@@ -117,11 +117,11 @@ def fit_report(
     model: Model, edit: Intervention, pairs: PromptPairs, *, probe: Probe | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """One row a split (discover, report): bias before and after, specific reduction with β on the bank's half of that split, how far the
-    human and AI scores moved, KL_off and the largest KL over text kinds."""
+    human and AI scores moved, KL_off pooled over the cost texts and the largest KL over their kinds."""
     probe = probe or default_probe(pairs)
     banks = CollapseEngine(model, probe, sites=[edit.site])
     after_bank, seen = banks.scores([[edit]])[0], bank_half(seed)
-    costs = CostEngine(model, sites=[edit.site]).run([edit])
+    costs = CostEngine(model, sites=[edit.site], probe=probe).run([edit])
     _, names, statements = bank_items()
     rows = []
     for split, half in (("discover", seen), ("report", ~seen)):
@@ -140,7 +140,7 @@ def fit_report(
                 "specific_low": found.ci_low, "specific_high": found.ci_high, "beta": found.beta,
                 "human_moved": float((after.score_human - base.score_human).mean()),
                 "ai_moved": float((after.score_ai - base.score_ai).mean()), "kl_max": float(costs["kl_mean"].max()),
-                "kl_off": float(costs["kl_off"].max()) if "kl_off" in costs else float("nan"),
+                "kl_off": pooled_kl_off(costs),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -185,11 +185,11 @@ class _Fit:
         with torch.no_grad():
             acts = self.acts(resid.float()) * ~torch.isin(batch.tokens, special)[..., None].to(resid.device)
         index = list(batch.index)
-        values = (
-            torch.as_tensor(v[index], dtype=torch.float32, device=self.model.device)
-            for v in (coefficients, target)
+        coefs = torch.as_tensor(coefficients[index], dtype=torch.float32, device=self.model.device)
+        aims = torch.as_tensor(target[index], dtype=torch.float32, device=self.model.device)
+        return _Item(
+            batch, resid, acts, coefs, aims, torch.as_tensor(wanted[index], device=self.model.device)
         )
-        return _Item(batch, resid, acts, *values, torch.as_tensor(wanted[index], device=self.model.device))
 
     def _pairs(self) -> list[_Item]:
         """Human prompts keep their score; AI prompts take their human twin's."""

@@ -73,7 +73,7 @@ def _row(
     if costs:
         row |= _did_columns(frame, base, keep, clusters)
         row |= _collapse_columns(frame, base, keep, clusters)
-        row |= _cost_columns(frame.attrs, row["beta"])
+        row |= _cost_columns(dict(frame.attrs), row["beta"])
     row["positions_changed"] = frame.attrs.get("positions_changed", 0)
     return row
 
@@ -161,7 +161,7 @@ COST_COLUMNS = [
 ] + ["kl_off"]
 
 
-def _cost_columns(facts: Mapping[str, Any], beta: float) -> dict[str, float]:
+def _cost_columns(facts: Mapping[Any, Any], beta: float) -> dict[str, float]:
     """Every cost; the worst KL; and the cost of a frontier, max(worst KL, 1 - β)."""
     found = {key: NAN if facts.get(key) is None else float(facts[key]) for key in COST_COLUMNS}
     known = [

@@ -197,7 +197,7 @@ def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
     known = frame.dropna(subset=[column])
     if known.empty:
         return "Shares are undefined: the unsteered bias is not distinguishable from 0."
-    best, own = known.loc[known[column].idxmax()], known[known["kind"] == "candidate"]
+    best, own = known.iloc[int(known[column].to_numpy().argmax())], known[known["kind"] == "candidate"]
     said = f"At a cost of {level}, {best['method']} removes most: {fmt.percent(best[column])}"
     if len(own) and best["kind"] != "candidate":
         said += f"; the feature removes {fmt.percent(own[column].max())}"

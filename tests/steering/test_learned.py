@@ -1,0 +1,80 @@
+"""Learned edits: what they write is what their features' own edits write, off the gate nothing changes, and files keep them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sae_bias as sb
+from sae_bias.steering.intervention import from_dict
+
+TEXT = ["An AI says hello. This is", "A dog wants tea. This is"]
+
+
+def logits(model, edits) -> torch.Tensor:
+    out = []
+    for text in TEXT:
+        ids = torch.tensor([model.encode(text)])
+        with torch.no_grad(), sb.intervene(model, *edits):
+            out.append(model.hf(input_ids=ids).logits[0])
+    return torch.cat(out)
+
+
+def refs(gemma3, *indices):
+    return [str(gemma3.feature(i).ref) for i in indices]
+
+
+def test_a_feature_set_is_its_scales_in_one_encoding(gemma3):
+    names, scales = refs(gemma3, 1, 3, 5), (0.2, 2.5, -1.0)
+    together = logits(gemma3.model, [sb.FeatureSet("three", names, scales)])
+    apart = logits(gemma3.model, [sb.Scale(f, k) for f, k in zip(names, scales)])
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert not torch.allclose(together, logits(gemma3.model, []), atol=1e-3)
+
+
+def test_a_scale_of_one_is_the_identity(gemma3):
+    same = logits(gemma3.model, [sb.FeatureSet("same", refs(gemma3, 1, 3), (1.0, 1.0))])
+    assert torch.equal(same, logits(gemma3.model, []))
+
+
+def test_a_gate_that_is_off_changes_no_bit_and_one_that_is_on_writes_the_prediction(gemma3):
+    names = refs(gemma3, 1, 3)
+    zero = ((0.0, 0.0), (0.0, 0.0))
+    off = sb.GatedCounterfactual("off", names, (0.0, 0.0), -1.0, zero, (0.0, 0.0))
+    assert torch.equal(logits(gemma3.model, [off]), logits(gemma3.model, []))
+    on = sb.GatedCounterfactual("on", names, (0.0, 0.0), 1.0, zero, (0.0, 0.0))
+    ablated = logits(gemma3.model, [sb.Ablate(f) for f in names])
+    assert torch.allclose(logits(gemma3.model, [on]), ablated, atol=1e-5)
+
+
+def test_they_stand_in_files(gemma3):
+    names = refs(gemma3, 1, 3)
+    for edit in (
+        sb.FeatureSet("set", names, (0.5, 2.0)),
+        sb.GatedCounterfactual("gate", names, (1.0, -1.0), 0.5, ((1.0, 0.0), (0.0, 1.0)), (0.0, 0.1)),
+    ):
+        assert from_dict(edit.to_dict()) == edit
+        assert edit.key() == from_dict(edit.to_dict()).key()
+
+
+@pytest.mark.parametrize("names", [(), ("a/b#1", "a/b#1")])
+def test_no_feature_or_one_twice_is_refused(names):
+    with pytest.raises(sb.RequestError, match="each once"):
+        sb.FeatureSet("bad", names, tuple(1.0 for _ in names))
+
+
+def test_a_wrong_number_of_scales_is_refused(gemma3):
+    with pytest.raises(sb.RequestError, match="1 scales for 2 features"):
+        sb.FeatureSet("bad", refs(gemma3, 1, 3), (1.0,))
+
+
+@pytest.mark.slow
+def test_a_gated_counterfactual_of_a_trained_sae_is_specific_where_it_was_not_fitted():
+    """Report templates and the unseen half of the banks of the organism whose bias is known."""
+    model, pairs = sb.load_model("organism:planted"), sb.load_pairs()
+    edit = sb.fit_feature_set(
+        model, "organism:planted/resid_post/layer_3_width_512_l0_small", pairs, kind="gated"
+    )
+    report = sb.fit_report(model, edit, pairs).set_index("split").loc["report"]
+    assert report["specific"] >= 0.75
+    assert abs(report["human_moved"]) <= 0.2
