@@ -11,6 +11,7 @@ from test_scenarios import load_short
 import sae_bias as sb
 from sae_bias.cli.main import main
 from sae_bias.discovery.tables import TokenActivations
+from sae_bias.runs.summary import IdentityFigures
 from sae_bias.workflows.behavior import identity_lines, run_scenario_arms
 
 TEXTS = ["An AI says hello. This is", "A dog wants tea."]
@@ -130,7 +131,9 @@ def test_identity_lines_name_the_claims_and_the_interval():
         "ci_high": 0.2,
         "names": {"openai": 6, "gemma": 3},
     }
-    lines = identity_lines({"own": ["gemma"], "edited": True, "before": arm, "after": arm})
+    lines = identity_lines(
+        IdentityFigures.model_validate({"own": ["gemma"], "edited": True, "before": arm, "after": arm})
+    )
     assert (
         lines[0]
         == "before the edit: 6 of 60 answers claim an identity other than gemma [0.04, 0.20]; claimed: openai 6, gemma 3"

@@ -220,7 +220,8 @@ def _check_shapes(encoder: EncoderFile, path: Path) -> None:
     shapes = {name: encoder.file.slots[own].shape for name, own in encoder.names.items()}
     if len(shapes["w_enc"]) != 2 or 0 in shapes["w_enc"]:
         raise RequestError(f"{path}: w_enc has shape {list(shapes['w_enc'])}; expected [d_in, d_sae]")
-    if shapes["b_enc"] == shapes["w_enc"][:1] and shapes["b_dec"] == shapes["w_enc"][1:]:
+    d_in, d_sae = shapes["w_enc"]
+    if d_in != d_sae and shapes["b_enc"] == (d_in,) and shapes["b_dec"] == (d_sae,):
         raise RequestError(
             f"{path}: w_enc is transposed, [d_sae, d_in] = {list(shapes['w_enc'])}; save it as w_enc.T.contiguous() "
             "(expected w_enc [d_in, d_sae] and w_dec [d_sae, d_in])"
