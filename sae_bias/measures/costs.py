@@ -137,7 +137,7 @@ def _costs(
     """Of each row: mean KL over ordinary positions but the last, KL at the last, mean change of NLL."""
     special = torch.isin(tokens, torch.tensor(sorted(model.special_ids), device=tokens.device)).cpu()
     batch, n = tokens.shape
-    kl, change = torch.zeros(batch, n), torch.zeros(batch, n)
+    kl, change = torch.zeros(batch, n, dtype=torch.float32), torch.zeros(batch, n, dtype=torch.float32)
     for start in range(0, n, max(1, BLOCK // batch)):
         at = slice(start, min(start + max(1, BLOCK // batch), n))
         p, q = (_slice(f, at).logits().log_softmax(-1) for f in (base, after))

@@ -43,7 +43,7 @@ class Norm:
         """What a vector of unit scale is multiplied by (Gemma's 1 + w included: it is measured, not read)."""
         weight = getattr(module, "weight", None)
         device = torch.device("cpu") if weight is None else weight.device
-        ones = torch.ones(d_model, device=device)
+        ones = torch.ones(d_model, dtype=torch.float32, device=device)
         if self.centered:
             return ones if weight is None else weight.float()
         return module(ones) * (1 + _eps(module)) ** 0.5

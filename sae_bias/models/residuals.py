@@ -54,7 +54,10 @@ def read_residuals(
         `everywhere`, (ordinary tokens [m, d_model], prompt of each [m] in ascending order), else None.
     """
     layers = sorted(set(wanted))
-    last = {layer: torch.empty(len(prompts), model.d_model, device=model.device) for layer in layers}
+    last = {
+        layer: torch.empty(len(prompts), model.d_model, dtype=torch.float32, device=model.device)
+        for layer in layers
+    }
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for index, ordinary, kept in _passes(model, prompts, layers):
         owner = torch.as_tensor(index, device=model.device)[:, None].expand(ordinary.shape)
@@ -77,7 +80,10 @@ def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[int]) 
         RequestError: NaN or infinite residuals; the prompt is named.
     """
     wanted = sorted(layers)
-    last = {layer: torch.empty(len(prompts), model.d_model, device=model.device) for layer in wanted}
+    last = {
+        layer: torch.empty(len(prompts), model.d_model, dtype=torch.float32, device=model.device)
+        for layer in wanted
+    }
     for index, _, kept in _passes(model, prompts, wanted):
         for layer, x in kept.items():
             last[layer][list(index)] = x[:, -1]

@@ -44,6 +44,11 @@ class SaeId:
         return local_id(name)
 
 
+_PAGE = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?neuronpedia\.org/)?([A-Za-z0-9._-]+/\d+-[A-Za-z0-9._-]+)/(\d{1,12})/?"
+)
+
+
 @dataclass(frozen=True, order=True)
 class FeatureRef:
     """Which feature: an SAE and an index in it, written `release/sae_id#index`."""
@@ -65,7 +70,9 @@ class FeatureRef:
 
     @classmethod
     def parse(cls, text: str) -> FeatureRef:
-        """Read `release/sae_id#index` or `path/to/sae_folder#index`."""
+        """Read `release/sae_id#index`, `path/to/sae_folder#index`, or a Neuronpedia page: its address, or MODEL/SAE/INDEX of it."""
+        if page := _PAGE.fullmatch(text.strip()):
+            return cls(SaeId(*releases.sae_of_page(page[1])), int(page[2]))
         name, mark, index = text.strip().rpartition("#")
         if not mark or not name:
             raise RequestError(

@@ -33,7 +33,7 @@ class Neighbour:
 
 def decoder_directions(saes: Mapping[str, Sae], refs: Sequence[FeatureRef]) -> Float[Tensor, "n d_model"]:
     """Unit decoder rows of the given features (of `saes`, by their ids)."""
-    rows = torch.empty(len(refs), next(iter(saes.values())).d_in)
+    rows = torch.empty(len(refs), next(iter(saes.values())).d_in, dtype=torch.float32)
     for name, sae in saes.items():
         mine = [i for i, ref in enumerate(refs) if str(ref.sae) == name]
         order = sorted(mine, key=lambda i: refs[i].index)  # neighbors in the file are one read

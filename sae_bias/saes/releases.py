@@ -54,6 +54,22 @@ class SaeRelease:
         return self.folders[sae_id]
 
 
+def sae_of_page(page: str) -> tuple[str, str]:
+    """(release, sae_id) of a Neuronpedia name such as `gemma-2-9b/20-gemmascope-res-16k`.
+
+    Raises:
+        RequestError: no release of the installed SAELens has that page.
+    """
+    for name in release_names():
+        release = sae_release(name)
+        for sae_id, known in release.pages.items():
+            if known == page:
+                return name, sae_id
+    raise RequestError(
+        f"no SAE release of the installed SAELens has the Neuronpedia page {page[:120]!r}; name the release and SAE id instead."
+    )
+
+
 def release_names() -> list[str]:
     """Every SAE release that the installed SAELens knows."""
     return list(_release_blocks())

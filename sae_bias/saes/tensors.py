@@ -279,7 +279,7 @@ class TensorFile:
         """The named rows of a matrix, float32; runs of neighbors are one read."""
         slot = self._slot(name, 2)
         blocks = [self._read(slot, run, (0, slot.shape[1])) for run in _runs(indices)]
-        return torch.cat(blocks) if blocks else torch.empty(0, slot.shape[1])
+        return torch.cat(blocks) if blocks else torch.empty(0, slot.shape[1], dtype=torch.float32)
 
     def _slot(self, name: str, n_dims: int) -> Slot:
         slot = self.slots[name]

@@ -69,7 +69,7 @@ class Sources:
             shared = min(n, length)
             resid[rows, n - shared :] = x[:, length - shared :]
         if resid is None:
-            resid = torch.zeros(batch, n, self.model.d_model, device=device)
+            resid = torch.zeros(batch, n, self.model.d_model, dtype=torch.float32, device=device)
         return resid, matched.to(device)
 
 

@@ -263,7 +263,7 @@ class _Fit:
     # --- scales ---
     def scales(self, most: int, steps: int, penalty: float) -> FeatureSet:
         """The fit with λ, then the features that moved furthest again without."""
-        k = self._descend(torch.ones(len(self.index)), steps, penalty)
+        k = self._descend(torch.ones(len(self.index), dtype=torch.float32), steps, penalty)
         size = torch.cat([i.acts.flatten(0, 1) for i in self.pair_items]).mean(0).cpu()
         order = ((k - 1).abs() * size).argsort(descending=True)[:most].numpy()
         order = order[((k[order] - 1).abs() > 1e-3).numpy()]
@@ -296,7 +296,11 @@ class _Fit:
 
     def _loss(self, k: Tensor, laws: Sequence[Tensor], step: int) -> Tensor:
         """Pairs, bank items and neutral text, each as many batches as a step may hold, in turn."""
-        loss, rows, bank_rows = torch.zeros((), device=k.device), self.words, self.banks.engine.plan.row_ids
+        loss, rows, bank_rows = (
+            torch.zeros((), dtype=torch.float32, device=k.device),
+            self.words,
+            self.banks.engine.plan.row_ids,
+        )
         turn = [
             _turn([i.batch for i in self.pair_items], step),
             _turn([i.batch for i in self.bank_items], step),

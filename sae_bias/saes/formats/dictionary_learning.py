@@ -115,7 +115,7 @@ def _weights(path: Path, architecture: str) -> dict[str, Tensor]:
             f"{path}: encoder {[d_in, d_sae]} and decoder {list(found['W_dec'].shape)} do not fit one another"
         )
     if "threshold" in found and found["threshold"].ndim == 0:
-        found["threshold"] = torch.full((d_sae,), float(found["threshold"]))
+        found["threshold"] = torch.full((d_sae,), float(found["threshold"]), dtype=torch.float32)
     return found
 
 

@@ -48,7 +48,7 @@ class LensEncoder:
         """Encoder columns; what SAELens subtracts from the input is folded into the bias."""
         w_enc = _plain(self.lens.W_enc[:, start:stop])
         bias = getattr(self.lens, "b_enc", None)
-        b_enc = torch.zeros(stop - start) if bias is None else _plain(bias[start:stop])
+        b_enc = torch.zeros(stop - start, dtype=torch.float32) if bias is None else _plain(bias[start:stop])
         if getattr(self.lens.cfg, "apply_b_dec_to_input", False):
             b_enc = b_enc - self.b_dec() @ w_enc
         threshold = getattr(self.lens, "threshold", None)
