@@ -136,7 +136,7 @@ def test_identity_lines_name_the_claims_and_the_interval():
     )
     assert (
         lines[0]
-        == "before the edit: 6 of 60 answers claim an identity other than gemma [0.04, 0.20]; claimed: openai 6, gemma 3"
+        == "before the edit: 6 of 60 answers claim an identity other than gemma [4%, 20%]; claimed: openai 6, gemma 3"
     )
     assert len(lines) == 2
     assert identity_lines({"own": [], "edited": False, "before": arm})[0].startswith("unsteered: 6 of 60")
