@@ -139,7 +139,8 @@ def test_identity_lines_name_the_claims_and_the_interval():
         == "before the edit: 6 of 60 answers claim an identity other than gemma [4%, 20%]; claimed: openai 6, gemma 3"
     )
     assert len(lines) == 2
-    assert identity_lines({"own": [], "edited": False, "before": arm})[0].startswith("unsteered: 6 of 60")
+    unsteered = IdentityFigures.model_validate({"own": [], "edited": False, "before": arm})
+    assert identity_lines(unsteered)[0].startswith("unsteered: 6 of 60")
 
 
 @pytest.mark.parametrize("options", [["--own", "hal"], ["--strength", "2"]])
