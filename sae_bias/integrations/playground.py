@@ -168,8 +168,7 @@ class _Arm:
         self.next = torch.tensor([list(ids)], device=model.device)
         self.cache: Any = None
         self.made: list[int] = []
-        end = getattr(model.hf.generation_config, "eos_token_id", None) or model.tokenizer.eos_token_id
-        self.end = set(end if isinstance(end, list) else [end])
+        self.end = model.end_ids
 
     @torch.no_grad()
     def step(self) -> str | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -29,7 +28,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.discovery.attribution import attribution, score_coefficients
 from sae_bias.measures.collapse import BANKS, CollapseEngine, bank_items
 from sae_bias.measures.costs import CostEngine, pooled_kl_off
-from sae_bias.models.forward import Batch, Kept, forward_with_grad, plan_batches
+from sae_bias.models.forward import Batch, Kept, capture_layers, forward_with_grad, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
@@ -47,7 +46,6 @@ CANDIDATES, MOST = 192, 25
 STEPS, RATE = 150, 0.1
 KL_WEIGHT, L1 = 4.0, 0.005
 STEP_TOKENS = 4_096
-SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ def fit_feature_set(
     pairs: PromptPairs,
     *,
     probe: Probe | None = None,
-    kind: Literal["scales", "gated"] | str = "scales",
+    kind: str = "scales",
     most: int = MOST,
     steps: int = STEPS,
     penalty: float = L1,
@@ -101,9 +99,9 @@ def fit_feature_set(
 
 
 def fit_split(pairs: PromptPairs, seed: int) -> dict[str, tuple[str, ...]]:
-    """The templates a fit reads (discover) and those that are held out for it (tune, report): the split of every sweep of that seed."""
+    """The templates a fit reads (discover) and those that are held out for it (tune, report)."""
     families = {p.template: p.family or "" for p in pairs}
-    return split_templates(list(dict.fromkeys(p.template for p in pairs)), SHARES, seed, families=families)
+    return split_templates(list(dict.fromkeys(p.template for p in pairs)), seed=seed, families=families)
 
 
 def bank_half(seed: int) -> np.ndarray:
@@ -225,8 +223,6 @@ class _Fit:
 
     def _neutral(self) -> list[tuple[_Item, Tensor]]:
         """Neutral texts with their unedited next-token laws."""
-        from sae_bias.models.forward import capture_layers
-
         out = []
         for batch in plan_batches([self.model.encode(t) for t in load_texts("neutral")], self.model.device):
             resid = capture_layers(self.model, batch.tokens, [self.layer])[self.layer]
