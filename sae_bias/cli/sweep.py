@@ -3,30 +3,21 @@
 # pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import EDITS, check_all, gate_line, make_edit, read_probe
-from sae_bias.cli.options import (
-    Device,
-    Dtype,
-    FeatureName,
-    Json,
-    ModelName,
-    Out,
-    Pairs,
-    Quiet,
-    Seed,
+from sae_bias.cli.context import (
+    EDITS,
+    FROM_FEATURE,
+    Run,
     Shard,
-    WordsFile,
-    example,
+    command,
+    make_edit,
     parse_numbers,
     parse_shard,
+    rows,
 )
-from sae_bias.cli.run_files import run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -92,20 +83,15 @@ Costs = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "sweep",
-        epilog=example(
-            'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
-            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
-            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
-        ),
-    )(sweep)
-
-
+@command(
+    "sweep",
+    'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
+    "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
+    "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
+    takes=(*FROM_FEATURE, "pairs", "words"),
+)
 def sweep(
-    model: ModelName,
-    feature: FeatureName,
+    run: Run,
     edit: Edit = "clamp",
     strengths: Strengths = None,
     positions: Where = "all",
@@ -114,14 +100,6 @@ def sweep(
     controls: Controls = 99,
     costs: Costs = True,
     shard: Shard = None,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
     """Run the probe under one edit of a feature at several strengths.
 
@@ -129,59 +107,34 @@ def sweep(
     Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
     kept as soon as it is done, and the same command goes on where it stopped.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.models.load import load_model
-        from sae_bias.prompts.load import load_pairs
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import as_feature, load_sae
-        from sae_bias.steering.controls import observed_max
-        from sae_bias.workflows.cells import Sweep
-        from sae_bias.workflows.sweep import run_sweep
-        from sae_bias.workflows.sweep_summary import summarize_sweep
+    from sae_bias.steering.controls import observed_max
+    from sae_bias.workflows.cells import Sweep
+    from sae_bias.workflows.sweep import run_sweep
+    from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
 
-        part = parse_shard(shard)
-        if part is not None and out is None:
-            raise RequestError("--shard needs --out, the folder that all shards share.")
-        prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
-        kinds = _kinds(edit, strengths, unit, when)
-        _edits(
-            kinds, loaded_feature.ref, positions.split(","), when, 1.0
-        )  # a wrong request is told before the model loads
-        probe = read_probe(prompts, words)
-        splits = _splits(prompts, seed)
-        sae = load_sae(loaded_feature.ref.sae)
-        loaded = load_model(model, device=device, dtype=dtype)
-        gate = check_all(loaded, [sae], console)
-        size = observed_max(loaded, loaded_feature, prompts) if unit == "max" else 1.0
-        edits = _edits(kinds, loaded_feature.ref, positions.split(","), when, size)
-        plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=seed)
-        vocabulary = probe.vocabulary(loaded, [p.human for p in prompts] + [p.ai for p in prompts])
-        facts = run_facts(
-            loaded,
-            pairs=prompts,
-            vocabulary=vocabulary,
-            saes=[sae],
-            seed=seed,
-            gate=gate_facts(gate, True),
-            split=splits,
-            feature=str(loaded_feature.ref),
-        )
-        _start(out, part, facts)
-        result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
-        summary = summarize_sweep(result.frame, str(loaded_feature.ref), loaded_feature.index)
-        _end(out, part, result, summary)
-        _show(console, result, summary, controls)
-        console.note(gate_line(gate))
-        cells = result.to_frame()
-        console.finish(
-            {
-                "model": loaded.name,
-                **summary,
-                "cells": cells[cells["kind"] != "control"].to_dict(orient="records"),
-                "gate": gate_facts(gate, True),
-                "out": None if out is None else str(result.path),
-            }
-        )
+    part, ref = parse_shard(shard), run.feature.ref
+    if part is not None and run.out is None:
+        raise RequestError("--shard needs --out, the folder that all shards share.")
+    pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
+    _edits(kinds, ref, where, when, 1.0)  # a wrong request is told before the model loads
+    probe, splits = run.probe, _splits(pairs, run.seed)
+    model = run.open(ref.sae)
+    size = observed_max(model, run.feature, pairs) if unit == "max" else 1.0
+    plan = Sweep(
+        _edits(kinds, ref, where, when, size), controls=controls, costs=costs, splits=splits, seed=run.seed
+    )
+    vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
+    facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=str(ref))
+    run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
+    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=part, progress=run.progress)
+    summary = summarize_sweep(result.frame, str(ref), run.feature.index)
+    frame = result.frame
+    reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
+    tables = {"controls": controls_table(reported)} if len(reported) else {}
+    run.save(tables, summary, facts=facts, shard=part)
+    _show(run, result, summary, controls)
+    run.note_gate()
+    run.done({**summary, "cells": rows(frame[frame["kind"] != "control"])})
 
 
 def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
@@ -246,57 +199,29 @@ def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | Non
     )
 
 
-def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any]) -> None:
-    """The manifest stands before the first cell, so that a stopped sweep says what it was."""
-    if out is None:
-        return
-    from sae_bias.runs.folder import RunFolder
-    from sae_bias.runs.manifest import write_manifest
-
-    folder = RunFolder(out, shard=shard)
-    with folder.writing():
-        write_manifest(folder, facts)
-
-
-def _end(
-    out: Path | None, shard: tuple[int, int] | None, result: "SweepResult", summary: dict[str, Any]
-) -> None:
-    if out is None:
-        return
-    from sae_bias.runs.folder import RunFolder
-    from sae_bias.workflows.sweep_summary import controls_table
-
-    folder = RunFolder(out, shard=shard)
-    reported = result.frame[(result.frame["split"] == summary["split"]) & (result.frame["kind"] == "control")]
-    with folder.writing():
-        if len(reported):
-            folder.write_table("controls", controls_table(reported))
-        folder.add_summary(summary)
-
-
-def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
     from sae_bias.core.text import signed
     from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
     where = "report templates" if held_out else "all templates"
-    console.say(
+    run.say(
         f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
     for line in effect_lines(summary, where):
-        console.say(line)
+        run.say(line)
     if best := summary.get("best_strength"):
-        console.say(best_line(best, where))
+        run.say(best_line(best, where))
     if not held_out:
-        console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
+        run.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
         for line in control_lines(controls):
-            console.say(line)
+            run.say(line)
     elif controls_wanted:
-        console.say(
+        run.say(
             "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
         )
-    console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
+    run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
-        console.note(f"run folder: {result.path} (sae-bias report {result.path})")
+        run.note(f"run folder: {result.path} (sae-bias report {result.path})")
