@@ -341,13 +341,13 @@ class Run(Console):
         strength = self.given["strength"]
         if strength is not None and not self.features:
             raise RequestError("--strength needs --feature, the feature to edit.")
-        values = (None,) if strength is None else parse_numbers(strength, "--strength")
-        if len(values) > 1:
+        value, *more = (None,) if strength is None else parse_numbers(strength, "--strength")
+        if more:
             raise RequestError(
                 f"--strength {strength!r}: one value here; `sweep` and `generate` take several."
             )
         return [
-            make_edit(self.given["edit"], f.ref, values[0], positions=self.given["positions"])
+            make_edit(self.given["edit"], f.ref, value, positions=self.given["positions"])
             for f in self.features
         ]
 
