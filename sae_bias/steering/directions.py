@@ -22,8 +22,9 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import check_site, residuals
+from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import residuals
 from sae_bias.prompts.pairs import PromptPairs
 
 MASSIVE = 100.0  # times the median absolute activation
