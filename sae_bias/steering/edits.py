@@ -29,7 +29,7 @@ How to add one, from here or from another package, stands in `intervention`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -40,7 +40,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Resid
 from sae_bias.models.fingerprint import model_digest
-from sae_bias.models.forward import check_fits
+from sae_bias.models.forward import check_fits, check_site
 from sae_bias.models.model import Model
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.load import as_feature, load_sae
@@ -453,6 +453,28 @@ class EditSet(Intervention):
 
     def describe(self) -> str:
         return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)
+
+
+def at_every_layer(
+    model: Model, edit: Steer | ProjectOut, layers: Sequence[int] | None = None, *, name: str = ""
+) -> EditSet:
+    """`edit` along its one direction after every layer (or after `layers`), as one named edit.
+
+    ProjectOut takes the direction out of the residual wherever a layer has written it, as Arditi et al. 2024 (arXiv:2406.11717) ablate
+    refusal, except that theirs also reaches the embedding and between attention and MLP. A mean belongs to its own layer, so the
+    linear form is used: μ is left out.
+
+    Raises:
+        RequestError: an edit that is not along a direction, or a layer the model lacks.
+    """
+    along = getattr(edit, "along", None)
+    if not isinstance(along, Direction):
+        raise RequestError(
+            f"{edit.describe()} is not along a direction; give sb.ProjectOut(sb.difference_of_means(model, contrast, layer))."
+        )
+    at = range(model.n_layers) if layers is None else layers
+    edits = [replace(edit, along=replace(along, site=check_site(model, layer), mean=None)) for layer in at]
+    return EditSet(name or f"{along.name}, at {len(edits)} layers", tuple(edits))
 
 
 def _a_maximum(value: float) -> float:
