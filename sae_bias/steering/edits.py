@@ -52,6 +52,8 @@ from sae_bias.steering.intervention import (
     FeatureLike,
     Intervention,
     bound,
+    edit_class_of,
+    edit_of,
     feature_digest,
     feature_ref,
     from_dict,
@@ -406,6 +408,8 @@ class EditSet(Intervention):
 
     name: str
     edits: tuple[Intervention, ...]
+    level: float | None = field(default=None, kw_only=True)
+    """Its strength in tables, where its edits' own differ: a share of each feature's largest activation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -417,7 +421,9 @@ class EditSet(Intervention):
 
     @property
     def strength(self) -> float:
-        """The strength that all of its edits have, where they have one."""
+        """Its level, else the strength that all of its edits have, where they have one."""
+        if self.level is not None:
+            return self.level
         found = {e.strength for e in self.edits}
         return found.pop() if len(found) == 1 else math.nan
 
@@ -453,6 +459,35 @@ class EditSet(Intervention):
 
     def describe(self) -> str:
         return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)
+
+
+def edit_features(
+    kind: str,
+    features: Sequence[FeatureLike],
+    strength: float | None = None,
+    *,
+    units: Sequence[float] | None = None,
+    **options: Any,
+) -> Intervention:
+    """The edit `kind` of each feature, as one named edit; `units` (one a feature) is what a strength of 1 is for each.
+
+    One feature gives its own edit. A kind whose strength is no activation (scale) has no units.
+
+    Raises:
+        RequestError: what `edit_of` raises; a feature named twice.
+    """
+    refs = [feature_ref(f) for f in features]
+    if not refs or len(set(refs)) != len(refs):
+        raise RequestError(f"expected features, each once; given {', '.join(map(str, refs)) or 'none'}.")
+    sized = strength is not None and units is not None and edit_class_of(kind).in_activation
+    sizes = [float(u) for u in units] if sized and units is not None else [1.0] * len(refs)
+    edits = [
+        edit_of(kind, feature, None if strength is None else strength * size, **options)
+        for feature, size in zip(features, sizes, strict=True)
+    ]
+    if len(edits) == 1:
+        return edits[0]
+    return EditSet(" + ".join(map(str, refs)), tuple(edits), level=strength if sized else None)
 
 
 def at_every_layer(
