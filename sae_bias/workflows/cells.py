@@ -175,10 +175,10 @@ class Sweep:
 def _controlled(cells: Sequence[Cell]) -> Iterator[FeatureEdit | EditSet]:
     """The candidates that controls can be made for: edits of features' own activations."""
     for cell in cells:
-        edit = cell.edits[0] if len(cell.edits) == 1 else None
-        if cell.kind == "candidate" and isinstance(edit, (FeatureEdit, EditSet)):
-            if all(isinstance(part, FeatureEdit) for part in edit.parts):
-                yield edit
+        edit = cell.edits[0] if cell.kind == "candidate" and len(cell.edits) == 1 else None
+        kept = edit is not None and all(isinstance(part, FeatureEdit) for part in edit.parts)
+        if kept and isinstance(edit, (FeatureEdit, EditSet)):
+            yield edit
 
 
 class Plan:
