@@ -1,8 +1,5 @@
 """`sae-bias sweep`: one feature turned down by steps, with controls and costs."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
