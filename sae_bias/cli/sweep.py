@@ -126,7 +126,9 @@ def sweep(
     if part is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
     pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
-    named = _edits(kinds, features, where, when, None)[0].target  # a wrong request is told before the model loads
+    named = _edits(kinds, features, where, when, None)[
+        0
+    ].target  # a wrong request is told before the model loads
     probe, splits = run.probe, _splits(pairs, run.seed)
     model = run.open(*(f.ref.sae for f in features))
     units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None

@@ -90,8 +90,12 @@ def activations(
         RequestError: one text in place of a list, no feature, a feature that does not fit the model.
     """
     if reduce is not None and reduce not in REDUCE:
-        raise RequestError(f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}, or None for every token.")
-    given = [features] if isinstance(features, (str, Feature)) or not isinstance(features, Sequence) else features
+        raise RequestError(
+            f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}, or None for every token."
+        )
+    given = (
+        [features] if isinstance(features, (str, Feature)) or not isinstance(features, Sequence) else features
+    )
     found = [as_feature(f) for f in given]
     if not found:
         raise RequestError("activations of no feature; give features such as 'release/sae_id#2511'.")
@@ -102,7 +106,9 @@ def activations(
     with intervene(model, *_listed(edits)):
         for batch in plan_batches(ids, model.device):
             acts = _acts(model, batch, found)
-            ordinary = ~torch.isin(batch.tokens, torch.tensor(sorted(model.special_ids), device=model.device)).cpu()
+            ordinary = ~torch.isin(
+                batch.tokens, torch.tensor(sorted(model.special_ids), device=model.device)
+            ).cpu()
             for row, i in enumerate(batch.index):
                 rows[i] = _reduced(acts[row], ordinary[row], reduce)
     names = [str(f.ref) for f in found]
@@ -124,7 +130,9 @@ def _reduced(
     if reduce == "last":
         return acts[-1]
     kept = acts[ordinary]
-    return kept.mean(0) if reduce == "mean" else kept.amax(0) if reduce == "max" else (kept > 0).any(0).float()
+    return (
+        kept.mean(0) if reduce == "mean" else kept.amax(0) if reduce == "max" else (kept > 0).any(0).float()
+    )
 
 
 def _by_token(model: Model, ids: list[list[int]], rows: list[Tensor], names: list[str]) -> pd.DataFrame:
@@ -140,7 +148,9 @@ def _ids(
 ) -> list[list[int]]:
     if isinstance(prompts, str) or not prompts:
         raise RequestError("expected a list of texts; put the one text in a list.")
-    return [opening_ids(model, p, chat=chat, system=system) if isinstance(p, str) else list(p) for p in prompts]
+    return [
+        opening_ids(model, p, chat=chat, system=system) if isinstance(p, str) else list(p) for p in prompts
+    ]
 
 
 def _listed(edits: Intervention | Sequence[Intervention]) -> list[Intervention]:

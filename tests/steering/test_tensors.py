@@ -37,7 +37,9 @@ def saes(tmp_path):
 def plain_logits(plain, ids, deltas):
     """[pos, d_vocab] with transformers alone; `deltas`: layer → Δ of the residual, not at special tokens."""
     model, tokenizer = plain
-    keep = torch.tensor([i not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) for i in ids])
+    keep = torch.tensor(
+        [i not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) for i in ids]
+    )
 
     def hook_of(delta):
         def hook(module, args, output):
@@ -114,7 +116,11 @@ def test_activations_are_those_of_saelens(gemma3, plain, saes, tmp_path):
         mine = tokens.loc[i].to_numpy()
         assert np.isnan(mine[~ordinary]).all() and (~ordinary).any()
         np.testing.assert_allclose(mine[ordinary], acts[ordinary], atol=1e-5)
-        for reduce, expected in {"last": acts[-1], "mean": acts[ordinary].mean(0), "max": acts[ordinary].max(0)}.items():
+        for reduce, expected in {
+            "last": acts[-1],
+            "mean": acts[ordinary].mean(0),
+            "max": acts[ordinary].max(0),
+        }.items():
             got = sb.activations(gemma3.model, TEXTS, features, reduce=reduce).to_numpy()[i]
             np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=reduce)
 
@@ -124,7 +130,10 @@ def test_activations_under_an_edit_read_what_it_left(gemma3, saes):
     feature = f"{folder}#{live(gemma3, folder)}"
     before = sb.activations(gemma3.model, TEXTS, feature, reduce="max")
     late = f"{saes[2][1]}#{live(gemma3, saes[2][1])}"
-    moved = [sb.activations(gemma3.model, TEXTS, late, edits=e, reduce="max") for e in ((), sb.Steer(feature, 40.0))]
+    moved = [
+        sb.activations(gemma3.model, TEXTS, late, edits=e, reduce="max")
+        for e in ((), sb.Steer(feature, 40.0))
+    ]
     assert (before > 0).to_numpy().all() and not np.allclose(*moved)
 
 
@@ -145,7 +154,9 @@ def test_a_direction_is_out_of_the_residual_after_every_layer(gemma3, plain):
     resid = []
     for text in TEXTS:
         with torch.no_grad():
-            hidden = plain[0](torch.tensor([plain[1](text).input_ids]), output_hidden_states=True).hidden_states
+            hidden = plain[0](
+                torch.tensor([plain[1](text).input_ids]), output_hidden_states=True
+            ).hidden_states
         resid.append(hidden[3][0, -1])
     difference = resid[0] - torch.stack(resid[1:]).mean(0)
     torch.testing.assert_close(direction.basis[0], difference / difference.norm(), atol=1e-4, rtol=0)
