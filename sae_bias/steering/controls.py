@@ -77,7 +77,7 @@ def set_controls(
         feature = as_feature(edit.feature)
         layer = feature.site.layer
         if layer not in x:
-            x[layer] = _ordinary_residuals(model, [p.ai for p in pairs], layer)
+            x |= ordinary_residuals(model, [p.ai for p in pairs], [layer])
         twins.append(random_twins(feature, x[layer], n, seed + 1_000 * i))
     return [
         (
