@@ -1,8 +1,5 @@
 """`sae-bias table`: where a feature fires, subjects by statements."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-
 from typing import TYPE_CHECKING, Annotated
 
 import typer
