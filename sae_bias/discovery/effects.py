@@ -8,8 +8,9 @@ Effects are of the primary figure: the difference in differences where the pairs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,7 @@ def measure_effects(
     frame.loc[rows, "ablation"] = exact_ablation(engine, names, progress=progress)
     frame.loc[rows, "resampling"] = exact_resampling(engine, names, progress=progress)
     frame["carrier"] = carriers(frame["ablation"], frame["resampling"], base)
-    told = {(p, e): attribution_agreement(frame.loc[rows, p], frame.loc[rows, e], base) for p in PREDICTED for e in EXACT}  # fmt: skip
+    told = {(p, e): attribution_agreement(frame.loc[rows, p].to_numpy(), frame.loc[rows, e].to_numpy(), base) for p in PREDICTED for e in EXACT}  # fmt: skip
     table = pd.DataFrame(
         [(PREDICTED[p], e, a.rho, a.slope, a.slope_low, a.slope_high, a.n) for (p, e), a in told.items()],
         columns=FORETOLD,
@@ -104,6 +105,24 @@ def measure_effects(
         f" carriers {counts.get('carrier', 0)}, damage {counts.get('damage', 0)} (ablation without a resampling effect)"
     )
     return Effects(note, predicted.parts, table, told["attribution", "ablation"])
+
+
+CARRIES = {
+    "carrier": "a carrier: ablation and resampling both move the bias",
+    "damage": "damage: ablation moves the bias, taking over the human value does not",
+    "resampling only": "taking over the human value moves the bias, ablation does not",
+    "no": "neither moves the bias",
+    "undetermined": "resampling was not measured",
+}
+
+
+def effect_sentence(row: Mapping[str, Any] | pd.Series) -> str:
+    """The exact effects of one feature of a ranking, in words with their figures."""
+    effects = {name: float(row.get(name, np.nan)) for name in EXACT}
+    shown = ", ".join(
+        f"{name} removes {value:+.3f} nats" for name, value in effects.items() if value == value
+    )
+    return f"Exactly: {shown} ({CARRIES[str(row.get('carrier', 'undetermined'))]})." if shown else ""
 
 
 def add_shares(frame: pd.DataFrame, base: float) -> None:

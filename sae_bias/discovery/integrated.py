@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -126,7 +127,7 @@ class Paths:
             if self.mundane is not None:
                 then, now = base.did.values, left - self.mundane._exchanged(sae, name)
             r = fieller_reduction(then, now, *base.clusters)
-            rows.append((str(sae.id), sae.site.layer, name, r.change.mean, *r.change.ci, r.estimate, *r.ci, credit[name], len(now), meaning))  # fmt: skip
+            rows.append((str(sae.id), sae.site.layer, base.estimand, name, r.change.mean, *r.change.ci, r.estimate, *r.ci, credit[name], len(now), meaning))  # fmt: skip
         return pd.DataFrame(rows, columns=COLUMNS)
 
     def _exchanged(self, sae: Sae, part: str) -> Float[np.ndarray, "n_pairs"]:
@@ -139,7 +140,7 @@ class Paths:
         return self.exchange.bias(sae.site.layer, AI, taken, part)
 
 
-COLUMNS = ["sae", "layer", "part", "effect", "ci_low", "ci_high", "share", "share_low", "share_high", "integrated", "n_pairs", "meaning"]  # fmt: skip
+COLUMNS = ["sae", "layer", "of", "part", "effect", "ci_low", "ci_high", "share_of_bias", "share_low", "share_high", "integrated", "n_pairs", "meaning"]  # fmt: skip
 
 
 def parts_sentence(parts: pd.DataFrame) -> str:
@@ -147,13 +148,13 @@ def parts_sentence(parts: pd.DataFrame) -> str:
     by_part = parts.set_index("part")
 
     def figure(name: str) -> str:
-        row = by_part.loc[name]
-        if not math.isfinite(row["share"]):
+        row: Any = by_part.loc[name]
+        if not math.isfinite(row["share_of_bias"]):
             return f"{row['effect']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}] nats"
-        return f"{row['share']:.0%} [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+        return f"{row['share_of_bias']:.0%} [{row['share_low']:.0%}, {row['share_high']:.0%}]"
 
     return (
-        f"of the bias at layer {parts['layer'].iloc[0]}, any edit after the subject could remove {figure('after the subject')},"
+        f"of the {parts['of'].iloc[0]} at layer {parts['layer'].iloc[0]}, any edit after the subject could remove {figure('after the subject')},"
         f" this SAE's features {figure('features')}, its error term {figure('error')}"
     )
 

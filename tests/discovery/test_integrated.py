@@ -39,7 +39,7 @@ def by_hand(tiny, pairs, score, sae=None):
         finally:
             handle.remove()
 
-    features, error, bound = 0.0, 0.0, 0.0
+    features, error, bound = np.zeros(sae.d_sae), 0.0, 0.0
     for pair in pairs:
         human, ai = plain.ids(pair.human), plain.ids(pair.ai)
         n = next(i for i, (a, b) in enumerate(zip(human[::-1], ai[::-1])) if a != b)
