@@ -26,6 +26,7 @@ from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.randomized import randomized_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.intervention import FeatureEdit, FeatureLike
@@ -57,7 +58,7 @@ def control_edits(
             controls.append((replace(edit, feature=FeatureRef(sae.id, index)), MATCHED))
     wanted = max(0, n - len(controls))
     if wanted:
-        x = _ordinary_residuals(model, [p.ai for p in pairs], feature.site.layer)
+        x = ordinary_residuals(model, [p.ai for p in pairs], feature.site.layer)
         controls += [(replace(edit, feature=twin), RANDOM) for twin in random_twins(feature, x, wanted, seed)]
     return controls
 
@@ -92,7 +93,7 @@ def matched_features(
     model: Model, sae: Sae, feature: Feature, pairs: PromptPairs, *, exclude: Sequence[int] = ()
 ) -> list[int]:
     """Features of `sae` that fire where `feature` fires, about as often, as strongly and with as long a decoder row."""
-    x = _ordinary_residuals(model, [p.ai for p in pairs], sae.site.layer)
+    x = ordinary_residuals(model, [p.ai for p in pairs], sae.site.layer)
     target = feature.to(x.device).activation(x)
     where = target > 0
     if not bool(where.any()):
@@ -116,6 +117,12 @@ def matched_features(
     return [i for i in matched if i != feature.index and i not in set(exclude)]
 
 
+def randomized_control(model: Model, sae: Sae, pairs: PromptPairs, seed: int = 0) -> Sae:
+    """`randomized_sae` of `sae`, each feature as often active on the pairs' ordinary tokens as before."""
+    texts = [t for p in pairs for t in (p.human, p.ai)]
+    return randomized_sae(sae, ordinary_residuals(model, texts, sae.site.layer), seed)
+
+
 @torch.no_grad()
 def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> float:
     """The feature's largest activation on any ordinary token of the pairs: the unit of strengths.
@@ -124,7 +131,7 @@ def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> floa
         RequestError: it fires nowhere on them, so it has no maximum.
     """
     loaded = as_feature(feature)
-    x = _ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], loaded.site.layer)
+    x = ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], loaded.site.layer)
     top = float(loaded.activation(x).max())
     if not top > 0:
         raise RequestError(f"{loaded.ref} fires on no token of {pairs.name}; it has no observed maximum.")
@@ -135,7 +142,8 @@ def _near(values: Tensor, target: float) -> Tensor:
     return (values >= target / FACTOR) & (values <= target * FACTOR)
 
 
-def _ordinary_residuals(model: Model, texts: Sequence[str], layer: int) -> Float[Tensor, "n d_model"]:
+@torch.no_grad()
+def ordinary_residuals(model: Model, texts: Sequence[str], layer: int) -> Float[Tensor, "n d_model"]:
     """Residuals at every ordinary position of `texts`."""
     special = torch.tensor(sorted(model.special_ids), device=model.device)
     parts = []
