@@ -21,9 +21,9 @@ from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
 from sae_bias.measures.scenarios import score_scenarios as score_scenarios
 from sae_bias.measures.specificity import specificity as specificity
 from sae_bias.measures.text import side_by_side as side_by_side
-from sae_bias.models.forward import residuals as residuals
 from sae_bias.models.load import load_model as load_model
 from sae_bias.models.model import Model as Model
+from sae_bias.models.residuals import residuals as residuals
 from sae_bias.probe.checks import run_checks as run_checks
 from sae_bias.probe.result import ProbeResult as ProbeResult
 from sae_bias.probe.run import run_probe as run_probe
@@ -58,6 +58,7 @@ from sae_bias.steering.edits import Resample as Resample
 from sae_bias.steering.edits import Scale as Scale
 from sae_bias.steering.edits import SetMean as SetMean
 from sae_bias.steering.edits import Steer as Steer
+from sae_bias.steering.edits import at_every_layer as at_every_layer
 from sae_bias.steering.generate import Completion as Completion
 from sae_bias.steering.generate import generate as generate
 from sae_bias.steering.hooks import intervene as intervene
@@ -65,6 +66,8 @@ from sae_bias.steering.learned import FeatureSet as FeatureSet
 from sae_bias.steering.learned import GatedCounterfactual as GatedCounterfactual
 from sae_bias.steering.receipt import Receipt as Receipt
 from sae_bias.steering.ridge import ridge_probe as ridge_probe
+from sae_bias.steering.tensors import activations as activations
+from sae_bias.steering.tensors import logits as logits
 from sae_bias.workflows.cells import Sweep as Sweep
 from sae_bias.workflows.compare import compare_methods as compare_methods
 from sae_bias.workflows.fit import fit_feature_set as fit_feature_set

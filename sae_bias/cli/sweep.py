@@ -10,7 +10,6 @@ from sae_bias.cli.context import (
     Run,
     Shard,
     command,
-    make_edit,
     parse_numbers,
     parse_shard,
     rows,
@@ -18,7 +17,10 @@ from sae_bias.cli.context import (
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_bias.prompts.pairs import PromptPairs
+    from sae_bias.saes.sae import Feature
     from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
@@ -43,6 +45,15 @@ COLUMNS = {
     "kl_valence": "KL human deeds",
     "kl_off": "KL_off",
 }
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="FEATURE",
+        help="A further feature, edited together with FEATURE; may be given several times.",
+        show_default=False,
+    ),
+]
 Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
 Where = Annotated[
     str,
@@ -89,6 +100,7 @@ Costs = Annotated[
 )
 def sweep(
     run: Run,
+    more: More = None,
     edit: Edit = "clamp",
     strengths: Strengths = None,
     positions: Where = "all",
@@ -98,33 +110,35 @@ def sweep(
     costs: Costs = True,
     shard: Shard = None,
 ) -> None:
-    """Run the probe under one edit of a feature at several strengths.
+    """Run the probe under one edit of a feature, or of several together, at several strengths.
 
     The strength is chosen on the tune templates and its figure given on the report templates, which had no part in the choice.
     Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
     kept as soon as it is done, and the same command goes on where it stopped.
     """
+    from sae_bias.saes.load import as_feature
     from sae_bias.steering.controls import observed_max
     from sae_bias.workflows.cells import Sweep
     from sae_bias.workflows.sweep import run_sweep
     from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
 
-    part, ref = parse_shard(shard), run.feature.ref
+    part, features = parse_shard(shard), [run.feature, *map(as_feature, more or ())]
     if part is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
     pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
-    _edits(kinds, ref, where, when, 1.0)  # a wrong request is told before the model loads
+    named = _edits(kinds, features, where, when, None)[
+        0
+    ].target  # a wrong request is told before the model loads
     probe, splits = run.probe, _splits(pairs, run.seed)
-    model = run.open(ref.sae)
-    size = observed_max(model, run.feature, pairs) if unit == "max" else 1.0
-    plan = Sweep(
-        _edits(kinds, ref, where, when, size), controls=controls, costs=costs, splits=splits, seed=run.seed
-    )
+    model = run.open(*(f.ref.sae for f in features))
+    units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None
+    edits = _edits(kinds, features, where, when, units)
+    plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=run.seed)
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
-    facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=str(ref))
+    facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
     run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
     result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=part, progress=run.progress)
-    summary = summarize_sweep(result.frame, str(ref), run.feature.index)
+    summary = summarize_sweep(result.frame, named, run.feature.index if not more else None)
     frame = result.frame
     reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
     tables = {"controls": controls_table(reported)} if len(reported) else {}
@@ -163,24 +177,22 @@ def _has_when(rule: "type[Intervention]") -> bool:
 
 
 def _edits(
-    kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
-) -> "list[Intervention]":
-    """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
+    kinds: dict[str, tuple[float | None, ...]], features: "Sequence[Feature]", positions: list[str], when: str, units: list[float] | None,
+) -> "list[Intervention]":  # fmt: skip
+    """Every kind × strength × positions, of all the features together; `units` is what a strength of 1 is for each."""
+    from sae_bias.steering.edits import edit_features
     from sae_bias.steering.intervention import edit_class_of
 
-    rules = {kind: edit_class_of(kind) for kind in kinds}
+    refs = [f.ref for f in features]
     return [
-        make_edit(
-            kind,
-            feature,
-            value if value is None or not rules[kind].in_activation else value * size,
-            positions=where.strip(),
-            when=when if _has_when(rules[kind]) else "active",
+        edit_features(
+            kind, refs, value, units=units, positions=where.strip(),
+            when=when if when != "active" and _has_when(edit_class_of(kind)) else None,
         )
         for kind, values in kinds.items()
         for where in positions
         for value in values
-    ]
+    ]  # fmt: skip
 
 
 def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
@@ -217,7 +229,7 @@ def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wan
             run.say(line)
     elif controls_wanted:
         run.say(
-            "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
+            "no controls: they are made for edits of features' own activations (clamp, scale, cap, ablate)."
         )
     run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:

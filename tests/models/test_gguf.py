@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 
@@ -123,6 +124,18 @@ def test_a_stopped_conversion_leaves_nothing(written, monkeypatch, tmp_path):
         convert.converted(path)
     assert list((tmp_path / "sae-bias" / "gguf").iterdir()) == []
     monkeypatch.undo()
+
+
+def test_a_command_names_the_terms_of_use_of_the_model_it_uses(written, monkeypatch, capsys):
+    path, _ = written("gemma3")
+    known = packaged.PACKAGED["gemma-3-270m-q4"]
+    monkeypatch.setattr(
+        packaged, "PACKAGED", {known.name: dataclasses.replace(known, sha256=convert.file_sha256(path))}
+    )
+    argv = ["generate", str(path), "--prompt", "the cat", "--max-new-tokens", "2"]
+    for more, said in (([], True), (["--json"], False)):
+        assert main([*argv, *more]) == 0
+        assert ("ai.google.dev/gemma/terms" in capsys.readouterr().out) == said
 
 
 def test_headline_manifest_and_digest_name_the_quantization(written):
