@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,14 +33,15 @@ def measure(model: sb.Model, sae: sb.Sae, kind: str, pairs: sb.PromptPairs) -> d
     seconds = time.process_time() - start
     row = fit_report(model, edit, pairs).set_index("split").loc["report"]
     costs = CostEngine(model, sites=[sae.site]).run([edit]).set_index("kind")["kl_off"]
-    facts = {"n_features": len(edit.features), "seconds": seconds} | row.to_dict()
+    facts: dict[str, object] = {"n_features": len(edit.features), "seconds": seconds}
+    facts |= {str(name): value for name, value in row.items()}
     return facts | {f"kl_off_{name}": float(value) for name, value in costs.items()}
 
 
 def measure_all(seeds: range, out: Path) -> pd.DataFrame:
     """Every SAE of these seeds, its randomized twin beside it; rows that stand in the table are kept."""
     table = out / "learned.csv"
-    rows = pd.read_csv(table).to_dict("records") if table.is_file() else []
+    rows: list[Any] = pd.read_csv(table).to_dict("records") if table.is_file() else []
     done = {(r["seed"], r["sae"], r["kind"], r["weights"]) for r in rows}
     pairs = sb.load_pairs()
     for seed in seeds:

@@ -9,6 +9,7 @@ feature can pass any more, which changes no decision. A row of OUT/randomized.cs
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,7 +79,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "randomized.csv"
-    rows = pd.read_csv(table).to_dict("records") if table.is_file() else []
+    rows: list[Any] = pd.read_csv(table).to_dict("records") if table.is_file() else []
     model, sae = sb.load_model("organism:planted"), sb.load_sae(SAE)
     engine = ProbeEngine(model, sb.load_pairs().select(corpus=False), sb.Probe(), sites=[sae.site])
     banks = BankEngine(model, sb.Probe(), sites=[sae.site])
