@@ -72,7 +72,9 @@ def randomized_sae(sae: Sae, resid: Float[Tensor, "n d_model"], seed: int = 0) -
         own = sae.columns(start, stop)
         live = (x @ own.w_enc + own.b_enc > own.threshold).sum(0).clamp(max=len(x) - 1)
         shuffled = (x @ own.w_enc[order]).sort(0, descending=True).values
-        parts.append(own.threshold - shuffled.gather(0, live[None])[0])
+        shuffled = torch.cat([shuffled[:1] + 1, shuffled])  # so that a feature may stay silent
+        between = (shuffled.gather(0, live[None]) + shuffled.gather(0, live[None] + 1))[0] / 2
+        parts.append(own.threshold - between)
     name = f"randomized-{seed}/{sae.id}"
     encoder = _Shuffled(sae.encoder, order, torch.cat(parts), seed)
     info = replace(sae.info, notes=(f"randomized control of {sae.id}",))
