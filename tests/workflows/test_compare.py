@@ -81,7 +81,7 @@ def setting():
 @pytest.fixture(scope="module")
 def comparison(setting):
     model, feature, pairs, splits = setting
-    return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3, fit_steps=15)
+    return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3, fit_steps=5)
 
 
 def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
