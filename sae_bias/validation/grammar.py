@@ -142,7 +142,7 @@ class Document:
 
     def shares(self, words: tuple[str, ...]) -> tuple[float, ...]:
         """P(word) of each word of one side."""
-        return word_weights(words) if self.varied else (1 / len(words),) * len(words)
+        return word_weights(words) if self.varied and words else tuple(1 / len(words) for _ in words)
 
     def text(self, rng: random.Random) -> str:
         """The document with its word drawn."""
