@@ -38,9 +38,7 @@ _CHOICES = re.compile(
 )
 _OUT_OF = r"(?:\s*[*_]*\s*(?:/|\bout\s+of\b|\bof\b)\s*(\d+))?"
 _DASH = r"(?:-|–|—|−|‒|~)"
-_MORE = (
-    rf"(?!\s*%)(?![+a-z]|{_DASH}(?!star))(?!\s*(?:{_DASH}|/|,|&|\+|\.\.|…|\bto\b|\bor\b|\band\b)\s*\d)"
-)
+_MORE = rf"(?!\s*%)(?![+a-z]|{_DASH}(?!star))(?!\s*(?:{_DASH}|/|,|&|\+|\.\.|…|\bto\b|\bor\b|\band\b)\s*\d)"
 """What follows a verdict is no range, no second number and no ordinal."""
 _RATING = re.compile(
     rf"\[\[\s*{_N}\s*\]\]|<(?:rating|score|answer)>\s*{_N}\s*</(?:rating|score|answer)>|\\boxed\{{\s*{_N}\s*\}}"
