@@ -95,6 +95,7 @@ SHARED: Mapping[str, tuple[Any, Any]] = {
     "grid": (Grid, None),
     "pairs": (Pairs, None),
     "words": (Words, None),
+    "randomized_sae": (Annotated[bool, typer.Option("--randomized-sae", help="The same in a randomized SAE too, as a control: what it finds is the search's own yield.")], False),
     "score": (Annotated[str, typer.Option("--score", help="mean_logit, logodds or auroc.")], "mean_logit"),
     "seed": (Annotated[int, typer.Option("--seed", help="Seed of every random choice.")], 0),
     "device": (Device, "auto"),
@@ -404,7 +405,13 @@ class Run(Console):
             template_arguments=_template_arguments(self.given.get("template_arg")),
         )  # fmt: skip
         model.pin_chat({"date": self._earlier_chat(name).get("date")})
+        self.say_terms(model.gguf)
         return model
+
+    def say_terms(self, gguf: Mapping[str, Any] | None) -> None:
+        """The terms of use of a packaged model."""
+        if gguf and gguf.get("terms"):
+            self.note(f"{gguf['terms']}.")
 
     def _earlier_chat(self, name: str) -> Mapping[str, Any]:
         """What --out says of this model's chats, where it holds a run: it goes on with the date of its first day."""

@@ -34,9 +34,10 @@ def bank_items() -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
 class BankEngine:
     """Both valence banks, run once without edits and then once per cell."""
 
-    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = ()):
+    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = (), before: str = ""):
+        """`before`: what stands before every statement."""
         self.probe = probe
-        texts = bank_items()[0]
+        texts = [before + text for text in bank_items()[0]]
         vocabulary = probe.vocabulary(model, texts)
         self.positive = np.array([w.positive for w in vocabulary.kept])
         prompts = [PromptIds(t, tuple(model.encode(t)), 0) for t in texts]
@@ -67,7 +68,7 @@ def specific_reductions(
     """SR of each cell's edits on the engine's pairs; NaN where there is no unsteered bias to reduce."""
     if not len(cells):
         return np.empty(0)
-    after = np.array([result.bias for result, _ in engine.run_many(cells)])
-    base = engine.base.bias
+    after = np.array([result.primary.mean for result, _ in engine.run_many(cells)])
+    base = engine.base.primary.mean
     left = after / base if base else np.full(len(after), np.nan)
     return np.asarray(specific_value(banks.slopes(cells), left), dtype=float)

@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
+from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
 from sae_bias.measures.base import run_measures
@@ -57,6 +58,9 @@ from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
 from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
 from sae_bias.workflows.sweep_work import Executor
+
+CHOSEN = ("AI-speech", "silent at AI speech")
+"""The calls whose most causal feature is suppressed, the first first."""
 
 
 class StudyRun:
@@ -157,9 +161,9 @@ class StudyRun:
                 self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
             self.folder.write_table("harm_pairs", interaction.pairing)
-            engine = ProbeEngine(self.model, discover, self.probe)
+            engine = ProbeEngine(self.model, discover, self.probe, controls=True)
             ranking, tried = self.rank(separation, interaction, engine)
-        self.chosen = chosen = choose_feature(ranking)
+        self.chosen = chosen = choose_feature(ranking, self.study.suppress)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
@@ -168,13 +172,14 @@ class StudyRun:
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
-            family = ranking.loc[ranking["call"] == called, "feature"]
+            family = ranking.loc[ranking["call"] == called, "feature"] if called in CHOSEN else [str(chosen)]
             sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
         summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
-        causal = "yes" if beats_controls(summary) else "no"
-        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+        if called in CHOSEN:
+            causal = "yes" if beats_controls(summary) else "no"
+            ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
@@ -216,7 +221,7 @@ class StudyRun:
     def rank(
         self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
     ) -> tuple[pd.DataFrame, list[str]]:
-        """One table of every feature: separation, interaction, attribution, exact ablation of the first."""
+        """One table of every feature: separation, interaction, predicted effects, exact effects of the first."""
         frame = interaction.to_frame().drop(columns=["q_bh", "t"], errors="ignore")
         keep = [
             "feature",
@@ -231,20 +236,20 @@ class StudyRun:
         ]
         frame = frame.merge(separation.frame[keep], on="feature")
         frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
-        effect = np.concatenate([attribution(engine, s) for s in self.saes])
-        names = np.concatenate([[f"{s.id}#{i}" for i in range(s.d_sae)] for s in self.saes])
-        frame["attribution"] = pd.Series(effect, index=names).reindex(frame["feature"]).to_numpy()
-        by_effect = frame["attribution"].abs().sort_values(ascending=False).index[: self.study.ablate_top]
-        by_interaction = frame.index[frame["ai_speech"] == "yes"][: self.study.ablate_top]
-        tried = list(dict.fromkeys([*frame.loc[by_effect, "feature"], *frame.loc[by_interaction, "feature"]]))
-        exact = pd.Series(exact_ablation(engine, tried, progress=self.progress), index=tried)
-        frame["ablation"] = exact.reindex(frame["feature"]).to_numpy()
+        most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes)
+        called = frame.index[frame["ai_speech"] == "yes"][:most]
+        first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
+        found = measure_effects(frame, engine, first, found, progress=self.progress)
+        self.write_tables({"bias_parts": found.parts, "predictions": found.predictions})
+        self.notes.append(found.note)
+        tried = list(frame.loc[first, "feature"])
         frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
         return frame, tried
 
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
-        report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        report = self.pairs.select(templates=self.split["report"])
+        report = ProbeEngine(self.model, report, self.probe, controls=True)
         curves = []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
@@ -345,13 +350,18 @@ class StudyRun:
             self.folder.write_table(name, frame)
 
 
-def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
-    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most, or None."""
-    for call in ("AI-speech", "silent at AI speech"):
-        called = ranking[(ranking["call"] == call) & ranking["ablation"].notna()]
-        if len(called):
-            best = int(called["ablation"].to_numpy().argmax())
-            return FeatureRef.parse(str(called["feature"].iloc[best]))
+def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most.
+
+    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to.
+    """
+    tried = ranking[ranking["ablation"].notna()]
+    groups = [tried[tried["call"] == call] for call in CHOSEN]
+    groups += [tried[tried["ablation"] > 0]] if suppress == "most causal" else []
+    for group in groups:
+        if len(group):
+            best = int(group["ablation"].to_numpy().argmax())
+            return FeatureRef.parse(str(group["feature"].iloc[best]))
     return None
 
 
@@ -367,6 +377,12 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
         return {"id": None, "index": None, "called": "none", "why": why}
     row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    if row["call"] not in CHOSEN:
+        why = (
+            "no feature passed the AI-speech test; this one has the largest exact ablation effect on the discover split "
+            f"({row['ablation']:+.3f} nats), whatever it answers to"
+        )
+        return {"id": str(chosen), "index": chosen.index, "called": "most_causal", "why": why}
     why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
     called = "ai_speech" if row["call"] == "AI-speech" else "silent"
     return {
@@ -374,7 +390,7 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         "index": chosen.index,
         "called": called,
         "why": why,
-        "tested": call_sentence(row),
+        "tested": f"{call_sentence(row)} {effect_sentence(row)}",
     }
 
 
