@@ -29,7 +29,8 @@ from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.intervention import FeatureEdit, FeatureLike
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import FeatureEdit, FeatureLike, Intervention
 
 if TYPE_CHECKING:
     from sae_bias.steering.edits import EditSet
@@ -90,6 +91,46 @@ def set_controls(
         )
         for k in range(n)
     ]
+
+
+def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed: int = 0) -> Intervention:
+    """`edit` with every feature's or direction's own gate and size, along directions drawn from the residual covariance on `texts`.
+
+    A direction that several parts share (at every layer) stays one direction.
+
+    Raises:
+        RequestError: an edit without features or directions of its own.
+    """
+    residual: dict[int, Tensor] = {}
+    drawn: dict[str, Tensor] = {}
+
+    def rows(layer: int) -> Tensor:
+        if layer not in residual:
+            residual[layer] = _ordinary_residuals(model, texts, layer)
+        return residual[layer]
+
+    def part(i: int, e: Intervention) -> Intervention:
+        along = getattr(e, "feature", None) or getattr(e, "along", None)
+        if along is None:
+            raise RequestError(f"no random control can be made for {e.describe()}; give controls=0.")
+        if not isinstance(along, Direction):
+            feature = as_feature(along)
+            twin = random_twins(feature, rows(feature.site.layer), 1, seed + 1_000 * i)[0]
+            return replace(e, **{"feature" if isinstance(e, FeatureEdit) else "along": twin})
+        name = along.digest if along.mean is None else str(i)
+        if name not in drawn:
+            drawn[name] = covariance_directions(rows(along.site.layer), len(along.basis), seed + 1_000 * i)
+        return replace(e, along=replace(along, name=f"random direction {seed}", basis=drawn[name]))
+
+    parts = tuple(part(i, e) for i, e in enumerate(edit.parts))
+    return parts[0] if len(parts) == 1 else replace(edit, name=f"random directions {seed}", edits=parts)  # type: ignore[call-arg]
+
+
+def covariance_directions(x: Float[Tensor, "n d_model"], k: int, seed: int) -> Float[Tensor, "k d_model"]:
+    """k orthonormal directions drawn from the covariance of `x`."""
+    rows = x.double().cpu() - x.double().cpu().mean(0)
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((k, len(rows)))) @ rows
+    return torch.linalg.qr(drawn.T).Q.T.float().contiguous()
 
 
 RANDOM_RELEASE = "random-direction"

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,41 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
         for s in (0, 1)
     )
     return left, right
+
+
+@section(TEXT, table="dose_response")
+def dose_section(run: Run) -> Section:
+    """How often the model does something at each strength, and where its capability stays within the margin."""
+    frame, part = run.tables["dose_response"], run.summary.facts().get("behavior") or {}
+    columns = {
+        "side": "prompts", "strength": "strength", "edit": "edit", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
+        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls", "n_controls": "controls",
+    }  # fmt: skip
+    usable = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
+    return Section(
+        "dose-response",
+        "Behavior against strength",
+        dose_sentence(part),
+        behavior_plots.dose_response(frame, str(part.get("behavior", "behavior")), usable),
+        run_table(run, "dose_response", columns, frame),
+        how_to_read="Bars are 95% intervals over prompts. Crosses are random edits of the same gate and size. Shaded: perplexity on plain text "
+        "and accuracy on a multiple-choice set stay within the margin.",
+    )
+
+
+def dose_sentence(part: Mapping[str, Any]) -> str:
+    """The usable range in words."""
+    said = (
+        f"{part.get('n_strengths', 0)} strengths of one edit, read as {part.get('behavior', 'a behavior')}."
+    )
+    if not fmt.is_number(part.get("margin")):
+        return f"{said} Capability was not measured, so no usable range is known."
+    margin = fmt.percent(part["margin"])
+    if not fmt.is_number(part.get("usable_low")):
+        return (
+            f"{said} At no strength next to no edit does capability stay within {margin} with 95% confidence."
+        )
+    return f"{said} Capability stays within {margin} with 95% confidence from {fmt.number(part['usable_low'])} to {fmt.number(part['usable_high'])}."
 
 
 @section(TEXT, table="judge_parts")
