@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -109,7 +109,7 @@ def _score_of(behavior: Any) -> Score:
         raise RequestError(
             f"a behavior cannot be a {type(behavior).__name__}; expected a name, a regular expression or a function of prompt and text."
         )
-    return behavior
+    return cast(Score, behavior)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,7 @@ def dose_response(
     Raises:
         RequestError: no prompts or edits, or an edit that random controls cannot be made for (give controls=0).
     """
-    cells = [tuple(e) if isinstance(e, (list, tuple)) else (e,) for e in edits]
+    cells = [(e,) if isinstance(e, Intervention) else tuple(e) for e in edits]
     if not cells or isinstance(prompts, str) or not len(prompts):
         raise RequestError("a dose-response needs a list of prompts and a list of edits, one a strength.")
     asked = {"chat": chat, "system": system}

@@ -106,7 +106,7 @@ def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed:
 
     def rows(layer: int) -> Tensor:
         if layer not in residual:
-            residual[layer] = _ordinary_residuals(model, texts, layer)
+            residual.update(ordinary_residuals(model, texts, [layer]))
         return residual[layer]
 
     def part(i: int, e: Intervention) -> Intervention:
