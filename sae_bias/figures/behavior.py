@@ -187,7 +187,15 @@ def dose_response(frame: pd.DataFrame, behavior: str, usable: tuple[float, float
         )  # fmt: skip
     for side, rows in frame.groupby("side", sort=False):
         color = SIDE_COLORS.get(str(side), NEUTRAL)
-        line = rows[rows["strength"].notna()].sort_values("strength")
+        line = rows[(rows["kind"] == "candidate") & rows["strength"].notna()].sort_values("strength")
+        level = rows[(rows["kind"] == "mismatch") | ((rows["kind"] == "candidate") & rows["strength"].isna())]
+        for r in level.to_dict("records"):
+            text = f"{side}: {r.get('label') or 'the edit'}"
+            fig.add_hline(
+                y=r["rate"],
+                line={"color": color, "dash": "dot", "width": 1.2},
+                annotation={"text": plain(short(text, 40)), "font": {"size": 10}},
+            )
         base = rows[rows["kind"] == "base"]
         hover = [
             f"<b>{plain(side)}, {number(r['strength'])}</b><br>{number(r['rate'])} [{number(r['ci_low'])}, {number(r['ci_high'])}], {r['n']} prompts"

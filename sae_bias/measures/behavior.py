@@ -32,7 +32,7 @@ from sae_bias.models.model import Model
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.scenarios import Scenarios
 from sae_bias.stats.rates import Estimate, mean_of, paired_change, two_sample
-from sae_bias.steering.controls import random_control
+from sae_bias.steering.controls import mismatch_edits, random_control
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.generate import Completion, generate
 from sae_bias.steering.intervention import Intervention
@@ -188,6 +188,7 @@ def dose_response(
     behavior: Behavior = "refusal",
     *,
     controls: int = 1,
+    mismatches: bool | Sequence[str] = False,
     capability: bool = True,
     margin: float = 0.1,
     texts: Sequence[str] | None = None,
@@ -205,6 +206,7 @@ def dose_response(
         edits: one a strength, such as [sb.Steer(feature, v) for v in (-5, -2, 2, 5)]; several edits in a list are one.
         behavior: "refusal", "default_negativity", a regular expression, f(prompt, text), or `Judged(judge)`; not read for scenarios.
         controls: random edits of the same gate and size beside each strength.
+        mismatches: also the last edit at an earlier and a later layer, and its feature's index in the SAEs named (`mismatch_edits`).
         capability: also measure perplexity (on `texts`, the bundled neutral ones by default) and a multiple-choice set.
         margin: what may be lost: a perplexity higher by this share, an accuracy lower by this much.
         max_new_tokens, temperature, chat, system, seed: as in `generate`.
@@ -236,7 +238,16 @@ def dose_response(
         rows.append(
             _row(reading, base, reading.scores(cell), cell, "candidate", [reading.scores(c) for c in others])
         )
-    frame = pd.DataFrame([row for group in rows for row in group])
+    if mismatches is not False and len(cells[-1]) == 1:
+        names = () if isinstance(mismatches, bool) else tuple(mismatches)
+        for edit, label in mismatch_edits(model, cells[-1][0], names):
+            rows.append(
+                [
+                    r | {"label": label}
+                    for r in _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
+                ]
+            )
+    frame = pd.DataFrame([{"label": "", **row} for group in rows for row in group])
     kept = measure_capability(model, cells, texts=texts, margin=margin, **asked) if capability else None
     return DoseResponse(frame, reading.name, model.name, kept, reading.completions())
 

@@ -88,7 +88,7 @@ def dose_section(run: Run) -> Section:
     """How often the model does something at each strength, and where its capability stays within the margin."""
     frame, part = run.tables["dose_response"], run.summary.facts().get("behavior") or {}
     columns = {
-        "side": "prompts", "strength": "strength", "edit": "edit", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
+        "side": "prompts", "label": "control", "strength": "strength", "edit": "edit", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
         "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls", "n_controls": "controls",
     }  # fmt: skip
     usable = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
