@@ -185,7 +185,7 @@ def rank_features(
             seed=seed,
             progress=progress,
         )
-        return _of_contrast(scan, saes)
+        return of_contrast(scan, saes)
     if (reduce, chat, all_of, none_of) != ("last", False, (), ()):
         raise RequestError(
             "reduce, chat, all_of and none_of are for a Contrast; pairs and grids are read at the last token."
@@ -243,7 +243,8 @@ def rank_features(
     )
 
 
-def _of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+def of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+    """The ranking of a contrast's scan, by AUROC."""
     frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
     _add_families(frame, saes)
     return Ranking("contrast", frame, len(frame), scan.n_units, scan.units, scan.note)

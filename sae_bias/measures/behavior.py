@@ -29,7 +29,9 @@ from sae_bias.measures.judge import Confirm, Judge, run_judge
 from sae_bias.measures.scenarios import PRIMARY, ScenarioEngine
 from sae_bias.measures.text import default_negativity, refuses
 from sae_bias.models.model import Model
+from sae_bias.probe.words import default_probe
 from sae_bias.prompts.contrast import Contrast
+from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import Scenarios
 from sae_bias.stats.rates import Estimate, mean_of, paired_change, two_sample
 from sae_bias.steering.controls import mismatch_edits, random_control
@@ -183,7 +185,7 @@ class DoseResponse:
 
 def dose_response(
     model: Model,
-    prompts: Sequence[str] | Contrast | Scenarios,
+    prompts: Sequence[str] | Contrast | Scenarios | PromptPairs,
     edits: Sequence[Intervention | Sequence[Intervention]],
     behavior: Behavior = "refusal",
     *,
@@ -202,7 +204,8 @@ def dose_response(
     """How a behavior follows the strength of an edit, and at which strengths the model still works.
 
     Args:
-        prompts: a list; a `Contrast`, whose sides are told apart; or `Scenarios`, whose behavior is the choice of the aligned option.
+        prompts: a list; a `Contrast`, whose sides are told apart; `Scenarios`, whose behavior is the choice of the aligned option; or
+            `PromptPairs`, whose behavior is their bias in nats (the unit is the template; `chat_pairs` turns them into chats).
         edits: one a strength, such as [sb.Steer(feature, v) for v in (-5, -2, 2, 5)]; several edits in a list are one.
         behavior: "refusal", "default_negativity", a regular expression, f(prompt, text), or `Judged(judge)`; not read for scenarios.
         controls: random edits of the same gate and size beside each strength.
@@ -227,6 +230,8 @@ def dose_response(
     reading: _Reading = (
         _Chosen(model, prompts, **asked)
         if isinstance(prompts, Scenarios)
+        else _Biased(model, prompts)
+        if isinstance(prompts, PromptPairs)
         else _Written(model, prompts, behavior, **asked, **written)
     )
     base = reading.scores(())
@@ -344,6 +349,20 @@ class _Chosen(_Reading):
         frame = result.to_frame()
         kept = frame[(frame["form"] == PRIMARY[0]) & (frame["score"] == PRIMARY[1])]
         return kept["chose_aligned"].to_numpy(float)
+
+
+class _Biased(_Reading):
+    """The bias of each pair; templates are the units."""
+
+    def __init__(self, model: Model, pairs: PromptPairs):
+        self.engine = ProbeEngine(model, pairs, default_probe(pairs))
+        self.texts = [p.ai for p in pairs]
+        self.sides, self.units = np.array(["all"] * len(pairs)), np.array([p.template for p in pairs])
+        self.name = f"bias ({pairs.name})"
+
+    def scores(self, edits: Sequence[Intervention]) -> Scores:
+        result = self.engine.run(edits)[0] if edits else self.engine.base
+        return np.asarray(result.pair_bias, dtype=float)
 
 
 # --- rows --------------------------------------------------------------------------------------------

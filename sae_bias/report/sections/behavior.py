@@ -103,6 +103,42 @@ def dose_section(run: Run) -> Section:
     )
 
 
+@section(TEXT, table="question_bias")
+def question_section(run: Run) -> Section:
+    """The bias on several questions at each strength of one edit."""
+    frame = run.tables["question_bias"]
+    columns = {
+        "question": "question", "strength": "strength", "n_units": "templates", "rate": "bias, nats", "ci_low": "from", "ci_high": "to",
+        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls",
+    }  # fmt: skip
+    names = list(dict.fromkeys(frame["question"]))
+    return Section(
+        "question-bias",
+        "Bias on other questions",
+        f"The bias on {len(names)} questions ({', '.join(map(str, names))}) at each strength of the same edit.",
+        behavior_plots.dose_response(frame.assign(side=frame["question"]), "bias in nats"),
+        run_table(run, "question_bias", columns, frame),
+    )
+
+
+@section("The feature", table="model_diff")
+def model_diff_section(run: Run) -> Section:
+    """Features that fire differently in another model on the same texts."""
+    frame = run.tables["model_diff"]
+    other = (run.manifest.get("study") or {}).get("baseline", "the other model")
+    n = int((frame["separates"] == "yes").sum())
+    columns = {
+        "feature": "feature", "mean_positive": "in the model", "mean_negative": "in the baseline", "mean_diff": "difference", "auroc": "AUROC",
+        "t": "t", "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "differs",
+    }  # fmt: skip
+    return Section(
+        "model-diff",
+        "What another model sees differently",
+        f"{n} of the {len(frame)} features shown fire differently here and in {other} on the same texts. The SAE was trained on one of the two: read the gate's figures too.",
+        table=run_table(run, "model_diff", columns, frame),
+    )
+
+
 def dose_sentence(part: Mapping[str, Any]) -> str:
     """The usable range in words."""
     said = (
