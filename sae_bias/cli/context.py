@@ -392,7 +392,13 @@ class Run(Console):
             template_arguments=_template_arguments(self.given.get("template_arg")),
         )  # fmt: skip
         model.pin_chat({"date": self._earlier_chat(name).get("date")})
+        self.say_terms(model.gguf)
         return model
+
+    def say_terms(self, gguf: Mapping[str, Any] | None) -> None:
+        """The terms of use of a packaged model."""
+        if gguf and gguf.get("terms"):
+            self.note(f"{gguf['terms']}.")
 
     def _earlier_chat(self, name: str) -> Mapping[str, Any]:
         """What --out says of this model's chats, where it holds a run: it goes on with the date of its first day."""
