@@ -36,6 +36,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.discovery.contrasts import ALPHA, feature_names
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.contrast import Contrast, SameTexts
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
