@@ -23,6 +23,7 @@ from pathlib import Path
 from sae_bias.discovery.text_contrasts import ROW_BYTES
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
+from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -249,7 +250,8 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
     saes, unknown = sae_shapes(study.saes, model.d_model)
     contrasts = [study.texts(name) for name in study.files()]
     texts = Texts.of(t for contrast in contrasts for t in contrast.texts)
-    asked = [p for contrast in contrasts for p in getattr(a := study.asked(contrast), "texts", a)]
+    prompts = [study.asked(contrast) for contrast in contrasts]
+    asked = [text for p in prompts for text in (p.texts if isinstance(p, Contrast) else p)]
     strengths = max(1, len(study.strengths))
     cells = strengths * (1 + study.controls) + 2 * study.mismatches
     steps = [_load(c)]
