@@ -1,5 +1,6 @@
 """`sae-bias rank`: which features tell AI from human prompts, answer to AI speech, or carry the bias."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,7 +125,7 @@ NoneOf = Annotated[
     "rank",
     "sae-bias rank organism:planted organism:planted/constructed --by interaction",
     "sae-bias rank organism:planted organism:planted/resid_post/layer_2_width_512_l0_small --by attribution --top 5",
-    takes=(*FROM_MODEL, "grid", "pairs", "words"),
+    takes=(*FROM_MODEL, "grid", "pairs", "words", "randomized_sae"),
 )
 def rank(
     run: Run,
@@ -151,6 +152,7 @@ def rank(
     """
     from sae_bias.discovery.ranking import BY, rank_features
     from sae_bias.saes.load import expand_saes
+    from sae_bias.steering.controls import randomized_control
 
     texts = _contrast(positive, negative, contrast)
     if by not in BY:
@@ -161,15 +163,19 @@ def rank(
     with_grid = not on_grid and (run.given["grid"] is not None or controls)
     other: dict[str, Any] = {"grid": run.grid} if with_grid else {}
     model = run.open(*expand_saes(sae))
-    ranking = rank_features(
-        model, run.saes, prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
+    search = partial(
+        rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
         by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
         seed=run.seed, progress=run.progress,
     )  # fmt: skip
+    ranking = search(run.saes)
     used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
     tables = {"ranking": _with_all(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
+    twins = [randomized_control(model, s, run.pairs, run.seed) for s in run.saes if run.given["randomized_sae"]]  # fmt: skip
+    lucky = search(twins).to_frame() if twins else None
+    tables |= {} if lucky is None else {"ranking_randomized": _with_all(lucky)}
     run.save(tables, **used, by=ranking.by)
     first = ranking.to_frame().head(top)
     run.say(
@@ -179,6 +185,11 @@ def rank(
         run.say(ranking.note)
     run.note_gate()
     run.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
+    if lucky is not None:
+        run.say(
+            f"the same search in a randomized SAE: {_yield_of(lucky)}; here: {_yield_of(ranking.to_frame())}"
+        )
+        run.table("Its first 3", lucky.head(3), CONTRAST if texts else COLUMNS)
     if ranking.cumulative is not None:
         run.table("Ablated together", ranking.cumulative, JOINT)
     run.done(
@@ -190,9 +201,21 @@ def rank(
             "units": ranking.units,
             "note": ranking.note or None,
             "features": rows(first),
+            "randomized": None if lucky is None else rows(lucky.head(top)),
             "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
         }
     )
+
+
+def _yield_of(frame: "pd.DataFrame") -> str:
+    """How many features a search found something in, by what it found."""
+    found = [f"{int((frame['separates'] == 'yes').sum())} separate"] if "separates" in frame else []
+    if "call" in frame:
+        calls = frame["call"][~frame["call"].isin(["no", "none", "undetermined", ""])].value_counts()
+        found += [f"{n} {call}" for call, n in calls.items()] or ["no call"]
+    if "causal_ai_speech" in frame:
+        found.append(f"{int((frame['causal_ai_speech'] == 'yes').sum())} causal")
+    return ", ".join(found)
 
 
 def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":

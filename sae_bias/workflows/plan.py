@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae_bias.discovery.text_contrasts import ROW_BYTES
+from sae_bias.measures.capability import load_questions
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.prompts.contrast import Contrast
@@ -259,7 +260,8 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
         steps += [_gate(c, saes), _scan(c, study, texts, saes)]
     if study.behavior is not None or study.judge is not None:
         steps.append(_dose(c, study, Texts.of(asked), cells + 1))
-    passes = [Texts.of(load_texts("neutral"))] * study.capability * (strengths + 1) * len(contrasts)
+    beside = [Texts.of(load_texts("neutral")), Texts.of(f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong))]
+    passes = beside * study.capability * (strengths + 1) * len(contrasts)
     for name in study.questions:
         passes += (
             [_pair_texts(load_pairs(name), controls=False)]
@@ -279,6 +281,11 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
                 },
             )
         )
+    if study.baseline is not None:
+        other = model_shape(study.baseline)
+        both = {"the baseline's weights": float(other.n_params * c.size)}
+        steps = [replace(step, parts=step.parts | both) for step in steps]
+        steps.insert(1, c.step("load baseline", 0.0, both, read=float(other.n_checkpoint_bytes)))
     disk = sum(min(s.d_sae, 1_000) for s in saes) * DISK_TABLE_BYTES * len(contrasts) + 5e6
     return ModelPlan(
         model,
