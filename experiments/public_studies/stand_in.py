@@ -17,7 +17,14 @@ from sae_bias.workflows.contrast_study import ContrastStudy, run_contrast_study
 from sae_bias.workflows.study import load_study
 
 HERE = Path(__file__).parent
-NAMES = ("evaluation_awareness", "six_behaviors", "hardening", "social_bias", "refusal_direction", "model_diff")
+NAMES = (
+    "evaluation_awareness",
+    "six_behaviors",
+    "hardening",
+    "social_bias",
+    "refusal_direction",
+    "model_diff",
+)
 
 
 def small(study: ContrastStudy, model: str, sae: str, chat: bool) -> ContrastStudy:
@@ -46,8 +53,13 @@ def main() -> None:
         study = load_study(HERE / f"{name}.yaml")
         assert isinstance(study, ContrastStudy)
         start = time.perf_counter()
-        result = run_contrast_study(small(study, given.model, given.sae, chat), out=given.out / name, progress=False)
-        print(f"## {name} (plumbing on {given.model}, {time.perf_counter() - start:.0f} s): {result.report}", flush=True)
+        result = run_contrast_study(
+            small(study, given.model, given.sae, chat), out=given.out / name, progress=False
+        )
+        print(
+            f"## {name} (plumbing on {given.model}, {time.perf_counter() - start:.0f} s): {result.report}",
+            flush=True,
+        )
         for line in result.headline():
             print(f"  {line}", flush=True)
 

@@ -28,12 +28,8 @@ from sae_bias.models.residuals import ordinary_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
-<<<<<<< HEAD
-from sae_bias.saes.sae import Feature, Sae, check_sae
-=======
 from sae_bias.saes.randomized import randomized_sae
-from sae_bias.saes.sae import Feature, Sae
->>>>>>> main
+from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.directions import Direction
 from sae_bias.steering.intervention import FeatureEdit, FeatureLike, Intervention

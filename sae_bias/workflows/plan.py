@@ -260,7 +260,10 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
         steps += [_gate(c, saes), _scan(c, study, texts, saes)]
     if study.behavior is not None or study.judge is not None:
         steps.append(_dose(c, study, Texts.of(asked), cells + 1))
-    beside = [Texts.of(load_texts("neutral")), Texts.of(f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong))]
+    beside = [
+        Texts.of(load_texts("neutral")),
+        Texts.of(f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong)),
+    ]
     passes = beside * study.capability * (strengths + 1) * len(contrasts)
     for name in study.questions:
         passes += (
