@@ -8,6 +8,7 @@ from sae_bias.core.site import Site as Site
 from sae_bias.discovery.causal import causal_ladder as causal_ladder
 from sae_bias.discovery.dashboards import feature_card as feature_card
 from sae_bias.discovery.matching import match_features as match_features
+from sae_bias.discovery.model_diff import model_diff as model_diff
 from sae_bias.discovery.ranking import Ranking as Ranking
 from sae_bias.discovery.ranking import rank_features as rank_features
 from sae_bias.discovery.resolve import resolve_index as resolve_index
