@@ -25,6 +25,7 @@ COLUMNS = {
     "interaction": "interaction",
     "sign": "sign",
     "attribution": "attributed",
+    "integrated": "integrated gradients",
     "ablation": "ablated",
     "resampling": "resampled",
     "carrier": "carrier",
@@ -41,10 +42,12 @@ COLUMNS = {
     "fire_human": "fires, human",
     "density": "density",
 }
+PARTS = {"sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share", "share_low": "from ", "share_high": "to ", "integrated": "integrated gradients"}  # fmt: skip
+FORETOLD = {"predictor": "predicted by", "exact": "exact effect", "rho": "Spearman ρ", "slope": "slope", "slope_low": "from", "slope_high": "to", "n": "features"}  # fmt: skip
 JOINT = {
     "k": "first k",
     "feature": "with",
-    "bias": "bias left",
+    "bias": "left",
     "reduction": "removed",
     "red_low": "low",
     "red_high": "high",
@@ -173,6 +176,7 @@ def rank(
     tables = {"ranking": _with_all(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
+    tables |= {name: t for name, t in (("bias_parts", ranking.parts), ("predictions", ranking.predictions)) if len(t)}  # fmt: skip
     twins = [randomized_control(model, s, run.pairs, run.seed) for s in run.saes if run.given["randomized_sae"]]  # fmt: skip
     lucky = search(twins).to_frame() if twins else None
     tables |= {} if lucky is None else {"ranking_randomized": _with_all(lucky)}
@@ -184,7 +188,9 @@ def rank(
     if ranking.note:
         run.say(ranking.note)
     run.note_gate()
-    run.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
+    one = f" of {run.saes[0].id}" if len(run.saes) == 1 else ""
+    short = [f"#{i}" for i in first["index"]] if one else first["feature"]
+    run.table(f"The first {len(first)}{one}", first.assign(feature=short), CONTRAST if texts else COLUMNS)
     if lucky is not None:
         run.say(
             f"the same search in a randomized SAE: {_yield_of(lucky)}; here: {_yield_of(ranking.to_frame())}"
@@ -192,6 +198,9 @@ def rank(
         run.table("Its first 3", lucky.head(3), CONTRAST if texts else COLUMNS)
     if ranking.cumulative is not None:
         run.table("Ablated together", ranking.cumulative, JOINT)
+    for title, table, shown in (("Where the bias lies", ranking.parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
+        if len(table):
+            run.table(title, table, shown)
     run.done(
         {
             "saes": [str(s.id) for s in run.saes],
@@ -203,6 +212,8 @@ def rank(
             "features": rows(first),
             "randomized": None if lucky is None else rows(lucky.head(top)),
             "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
+            "bias_parts": rows(ranking.parts),
+            "predictions": rows(ranking.predictions),
         }
     )
 
