@@ -100,7 +100,7 @@ def scan_contrast(
     frames: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
         buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes))
-        lengths = _read((model, baseline or model), saes, contrast, reduce, chat, buckets, progress)
+        lengths, in_bytes = _read((model, baseline or model), saes, contrast, reduce, chat, buckets, progress)
         for start, stop in tqdm(
             buckets.ranges(), desc="contrast", unit="block", disable=not progress, leave=False
         ):
@@ -114,7 +114,7 @@ def scan_contrast(
     frame = pd.concat([feature_names(sae) for sae in saes], ignore_index=True)
     frame = frame.join(statistics.set_index("place")).pipe(_silent, len(contrast))
     design.correct(frame)
-    note = _note(frame, contrast, design, lengths)
+    note = "; ".join(filter(None, [_note(frame, contrast, design, lengths), _bytes_note(contrast, in_bytes)]))
     if all_of or none_of:
         frame = frame[frame["in_sets"]].reset_index(drop=True)
         note = f"{len(frame)} features fire on all of {_said(all_of)} and on none of {_said(none_of)}; {note}"
@@ -168,11 +168,11 @@ def _read(
     chat: bool,
     buckets: _Buckets,
     progress: bool,
-) -> Int[Array, "n_texts"]:
-    """Fill the buckets; the number of tokens of each text. `models`: of the positive and of the negative texts."""
+) -> tuple[Int[Array, "n_texts"], Bool[Array, "n_texts"]]:
+    """Fill the buckets; how many tokens each text is, and whether most of them are bytes. `models`: of the positive and of the negative texts."""
     layers = sorted({s.site.layer for s in saes})
     first, n = len(contrast.positive), len(contrast)
-    lengths, rows = np.zeros(n, dtype=np.int64), _Rows(reduce)
+    lengths, in_bytes, rows = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), _Rows(reduce)
     parts = [(models[0], at, min(at + CHUNK, first)) for at in range(0, first, CHUNK)]
     parts += [(models[1], at, min(at + CHUNK, n)) for at in range(first, n, CHUNK)]
     if models[0] is models[1]:
@@ -181,13 +181,21 @@ def _read(
         for model, at, stop in parts:
             ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at:stop]]
             lengths[at:stop] = [len(row) for row in ids]
+            in_bytes[at:stop] = _mostly_bytes(model, ids)
             for batch in text_batches(model, ids, layers):
                 rows.add(batch.resid, batch.ordinary, np.asarray(batch.index) + at)
                 if rows.n_bytes > ROW_BYTES:
                     rows.flush(saes, buckets)
                 bar.update(len(batch.index))
     rows.flush(saes, buckets)
-    return lengths
+    return lengths, in_bytes
+
+
+def _mostly_bytes(model: Model, ids: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether more than half of a text's tokens are parts of characters: its script has no tokens of its own."""
+    tokens = {t for row in ids for t in row}
+    part = {t: "\ufffd" in model.decode([t]) for t in tokens}
+    return [sum(part[t] for t in row) > len(row) / 2 for row in ids]
 
 
 class _Rows:
@@ -436,6 +444,14 @@ def _note(frame: pd.DataFrame, contrast: Contrast, design: _Design, lengths: Arr
         )
     said.append(f"{design.family:,} features tested")
     return "; ".join(said)
+
+
+def _bytes_note(contrast: Contrast, in_bytes: Bool[Array, "n_texts"]) -> str:
+    """Says which texts the tokenizer turns into bytes: their activations are of pieces of letters."""
+    if not in_bytes.any():
+        return ""
+    first = contrast.texts[int(in_bytes.argmax())][:40]
+    return f"{int(in_bytes.sum())} texts are mostly bytes under this tokenizer, which has no tokens for their script, such as {first!r}"
 
 
 def bag_of_words_auroc(contrast: Contrast, held: Bool[Array, "n_texts"]) -> float:
