@@ -101,6 +101,25 @@ class Contrast:
         return f"Contrast({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative, {'paired' if self.paired else 'unpaired'})"
 
 
+class SameTexts(Contrast):
+    """The same texts on both sides, each with itself as its pair: one model's reading of them against another's."""
+
+    def __init__(self, texts: Sequence[str], name: str = "two models"):
+        names = tuple(f"text {i}" for i in range(len(texts)))
+        for field, value in (
+            ("positive", tuple(texts)),
+            ("negative", tuple(texts)),
+            ("groups", names * 2),
+            ("name", name),
+        ):
+            object.__setattr__(self, field, value)
+        if not texts:
+            raise RequestError("two models are compared on texts; there are none.")
+
+    def facts(self) -> list[str]:
+        return []
+
+
 def load_contrast(
     source: str | Path,
     negative: str | Path | None = None,

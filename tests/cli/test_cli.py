@@ -91,7 +91,7 @@ def asked(files):
 
 def test_help_lists_the_commands_that_exist():
     commands = build_app().registered_commands
-    assert {c.name for c in commands} - {"play", "fit"} == set(COMMANDS)
+    assert {c.name for c in commands} - {"play", "fit", "dose"} == set(COMMANDS)
     assert [c.name for c in commands if not c.rich_help_panel] == [], "give it a place in GROUPS"
     assert len(COMMAND_MODULES) == len(set(COMMAND_MODULES))
 
