@@ -706,6 +706,24 @@ def test_a_reader_that_leaves_early_is_no_defect(gemma3, tmp_path):
 
 
 @needs_organism
+def test_a_randomized_sae_goes_through_the_same_search_and_the_same_fit(sae_bias):
+    """It yields calls that a search in noise yields, and no specific counterfactual; the trained SAE's own rows are the same with and without it."""
+    trained = f"{PLANTED}/resid_post/layer_3_width_512_l0_small"
+    rank = ("rank", PLANTED, trained, "--by", "interaction", "--top", "2", "--json")
+    alone, beside = (
+        json.loads(sae_bias(*rank, *more)[1]) for more in ((), ("--randomized-sae", "--out", "runs"))
+    )
+    assert beside["features"] == alone["features"]
+    assert alone["randomized"] is None
+    assert [r["feature"].startswith(f"randomized-0/{trained}#") for r in beside["randomized"]] == [True, True]
+    assert list(Path("runs").rglob("ranking_randomized*"))
+    code, out, _ = sae_bias("fit", PLANTED, trained, "--kind", "gated", "--randomized-sae", "--json")
+    rows = {(r["sae"], r["split"]): r["specific"] for r in json.loads(out)["fit"]}
+    assert code == 0
+    assert rows["trained", "report"] > 0.75 > 0.5 > rows["randomized", "report"]
+
+
+@needs_organism
 def test_the_constructed_feature_is_first_and_its_removal_shows(sae_bias):
     feature = json.loads(
         sae_bias("rank", PLANTED, CONSTRUCTED, "--by", "interaction", "--top", "1", "--json")[1]
