@@ -240,7 +240,13 @@ class Model:
             raise RequestError(
                 f"the prompt {text[:60]!a} holds half of a character ({text[error.start]!a}); give it as UTF-8."
             ) from None
-        ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+        try:
+            ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            line = " ".join(str(error).split())[:120]
+            raise RequestError(
+                f"the tokenizer of {self.name} cannot read the prompt {_short(text)} ({line})."
+            ) from error
         plain = [i for i in ids if i not in self.special_ids]
         if not plain:
             raise RequestError(
