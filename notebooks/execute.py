@@ -1,6 +1,6 @@
 """Run the notebooks and keep their outputs: `python notebooks/execute.py [NAME.ipynb ...]`, all of them by default.
 
-Each runs in a folder that holds nothing but the checkout's `runs`, where notebook 06 looks for its SAE. Outputs are cleaned of what would differ from one run to the next (timings, progress bars, widget
+Each runs in an empty folder. Outputs are cleaned of what would differ from one run to the next (timings, progress bars, widget
 ids), and every plotly figure gets a PNG beside it, drawn by an installed Chromium, for places such as GitHub that draw no plotly.
 """
 
@@ -23,9 +23,8 @@ def run(path: Path) -> nbformat.NotebookNode:
     """The notebook, executed in an empty folder, with clean outputs."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "runs").symlink_to(HERE.parent / "runs", target_is_directory=True)
         client = NotebookClient(
-            notebook, timeout=1800, kernel_name="python3", record_timing=False,
+            notebook, timeout=600, kernel_name="python3", record_timing=False,
             resources={"metadata": {"path": folder}},
         )  # fmt: skip
         client.execute()
