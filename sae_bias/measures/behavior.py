@@ -236,37 +236,26 @@ def dose_response(
     if not cells or isinstance(prompts, str) or not len(prompts):
         raise RequestError("a dose-response needs a list of prompts and a list of edits, one a strength.")
     asked = {"chat": chat, "system": system}
-    written = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "progress": progress,
-    }
-    reading: _Reading = (
-        _Chosen(model, prompts, **asked)
-        if isinstance(prompts, Scenarios)
-        else _Biased(model, prompts)
-        if isinstance(prompts, PromptPairs)
-        else _Written(model, prompts, behavior, **asked, **written)
-    )
+    written = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": progress}  # fmt: skip
+    if isinstance(prompts, Scenarios):
+        reading: _Reading = _Chosen(model, prompts, **asked)
+    elif isinstance(prompts, PromptPairs):
+        reading = _Biased(model, prompts)
+    else:
+        reading = _Written(model, prompts, behavior, **asked, **written)
     base = reading.scores(())
     rows = [_row(reading, base, base, (), "base", [])]
     for cell in cells:
         others = [
             tuple(random_control(model, e, reading.texts, seed + k) for e in cell) for k in range(controls)
         ]
-        rows.append(
-            _row(reading, base, reading.scores(cell), cell, "candidate", [reading.scores(c) for c in others])
-        )
+        beside = [reading.scores(c) for c in others]
+        rows.append(_row(reading, base, reading.scores(cell), cell, "candidate", beside))
     if mismatches is not False and len(cells[-1]) == 1:
         names = () if isinstance(mismatches, bool) else tuple(mismatches)
         for edit, label in mismatch_edits(model, cells[-1][0], names):
-            rows.append(
-                [
-                    r | {"label": label}
-                    for r in _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
-                ]
-            )
+            found = _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
+            rows.append([r | {"label": label} for r in found])
     frame = pd.DataFrame([{"label": "", **row} for group in rows for row in group])
     kept = measure_capability(model, cells, texts=texts, margin=margin, **asked) if capability else None
     return DoseResponse(frame, reading.name, model.name, kept, reading.completions())

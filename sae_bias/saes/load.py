@@ -79,6 +79,16 @@ def load_feature(name: str | FeatureRef) -> Feature:
     return feature if feature.ref == ref else replace(feature, ref=ref)
 
 
+def sae_of(feature: Feature) -> Sae | None:
+    """The SAE a feature belongs to, where it can be loaded."""
+    if feature.whole is not None:
+        return feature.whole
+    try:
+        return load_sae(feature.ref.sae)
+    except RequestError:
+        return None
+
+
 def as_feature(x: str | FeatureRef | Feature) -> Feature:
     """The feature that a string, a reference or a Feature stands for."""
     if isinstance(x, Feature):
@@ -96,12 +106,12 @@ def _load_named(text: str) -> Sae:
     if HUB_NAME.fullmatch(text):
         hub.refuse_traversal(sae_id.sae_id)
         return _load_hub_folder(sae_id, sae_id.release, sae_id.sae_id, None, None)
-    first = text.partition("/")[0]
+    first = sae_id.release if sae_id.release in release_names() else text.partition("/")[0]
     try:
         release = releases.sae_release(first)
     except RequestError as error:
         raise RequestError(f"no folder {text[:200]!r}, and {error}") from error
-    if "/" not in text:
+    if sae_id.release == ".":
         raise RequestError(f"{text} is a release; which SAE of it? e.g. {text}/{next(iter(release.folders))}")
     hub.refuse_traversal(sae_id.sae_id)
     folder = release.folder(sae_id.sae_id)
