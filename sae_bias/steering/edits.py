@@ -195,6 +195,7 @@ class _AlongEdit(Intervention):
     """An edit along a feature's decoder row or a direction."""
 
     along: FeatureLike | Direction
+    by_position: ClassVar[bool] = True
     of_feature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -362,6 +363,7 @@ class Reconstruct(Intervention):
     """x' = decode(encode(x)): throws the SAE error away. A control that shows what that costs, never a default."""
 
     sae: SaeId | Sae | str
+    by_position: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

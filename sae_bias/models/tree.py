@@ -1,0 +1,427 @@
+"""Token sequences as one tree of prefixes: each distinct prefix is computed once, whatever follows it.
+
+A causal model's residual at a position depends on the tokens up to it alone, so sequences that begin alike share those positions. A
+pass holds whole paths of the tree, one row after another: a token attends to its ancestors (in a sliding layer to those less than
+a window above it) and its position is its depth, as in tree attention (Miao et al. 2024, "SpecInfer", arXiv:2305.09781):
+
+    attends(q, k) = k ≤ q < end(k),  and place(q) - place(k) < window        (preorder: end(k) is where the subtree of k ends)
+
+The numbers are those of one sequence at a time, to float32 rounding, on every architecture whose record names its masks (`Architecture.masks`);
+on the others, under hooks that are not ours, and under edits that look elsewhere, sequences of one length run together, as they are.
+An edit is causal too: where open edits act at some positions only (the last, the subject), a token is shared by the sequences in which it plays the same part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_bias.core.types import Tokens
+from sae_bias.models.forward import (
+    BATCH_TOKENS,
+    Final,
+    Partners,
+    forward,
+    forward_with_grad,
+    plan_batches,
+    row_positions,
+)
+from sae_bias.models.model import Model
+
+T = TypeVar("T")
+ROW_TOKENS = (64, 128, 256, 512, 1024)
+"""Lengths of a row that are tried: longer rows share more, shorter ones attend over less."""
+_ROLES = ("last", "subject", "prompt", "generated")
+
+
+class Tree:
+    """The distinct prefixes of some sequences, in preorder: node, parent's path, place, and the sequence that made it."""
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        ends: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        *,
+        roles: frozenset[str] = frozenset(),
+    ):
+        """`ends`, `starts`: of each sequence the end of its prompt and the start of its subject; `roles`: which of them keep tokens apart."""
+        self.ends = [len(s) for s in sequences] if ends is None else list(ends)
+        self.starts = None if starts is None else list(starts)
+        keys = [self._key(i, s, roles) for i, s in enumerate(sequences)]
+        self.order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.token: list[int] = []
+        self.place: list[int] = []
+        self.maker: list[int] = []
+        self.paths: list[list[int]] = [[] for _ in sequences]
+        self.shared: list[int] = []
+        """How much of each sequence, in `order`, the one before it begins with."""
+        before: tuple[Any, ...] = ()
+        path: list[int] = []
+        for i in self.order:
+            key = keys[i]
+            n = _common(before, key)
+            new = range(len(self.token), len(self.token) + len(key) - n)
+            self.token += sequences[i][n:]
+            self.place += range(n, len(key))
+            self.maker += [i] * len(new)
+            path = path[:n] + list(new)
+            self.paths[i] = path
+            self.shared.append(n)
+            before = key
+
+    def __len__(self) -> int:
+        """Distinct prefixes: what is computed once."""
+        return len(self.token)
+
+    def _key(self, i: int, sequence: Sequence[int], roles: frozenset[str]) -> tuple[Any, ...]:
+        """The sequence's tokens, each with the part it plays where an open edit asks for it."""
+        if not roles:
+            return tuple(sequence)
+        end, start = self.ends[i], 0 if self.starts is None else self.starts[i]
+        plays = {"last": lambda p: p == end - 1, "subject": lambda p: p >= start, "prompt": lambda p: p < end, "generated": lambda p: p >= end}  # fmt: skip
+        asked = [plays[role] for role in _ROLES if role in roles]
+        return tuple((token, *(f(p) for f in asked)) for p, token in enumerate(sequence))
+
+    def rows(self, longest: int) -> list[Row]:
+        """Whole paths one after another, each row at most `longest` tokens where a path is not longer itself."""
+        rows: list[Row] = []
+        row, common, pending = Row(), 0, []
+        columns: list[int] = []
+        for k, i in enumerate(self.order):
+            common = min(common, self.shared[k])
+            path = self.paths[i]
+            pending.append(i)
+            if k + 1 < len(self.order) and self.shared[k + 1] == len(path):
+                continue  # the next sequence goes on from here
+            if not rows or len(row.nodes) + len(path) - common > longest:
+                row, common, columns = Row(), 0, []
+                rows.append(row)
+            columns = row.add(path, columns[:common])
+            row.sequences += pending
+            pending, common = [], len(path)
+        return rows
+
+
+@dataclass
+class Row:
+    """One row of a packed pass."""
+
+    nodes: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    """Column of each node's parent; -1 at the first."""
+    sequences: list[int] = field(default_factory=list)
+    """Those whose whole path is here."""
+
+    def add(self, path: Sequence[int], columns: list[int]) -> list[int]:
+        """Append what `path` has after its nodes at `columns`; the columns of all of it."""
+        start, n = len(self.nodes), len(path) - len(columns)
+        new = list(range(start, start + n))
+        self.parents += [columns[-1] if columns else -1, *new[:-1]] if n else []
+        self.nodes += path[len(columns) :]
+        return columns + new
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of one pass; padded columns attend to themselves and are read by nobody."""
+
+    tokens: Tokens
+    place: Int[Tensor, "batch pos"]
+    """Position of each token in its own sequence."""
+    weight: Int[Tensor, "batch pos"]
+    """Sequences that each token stands for; 0 where padded."""
+    prompt_len: Int[Tensor, "batch pos"]
+    subject_start: Int[Tensor, "batch pos"] | None
+    attends: Bool[Tensor, "batch pos pos"]
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """Position ids and masks, as the decoder takes them."""
+        window = getattr(model.config, "sliding_window", None)
+        near = self.place[:, :, None] - self.place[:, None, :] < (window or 1 << 60)
+        if model.arch.masks == "by_type":
+            masks: Any = {"full_attention": self._mask(model, self.attends)}
+            masks["sliding_attention"] = self._mask(model, self.attends & near)
+        else:
+            masks = self._mask(model, self.attends & near)
+        return {"position_ids": self.place, "attention_mask": masks}
+
+    def _mask(self, model: Model, attends: Tensor) -> Tensor:
+        closed = torch.finfo(model.dtype).min
+        mask = torch.zeros(attends.shape, dtype=model.dtype, device=attends.device)
+        return mask.masked_fill_(~attends, closed)[:, None]
+
+
+def pack(tree: Tree, rows: Sequence[Row], device: torch.device) -> Packed:
+    """The rows of one pass as tensors."""
+    width = max(len(r.nodes) for r in rows)
+    ids = np.zeros((5, len(rows), width), dtype=np.int64)
+    attends = np.zeros((len(rows), width, width), dtype=bool)
+    columns = np.arange(width)
+    for b, row in enumerate(rows):
+        n = len(row.nodes)
+        weight, end = _weights_and_ends(tree, row)
+        makers = [tree.maker[v] for v in row.nodes]
+        ids[0, b, :n] = [tree.token[v] for v in row.nodes]
+        ids[1, b, :n] = [tree.place[v] for v in row.nodes]
+        ids[2, b, :n] = weight
+        ids[3, b, :n] = [tree.ends[i] for i in makers]
+        if tree.starts is not None:
+            ids[4, b, :n] = [tree.starts[i] for i in makers]
+        ends = np.append(end, columns[n:] + 1)
+        attends[b] = (columns[None, :] <= columns[:, None]) & (columns[:, None] < ends[None, :])
+    tokens, place, weight, end, start = torch.from_numpy(ids).to(device)
+    return Packed(tokens, place, weight, end, None if tree.starts is None else start, torch.from_numpy(attends).to(device))  # fmt: skip
+
+
+def _weights_and_ends(tree: Tree, row: Row) -> tuple[list[int], list[int]]:
+    """Of each column, the sequences of this row that pass through it, and the column after its subtree."""
+    column = {v: c for c, v in enumerate(row.nodes)}
+    weight, end = [0] * len(row.nodes), list(range(1, len(row.nodes) + 1))
+    for i in row.sequences:
+        weight[column[tree.paths[i][-1]]] += 1
+    for c in range(len(row.nodes) - 1, 0, -1):
+        if (above := row.parents[c]) >= 0:
+            weight[above] += weight[c]
+            end[above] = max(end[above], end[c])
+    return weight, end
+
+
+# ── which way a set of sequences is run
+def packs(model: Model) -> bool:
+    """Whether the model's passes can be packed now: float32 (in bfloat16 another order of sums is another number), a record that names
+    its masks, no foreign hooks, edits that act position by position."""
+    exact = model.dtype in (torch.float32, torch.float64) and model.device_map is None
+    return exact and model.arch.packs(model.config) and _open_roles(model) is not None and not model.foreign_hooks()  # fmt: skip
+
+
+def _open_roles(model: Model) -> frozenset[str] | None:
+    """Positions at which open edits act, other than all; None where one of them needs whole sequences."""
+    return frozenset() if model._edits is None else model._edits.roles
+
+
+def _cost(model: Model, shapes: Sequence[tuple[int, int]]) -> float:
+    """Multiplications a layer of passes of [rows, length]: every weight once a token, and attention over the whole row."""
+    weights = sum(p.numel() for p in model.layer(0).parameters())
+    heads = model.config.num_attention_heads
+    head = vars(model.config).get("head_dim") or model.d_model // heads  # Gemma 4's differs between layers
+    return float(sum(b * n * (weights + 2 * n * heads * head) for b, n in shapes))
+
+
+def _passes(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Rows of about one length together, at most `budget` tokens a pass."""
+    out: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: -len(r.nodes)):
+        if out and (len(out[-1]) + 1) * len(out[-1][0].nodes) <= budget:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+Partner = tuple[Sequence[int], int]
+"""The paired prompt of a sequence, and how many positions from the right stand for each other."""
+
+
+class Reads:
+    """Positions of sequences to be read, each distinct prefix computed and handed over once.
+
+    slots: of each sequence, the number of the result of each of its wanted positions; n: how many results there are.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]] | None = None,
+        *,
+        ends: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        partners: Sequence[Partner | None] | None = None,
+        batch_size: int | None = None,
+    ):
+        """`positions`: those read of each sequence (its last by default)."""
+        self.model, self.sequences = model, sequences
+        self.wanted = [[len(s) - 1] for s in sequences] if positions is None else positions
+        self.ends, self.starts, self.partners = ends, starts, partners
+        self._plain = plan_batches(sequences, model.device, batch_size=batch_size)
+        self._packed = self._choose(batch_size) if len(sequences) and packs(model) else []
+        self.slots, self.n = self._numbered()
+        self.done = 0  # tokens computed so far
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the passes compute, padding included."""
+        if self._packed:
+            return sum(len(rows) * len(rows[0].nodes) for rows in self._packed)
+        return sum(b.tokens.numel() for b in self._plain)
+
+    def _choose(self, batch_size: int | None) -> list[list[Row]]:
+        """The packed passes that cost least; none where sequences of one length together cost less.
+
+        Which sequences stand in a row does not hang on `batch_size`, which bounds the rows of a pass.
+        """
+        roles = _open_roles(self.model)
+        self.tree = Tree(self.sequences, self.ends, self.starts, roles=roles or frozenset())
+        longest = max(map(len, self.sequences))
+        budget = BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cpu"])
+        best: list[Row] = []
+        least = _cost(self.model, [(b.n, b.tokens.shape[1]) for b in self._plain])
+        for length in sorted({max(longest, n) for n in ROW_TOKENS}):
+            rows = self.tree.rows(length)
+            shapes = [(len(p), len(p[0].nodes)) for p in _passes(rows, budget)]
+            if (cost := _cost(self.model, shapes)) < least:
+                best, least = rows, cost
+        return _passes(best, min(budget, batch_size * longest) if batch_size else budget)
+
+    def _numbered(self) -> tuple[list[list[int]], int]:
+        if not self._packed:
+            slots, n = [], 0
+            for wanted in self.wanted:
+                slots.append(list(range(n, n + len(wanted))))
+                n += len(wanted)
+            return slots, n
+        number: dict[int, int] = {}
+        paths = self.tree.paths
+        slots = [[number.setdefault(path[p], len(number)) for p in wanted] for path, wanted in zip(paths, self.wanted)]  # fmt: skip
+        self._number = number
+        return slots, len(number)
+
+    def run(self) -> Iterator[tuple[list[int], Final]]:
+        """Numbers of the results of each pass, and its end [n, 1] at those positions, under whatever is open on the model."""
+        return self._run_packed() if self._packed else self._run_plain()
+
+    def _run_packed(self) -> Iterator[tuple[list[int], Final]]:
+        done: set[int] = set()
+        for rows in self._packed:
+            spots = []
+            for b, row in enumerate(rows):
+                spots += [
+                    (self._number[v], b, c)
+                    for c, v in enumerate(row.nodes)
+                    if v in self._number and v not in done
+                ]
+                done.update(row.nodes)
+            final = run_packed(self.model, pack(self.tree, rows, self.model.device))
+            self.done += len(rows) * len(rows[0].nodes)
+            if not spots:
+                continue
+            numbers, at, columns = map(list, zip(*spots))
+            final = final.spots(at, columns)
+            assert final.resid is not None
+            if bool(torch.isfinite(final.resid).all()):
+                yield numbers, final
+            else:  # one NaN would reach all of its row
+                yield from self._alone([i for row in rows for i in row.sequences], set(numbers))
+
+    def _alone(self, sequences: Sequence[int], wanted: set[int]) -> Iterator[tuple[list[int], Final]]:
+        """The wanted results of some sequences, run as they are: what is not finite stays where it is."""
+        for i in sequences:
+            spots = [(slot, p) for slot, p in zip(self.slots[i], self.wanted[i]) if slot in wanted]
+            wanted -= {slot for slot, _ in spots}
+            if spots:
+                ends, starts = (None if v is None else torch.tensor([v[i]]) for v in (self.ends, self.starts))
+                with row_positions(self.model, ends, starts):
+                    final = forward(self.model, torch.tensor([list(self.sequences[i])], device=self.model.device))  # fmt: skip
+                yield [slot for slot, _ in spots], final.spots([0] * len(spots), [p for _, p in spots])
+
+    @torch.no_grad()
+    def _run_plain(self) -> Iterator[tuple[list[int], Final]]:
+        for batch in self._plain:
+            ends = None if self.ends is None else torch.tensor([self.ends[i] for i in batch.index])
+            starts = None if self.starts is None else torch.tensor([self.starts[i] for i in batch.index])
+            with row_positions(self.model, ends, starts, self._partners(batch.index)):
+                final = forward(self.model, batch.tokens)
+            self.done += batch.tokens.numel()
+            spots = [(slot, b, p) for b, i in enumerate(batch.index) for slot, p in zip(self.slots[i], self.wanted[i])]  # fmt: skip
+            if spots:
+                numbers, at, columns = map(list, zip(*spots))
+                yield numbers, final.spots(at, columns)
+
+    def _partners(self, rows: Sequence[int]) -> Partners | None:
+        """The paired prompts of some sequences; None where one has none."""
+        found = [None if self.partners is None else self.partners[i] for i in rows]
+        known = [f for f in found if f is not None]
+        if len(known) < len(found):
+            return None
+        return Partners(tuple(tuple(ids) for ids, _ in known), torch.tensor([n for _, n in known]))
+
+
+class Reader:
+    """Something that is read off a model: the sequences it needs, where, and what it takes from the end of the pass."""
+
+    sequences: Sequence[Sequence[int]]
+    positions: Sequence[Sequence[int]]
+    ends: Sequence[int]
+    """Of each sequence, the end of its prompt."""
+    starts: Sequence[int]
+    """And the start of its subject."""
+    partners: Sequence[Partner | None]
+
+    def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        """Some results: `final` [n, 1], and the spots that each row of it stands for."""
+        raise NotImplementedError
+
+
+Spot = tuple[int, int]
+"""(sequence, position) of one reader."""
+
+
+def read_together(
+    model: Model, readers: Sequence[Reader], *, progress: bool = False, describe: str = "", batch_size: int | None = None
+) -> None:  # fmt: skip
+    """Hand every reader what it wants, each distinct prefix of all their sequences computed once."""
+    each = [[list(getattr(r, name)) for r in readers] for name in ("sequences", "positions", "ends", "starts", "partners")]  # fmt: skip
+    sequences, positions, ends, starts, partners = ([v for part in parts for v in part] for parts in each)
+    reads = Reads(model, sequences, positions, ends=ends, starts=starts, partners=partners, batch_size=batch_size)  # fmt: skip
+    owners: list[dict[int, list[Spot]]] = [{} for _ in readers]
+    first = 0
+    for owned, part in zip(owners, each[0]):
+        for i in range(len(part)):
+            for number, position in zip(reads.slots[first + i], positions[first + i]):
+                owned.setdefault(number, []).append((i, position))
+        first += len(part)
+    with tqdm(total=reads.n_tokens, desc=describe, unit="token", unit_scale=True, disable=not progress, leave=False) as bar:  # fmt: skip
+        for numbers, final in reads.run():
+            for reader, owned in zip(readers, owners):
+                rows = [row for row, number in enumerate(numbers) if number in owned]
+                if rows:
+                    mine = final if len(rows) == len(numbers) else final.spots(rows, [0] * len(rows))
+                    reader.take([owned[numbers[row]] for row in rows], mine)
+            bar.update(reads.done - bar.n)
+
+
+@dataclass(frozen=True)
+class Asked(Generic[T]):
+    """What a figure needs read off the model, and the figure once it is read: several are read together."""
+
+    readers: tuple[Reader, ...]
+    finish: Callable[[], T]
+
+    def read(self, model: Model, *, progress: bool = False, describe: str = "", batch_size: int | None = None) -> T:  # fmt: skip
+        """Read alone."""
+        read_together(model, self.readers, progress=progress, describe=describe, batch_size=batch_size)
+        return self.finish()
+
+
+@torch.no_grad()
+def run_packed(model: Model, packed: Packed) -> Final:
+    """The end of one packed pass."""
+    with row_positions(model, packed.prompt_len, packed.subject_start, packed=packed):
+        return forward_with_grad(model, packed.tokens, packed=packed)
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n
