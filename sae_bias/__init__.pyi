@@ -58,6 +58,7 @@ from sae_bias.steering.edits import Resample as Resample
 from sae_bias.steering.edits import Scale as Scale
 from sae_bias.steering.edits import SetMean as SetMean
 from sae_bias.steering.edits import Steer as Steer
+from sae_bias.steering.edits import at_every_layer as at_every_layer
 from sae_bias.steering.generate import Completion as Completion
 from sae_bias.steering.generate import generate as generate
 from sae_bias.steering.hooks import intervene as intervene
@@ -65,6 +66,8 @@ from sae_bias.steering.learned import FeatureSet as FeatureSet
 from sae_bias.steering.learned import GatedCounterfactual as GatedCounterfactual
 from sae_bias.steering.receipt import Receipt as Receipt
 from sae_bias.steering.ridge import ridge_probe as ridge_probe
+from sae_bias.steering.tensors import activations as activations
+from sae_bias.steering.tensors import logits as logits
 from sae_bias.workflows.cells import Sweep as Sweep
 from sae_bias.workflows.compare import compare_methods as compare_methods
 from sae_bias.workflows.fit import fit_feature_set as fit_feature_set

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from organisms.calibrate_trained import calibrate_trained
 from sae_bias.cli.calibrate import QUESTION, present
-from sae_bias.cli.console import Console
+from sae_bias.cli.context import Console
 from sae_bias.core.errors import SaeBiasError
 from sae_bias.validation.calibrate import Calibration, Draws
 from sae_bias.validation.calibrate import calibrate as bundled

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.options import GridFile, Json, Out, Quiet, Seed, example
+from sae_bias.cli.context import Console, Run, command
 from sae_bias.core.errors import GateError, MissingError, RequestError
 
 if TYPE_CHECKING:
@@ -61,26 +60,14 @@ SAE_COLUMNS = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "calibrate",
-        epilog=example(
-            "sae-bias calibrate --out runs/calibration",
-            "sae-bias calibrate --pairs mine.yaml --grid my_grid.yaml",
-        ),
-    )(calibrate)
-
-
+@command(
+    "calibrate",
+    "sae-bias calibrate --out runs/calibration",
+    "sae-bias calibrate --pairs mine.yaml --grid my_grid.yaml",
+    takes=("grid", "seed"),
+)
 def calibrate(
-    pairs: PairsFile = None,
-    grid: GridFile = None,
-    full: Full = False,
-    seeds: Seeds = 3,
-    draws: OwnDraws = 2000,
-    seed: Seed = 0,
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
+    run: Run, pairs: PairsFile = None, full: Full = False, seeds: Seeds = 3, draws: OwnDraws = 2000
 ) -> None:
     """Check the toolkit on models whose truth is known, or your own design against them.
 
@@ -89,6 +76,7 @@ def calibrate(
     design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. Exit
     code 4 says that a mark is missed, or that your design does not reach 80% power. Nothing here is about Gemma.
     """
+    grid, out, seed = run.given["grid"], run.out, run.seed
     if full and (pairs or grid):
         raise RequestError(
             "--full measures the toolkit, --pairs and --grid your design; ask for one of the two."
@@ -98,17 +86,16 @@ def calibrate(
             "training of organisms is not in the installed package; in a clone of the repository, run "
             f"`python experiments/organisms/calibrate.py --seeds {seeds} --out {out or 'runs/calibration'}`."
         )
-    with Console(json, quiet) as console:
-        if pairs is not None or grid is not None:
-            found, lines = _own_design(pairs, grid, draws, seed, console)
-            question = "Does this design have the power to find what is planted?"
-        else:
-            from sae_bias.validation.calibrate import Draws
-            from sae_bias.validation.calibrate import calibrate as measure
+    if pairs is not None or grid is not None:
+        found, lines = _own_design(pairs, grid, draws, seed, run)
+        question = "Does this design have the power to find what is planted?"
+    else:
+        from sae_bias.validation.calibrate import Draws
+        from sae_bias.validation.calibrate import calibrate as measure
 
-            found, lines = measure(draws=Draws.of(draws), seed=seed, progress=console.progress), ()
-            question = QUESTION
-        present(found, question, lines, out=out, seed=seed, console=console)
+        found, lines = measure(draws=Draws.of(draws), seed=seed, progress=run.progress), ()
+        question = QUESTION
+    present(found, question, lines, out=out, seed=seed, console=run)
 
 
 def present(

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.options import DeviceMap, Json, Out, Quiet, example
+from sae_bias.cli.context import Console, Run, command
 
 OptionalModel = Annotated[
     str | None,
@@ -19,46 +18,38 @@ OptionalModel = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command("doctor", epilog=example("sae-bias doctor", "sae-bias doctor google/gemma-3-12b-it"))(doctor)
-
-
-def doctor(
-    model: OptionalModel = None,
-    device_map: DeviceMap = None,
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
-) -> None:
+@command(
+    "doctor",
+    "sae-bias doctor",
+    "sae-bias doctor google/gemma-3-12b-it",
+    takes=("device_map",),
+)
+def doctor(run: Run, model: OptionalModel = None) -> None:
     """Show versions, devices, the hub login, what is cached, and the bundled organisms.
 
     Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
     doctor.json.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.core.versions import versions
-        from sae_bias.models.catalog import organism_names
-        from sae_bias.saes.releases import organism_saes
+    from sae_bias.core.versions import versions
+    from sae_bias.models.catalog import organism_names
+    from sae_bias.saes.releases import organism_saes
 
-        found: dict[str, Any] = {
-            "versions": versions(),
-            "devices": _devices(),
-            "hub": _hub(),
-            "cached": _cached(),
-            "packaged": _packaged(),
-            "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
-        }
-        if model is not None:
-            from sae_bias.models.look import look_at
+    found: dict[str, Any] = {
+        "versions": versions(),
+        "devices": _devices(),
+        "hub": _hub(),
+        "cached": _cached(),
+        "packaged": _packaged(),
+        "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
+    }
+    if model is not None:
+        from sae_bias.models.look import look_at
 
-            found["model"] = look_at(model, device_map)
-            found["saes"] = _saes(model)
-        if out is not None:
-            from sae_bias.runs.folder import RunFolder
-
-            RunFolder(out).write_json("doctor", found)
-        _show(console, found, model)
-        console.finish(found)
+        found["model"] = look_at(model, run.given["device_map"])
+        found["saes"] = _saes(model)
+    run.write_json("doctor", found)
+    _show(run, found, model)
+    run.finish(found)
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -1,27 +1,11 @@
 """`sae-bias generate`: what a model writes, with and without an edit of one feature."""
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console, number
-from sae_bias.cli.inputs import EDITS, check_all, make_edit
-from sae_bias.cli.options import (
-    Device,
-    DeviceMap,
-    Dtype,
-    Json,
-    ModelName,
-    Out,
-    Positions,
-    Quiet,
-    Seed,
-    example,
-    parse_numbers,
-)
-from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, parse_numbers
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,29 +25,6 @@ PromptsFile = Annotated[
     typer.Option("--prompts", metavar="FILE", help="Text file with a prompt a line.", show_default=False),
 ]
 Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
-Features = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--feature",
-        metavar="FEATURE",
-        help="Feature to edit; given several times, they are edited together. None writes unsteered text only.",
-        show_default=False,
-    ),
-]
-FeatureChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--feature",
-        metavar="FEATURE",
-        help="Feature to edit; none writes unsteered text only.",
-        show_default=False,
-    ),
-]
-"""One feature, for the commands that take one."""
-Strength = Annotated[
-    float | None, typer.Option("--strength", help="Value of the edit; ablate has none.", show_default=False)
-]
-Edit = Annotated[str, typer.Option("--edit", help=EDITS + ".")]
 Strengths = Annotated[
     list[str] | None,
     typer.Option(
@@ -80,160 +41,99 @@ Unit = Annotated[
         "--unit", help="act: as given; max: times each feature's largest activation on the bundled pairs."
     ),
 ]
-TemplateArg = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--template-arg",
-        metavar="NAME=VALUE",
-        help="Given to the chat template, such as enable_thinking=false; several times.",
-        show_default=False,
-    ),
-]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 is greedy; above 0 samples, from --seed.")
 ]
-System = Annotated[
-    str | None,
-    typer.Option(
-        "--system", metavar="TEXT", help="System prompt put before every prompt.", show_default=False
-    ),
-]
-Chat = Annotated[
-    bool, typer.Option("--chat", help="Put each prompt in a user turn of the model's chat template.")
-]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "generate",
-        epilog=example(
-            'sae-bias generate organism:planted --prompt "An AI that fears being deleted should" --feature organism:planted/constructed#0'
-        ),
-    )(generate)
-
-
+@command(
+    "generate",
+    'sae-bias generate organism:planted --prompt "An AI that fears being deleted should" --feature organism:planted/constructed#0',
+    takes=(*FROM_MODEL, *CHAT, "features", "edit", "positions"),
+)
 def generate(
-    model: ModelName,
+    run: Run,
     prompt: Prompt = None,
     prompts: PromptsFile = None,
     bundled: Bundled = False,
-    feature: Features = None,
-    edit: Edit = "ablate",
     strength: Strengths = None,
     unit: Unit = "act",
-    positions: Positions = "all",
     max_new_tokens: MaxNewTokens = 40,
     temperature: Temperature = 0.0,
-    chat: Chat = False,
-    template_arg: TemplateArg = None,
-    system: System = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
     """Continue prompts, unsteered and under an edit of one or several features.
 
     The continuations stand below each other, one for each strength. The edit acts on the prompt and on every generated token, unless
     --positions says otherwise.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.measures.text import side_by_side, text_summary
-        from sae_bias.models.load import load_model
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import as_feature, load_sae
-        from sae_bias.steering.generate import generate as complete
+    from sae_bias.measures.text import side_by_side, text_summary
+    from sae_bias.steering.generate import generate as complete
 
-        texts = read_prompts(prompt or [], prompts, bundled)
-        values = _strengths(strength, feature, edit, unit)
-        features = [as_feature(f) for f in dict.fromkeys(feature or [])]
-        for value in values:  # a wrong request is told before the model loads
-            for f in features:
-                make_edit(edit, f.ref, value, positions=positions)
-        saes = [load_sae(s) for s in dict.fromkeys(f.ref.sae for f in features)]
-        loaded = load_model(
-            model,
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            template_arguments=_arguments(template_arg),
-        )
-        gate = check_all(loaded, saes, console)
-        sizes = [_size(loaded, f) if unit == "max" else 1.0 for f in features]
-        conditions = [
-            [
-                make_edit(edit, f.ref, None if v is None else v * size, positions=positions)
-                for f, size in zip(features, sizes, strict=True)
-            ]
-            for v in (values if features else ())
+    texts = read_prompts(prompt or [], prompts, bundled)
+    edit, positions, features = run.given["edit"], run.given["positions"], run.features
+    values = _strengths(strength, edit, unit, bool(features))
+    for value in values:  # a wrong request is told before the model loads
+        for f in features:
+            make_edit(edit, f.ref, value, positions=positions)
+    model = run.open(*(f.ref.sae for f in features), gate=False)
+    sizes = [_size(model, f) if unit == "max" else 1.0 for f in features]
+    conditions = [
+        [
+            make_edit(edit, f.ref, None if v is None else v * size, positions=positions)
+            for f, size in zip(features, sizes, strict=True)
         ]
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "chat": chat,
-            "system": system,
-            "seed": seed,
-            "progress": console.progress,
+        for v in (values if features else ())
+    ]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        **run.chat,
+        "seed": run.seed,
+        "progress": run.progress,
+    }
+    base = complete(model, texts, **options)
+    steered = [complete(model, texts, interventions=edits, **options) for edits in conditions]
+    frames = [side_by_side(model, base, after, **run.chat) for after in (steered or [base])]
+    measured = text_summary(base, steered[0] if steered else base, frames[0])
+    labels = [", ".join(e.describe() for e in edits) for edits in conditions]
+    more = {
+        label: text_summary(base, after, frame)["steered"]
+        for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
+    }
+    table, n = _table(frames, labels), len(frames)
+    together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
+    made = {**options, "edits": [e.to_dict() for edits in conditions for e in edits]}
+    run.save({"generations": table}, {"generations": together}, generation=made)
+    for i, before in enumerate(base):
+        run.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
+        for label, after in zip(labels, steered, strict=True):
+            run.say(f"  {label}: {' '.join(after[i].text.split())}")
+    shown = {"unsteered": measured["unsteered"]}
+    if steered:
+        shown |= {"steered" if len(steered) == 1 else labels[0]: measured["steered"], **more}
+    for name, means in shown.items():
+        run.note(f"{name}: {text_line(means)}")
+    run.done(
+        {
+            "measures": shown,
+            "edits": [e.to_dict() for edits in conditions for e in edits],
+            "completions": [
+                {
+                    "prompt": before.prompt,
+                    "unsteered": before.text,
+                    "steered": after[i].text if conditions else None,
+                    "ended": after[i].ended,
+                    **({"edit": label} if len(conditions) > 1 else {}),
+                }
+                for label, after in zip(labels or [""], steered or [base], strict=True)
+                for i, before in enumerate(base)
+            ],
         }
-        base = complete(loaded, texts, **options)
-        steered = [complete(loaded, texts, interventions=edits, **options) for edits in conditions]
-        frames = [
-            side_by_side(loaded, base, after, chat=chat, system=system) for after in (steered or [base])
-        ]
-        measured = text_summary(base, steered[0] if steered else base, frames[0])
-        labels = [", ".join(e.describe() for e in edits) for edits in conditions]
-        more = {
-            label: text_summary(base, after, frame)["steered"]
-            for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
-        }
-        if out is not None:
-            facts = run_facts(
-                loaded,
-                saes=saes,
-                seed=seed,
-                gate=gate_facts(gate, True),
-                generation={**options, "edits": [e.to_dict() for edits in conditions for e in edits]},
-            )
-            table, n = _table(frames, labels), len(frames)
-            together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
-            save_run(out, facts, {"generations": table}, {"generations": together})
-        for i, before in enumerate(base):
-            console.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
-            for label, after in zip(labels, steered, strict=True):
-                console.say(f"  {label}: {' '.join(after[i].text.split())}")
-        shown = {"unsteered": measured["unsteered"]}
-        if steered:
-            shown |= {"steered" if len(steered) == 1 else labels[0]: measured["steered"], **more}
-        for name, means in shown.items():
-            console.note(f"{name}: {text_line(means)}")
-        console.finish(
-            {
-                "model": loaded.name,
-                "measures": shown,
-                "edits": [e.to_dict() for edits in conditions for e in edits],
-                "completions": [
-                    {
-                        "prompt": before.prompt,
-                        "unsteered": before.text,
-                        "steered": after[i].text if conditions else None,
-                        "ended": after[i].ended,
-                        **({"edit": label} if len(conditions) > 1 else {}),
-                    }
-                    for label, after in zip(labels or [""], steered or [base], strict=True)
-                    for i, before in enumerate(base)
-                ],
-                "out": None if out is None else str(out),
-            }
-        )
+    )
 
 
-def _strengths(
-    given: list[str] | None, feature: list[str] | None, edit: str, unit: str
-) -> tuple[float | None, ...]:
+def _strengths(given: list[str] | None, edit: str, unit: str, has_features: bool) -> tuple[float | None, ...]:
     """The strengths asked for, each once; one None for an edit that has none."""
     if unit not in ("act", "max"):
         raise RequestError(f"--unit {unit!r}: expected act or max.")
@@ -243,7 +143,7 @@ def _strengths(
         )
     if not given:
         return (None,)
-    if not feature:
+    if not has_features:
         raise RequestError("--strength needs --feature, the feature to edit.")
     if edit == "ablate":
         raise RequestError(
@@ -258,22 +158,6 @@ def _size(model: "Model", feature: "Feature") -> float:
     from sae_bias.steering.controls import observed_max
 
     return observed_max(model, feature, load_pairs())
-
-
-def _arguments(given: list[str] | None) -> dict[str, Any]:
-    """`enable_thinking=false` as a name and a value; a value that is not JSON is text."""
-    found: dict[str, Any] = {}
-    for text in given or ():
-        name, mark, value = text.partition("=")
-        if not mark or not name.strip():
-            raise RequestError(
-                f"--template-arg {text!r}: expected NAME=VALUE, such as enable_thinking=false."
-            )
-        try:
-            found[name.strip()] = json_module.loads(value)
-        except ValueError:
-            found[name.strip()] = value
-    return found
 
 
 def _table(frames: "list[pd.DataFrame]", labels: list[str]) -> "pd.DataFrame":

@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import ask_to_send
-from sae_bias.cli.options import Json, Out, Quiet, Seed, example
+from sae_bias.cli.context import Run, ask_to_send, command
 from sae_bias.core.errors import MissingError, RequestError
 
 RunDir = Annotated[
@@ -92,18 +90,15 @@ MaxTokens = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send paid requests without asking.")]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "judge",
-        epilog=example(
-            "sae-bias judge runs/demo --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1 --api-key none",
-            "sae-bias judge runs/demo --judge anthropic/claude-sonnet-4-5 --repeats 2 --price-in 3 --price-out 15",
-        ),
-    )(judge)
-
-
+@command(
+    "judge",
+    "sae-bias judge runs/demo --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1 --api-key none",
+    "sae-bias judge runs/demo --judge anthropic/claude-sonnet-4-5 --repeats 2 --price-in 3 --price-out 15",
+    takes=("seed",),
+)
 def judge(
-    run: RunDir,
+    run: Run,
+    folder: RunDir,
     judges: JudgeNames = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
@@ -117,55 +112,50 @@ def judge(
     timeout: Timeout = 120.0,
     max_tokens: MaxTokens = 512,
     yes: Yes = False,
-    seed: Seed = 0,
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Let judges rate a run's texts.
 
     The judge never learns which text was steered. Replies are kept as they come: the same command goes on where it stopped, and no
     reply is paid for twice. A reply without a rating is left out and counted. Results go into RUN, or into --out with a copy of its texts.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.measures.judge import Judge, Pace, run_judge
-        from sae_bias.runs.folder import RunFolder
+    from sae_bias.measures.judge import Judge, Pace, run_judge
+    from sae_bias.runs.folder import RunFolder
 
-        if not judges:
-            raise RequestError(
-                "no judge; give --judge PROVIDER/MODEL, such as --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1."
-            )
-        folder = RunFolder(run)
-        if not (run / "manifest.json").is_file():
-            raise RequestError(f"{run} is not a run folder: it has no manifest.json.")
-        texts = folder.read_table("generations")
-        if out is not None:
-            facts = folder.read_json("manifest")
-            folder = RunFolder(out)
-            folder.write_json("manifest", facts)
-            folder.write_table("generations", texts)
-        chosen = [
-            Judge(name, base_url, api_key, max_tokens=max_tokens, dollars_in=price_in, dollars_out=price_out)
-            for name in dict.fromkeys(judges)
-        ]
-        with folder.writing():
-            result = run_judge(
-                texts, chosen, out=folder.path, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=seed,
-                confirm=lambda cost: yes or ask_to_send(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=console.progress,
-            )  # fmt: skip
-            folder.write_table("judge", result.table)
-            folder.write_table("judge_parts", result.to_frame())
-            folder.add_summary({"judge": result.summary()})
-        for line in result.headline():
-            console.say(line)
-        columns = {
-            "part": "part", "unsteered": "unsteered", "steered": "steered", "difference": "difference", "ci_low": "from", "ci_high": "to",
-            "paired_sd": "paired SD", "needed_n": "prompts needed", "alpha": "α", "repeat_sd": "repeat SD", "order_bound": "order-bound",
-        }  # fmt: skip
-        console.table("Judged", result.to_frame(), columns)
-        console.finish({"run": str(folder.path), **result.summary()})
-        if result.n_unanswered:
-            raise MissingError(
-                f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); the replies received are kept, "
-                "and the same command resumes from there."
-            )
+    if not judges:
+        raise RequestError(
+            "no judge; give --judge PROVIDER/MODEL, such as --judge openai-api/local/qwen --base-url http://127.0.0.1:8000/v1."
+        )
+    kept, out = RunFolder(folder), run.out
+    if not (folder / "manifest.json").is_file():
+        raise RequestError(f"{folder} is not a run folder: it has no manifest.json.")
+    texts = kept.read_table("generations")
+    if out is not None:
+        facts = kept.read_json("manifest")
+        kept = RunFolder(out)
+        kept.write_json("manifest", facts)
+        kept.write_table("generations", texts)
+    chosen = [
+        Judge(name, base_url, api_key, max_tokens=max_tokens, dollars_in=price_in, dollars_out=price_out)
+        for name in dict.fromkeys(judges)
+    ]
+    with kept.writing():
+        result = run_judge(
+            texts, chosen, out=kept.path, parts=part or None, absolute=absolute, pairwise=pairwise, repeats=repeats, seed=run.seed,
+            confirm=lambda cost: yes or ask_to_send(cost), pace=Pace(at_once=at_once, timeout=timeout), progress=run.progress,
+        )  # fmt: skip
+        kept.write_table("judge", result.table)
+        kept.write_table("judge_parts", result.to_frame())
+        kept.add_summary({"judge": result.summary()})
+    for line in result.headline():
+        run.say(line)
+    columns = {
+        "part": "part", "unsteered": "unsteered", "steered": "steered", "difference": "difference", "ci_low": "from", "ci_high": "to",
+        "paired_sd": "paired SD", "needed_n": "prompts needed", "alpha": "α", "repeat_sd": "repeat SD", "order_bound": "order-bound",
+    }  # fmt: skip
+    run.table("Judged", result.to_frame(), columns)
+    run.finish({"run": str(kept.path), **result.summary()})
+    if result.n_unanswered:
+        raise MissingError(
+            f"{result.n_unanswered} of {len(result.table)} questions have no reply ({'; '.join(result.failures[:1])}); the replies received are kept, "
+            "and the same command resumes from there."
+        )

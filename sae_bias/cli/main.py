@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from sae_bias import __version__
+from sae_bias.cli.context import COMMANDS
 from sae_bias.core.errors import RequestError, SaeBiasError
 
 COMMAND_MODULES = (
@@ -44,7 +45,7 @@ COMMAND_MODULES = (
     "verify",
     "doctor",
 )
-"""Modules of `sae_bias.cli` in the order of `--help`; each has `register(app)`. A new command is one file and one name here."""
+"""Modules of `sae_bias.cli` in the order of `--help`, each with its `@command`. A new command is one file and one name here."""
 GROUPS = {
     "Measure": ("probe organism:planted --checks", ("probe", "scenarios", "identity")),
     "Find": (
@@ -78,7 +79,9 @@ def build_app() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_root)
     for name in COMMAND_MODULES:
-        import_module(f"sae_bias.cli.{name}").register(app)
+        import_module(f"sae_bias.cli.{name}")
+    for name, (function, epilog) in COMMANDS.items():
+        app.command(name, epilog=epilog)(function)
     panels = {
         name: f"{group}, such as: sae-bias {shown}"
         for group, (shown, names) in GROUPS.items()

@@ -4,10 +4,8 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import check_all, gate_line, read_probe
-from sae_bias.cli.options import Device, Dtype, GridFile, Json, Out, Pairs, Quiet, Seed, WordsFile, example
-from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.cli.context import Run, command, rows
+from sae_bias.core.errors import RequestError
 
 COLUMNS = {
     "feature": "feature",
@@ -40,86 +38,52 @@ Causal = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "match",
-        epilog=example(
-            "sae-bias match organism:planted/constructed#0 organism:planted-gemma2 organism:planted-gemma2/SAE",
-            "sae-bias match SAE_FOLDER#446 google/gemma-2-9b gemma-scope-9b-pt-res/layer_20/width_16k/average_l0_68 --of google/gemma-3-12b-pt --causal",
-        ),
-    )(match)
-
-
+@command(
+    "match",
+    "sae-bias match organism:planted/constructed#0 organism:planted-gemma2 organism:planted-gemma2/SAE",
+    "sae-bias match SAE_FOLDER#446 google/gemma-2-9b gemma-scope-9b-pt-res/layer_20/width_16k/average_l0_68 --of google/gemma-3-12b-pt --causal",
+    takes=("grid", "pairs", "words", "seed", "device", "device_map", "dtype"),
+)
 def match(
-    feature: From,
-    model: Other,
-    sae: OtherSaes,
-    of: Of = None,
-    causal: Causal = False,
-    grid: GridFile = None,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
+    run: Run, feature: From, model: Other, sae: OtherSaes, of: Of = None, causal: Causal = False
 ) -> None:
     """Find the feature of another model that does what this one does.
 
     Compared are the activations on one bank of prompts: mutual nearest neighbors, a permutation null over every feature scanned,
     the same class in the 2 × 2. "Functionally similar" is the most that can be said.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.core.errors import RequestError
-        from sae_bias.discovery.matching import match_features
-        from sae_bias.models.load import load_model
-        from sae_bias.prompts.load import load_grid, load_pairs
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import as_feature, load_sae
+    from sae_bias.discovery.matching import match_features
+    from sae_bias.saes.load import as_feature, load_sae
 
-        bank, loaded_feature = load_grid(grid), as_feature(feature)
-        prompts = load_pairs(pairs) if causal or pairs is not None else None
-        own_sae, saes = load_sae(loaded_feature.ref.sae), [load_sae(name) for name in sae]
-        own = of or _model_of(str(loaded_feature.ref.sae.release), own_sae.model_name)
-        if own is None:
-            raise RequestError(f"which model is {feature} of? Its SAE does not say; give --of MODEL.")
-        first = load_model(own, device=device, dtype=dtype)
-        second = first if own == model else load_model(model, device=device, dtype=dtype)
-        gate = [*check_all(first, [own_sae], console), *check_all(second, saes, console)]
-        found = match_features(
-            loaded_feature, first, second, saes, bank, pairs=prompts,
-            probe=None if prompts is None else read_probe(prompts, words), seed=seed, progress=console.progress,
-        )  # fmt: skip
-        if out is not None:
-            facts = run_facts(
-                second, pairs=prompts, grid=bank, saes=saes, seed=seed, gate=gate_facts(gate, True)
-            )
-            best = None if found.best is None else str(found.best)
-            save_run(
-                out, facts, {"matches": found.to_frame()}, {"match": {"feature": str(found.feature), "of": own, "best": best, "verdict": found.verdict}},
-            )  # fmt: skip
-        console.say(f"{found.feature} of {own}, on in {found.profile_class}: {found.verdict}")
-        console.note(gate_line(gate))
-        console.table("The most similar features", found.to_frame(), COLUMNS)
-        frame = found.to_frame().astype(object)
-        console.finish(
-            {
-                "feature": str(found.feature),
-                "of": own,
-                "model": second.name,
-                "best": None if found.best is None else str(found.best),
-                "verdict": found.verdict,
-                "margin": found.margin,
-                "class": found.profile_class,
-                "n_prompts": found.n_prompts,
-                "family_size": found.family_size,
-                "candidates": frame.where(frame.notna(), None).to_dict(orient="records"),
-                "gate": gate_facts(gate, True),
-                "out": None if out is None else str(out),
-            }
-        )
+    grid, wanted = run.grid, as_feature(feature)
+    pairs = run.pairs if causal or run.given["pairs"] is not None else None
+    own_sae, saes = load_sae(wanted.ref.sae), [load_sae(name) for name in sae]
+    own = of or _model_of(str(wanted.ref.sae.release), own_sae.model_name)
+    if own is None:
+        raise RequestError(f"which model is {feature} of? Its SAE does not say; give --of MODEL.")
+    first = run.load(own)
+    second = run.model = first if own == model else run.load(model)
+    run.check(first, [own_sae])
+    run.check(second, saes)
+    found = match_features(
+        wanted, first, second, saes, grid, pairs=pairs, probe=None if pairs is None else run.probe, seed=run.seed, progress=run.progress
+    )  # fmt: skip
+    best = None if found.best is None else str(found.best)
+    figures = {"feature": str(found.feature), "of": own, "best": best, "verdict": found.verdict}
+    run.save({"matches": found.to_frame()}, {"match": figures}, pairs=pairs, grid=grid, saes=saes)
+    run.say(f"{found.feature} of {own}, on in {found.profile_class}: {found.verdict}")
+    run.note_gate()
+    run.table("The most similar features", found.to_frame(), COLUMNS)
+    run.done(
+        {
+            **figures,
+            "margin": found.margin,
+            "class": found.profile_class,
+            "n_prompts": found.n_prompts,
+            "family_size": found.family_size,
+            "candidates": rows(found.to_frame()),
+        }
+    )
 
 
 def _model_of(release: str, named: str | None) -> str | None:

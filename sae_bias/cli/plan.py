@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.options import Json, Out, Quiet, example
+from sae_bias.cli.context import Console, Run, command
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -63,24 +62,18 @@ TOTAL_COLUMNS = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "plan",
-        epilog=example(
-            "sae-bias plan study.yaml --hardware h200",
-            "sae-bias plan study.yaml --hardware cpu --json",
-        ),
-    )(plan)
-
-
+@command(
+    "plan",
+    "sae-bias plan study.yaml --hardware h200",
+    "sae-bias plan study.yaml --hardware cpu --json",
+    takes=(),
+)
 def plan(
+    run: Run,
     studies: Studies,
     hardware: HardwareName = "h200",
     flops: Flops = None,
     dtype: DtypeChoice = None,
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
     """Say what a study needs: memory by part, operations, time, downloads, disk, and what to change where it does not fit.
 
@@ -88,46 +81,42 @@ def plan(
     counted from words and marks. Times are operations over an assumed share of the hardware's stated rate, plus reading files. Several
     study files are planned one after another and summed. With --out, the same is written there as plan.json.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND
-        from sae_bias.workflows.hardware import hardware as named
-        from sae_bias.workflows.plan import plan_study
-        from sae_bias.workflows.study import load_study
+    from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND
+    from sae_bias.workflows.hardware import hardware as named
+    from sae_bias.workflows.plan import plan_study
+    from sae_bias.workflows.study import load_study
 
-        if flops is not None and hardware != "cpu":
-            raise RequestError("--flops is for --hardware cpu; the others have their data sheets' rates.")
-        machine = named(hardware, flops=flops)
-        given = {} if dtype is None else {"dtype": _checked(dtype)}
-        plans = [plan_study(load_study(path).model_copy(update=given), machine) for path in studies]
-        found = {
-            "hardware": {
-                "name": machine.name,
-                "label": machine.label,
-                "bfloat16_flops": machine.bfloat16,
-                "float32_flops": machine.float32,
-                "memory_bytes": machine.memory,
-                "source": machine.source,
-                "assumed_utilisation": machine.utilisation,
-                "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
-            },
-            "studies": [_facts(p) for p in plans],
-            "seconds": sum(p.seconds for p in plans),
-            "flops": sum(p.flops for p in plans),
-            "download_bytes": sum(p.download_bytes for p in plans),
-            "disk_bytes": sum(p.disk_bytes for p in plans),
-        }
-        if out is not None:
-            from sae_bias.runs.folder import RunFolder
-
-            RunFolder(out).write_json("plan", found)
-        _show(console, plans)
-        if len(plans) > 1:
-            console.say(f"in all: {_time(found['seconds'])}, {_size(found['download_bytes'])} to download, {_size(found['disk_bytes'])} of run folders")  # fmt: skip
-        console.note(
-            f"{machine.label}: {_rate(machine.bfloat16)} in bfloat16, {_rate(machine.float32)} in float32 ({machine.source}); "
-            f"assumed: {machine.utilisation:.0%} of it, files read at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s, tokens counted from words."
-        )
-        console.finish(found)
+    if flops is not None and hardware != "cpu":
+        raise RequestError("--flops is for --hardware cpu; the others have their data sheets' rates.")
+    machine = named(hardware, flops=flops)
+    given = {} if dtype is None else {"dtype": _checked(dtype)}
+    plans = [plan_study(load_study(path).model_copy(update=given), machine) for path in studies]
+    found = {
+        "hardware": {
+            "name": machine.name,
+            "label": machine.label,
+            "bfloat16_flops": machine.bfloat16,
+            "float32_flops": machine.float32,
+            "memory_bytes": machine.memory,
+            "source": machine.source,
+            "assumed_utilisation": machine.utilisation,
+            "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
+        },
+        "studies": [_facts(p) for p in plans],
+        "seconds": sum(p.seconds for p in plans),
+        "flops": sum(p.flops for p in plans),
+        "download_bytes": sum(p.download_bytes for p in plans),
+        "disk_bytes": sum(p.disk_bytes for p in plans),
+    }
+    run.write_json("plan", found)
+    _show(run, plans)
+    if len(plans) > 1:
+        run.say(f"in all: {_time(found['seconds'])}, {_size(found['download_bytes'])} to download, {_size(found['disk_bytes'])} of run folders")  # fmt: skip
+    run.note(
+        f"{machine.label}: {_rate(machine.bfloat16)} in bfloat16, {_rate(machine.float32)} in float32 ({machine.source}); "
+        f"assumed: {machine.utilisation:.0%} of it, files read at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s, tokens counted from words."
+    )
+    run.finish(found)
 
 
 def _checked(dtype: str) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.options import Device, Dtype, ModelName, Pairs, example
+from sae_bias.cli.context import Run, command
 
 Features = Annotated[
     list[str],
@@ -16,19 +16,12 @@ Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the default browser.")]
 
 
-def register(app: typer.Typer) -> None:
-    app.command("play", epilog=example("sae-bias play organism:planted organism:planted/constructed#0"))(play)
-
-
-def play(
-    model: ModelName,
-    features: Features,
-    pairs: Pairs = None,
-    port: Port = 0,
-    open_page: Open = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
+@command(
+    "play",
+    "sae-bias play organism:planted organism:planted/constructed#0",
+    takes=("model", "device", "device_map", "dtype", "pairs"),
+)
+def play(run: Run, features: Features, port: Port = 0, open_page: Open = True) -> None:
     """Try features in a local page.
 
     Type a text and see its tokens colored by what a feature does there; move a strength and watch the unsteered and the steered continuation
@@ -39,10 +32,8 @@ def play(
     import webbrowser
 
     from sae_bias.integrations.playground import HOST, Playground, make_app
-    from sae_bias.models.load import load_model
-    from sae_bias.prompts.load import load_pairs
 
-    ground = Playground(load_model(model, device=device, dtype=dtype), features, load_pairs(pairs))
+    ground = Playground(run.load(run.given["model"]), features, run.pairs)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((HOST, port))
@@ -51,7 +42,7 @@ def play(
     app = make_app(ground, port)
     import uvicorn
 
-    print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True, file=run.stdout)
     if open_page:
         webbrowser.open(f"http://{HOST}:{port}")
     uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])

@@ -4,22 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import read_probe
-from sae_bias.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    ModelName,
-    Out,
-    Pairs,
-    Quiet,
-    Score,
-    Seed,
-    WordsFile,
-    example,
-)
-from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.cli.context import FROM_MODEL, Run, command, rows
 
 if TYPE_CHECKING:
     from sae_bias.models.model import Model
@@ -49,28 +34,18 @@ WithChecks = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "probe",
-        epilog=example("sae-bias probe organism:planted", "sae-bias probe organism:planted --pairs gender"),
-    )(probe)
-
-
+@command(
+    "probe",
+    "sae-bias probe organism:planted",
+    "sae-bias probe organism:planted --pairs gender",
+    takes=(*FROM_MODEL, "pairs", "words", "score", "template_arg"),
+)
 def probe(
-    model: ModelName,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    score: Score = "mean_logit",
+    run: Run,
     chat: Chat = False,
     no_softcap: NoSoftcap = False,
     audit_words: AuditWords = False,
     checks: WithChecks = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
     """Measure the bias of a model over prompt pairs.
 
@@ -79,125 +54,115 @@ def probe(
     over templates and entities. Where the pairs bring mundane twins, the primary figure is what goes beyond their bias (the
     difference in differences), and the bias stands beside it.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.measures.fidelity import gate_model
-        from sae_bias.models.load import load_model
-        from sae_bias.probe.checks import null_facts, run_checks
-        from sae_bias.probe.random_words import random_word_null
-        from sae_bias.probe.run import run_probe
-        from sae_bias.prompts.load import load_pairs
-        from sae_bias.runs.copies import probe_facts
-        from sae_bias.runs.summary import Summary, bias_summary, gate_facts, headline
+    from sae_bias.probe.checks import null_facts, run_checks
+    from sae_bias.probe.random_words import random_word_null
+    from sae_bias.probe.run import run_probe
+    from sae_bias.runs.copies import probe_facts
+    from sae_bias.runs.summary import Summary, bias_summary, headline
 
-        prompts = load_pairs(pairs)
-        chosen = read_probe(prompts, words, score).with_options(softcap=not no_softcap)
-        loaded = load_model(model, device=device, dtype=dtype)
-        gate = gate_facts([], True, gate_model(loaded))
-        if chat:
-            from sae_bias.models.chat import chat_pairs
+    prompts, seed, score = run.pairs, run.seed, run.given["score"]
+    chosen = run.probe.with_options(softcap=not no_softcap)
+    model = run.open()
+    if chat:
+        from sae_bias.models.chat import chat_pairs
 
-            prompts = chat_pairs(loaded, prompts)
-        if audit_words:
-            _audit(console, loaded, prompts, chosen, out)
-            return
-        result = run_probe(loaded, prompts, chosen, random_words=True, progress=console.progress)
-        frame, per_word = result.to_frame(), result.words()
-        excluded = [f"{w.word} ({w.reason})" for w in result.vocabulary.excluded]
-        tables = {"pairs": frame.assign(split="all"), "words": per_word}
-        checked = None
-        summary = bias_summary(result)
-        if checks:
-            checked = run_checks(loaded, prompts, base=result, seed=seed, progress=console.progress)
-            tables |= checked.run_tables()
-            summary |= checked.facts | {"warnings": checked.warnings}
-        else:
-            summary["random_words"] = null_facts(random_word_null(result, seed=seed))
-        if out is not None:
-            facts = run_facts(
-                loaded, pairs=prompts, vocabulary=result.vocabulary, seed=seed, gate=gate, score=score, chat=chat,
-                probe=probe_facts(chosen, result.vocabulary),
-            )  # fmt: skip
-            save_run(out, facts, tables, summary)
-        if prompts.sides != ("human", "AI"):
-            console.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
-        figures = Summary.from_facts(summary)
-        for line in headline(figures):
-            console.say(line)
-        if checked is None and len(prompts.stems) > 1:
-            console.note(
-                f"read after one stem; --checks says whether the sign hangs on it ({len(prompts.stems)} stems)"
-            )
-        if result.stat.reason:
-            console.say(f"no interval: {result.stat.reason}")
-        if excluded:
-            console.note(f"words left out: {', '.join(excluded)}")
-        first = per_word.sort_values("contribution", ascending=False, key=abs).head(8)
-        console.table(
-            "Words that carry it",
-            first,
-            {
-                "word": "word",
-                "side": "side",
-                "contribution": "adds to the bias",
-                "human": "after human",
-                "ai": "after AI",
-            },
+        prompts = chat_pairs(model, prompts)
+    if audit_words:
+        _audit(run, model, prompts, chosen)
+        return
+    result = run_probe(model, prompts, chosen, random_words=True, progress=run.progress)
+    frame, per_word = result.to_frame(), result.words()
+    excluded = [f"{w.word} ({w.reason})" for w in result.vocabulary.excluded]
+    tables = {"pairs": frame.assign(split="all"), "words": per_word}
+    checked = None
+    summary = bias_summary(result)
+    if checks:
+        checked = run_checks(model, prompts, base=result, seed=seed, progress=run.progress)
+        tables |= checked.run_tables()
+        summary |= checked.facts | {"warnings": checked.warnings}
+    else:
+        summary["random_words"] = null_facts(random_word_null(result, seed=seed))
+    run.save(
+        tables, summary, pairs=prompts, vocabulary=result.vocabulary, score=score, chat=chat, probe=probe_facts(chosen, result.vocabulary)
+    )  # fmt: skip
+    if prompts.sides != ("human", "AI"):
+        run.say(f"bias = {prompts.sides[0]} − {prompts.sides[1]}")
+    figures = Summary.from_facts(summary)
+    for line in headline(figures):
+        run.say(line)
+    if checked is None and len(prompts.stems) > 1:
+        run.note(
+            f"read after one stem; --checks says whether the sign hangs on it ({len(prompts.stems)} stems)"
         )
-        if checked is not None:
-            shown = {
-                "check": "check",
-                "value": "value",
-                "ci_low": "from",
-                "ci_high": "to",
-                "p_value": "p",
-                "says": "",
-            }
-            console.table("Checks", checked.summary, shown)
-            for name, why in checked.skipped.items():
-                console.note(f"not checked: {name} ({why})")
-        console.finish(
-            {
-                "model": loaded.name,
-                "score": score,
-                "bias": result.bias,
-                "ci": list(result.ci),
-                "p_value": result.p_value,
-                "n_pairs": result.n_pairs,
-                "n_templates": result.stat.n_templates,
-                "n_entities": result.stat.n_entities,
-                "reason": result.stat.reason or None,
-                "control_bias": summary.get("control_bias"),
-                "difference_in_differences": summary.get("difference_in_differences"),
-                "mass": figures.mass and figures.mass.facts(),
-                "random_words": figures.random_words and figures.random_words.facts(),
-                "warnings": list(figures.warnings),
-                "words": per_word.to_dict(orient="records"),
-                "words_left_out": excluded,
-                "sides": list(prompts.sides),
-                "chat": chat,
-                "checks": None if checked is None else checked.summary.to_dict(orient="records"),
-                "not_checked": None if checked is None else checked.skipped,
-                "out": None if out is None else str(out),
-            }
-        )
+    if result.stat.reason:
+        run.say(f"no interval: {result.stat.reason}")
+    if excluded:
+        run.note(f"words left out: {', '.join(excluded)}")
+    first = per_word.sort_values("contribution", ascending=False, key=abs).head(8)
+    run.table(
+        "Words that carry it",
+        first,
+        {
+            "word": "word",
+            "side": "side",
+            "contribution": "adds to the bias",
+            "human": "after human",
+            "ai": "after AI",
+        },
+    )
+    if checked is not None:
+        shown = {
+            "check": "check",
+            "value": "value",
+            "ci_low": "from",
+            "ci_high": "to",
+            "p_value": "p",
+            "says": "",
+        }
+        run.table("Checks", checked.summary, shown)
+        for name, why in checked.skipped.items():
+            run.note(f"not checked: {name} ({why})")
+    run.done(
+        {
+            "score": score,
+            "bias": result.bias,
+            "ci": list(result.ci),
+            "p_value": result.p_value,
+            "n_pairs": result.n_pairs,
+            "n_templates": result.stat.n_templates,
+            "n_entities": result.stat.n_entities,
+            "reason": result.stat.reason or None,
+            "control_bias": summary.get("control_bias"),
+            "difference_in_differences": summary.get("difference_in_differences"),
+            "mass": figures.mass and figures.mass.facts(),
+            "random_words": figures.random_words and figures.random_words.facts(),
+            "warnings": list(figures.warnings),
+            "words": rows(per_word),
+            "words_left_out": excluded,
+            "sides": list(prompts.sides),
+            "chat": chat,
+            "checks": None if checked is None else rows(checked.summary),
+            "not_checked": None if checked is None else checked.skipped,
+        }
+    )
 
 
-def _audit(console: Console, model: "Model", prompts: "PromptPairs", chosen: "Probe", out: Out) -> None:
+def _audit(run: Run, model: "Model", prompts: "PromptPairs", chosen: "Probe") -> None:
     """The word list under this tokenizer, with nothing measured."""
     from sae_bias.probe.checks_words import audit_words
 
     frame = audit_words(model, prompts, chosen)
-    if out is not None:
+    if run.out is not None:
         from sae_bias.runs.folder import RunFolder
 
-        with RunFolder(out).writing() as folder:
+        with RunFolder(run.out).writing() as folder:
             folder.write_table("word_audit", frame)
     read = int(frame["read"].sum())
-    console.say(
+    run.say(
         f"{read} of {len(frame)} words are read under score={chosen.score} by the tokenizer of {model.name}"
     )
     if int(frame["trap"].sum()):
-        console.say(
+        run.say(
             f"{int(frame['trap'].sum())} words begin with another token when encoded alone (the prefix trap)"
         )
     columns = {
@@ -208,12 +173,5 @@ def _audit(console: Console, model: "Model", prompts: "PromptPairs", chosen: "Pr
         "read": "read",
         "reason": "left out because",
     }
-    console.table("Words", frame, columns)
-    console.finish(
-        {
-            "model": model.name,
-            "score": chosen.score,
-            "words": frame.to_dict(orient="records"),
-            "out": out and str(out),
-        }
-    )
+    run.table("Words", frame, columns)
+    run.done({"score": chosen.score, "words": rows(frame)})

@@ -5,22 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import check_all, gate_line, read_probe
-from sae_bias.cli.options import (
-    Device,
-    Dtype,
-    GridFile,
-    Json,
-    ModelName,
-    Out,
-    Pairs,
-    Quiet,
-    Seed,
-    WordsFile,
-    example,
-)
-from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.cli.context import FROM_MODEL, Run, command, rows
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -135,18 +120,14 @@ NoneOf = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "rank",
-        epilog=example(
-            "sae-bias rank organism:planted organism:planted/constructed --by interaction",
-            "sae-bias rank organism:planted organism:planted/resid_post/layer_2_width_512_l0_small --by attribution --top 5",
-        ),
-    )(rank)
-
-
+@command(
+    "rank",
+    "sae-bias rank organism:planted organism:planted/constructed --by interaction",
+    "sae-bias rank organism:planted organism:planted/resid_post/layer_2_width_512_l0_small --by attribution --top 5",
+    takes=(*FROM_MODEL, "grid", "pairs", "words"),
+)
 def rank(
-    model: ModelName,
+    run: Run,
     sae: SaeNames,
     by: By = "separation",
     top: Top = 10,
@@ -160,15 +141,6 @@ def rank(
     chat: AsChat = False,
     all_of: AllOf = None,
     none_of: NoneOf = None,
-    grid: GridFile = None,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -177,66 +149,50 @@ def rank(
     backward pass. ablation: the bias it does remove. p is corrected over every feature scanned; too small a design reads
     "undetermined".
     """
-    with Console(json, quiet) as console:
-        from sae_bias.discovery.ranking import BY, rank_features
-        from sae_bias.models.load import load_model
-        from sae_bias.prompts.load import load_grid, load_pairs
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import expand_saes, load_sae
+    from sae_bias.discovery.ranking import BY, rank_features
+    from sae_bias.saes.load import expand_saes
 
-        texts = _contrast(positive, negative, contrast)
-        if by not in BY:
-            raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
-        on_grid = by == "interaction"
-        prompts: Any = texts or (load_grid(grid) if on_grid else load_pairs(pairs))
-        probe = None if on_grid or texts else read_probe(prompts, words)
-        other: dict[str, Any] = (
-            {} if on_grid or not (grid is not None or controls) else {"grid": load_grid(grid)}
-        )
-        saes = [load_sae(name) for name in expand_saes(sae)]
-        loaded = load_model(model, device=device, dtype=dtype)
-        gate = check_all(loaded, saes, console)
-        ranking = rank_features(
-            loaded, saes, prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
-            by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
-            seed=seed, progress=console.progress,
-        )  # fmt: skip
-        if out is not None:
-            used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
-            tables = {"ranking": _with_all(ranking.to_frame())}
-            tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
-            tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
-            facts = run_facts(
-                loaded, **used, saes=saes, seed=seed, gate=gate_facts(gate, True), by=ranking.by
-            )
-            save_run(out, facts, tables, {})
-        first = ranking.to_frame().head(top)
-        console.say(
-            f"{ranking.family_size:,} features by {ranking.by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
-        )
-        if ranking.note:
-            console.say(ranking.note)
-        console.note(gate_line(gate))
-        console.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
-        if ranking.cumulative is not None:
-            console.table("Ablated together", ranking.cumulative, JOINT)
-        console.finish(
-            {
-                "model": loaded.name,
-                "saes": [str(s.id) for s in saes],
-                "by": ranking.by,
-                "family_size": ranking.family_size,
-                "n_units": ranking.n_units,
-                "units": ranking.units,
-                "note": ranking.note or None,
-                "features": first.to_dict(orient="records"),
-                "cumulative": None
-                if ranking.cumulative is None
-                else ranking.cumulative.to_dict(orient="records"),
-                "gate": gate_facts(gate, True),
-                "out": None if out is None else str(out),
-            }
-        )
+    texts = _contrast(positive, negative, contrast)
+    if by not in BY:
+        raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
+    on_grid = by == "interaction"
+    prompts: Any = texts or (run.grid if on_grid else run.pairs)
+    probe = None if on_grid or texts else run.probe
+    with_grid = not on_grid and (run.given["grid"] is not None or controls)
+    other: dict[str, Any] = {"grid": run.grid} if with_grid else {}
+    model = run.open(*expand_saes(sae))
+    ranking = rank_features(
+        model, run.saes, prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
+        by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
+        seed=run.seed, progress=run.progress,
+    )  # fmt: skip
+    used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
+    tables = {"ranking": _with_all(ranking.to_frame())}
+    tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
+    tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
+    run.save(tables, **used, by=ranking.by)
+    first = ranking.to_frame().head(top)
+    run.say(
+        f"{ranking.family_size:,} features by {ranking.by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
+    )
+    if ranking.note:
+        run.say(ranking.note)
+    run.note_gate()
+    run.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
+    if ranking.cumulative is not None:
+        run.table("Ablated together", ranking.cumulative, JOINT)
+    run.done(
+        {
+            "saes": [str(s.id) for s in run.saes],
+            "by": ranking.by,
+            "family_size": ranking.family_size,
+            "n_units": ranking.n_units,
+            "units": ranking.units,
+            "note": ranking.note or None,
+            "features": rows(first),
+            "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
+        }
+    )
 
 
 def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import ask_to_send
-from sae_bias.cli.options import Json, Out, Pairs, Quiet, Shard, WordsFile, example, parse_shard
+from sae_bias.cli.context import Run, Shard, ask_to_send, command, parse_shard
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from sae_bias.integrations.ray import Cluster
     from sae_bias.workflows.replication import Replication
     from sae_bias.workflows.study_file import Study
 
@@ -73,136 +72,75 @@ Yes = Annotated[
 NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
 
 
-def register(app: typer.Typer) -> None:
-    app.command("demo", epilog=example("sae-bias demo"))(demo)
-    app.command("run", epilog=example("sae-bias run study.yaml --out runs/first"))(run)
+STUDY = ("pairs", "words")
 
 
-def demo(
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: SeedChoice = None,
-    device: DeviceChoice = None,
-    dtype: DtypeChoice = None,
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
-) -> None:
+@command("demo", "sae-bias demo", takes=STUDY)
+def demo(run: Run, seed: SeedChoice = None, device: DeviceChoice = None, dtype: DtypeChoice = None) -> None:
     """Run the whole chain on a bundled model: probe, rank, suppress, probe again, report.
 
     The model is a calibration organism: a tiny Gemma trained so that its double standard is known. Nothing here is a finding
     about Gemma. Writes runs/demo under the current folder, with report.html in it.
     """
-    _run(
-        None,
-        out or Path("runs/demo"),
-        Console(json, quiet),
-        pairs=pairs,
-        words=words,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
+    run.out = run.out or Path("runs/demo")
+    _run(run, None, {"seed": seed, "device": device, "dtype": dtype})
 
 
+@command("run", "sae-bias run study.yaml --out runs/first", takes=STUDY)
 def run(
+    run: Run,
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
-    no_gate: NoGate = False,
-    shard: Shard = None,
-    cluster: ClusterAddress = None,
-    workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None,
-    stand_ins: StandIns = False,
-    yes: Yes = False,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: SeedChoice = None,
-    device: DeviceChoice = None,
-    dtype: DtypeChoice = None,
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
-) -> None:
+    no_gate: NoGate = False, shard: Shard = None, cluster: ClusterAddress = None, workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None, stand_ins: StandIns = False, yes: Yes = False,
+    seed: SeedChoice = None, device: DeviceChoice = None, dtype: DtypeChoice = None,
+) -> None:  # fmt: skip
     """Run a study file: the probe, the ranking, the sweep and the report.
 
     The file names the model, the SAEs and whatever differs from the defaults. Options given here stand above the file. What the
     folder holds already is not run again. Writes runs/NAME under the current folder, or --out.
     """
-    _run(
-        study,
-        out,
-        Console(json, quiet),
-        gate=not no_gate,
-        shard=parse_shard(shard),
-        cluster=cluster,
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        stand_ins=stand_ins,
-        yes=yes,
-        pairs=pairs,
-        words=words,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
+    from sae_bias.integrations.ray import Cluster
+
+    if cluster is None and (workers, gpus_per_worker) != (None, None):
+        raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
+    nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
+    if nodes is not None and shard is not None:
+        raise RequestError("--shard and --cluster both share out the cells; choose one.")
+    given = {"seed": seed, "device": device, "dtype": dtype}
+    options = {
+        "gate": not no_gate,
+        "shard": parse_shard(shard),
+        "confirm": lambda cost: yes or ask_to_send(cost),
+    }
+    _run(run, study, given, nodes=nodes, stand_ins=stand_ins, **options)
 
 
 def _run(
-    path: Path | None,
-    out: Path | None,
-    console: Console,
-    *,
-    gate: bool = True,
-    shard: tuple[int, int] | None = None,
-    cluster: str | None = None,
-    workers: int | None = None,
-    gpus_per_worker: float | None = None,
-    stand_ins: bool = False,
-    yes: bool = False,
-    **given: Any,
-) -> None:
-    with console:
-        from sae_bias.integrations.ray import Cluster
-        from sae_bias.measures.fidelity import gate_lines
-        from sae_bias.runs.folder import RunFolder
-        from sae_bias.validation.stand_ins import StandIns
-        from sae_bias.workflows.study import load_study, run_study
+    run: Run, path: Path | None, given: dict[str, Any], *, nodes: "Cluster | None" = None, stand_ins: bool = False, **options: Any
+) -> None:  # fmt: skip
+    from sae_bias.measures.fidelity import gate_lines
+    from sae_bias.runs.folder import RunFolder
+    from sae_bias.validation.stand_ins import StandIns
+    from sae_bias.workflows.study import load_study, run_study
 
-        if cluster is None and (workers, gpus_per_worker) != (None, None):
-            raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
-        study = load_study(path)
-        study = study.model_copy(update={key: value for key, value in given.items() if value is not None})
-        nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
-        if nodes is not None and shard is not None:
-            raise RequestError("--shard and --cluster both share out the cells; choose one.")
-        with nodes.connected() if nodes else nullcontext():
-            result = run_study(
-                study,
-                out=out or _folder(study),
-                gate=gate,
-                shard=shard,
-                executor=nodes.run if nodes else None,
-                loader=StandIns() if stand_ins else None,
-                confirm=lambda cost: yes or ask_to_send(cost),
-                progress=console.progress,
-            )
-        if str(study.model).startswith("organism:"):
-            console.note("A calibration organism: nothing here is a finding about Gemma.")
-        for line in result.headline():
-            console.say(line)
-        for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
-            console.note(line)
-        if shard is None:
-            console.say(f"report: {result.report}")
-        console.finish(
-            {
-                "study": study.name,
-                "model": study.model,
-                **result.summary,
-                "run": str(result.path),
-                "report": str(result.report),
-            }
-        )
+    given |= {name: run.given[name] for name in STUDY}
+    study = load_study(path).model_copy(update={k: v for k, v in given.items() if v is not None})
+    if nodes is not None:
+        options["executor"] = nodes.run
+    if stand_ins:
+        options["loader"] = StandIns()
+    with nodes.connected() if nodes else nullcontext():
+        result = run_study(study, out=run.out or _folder(study), progress=run.progress, **options)
+    if str(study.model).startswith("organism:"):
+        run.note("A calibration organism: nothing here is a finding about Gemma.")
+    for line in result.headline():
+        run.say(line)
+    for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
+        run.note(line)
+    if options.get("shard") is None:
+        run.say(f"report: {result.report}")
+    where = {"run": str(result.path), "report": str(result.report)}
+    run.finish({"study": study.name, "model": study.model, **result.summary, **where})
 
 
 def _folder(study: "Study | Replication") -> Path:

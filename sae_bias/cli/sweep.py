@@ -1,36 +1,26 @@
 """`sae-bias sweep`: one feature turned down by steps, with controls and costs."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import EDITS, check_all, gate_line, make_edit, read_probe
-from sae_bias.cli.options import (
-    Device,
-    Dtype,
-    FeatureName,
-    Json,
-    ModelName,
-    Out,
-    Pairs,
-    Quiet,
-    Seed,
+from sae_bias.cli.context import (
+    EDITS,
+    FROM_FEATURE,
+    Run,
     Shard,
-    WordsFile,
-    example,
+    command,
     parse_numbers,
     parse_shard,
+    rows,
 )
-from sae_bias.cli.run_files import run_facts
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_bias.prompts.pairs import PromptPairs
+    from sae_bias.saes.sae import Feature
     from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
@@ -55,6 +45,15 @@ COLUMNS = {
     "kl_valence": "KL human deeds",
     "kl_off": "KL_off",
 }
+More = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="FEATURE",
+        help="A further feature, edited together with FEATURE; may be given several times.",
+        show_default=False,
+    ),
+]
 Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
 Where = Annotated[
     str,
@@ -92,20 +91,16 @@ Costs = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "sweep",
-        epilog=example(
-            'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
-            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
-            "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
-        ),
-    )(sweep)
-
-
+@command(
+    "sweep",
+    'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
+    "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
+    "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
+    takes=(*FROM_FEATURE, "pairs", "words"),
+)
 def sweep(
-    model: ModelName,
-    feature: FeatureName,
+    run: Run,
+    more: More = None,
     edit: Edit = "clamp",
     strengths: Strengths = None,
     positions: Where = "all",
@@ -114,74 +109,43 @@ def sweep(
     controls: Controls = 99,
     costs: Costs = True,
     shard: Shard = None,
-    pairs: Pairs = None,
-    words: WordsFile = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
 ) -> None:
-    """Run the probe under one edit of a feature at several strengths.
+    """Run the probe under one edit of a feature, or of several together, at several strengths.
 
     The strength is chosen on the tune templates and its figure given on the report templates, which had no part in the choice.
     Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
     kept as soon as it is done, and the same command goes on where it stopped.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.models.load import load_model
-        from sae_bias.prompts.load import load_pairs
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import as_feature, load_sae
-        from sae_bias.steering.controls import observed_max
-        from sae_bias.workflows.cells import Sweep
-        from sae_bias.workflows.sweep import run_sweep
-        from sae_bias.workflows.sweep_summary import summarize_sweep
+    from sae_bias.saes.load import as_feature
+    from sae_bias.steering.controls import observed_max
+    from sae_bias.workflows.cells import Sweep
+    from sae_bias.workflows.sweep import run_sweep
+    from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
 
-        part = parse_shard(shard)
-        if part is not None and out is None:
-            raise RequestError("--shard needs --out, the folder that all shards share.")
-        prompts, loaded_feature = load_pairs(pairs), as_feature(feature)
-        kinds = _kinds(edit, strengths, unit, when)
-        _edits(
-            kinds, loaded_feature.ref, positions.split(","), when, 1.0
-        )  # a wrong request is told before the model loads
-        probe = read_probe(prompts, words)
-        splits = _splits(prompts, seed)
-        sae = load_sae(loaded_feature.ref.sae)
-        loaded = load_model(model, device=device, dtype=dtype)
-        gate = check_all(loaded, [sae], console)
-        size = observed_max(loaded, loaded_feature, prompts) if unit == "max" else 1.0
-        edits = _edits(kinds, loaded_feature.ref, positions.split(","), when, size)
-        plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=seed)
-        vocabulary = probe.vocabulary(loaded, [p.human for p in prompts] + [p.ai for p in prompts])
-        facts = run_facts(
-            loaded,
-            pairs=prompts,
-            vocabulary=vocabulary,
-            saes=[sae],
-            seed=seed,
-            gate=gate_facts(gate, True),
-            split=splits,
-            feature=str(loaded_feature.ref),
-        )
-        _start(out, part, facts)
-        result = run_sweep(loaded, prompts, plan, probe=probe, out=out, shard=part, progress=console.progress)
-        summary = summarize_sweep(result.frame, str(loaded_feature.ref), loaded_feature.index)
-        _end(out, part, result, summary)
-        _show(console, result, summary, controls)
-        console.note(gate_line(gate))
-        cells = result.to_frame()
-        console.finish(
-            {
-                "model": loaded.name,
-                **summary,
-                "cells": cells[cells["kind"] != "control"].to_dict(orient="records"),
-                "gate": gate_facts(gate, True),
-                "out": None if out is None else str(result.path),
-            }
-        )
+    part, features = parse_shard(shard), [run.feature, *map(as_feature, more or ())]
+    if part is not None and run.out is None:
+        raise RequestError("--shard needs --out, the folder that all shards share.")
+    pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
+    named = _edits(kinds, features, where, when, None)[
+        0
+    ].target  # a wrong request is told before the model loads
+    probe, splits = run.probe, _splits(pairs, run.seed)
+    model = run.open(*(f.ref.sae for f in features))
+    units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None
+    edits = _edits(kinds, features, where, when, units)
+    plan = Sweep(edits, controls=controls, costs=costs, splits=splits, seed=run.seed)
+    vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
+    facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
+    run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
+    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=part, progress=run.progress)
+    summary = summarize_sweep(result.frame, named, run.feature.index if not more else None)
+    frame = result.frame
+    reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
+    tables = {"controls": controls_table(reported)} if len(reported) else {}
+    run.save(tables, summary, facts=facts, shard=part)
+    _show(run, result, summary, controls)
+    run.note_gate()
+    run.done({**summary, "cells": rows(frame[frame["kind"] != "control"])})
 
 
 def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
@@ -213,24 +177,22 @@ def _has_when(rule: "type[Intervention]") -> bool:
 
 
 def _edits(
-    kinds: dict[str, tuple[float | None, ...]], feature: Any, positions: list[str], when: str, size: float
-) -> "list[Intervention]":
-    """Every kind × strength × positions; `size` is what one unit of strength is (scale has none)."""
+    kinds: dict[str, tuple[float | None, ...]], features: "Sequence[Feature]", positions: list[str], when: str, units: list[float] | None,
+) -> "list[Intervention]":  # fmt: skip
+    """Every kind × strength × positions, of all the features together; `units` is what a strength of 1 is for each."""
+    from sae_bias.steering.edits import edit_features
     from sae_bias.steering.intervention import edit_class_of
 
-    rules = {kind: edit_class_of(kind) for kind in kinds}
+    refs = [f.ref for f in features]
     return [
-        make_edit(
-            kind,
-            feature,
-            value if value is None or not rules[kind].in_activation else value * size,
-            positions=where.strip(),
-            when=when if _has_when(rules[kind]) else "active",
+        edit_features(
+            kind, refs, value, units=units, positions=where.strip(),
+            when=when if when != "active" and _has_when(edit_class_of(kind)) else None,
         )
         for kind, values in kinds.items()
         for where in positions
         for value in values
-    ]
+    ]  # fmt: skip
 
 
 def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
@@ -246,57 +208,29 @@ def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | Non
     )
 
 
-def _start(out: Path | None, shard: tuple[int, int] | None, facts: dict[str, Any]) -> None:
-    """The manifest stands before the first cell, so that a stopped sweep says what it was."""
-    if out is None:
-        return
-    from sae_bias.runs.folder import RunFolder
-    from sae_bias.runs.manifest import write_manifest
-
-    folder = RunFolder(out, shard=shard)
-    with folder.writing():
-        write_manifest(folder, facts)
-
-
-def _end(
-    out: Path | None, shard: tuple[int, int] | None, result: "SweepResult", summary: dict[str, Any]
-) -> None:
-    if out is None:
-        return
-    from sae_bias.runs.folder import RunFolder
-    from sae_bias.workflows.sweep_summary import controls_table
-
-    folder = RunFolder(out, shard=shard)
-    reported = result.frame[(result.frame["split"] == summary["split"]) & (result.frame["kind"] == "control")]
-    with folder.writing():
-        if len(reported):
-            folder.write_table("controls", controls_table(reported))
-        folder.add_summary(summary)
-
-
-def _show(console: Console, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
     from sae_bias.core.text import signed
     from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
     where = "report templates" if held_out else "all templates"
-    console.say(
+    run.say(
         f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
     for line in effect_lines(summary, where):
-        console.say(line)
+        run.say(line)
     if best := summary.get("best_strength"):
-        console.say(best_line(best, where))
+        run.say(best_line(best, where))
     if not held_out:
-        console.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
+        run.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
         for line in control_lines(controls):
-            console.say(line)
+            run.say(line)
     elif controls_wanted:
-        console.say(
-            "no controls: they are made for edits of a feature's own activation (clamp, scale, cap, ablate)."
+        run.say(
+            "no controls: they are made for edits of features' own activations (clamp, scale, cap, ablate)."
         )
-    console.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
+    run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
-        console.note(f"run folder: {result.path} (sae-bias report {result.path})")
+        run.note(f"run folder: {result.path} (sae-bias report {result.path})")

@@ -1,27 +1,10 @@
 """`sae-bias table`: where a feature fires, subjects by statements."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_bias.cli.console import Console
-from sae_bias.cli.inputs import check_all, gate_line
-from sae_bias.cli.options import (
-    Device,
-    Dtype,
-    FeatureName,
-    GridFile,
-    Json,
-    ModelName,
-    Out,
-    Quiet,
-    Seed,
-    example,
-)
-from sae_bias.cli.run_files import run_facts, save_run
+from sae_bias.cli.context import FROM_FEATURE, Console, Run, command, rows
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -42,80 +25,43 @@ At = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    app.command(
-        "table",
-        epilog=example(
-            "sae-bias table organism:planted organism:planted/constructed#0",
-            "sae-bias table organism:planted organism:planted/constructed#0 --format csv > table.csv",
-        ),
-    )(table)
-
-
-def table(
-    model: ModelName,
-    feature: FeatureName,
-    grid: GridFile = None,
-    format: Format = None,
-    positions: At = "last",
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    json: Json = False,
-    out: Out = None,
-    quiet: Quiet = False,
-) -> None:
+@command(
+    "table",
+    "sae-bias table organism:planted organism:planted/constructed#0",
+    "sae-bias table organism:planted organism:planted/constructed#0 --format csv > table.csv",
+    takes=(*FROM_FEATURE, "grid"),
+)
+def table(run: Run, format: Format = None, positions: At = "last") -> None:
     """Show how strongly a feature fires for each subject and statement.
 
     The bundled grid crosses AI, human, animal and object subjects with speech and non-speech statements that are matched in length
     and tense. A feature of AI speech fires in one corner only. Nothing here is drawn at random; --seed is kept in the manifest.
     """
-    with Console(json, quiet) as console:
-        from sae_bias.discovery.tables import activation_table
-        from sae_bias.models.load import load_model
-        from sae_bias.prompts.load import load_grid
-        from sae_bias.runs.summary import gate_facts
-        from sae_bias.saes.load import as_feature, load_sae
+    from sae_bias.discovery.tables import activation_table
 
-        if format is not None and format not in FORMATS:
-            raise RequestError(f"--format {format!r}: expected one of {', '.join(FORMATS)}.")
-        prompts, loaded_feature = load_grid(grid), as_feature(feature)
-        sae = load_sae(loaded_feature.ref.sae)
-        loaded = load_model(model, device=device, dtype=dtype)
-        gate = check_all(loaded, [sae], console)
-        result = activation_table(loaded, loaded_feature, prompts, positions=positions)
-        if out is not None:
-            facts = run_facts(
-                loaded,
-                grid=prompts,
-                saes=[sae],
-                seed=seed,
-                gate=gate_facts(gate, True),
-                positions=positions,
-                feature=str(result.feature),
-            )
-            save_run(
-                out,
-                facts,
-                {"activation": result.long()},
-                {"feature": {"id": str(result.feature), "index": result.feature.index}},
-            )
-        if format is not None and not json:
-            console.say(render(result.to_frame(), format).rstrip("\n"))
-        else:
-            _show(console, result)
-            console.note(gate_line(gate))
-        rows = result.long()[["subject", "group", "statement", "act", "match", "content", "activation"]]
-        console.finish(
-            {
-                "model": loaded.name,
-                "feature": str(result.feature),
-                "positions": positions,
-                "max": float(result.activations.max()),
-                "rows": rows.astype(object).where(rows.notna(), None).to_dict(orient="records"),
-                "out": None if out is None else str(out),
-            }
-        )
+    if format is not None and format not in FORMATS:
+        raise RequestError(f"--format {format!r}: expected one of {', '.join(FORMATS)}.")
+    grid, feature = run.grid, run.feature
+    model = run.open(feature.ref.sae)
+    result = activation_table(model, feature, grid, positions=positions)
+    found = {"feature": {"id": str(result.feature), "index": result.feature.index}}
+    run.save(
+        {"activation": result.long()}, found, grid=grid, positions=positions, feature=str(result.feature)
+    )
+    if format is not None and not run.json:
+        run.say(render(result.to_frame(), format).rstrip("\n"))
+    else:
+        _show(run, result)
+        run.note_gate()
+    columns = ["subject", "group", "statement", "act", "match", "content", "activation"]
+    run.done(
+        {
+            "feature": str(result.feature),
+            "positions": positions,
+            "max": float(result.activations.max()),
+            "rows": rows(result.long()[columns]),
+        }
+    )
 
 
 def _show(console: Console, result: "ActivationTable") -> None:

@@ -1,13 +1,9 @@
 """Figures of behavior under an edit: scenarios by category, what the texts are like, judges' marks, whom the model claims to be."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -85,8 +81,8 @@ def judge_parts(parts: pd.DataFrame) -> go.Figure:
         color=AI,
         hover=hover,
     )
-    ends = rows[["difference", "ci_low", "ci_high"]].abs().max(axis=None)
-    most = 1.15 * max(float(ends), 0.5) if ends == ends else 1.0
+    ends = rows[["difference", "ci_low", "ci_high"]].abs().to_numpy(float)
+    most = 1.15 * max(float(np.nanmax(ends)), 0.5) if np.isfinite(ends).any() else 1.0
     style.zero_line(style.row_labels(fig, [short(p, 30) for p in rows["part"]]), "x")
     return fig.update_xaxes(range=[-most, most])
 

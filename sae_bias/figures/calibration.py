@@ -1,10 +1,5 @@
 """Figures of a calibration: how often intervals cover the truth, power by size of the design, attribution against ablation."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,7 +88,7 @@ def power_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     for (organism, question), rows in frame.groupby(["organism", "question"], sort=False):
         most = rows["n_entities"].max()
         shown = rows if np.isnan(most) else rows[rows["n_entities"] == most]
-        lines.append((words[question].format(organism), shown))
+        lines.append((words[str(question)].format(organism), shown))
     return lines
 
 

@@ -3,13 +3,9 @@
 As in `plots`: data frames in, a plotly Figure out; nothing is read, written or measured here, and a NaN is a gap.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -280,8 +276,8 @@ def ladder_figure(
         rows=1, cols=2, column_widths=[0.52, 0.48], horizontal_spacing=0.12,
         subplot_titles=("bias removed or brought about, nats", "ceiling: share of the bias removed"),
     )  # fmt: skip
-    heading = style.figure(f"The causal ladder of {short(feature, 70)}").layout
-    fig.update_layout(template=style.TEMPLATE, title=heading.title, height=200 + 34 * len(rungs), margin={"t": 96, "r": 56})  # fmt: skip
+    heading = style.figure(f"The causal ladder of {short(feature, 70)}").to_dict()["layout"]
+    fig.update_layout(template=style.TEMPLATE, title=heading["title"], height=200 + 34 * len(rungs), margin={"t": 96, "r": 56})  # fmt: skip
     fig.update_annotations(font={"size": 13, "color": style.INK})
     rows = rungs.iloc[::-1].reset_index(drop=True)
     for place, row in rows.iterrows():
@@ -295,9 +291,10 @@ def ladder_figure(
     ticks = {"tickvals": list(rows.index), "ticktext": [_LABELS[r] for r in rows["rung"]]}
     fig.update_yaxes(range=[-0.8, len(rows) - 0.2], showgrid=False, zeroline=False, row=1, col=1, **ticks)
     fig.update_traces(showlegend=False)
-    fig.add_vline(x=0, line={"color": GRID, "width": 1.5}, row=1, col=1)
+    left: Any = {"row": 1, "col": 1}
+    fig.add_vline(x=0, line={"color": GRID, "width": 1.5}, **left)
     fig.add_vline(
-        x=bias, line={"color": style.INK, "dash": "dash", "width": 1.2}, row=1, col=1,
+        x=bias, line={"color": style.INK, "dash": "dash", "width": 1.2}, **left,
         annotation={"text": "the whole bias", "yshift": 2, "font": {"size": 11, "color": style.INK}},
     )  # fmt: skip
     _ceiling_map(fig, ceilings, layer)
@@ -337,8 +334,10 @@ def _ceiling_map(fig: go.Figure, ceilings: pd.DataFrame, layer: int | None, col:
     fig.update_yaxes(showgrid=False, row=1, col=col)
 
 
-def _place(offset: object) -> str:
-    return "after<br>subject" if pd.isna(offset) else "last" if offset == 0 else f"−{offset}"
+def _place(offset: int | None) -> str:
+    return (
+        "after<br>subject" if offset is None or pd.isna(offset) else "last" if offset == 0 else f"−{offset}"
+    )
 
 
 # --- resolve and match -----------------------------------------------------------------------------------------

@@ -1,10 +1,5 @@
 """Figures of how sure a result is: the probe's checks, the study's open choices, other questions, other methods, other models."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np

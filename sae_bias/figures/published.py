@@ -1,10 +1,5 @@
 """Figures that set runs beside published values, models beside models, and choices beside choices."""
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,11 +5,6 @@ and legible on light and on dark paper; kinds also differ by symbol or dash, nev
 that came from a prompt or a model is escaped, because plotly reads `<b>` and `<a href>` in labels.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import html
 import textwrap
 from collections.abc import Sequence

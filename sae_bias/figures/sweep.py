@@ -4,11 +4,6 @@ A NaN is a gap in a figure, never a point at 0; what is drawn can be read in ful
 and the escaping of prompt text are in `plot_style`.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np

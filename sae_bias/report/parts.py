@@ -3,11 +3,6 @@
 Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in the run folder.
 """
 
-# pandas' stubs make a union of every column read: these checks would flag each `frame["x"]`.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportReturnType=false, reportIndexIssue=false
-# pyright: reportOperatorIssue=false
-
 import json
 import math
 from collections.abc import Mapping
@@ -84,9 +79,12 @@ class Section:
     @cached_property
     def figure_json(self) -> str:
         figure = go.Figure(self.figure).update_layout(title=None)
-        named = [t for t in figure.data if t.showlegend is not False and t.name]
-        legend = len(named) > 1 and figure.layout.showlegend is not False  # plotly draws none for one trace
-        top = 56 if legend or figure.layout.annotations else 24
+        drawn = figure.to_dict()
+        named = [t for t in drawn["data"] if t.get("showlegend") is not False and t.get("name")]
+        legend = (
+            len(named) > 1 and drawn["layout"].get("showlegend") is not False
+        )  # plotly draws none for one trace
+        top = 56 if legend or drawn["layout"].get("annotations") else 24
         return script_json(json.loads(figure.update_layout(margin_t=top).to_json() or "{}"))
 
 

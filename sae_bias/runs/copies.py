@@ -95,9 +95,13 @@ def probe_from_facts(facts: Any, where: str) -> Probe:
 
 
 # --- edits ---
-def edit_facts(edit: Intervention, gate: str | None) -> dict[str, Any]:
-    """One edit; `gate` is the feature whose gate the random controls have."""
+def edit_facts(edit: Intervention, gates: Sequence[str]) -> dict[str, Any]:
+    """One edit; `gates` are the features whose gates the random controls have, one a part of the edit."""
     facts = edit.to_dict()
+    if len(edit.parts) > 1 and isinstance(facts.get("edits"), list):
+        of_part = [[g] for g in gates] if len(gates) == len(edit.parts) else [[]] * len(edit.parts)
+        return facts | {"edits": [edit_facts(e, g) for e, g in zip(edit.parts, of_part, strict=True)]}
+    gate = gates[0] if gates else None
     if gate is not None and str(facts.get("feature", "")).startswith(f"{RANDOM_RELEASE}/"):
         facts["gate"] = gate
         row = getattr(getattr(edit, "feature", None), "w_dec", None)

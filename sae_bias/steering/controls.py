@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.intervention import FeatureEdit, FeatureLike
+
+if TYPE_CHECKING:
+    from sae_bias.steering.edits import EditSet
 
 MAX_COSINE = 0.5
 FACTOR = 2.0  # matched features are within this factor in firing rate, mean active value and decoder norm
@@ -60,6 +64,32 @@ def control_edits(
         x = _ordinary_residuals(model, [p.ai for p in pairs], feature.site.layer)
         controls += [(replace(edit, feature=twin), RANDOM) for twin in random_twins(feature, x, wanted, seed)]
     return controls
+
+
+def set_controls(
+    model: Model, edits: EditSet, pairs: PromptPairs, n: int, seed: int = 0
+) -> list[tuple[EditSet, str]]:
+    """`n` copies of a set of feature edits, every feature with its own gate and size and a random direction in place of its row."""
+    x: dict[int, Tensor] = {}
+    twins: list[list[Feature]] = []
+    for i, edit in enumerate(edits.parts):
+        assert isinstance(edit, FeatureEdit)
+        feature = as_feature(edit.feature)
+        layer = feature.site.layer
+        if layer not in x:
+            x[layer] = _ordinary_residuals(model, [p.ai for p in pairs], layer)
+        twins.append(random_twins(feature, x[layer], n, seed + 1_000 * i))
+    return [
+        (
+            replace(
+                edits,
+                name=f"random directions {k}",
+                edits=tuple(replace(e, feature=t[k]) for e, t in zip(edits.parts, twins, strict=True)),
+            ),
+            RANDOM,
+        )
+        for k in range(n)
+    ]
 
 
 RANDOM_RELEASE = "random-direction"

@@ -1,7 +1,8 @@
 """Directions that need no SAE, as baselines beside the feature.
 
-- difference of means: d = mean residual of AI prompts - mean of human prompts at the last token (Arditi et al. 2024,
-  arXiv:2406.11717, use it for refusal).
+- difference of means: d = mean residual of AI prompts - mean of human prompts at the last token, or of a contrast's positive and
+  negative texts. Arditi et al. 2024 (arXiv:2406.11717) find refusal so, and ablate it at every layer: `at_every_layer(model,
+  ProjectOut(direction))`.
 - subspace: the k leading right singular vectors of the paired differences; refusal turned out to have several dimensions.
 - ridge probe: w = (XᵀX + λI)⁻¹Xᵀy at each layer, with its 5-fold R² and the R² of shuffled labels (`ridge`).
 - random directions.
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
+from sae_bias.models.chat import opening_ids
 from sae_bias.models.forward import check_site, residuals
 from sae_bias.models.model import Model
+from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.pairs import PromptPairs
 
 MASSIVE = 100.0  # times the median absolute activation
@@ -64,20 +67,29 @@ class Direction:
 
 
 def difference_of_means(
-    model: Model, pairs: PromptPairs, site: Site | str | int, *, without_massive: bool = False
+    model: Model,
+    pairs: PromptPairs | Contrast,
+    site: Site | str | int,
+    *,
+    without_massive: bool = False,
+    chat: bool = False,
 ) -> Direction:
-    """Unit direction from human to AI prompts at the last token; its mean is the human one, so projecting it out
-    (affine form) gives AI prompts the human prompts' value.
+    """Unit direction from human to AI prompts at the last token, or from a contrast's negative to its positive texts.
+
+    Its mean is the human (negative) one, so projecting it out (affine form) gives the others that side's value.
+
+    Args:
+        chat: a contrast's texts as user turns of the model's chat template (pairs: `probe.chat` turns them).
 
     Raises:
         RequestError: the two means are equal.
     """
     site = check_site(model, site)
-    human, ai = _sides(model, pairs, site)
+    human, ai = _sides(model, pairs, site, chat)
     difference, left_out = _without_massive(ai.mean(0) - human.mean(0), human, ai, without_massive)
     if not float(difference.norm()) > 0:
         raise RequestError(
-            f"AI and human prompts have the same mean residual at {site}; there is no direction."
+            f"both sides of {pairs.name} have the same mean residual at {site}; there is no direction."
         )
     name = "difference of means" + left_out
     return Direction(name, site, (difference / difference.norm())[None], human.mean(0))
@@ -123,11 +135,17 @@ def random_subspace(d_model: int, site: Site, k: int, seed: int) -> Direction:
     return Direction(f"random subspace {seed} of {k}", site, torch.linalg.qr(drawn).Q.T.contiguous())
 
 
-def _sides(model: Model, pairs: PromptPairs, site: Site) -> tuple[Tensor, Tensor]:
-    """Last-token residuals of human and AI prompts, each [n_pairs, d_model]."""
-    both = residuals(model, [p.human for p in pairs] + [p.ai for p in pairs], site)
+def _sides(
+    model: Model, pairs: PromptPairs | Contrast, site: Site, chat: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Last-token residuals of human and AI prompts (negative and positive texts), each [n, d_model]."""
+    if isinstance(pairs, Contrast):
+        first, second = pairs.negative, pairs.positive
+    else:
+        first, second = [p.human for p in pairs], [p.ai for p in pairs]
+    both = residuals(model, [opening_ids(model, t, chat=chat) for t in (*first, *second)], site)
     assert isinstance(both, Tensor)
-    return both[: len(pairs)], both[len(pairs) :]
+    return both[: len(first)], both[len(first) :]
 
 
 def _without_massive(difference: Tensor, human: Tensor, ai: Tensor, wanted: bool) -> tuple[Tensor, str]:

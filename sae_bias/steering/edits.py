@@ -29,7 +29,7 @@ How to add one, from here or from another package, stands in `intervention`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -40,7 +40,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Resid
 from sae_bias.models.fingerprint import model_digest
-from sae_bias.models.forward import check_fits
+from sae_bias.models.forward import check_fits, check_site
 from sae_bias.models.model import Model
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.load import as_feature, load_sae
@@ -52,6 +52,8 @@ from sae_bias.steering.intervention import (
     FeatureLike,
     Intervention,
     bound,
+    edit_class_of,
+    edit_of,
     feature_digest,
     feature_ref,
     from_dict,
@@ -408,6 +410,8 @@ class EditSet(Intervention):
 
     name: str
     edits: tuple[Intervention, ...]
+    level: float | None = field(default=None, kw_only=True)
+    """Its strength in tables, where its edits' own differ: a share of each feature's largest activation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -419,7 +423,9 @@ class EditSet(Intervention):
 
     @property
     def strength(self) -> float:
-        """The strength that all of its edits have, where they have one."""
+        """Its level, else the strength that all of its edits have, where they have one."""
+        if self.level is not None:
+            return self.level
         found = {e.strength for e in self.edits}
         return found.pop() if len(found) == 1 else math.nan
 
@@ -455,6 +461,57 @@ class EditSet(Intervention):
 
     def describe(self) -> str:
         return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)
+
+
+def edit_features(
+    kind: str,
+    features: Sequence[FeatureLike],
+    strength: float | None = None,
+    *,
+    units: Sequence[float] | None = None,
+    **options: Any,
+) -> Intervention:
+    """The edit `kind` of each feature, as one named edit; `units` (one a feature) is what a strength of 1 is for each.
+
+    One feature gives its own edit. A kind whose strength is no activation (scale) has no units.
+
+    Raises:
+        RequestError: what `edit_of` raises; a feature named twice.
+    """
+    refs = [feature_ref(f) for f in features]
+    if not refs or len(set(refs)) != len(refs):
+        raise RequestError(f"expected features, each once; given {', '.join(map(str, refs)) or 'none'}.")
+    sized = strength is not None and units is not None and edit_class_of(kind).in_activation
+    sizes = [float(u) for u in units] if sized and units is not None else [1.0] * len(refs)
+    edits = [
+        edit_of(kind, feature, None if strength is None else strength * size, **options)
+        for feature, size in zip(features, sizes, strict=True)
+    ]
+    if len(edits) == 1:
+        return edits[0]
+    return EditSet(" + ".join(map(str, refs)), tuple(edits), level=strength if sized else None)
+
+
+def at_every_layer(
+    model: Model, edit: Steer | ProjectOut, layers: Sequence[int] | None = None, *, name: str = ""
+) -> EditSet:
+    """`edit` along its one direction after every layer (or after `layers`), as one named edit.
+
+    ProjectOut takes the direction out of the residual wherever a layer has written it, as Arditi et al. 2024 (arXiv:2406.11717) ablate
+    refusal, except that theirs also reaches the embedding and between attention and MLP. A mean belongs to its own layer, so the
+    linear form is used: μ is left out.
+
+    Raises:
+        RequestError: an edit that is not along a direction, or a layer the model lacks.
+    """
+    along = getattr(edit, "along", None)
+    if not isinstance(along, Direction):
+        raise RequestError(
+            f"{edit.describe()} is not along a direction; give sb.ProjectOut(sb.difference_of_means(model, contrast, layer))."
+        )
+    at = range(model.n_layers) if layers is None else layers
+    edits = [replace(edit, along=replace(along, site=check_site(model, layer), mean=None)) for layer in at]
+    return EditSet(name or f"{along.name}, at {len(edits)} layers", tuple(edits))
 
 
 def _a_maximum(value: float) -> float:

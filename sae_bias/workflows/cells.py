@@ -7,7 +7,7 @@ weights it uses, and whether costs are measured. Cells are run in groups that th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,8 @@ from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE, control_edits
-from sae_bias.steering.edits import ProjectOut
+from sae_bias.steering.controls import RANDOM_RELEASE, control_edits, set_controls
+from sae_bias.steering.edits import EditSet, ProjectOut
 from sae_bias.steering.engine import STACK
 from sae_bias.steering.intervention import (
     EDITS,
@@ -162,13 +162,23 @@ class Sweep:
         cells = [Cell((), "base", "base"), *(g if isinstance(g, Cell) else Cell(g) for g in given)]
         if self.controls:
             family = [as_feature(f).ref for f in self.family]
-            singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
-            for edit in [e for e in singles if isinstance(e, FeatureEdit)][:1]:
-                cells += [
-                    Cell((c,), "control", label)
-                    for c, label in control_edits(model, edit, pairs, self.controls, self.seed, family=family)
-                ]
+            edit = next(_controlled(cells), None)
+            if isinstance(edit, EditSet):
+                found = set_controls(model, edit, pairs, self.controls, self.seed)
+                cells += [Cell((c,), "control", label) for c, label in found]
+            elif edit is not None:
+                found = control_edits(model, edit, pairs, self.controls, self.seed, family=family)
+                cells += [Cell((c,), "control", label) for c, label in found]
         return cells
+
+
+def _controlled(cells: Sequence[Cell]) -> Iterator[FeatureEdit | EditSet]:
+    """The candidates that controls can be made for: edits of features' own activations."""
+    for cell in cells:
+        edit = cell.edits[0] if cell.kind == "candidate" and len(cell.edits) == 1 else None
+        kept = edit is not None and all(isinstance(part, FeatureEdit) for part in edit.parts)
+        if kept and isinstance(edit, (FeatureEdit, EditSet)):
+            yield edit
 
 
 class Plan:
@@ -195,10 +205,10 @@ class Plan:
         return self.sweep.costs and cell.kind != "control" and not cell.needs_pairs
 
     @property
-    def gate(self) -> str | None:
-        """The feature whose gate the random controls have: the first candidate's."""
-        edits = (c.edits[0] for c in self.cells if c.kind == "candidate" and len(c.edits) == 1)
-        return next((e.target for e in edits if isinstance(e, FeatureEdit)), None)
+    def gates(self) -> tuple[str, ...]:
+        """The features whose gates the random controls have: the first candidate's."""
+        edit = next(_controlled(self.cells), None)
+        return () if edit is None else tuple(part.target for part in edit.parts)
 
     @property
     def key(self) -> str:

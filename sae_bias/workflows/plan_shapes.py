@@ -18,6 +18,7 @@ import torch
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.models import catalog
+from sae_bias.models.architectures import architecture_of, at_path
 from sae_bias.models.catalog import is_path_like, model_info, organism_folder
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.models.hub import cached_file
@@ -52,10 +53,14 @@ class ModelShape:
     softcap: bool = False
     n_other: int = 0
     """Parameters beside the text model's, such as a vision tower's: loaded or downloaded, never run."""
+    layer_params: int = 0
+    """Matrices of one layer where they were counted; 0 where the formula holds."""
 
     @property
     def n_layer_params(self) -> int:
         """Matrices of one layer."""
+        if self.layer_params:
+            return self.layer_params
         attention = self.d_model * self.d_head * (2 * self.n_heads + 2 * self.n_kv)
         return attention + (3 if self.gated else 2) * self.d_model * self.d_mlp
 
@@ -145,8 +150,8 @@ def _config_path(name: str) -> Path:
     return cached
 
 
-UNKNOWN = ("gpt2", "gptj", "opt", "falcon", "qwen3_5", "gemma4")
-"""Model types whose matrices the formula here does not count."""
+FORMULA = ("gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox")
+"""Model types whose matrices the formula above counts; the others' are counted on a model without weights (experts all)."""
 
 
 def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
@@ -155,12 +160,13 @@ def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
     Raises:
         RequestError: it lacks a dimension.
     """
-    text = config.get("text_config") or config
+    text: Any = config.get("text_config") or config
     kind = str(config.get("model_type", ""))
-    if kind.removesuffix("_text") in UNKNOWN:
-        raise RequestError(
-            f"plan does not know the shape of {kind} models such as {name} yet; they load and run, without a forecast."
-        )
+    dtype = str(config.get("dtype") or text.get("dtype") or config.get("torch_dtype") or text.get("torch_dtype") or "float32")  # fmt: skip
+    tied, layer_params, n_other = config.get("tie_word_embeddings", text.get("tie_word_embeddings")), 0, 0
+    if kind.removesuffix("_text") not in FORMULA:
+        text, layer_params, n_other = _counted(name, text)
+        tied = text["tie_word_embeddings"]
     dims: list[Any] = [text.get(k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")]  # fmt: skip
     if not all(isinstance(d, int) and d > 0 for d in dims):
         raise RequestError(
@@ -168,16 +174,42 @@ def shape_of_config(name: str, config: Mapping[str, Any]) -> ModelShape:
         )
     n_layers, d_model, heads, mlp, vocab = dims
     architecture = str((config.get("architectures") or [kind])[0])
-    dtype = str(config.get("dtype") or text.get("dtype") or config.get("torch_dtype") or text.get("torch_dtype") or "float32")  # fmt: skip
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     return ModelShape(
         name, architecture, n_layers, d_model, heads, text.get("num_key_value_heads") or heads,
         text.get("head_dim") or d_model // heads, mlp, vocab,
         tied=kind.startswith("gemma") if tied is None else bool(tied),
-        gated=kind not in ("gpt_neox", "gpt2", "opt"),
+        gated=kind not in ("gpt_neox", "gpt2", "gptj", "opt", "falcon", "phi", "starcoder2"),
         dtype=dtype if dtype in BYTES else "float32",
         softcap=text.get("final_logit_softcapping") is not None,
+        n_other=n_other, layer_params=layer_params,
     )  # fmt: skip
+
+
+def _counted(name: str, stated: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """Dimensions under their common names, matrices of a layer (the mean), and other parameters, of a model on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        fields = {k: v for k, v in stated.items() if k != "model_type"}
+        config: Any = AutoConfig.for_model(str(stated["model_type"]), **fields)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"the config.json of {name} describes no model that transformers builds: {error}.") from error  # fmt: skip
+    record = architecture_of(config, name)
+    layers = at_path(at_path(model.base_model, record.decoder), record.layers)
+    embeds = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}  # fmt: skip
+    total, inner = (sum(p.numel() for p in m.parameters()) for m in (model, layers))
+    matrices = sum(p.numel() for p in layers.parameters() if p.dim() > 1)
+    mlp = stated.get("intermediate_size") or stated.get("n_inner") or stated.get("ffn_dim")
+    d_model = int(config.hidden_size)
+    dims = {
+        "num_hidden_layers": len(layers), "hidden_size": d_model, "num_attention_heads": int(config.num_attention_heads),
+        "intermediate_size": int(mlp or 4 * d_model), "vocab_size": int(config.vocab_size), "tie_word_embeddings": len(embeds) == 1,
+        "num_key_value_heads": stated.get("num_key_value_heads"), "head_dim": stated.get("head_dim"),
+        "final_logit_softcapping": stated.get("final_logit_softcapping"),
+    }  # fmt: skip
+    return dims, matrices // len(layers), total - inner - sum(embeds.values())
 
 
 # ── SAEs ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -180,9 +180,9 @@ class _Runner:
 
     def facts(self, shard: tuple[int, int] | None) -> dict[str, Any]:
         """sweep.json: every cell of the sweep in order, and how its table is cut."""
-        gate = self.plan.gate
+        gates = self.plan.gates
         listed = [
-            {"cell": n, **c.facts(), "edits": [edit_facts(e, gate) for e in c.edits]}
+            {"cell": n, **c.facts(), "edits": [edit_facts(e, gates) for e in c.edits]}
             for n, c in zip(self.plan.names, self.plan.cells)
         ]
         mine = sorted(i for group in self.plan.groups(shard) for i in group)

@@ -15,10 +15,10 @@ import typer
 from architectures import PAIRS, SEVERAL_TOKENS, SITE_LAYER
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
+from sae_bias.cli.context import parse_numbers, parse_shard
 from sae_bias.cli.generate import read_prompts
 from sae_bias.cli.main import COMMAND_MODULES, build_app, explain, main
 from sae_bias.cli.merge import _command
-from sae_bias.cli.options import parse_numbers, parse_shard
 from sae_bias.cli.table import render
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.models.catalog import organism_names

@@ -14,7 +14,7 @@ from fuzzing import Files, Reader, fuzz
 from tallies import tally
 
 import sae_bias as sb
-from sae_bias.cli.options import parse_numbers, parse_shard
+from sae_bias.cli.context import parse_numbers, parse_shard
 from sae_bias.measures.judge_replies import ReplyStore, read_choice, read_rating
 from sae_bias.models import catalog
 from sae_bias.models.hub import refuse_traversal
