@@ -23,6 +23,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Resid, Tokens
 from sae_bias.models.model import Model, ours
+from sae_bias.models.placement import widest_float
 
 if TYPE_CHECKING:
     from sae_bias.models.tree import Packed
@@ -140,8 +141,12 @@ class Final:
 
 
 def log_sum_exp(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
-    """log Σ exp of each row, a few rows at a time: the exponentials take as much memory as the logits."""
-    return torch.cat([z.logsumexp(-1) for z in logits.split(16)])
+    """log Σ exp of each row in the widest float, a few rows at a time: the exponentials take as much memory as the logits."""
+    wide, out = widest_float(logits.device), []
+    for z in logits.split(16):
+        top = z.amax(-1)
+        out.append(top.to(wide) + (z - top[:, None]).exp_().sum(-1).to(wide).log())
+    return torch.cat(out)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def capture_layers(
-    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False
+    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False, packed: Packed | None = None
 ) -> dict[int, Resid]:
     """resid_post at each of `layers`; layers above the highest are not run unless `to_end`.
 
@@ -220,7 +225,7 @@ def capture_layers(
 
     handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
     try:
-        model.base(input_ids=tokens, use_cache=False)
+        model.base(input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model)))
     except _Stop:
         pass
     finally:
@@ -234,6 +239,22 @@ def capture_layers(
                 f"the residual of {model.name} after layer {layer} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
             )
     return kept
+
+
+@contextmanager
+def keeping(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Keeps resid_post at `layers` of the pass inside."""
+    seen: dict[int, Tensor] = {}
+
+    def make(layer: int) -> Any:
+        return ours(lambda module, args, output: seen.__setitem__(layer, hidden(output).detach()))
+
+    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def residuals(

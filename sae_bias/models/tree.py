@@ -13,7 +13,7 @@ An edit is causal too: where open edits act at some positions only (the last, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -27,9 +27,12 @@ from sae_bias.core.types import Tokens
 from sae_bias.models.forward import (
     BATCH_TOKENS,
     Final,
+    Kept,
     Partners,
+    capture_layers,
     forward,
     forward_with_grad,
+    keeping,
     plan_batches,
     row_positions,
 )
@@ -90,16 +93,18 @@ class Tree:
         asked = [plays[role] for role in _ROLES if role in roles]
         return tuple((token, *(f(p) for f in asked)) for p, token in enumerate(sequence))
 
-    def rows(self, longest: int) -> list[Row]:
-        """Whole paths one after another, each row at most `longest` tokens where a path is not longer itself."""
+    def rows(self, longest: int, among: Container[int] | None = None) -> list[Row]:
+        """Whole paths (of the sequences `among` all) one after another, each row at most `longest` tokens where a path is not longer itself."""
         rows: list[Row] = []
         row, common, pending = Row(), 0, []
         columns: list[int] = []
         for k, i in enumerate(self.order):
             common = min(common, self.shared[k])
             path = self.paths[i]
+            if among is not None and i not in among:
+                continue
             pending.append(i)
-            if k + 1 < len(self.order) and self.shared[k + 1] == len(path):
+            if among is None and k + 1 < len(self.order) and self.shared[k + 1] == len(path):
                 continue  # the next sequence goes on from here
             if not rows or len(row.nodes) + len(path) - common > longest:
                 row, common, columns = Row(), 0, []
@@ -119,6 +124,8 @@ class Row:
     """Column of each node's parent; -1 at the first."""
     sequences: list[int] = field(default_factory=list)
     """Those whose whole path is here."""
+    ids: np.ndarray | None = None
+    """What `pack` makes of it, kept: tokens, places, weights, prompt ends, subject starts, ends of subtrees."""
 
     def add(self, path: Sequence[int], columns: list[int]) -> list[int]:
         """Append what `path` has after its nodes at `columns`; the columns of all of it."""
@@ -162,23 +169,25 @@ class Packed:
 def pack(tree: Tree, rows: Sequence[Row], device: torch.device) -> Packed:
     """The rows of one pass as tensors."""
     width = max(len(r.nodes) for r in rows)
-    ids = np.zeros((5, len(rows), width), dtype=np.int64)
-    attends = np.zeros((len(rows), width, width), dtype=bool)
     columns = np.arange(width)
+    ids = np.zeros((6, len(rows), width), dtype=np.int64)
+    ids[5] = columns + 1
     for b, row in enumerate(rows):
-        n = len(row.nodes)
-        weight, end = _weights_and_ends(tree, row)
-        makers = [tree.maker[v] for v in row.nodes]
-        ids[0, b, :n] = [tree.token[v] for v in row.nodes]
-        ids[1, b, :n] = [tree.place[v] for v in row.nodes]
-        ids[2, b, :n] = weight
-        ids[3, b, :n] = [tree.ends[i] for i in makers]
-        if tree.starts is not None:
-            ids[4, b, :n] = [tree.starts[i] for i in makers]
-        ends = np.append(end, columns[n:] + 1)
-        attends[b] = (columns[None, :] <= columns[:, None]) & (columns[:, None] < ends[None, :])
-    tokens, place, weight, end, start = torch.from_numpy(ids).to(device)
+        if row.ids is None:
+            row.ids = _ids(tree, row)
+        ids[:, b, : len(row.nodes)] = row.ids
+    ends = ids[5][:, None, :]
+    attends = (columns[None, :] <= columns[:, None]) & (columns[:, None] < ends)
+    tokens, place, weight, end, start = torch.from_numpy(ids[:5]).to(device)
     return Packed(tokens, place, weight, end, None if tree.starts is None else start, torch.from_numpy(attends).to(device))  # fmt: skip
+
+
+def _ids(tree: Tree, row: Row) -> Int[np.ndarray, "6 n"]:
+    makers = [tree.maker[v] for v in row.nodes]
+    weight, end = _weights_and_ends(tree, row)
+    starts = [0] * len(makers) if tree.starts is None else [tree.starts[i] for i in makers]
+    tokens, places = [tree.token[v] for v in row.nodes], [tree.place[v] for v in row.nodes]
+    return np.array([tokens, places, weight, [tree.ends[i] for i in makers], starts, end], dtype=np.int64)
 
 
 def _weights_and_ends(tree: Tree, row: Row) -> tuple[list[int], list[int]]:
@@ -215,7 +224,7 @@ def _cost(model: Model, shapes: Sequence[tuple[int, int]]) -> float:
     return float(sum(b * n * (weights + 2 * n * heads * head) for b, n in shapes))
 
 
-def _passes(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+def passes_of(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     """Rows of about one length together, at most `budget` tokens a pass."""
     out: list[list[Row]] = []
     for row in sorted(rows, key=lambda r: -len(r.nodes)):
@@ -255,6 +264,9 @@ class Reads:
         self._packed = self._choose(batch_size) if len(sequences) and packs(model) else []
         self.slots, self.n = self._numbered()
         self.done = 0  # tokens computed so far
+        self.kept: dict[
+            int, Tensor
+        ] = {}  # resid_post [n_nodes, d_model] by layer, where the passes were packed
 
     @property
     def n_tokens(self) -> int:
@@ -273,13 +285,14 @@ class Reads:
         longest = max(map(len, self.sequences))
         budget = BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cpu"])
         best: list[Row] = []
+        self.length = longest
         least = _cost(self.model, [(b.n, b.tokens.shape[1]) for b in self._plain])
         for length in sorted({max(longest, n) for n in ROW_TOKENS}):
             rows = self.tree.rows(length)
-            shapes = [(len(p), len(p[0].nodes)) for p in _passes(rows, budget)]
+            shapes = [(len(p), len(p[0].nodes)) for p in passes_of(rows, budget)]
             if (cost := _cost(self.model, shapes)) < least:
-                best, least = rows, cost
-        return _passes(best, min(budget, batch_size * longest) if batch_size else budget)
+                best, least, self.length = rows, cost, length
+        return passes_of(best, min(budget, batch_size * longest) if batch_size else budget)
 
     def _numbered(self) -> tuple[list[list[int]], int]:
         if not self._packed:
@@ -294,11 +307,33 @@ class Reads:
         self._number = number
         return slots, len(number)
 
-    def run(self) -> Iterator[tuple[list[int], Final]]:
-        """Numbers of the results of each pass, and its end [n, 1] at those positions, under whatever is open on the model."""
-        return self._run_packed() if self._packed else self._run_plain()
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences run as a tree."""
+        return bool(self._packed)
 
-    def _run_packed(self) -> Iterator[tuple[list[int], Final]]:
+    def run(self, keep: Sequence[int] = ()) -> Iterator[tuple[list[int], Final]]:
+        """Numbers of the results of each pass, and its end [n, 1] at those positions, under whatever is open on the model.
+
+        keep: layers whose residuals stay in `kept`, where the passes are packed.
+        """
+        return self._run_packed(keep) if self._packed else self._run_plain()
+
+    def keep(self, layer: int) -> Tensor:
+        """resid_post [n_nodes, d_model] at one layer, run where it is not kept yet."""
+        if layer not in self.kept:
+            for rows in self._packed:
+                packed = pack(self.tree, rows, self.model.device)
+                self._store(rows, capture_layers(self.model, packed.tokens, [layer], packed=packed))
+        return self.kept[layer]
+
+    def _store(self, rows: Sequence[Row], seen: Mapping[int, Tensor]) -> None:
+        for layer, x in seen.items():
+            kept = self.kept.setdefault(layer, x.new_empty(len(self.tree), x.shape[-1]))
+            for b, row in enumerate(rows):
+                kept[row.nodes] = x[b, : len(row.nodes)]
+
+    def _run_packed(self, keep: Sequence[int]) -> Iterator[tuple[list[int], Final]]:
         done: set[int] = set()
         for rows in self._packed:
             spots = []
@@ -309,7 +344,9 @@ class Reads:
                     if v in self._number and v not in done
                 ]
                 done.update(row.nodes)
-            final = run_packed(self.model, pack(self.tree, rows, self.model.device))
+            with keeping(self.model, keep) as seen:
+                final = run_packed(self.model, pack(self.tree, rows, self.model.device))
+            self._store(rows, seen)
             self.done += len(rows) * len(rows[0].nodes)
             if not spots:
                 continue
@@ -337,7 +374,7 @@ class Reads:
         for batch in self._plain:
             ends = None if self.ends is None else torch.tensor([self.ends[i] for i in batch.index])
             starts = None if self.starts is None else torch.tensor([self.starts[i] for i in batch.index])
-            with row_positions(self.model, ends, starts, self._partners(batch.index)):
+            with row_positions(self.model, ends, starts, self.partners_of(batch.index)):
                 final = forward(self.model, batch.tokens)
             self.done += batch.tokens.numel()
             spots = [(slot, b, p) for b, i in enumerate(batch.index) for slot, p in zip(self.slots[i], self.wanted[i])]  # fmt: skip
@@ -345,7 +382,7 @@ class Reads:
                 numbers, at, columns = map(list, zip(*spots))
                 yield numbers, final.spots(at, columns)
 
-    def _partners(self, rows: Sequence[int]) -> Partners | None:
+    def partners_of(self, rows: Sequence[int]) -> Partners | None:
         """The paired prompts of some sequences; None where one has none."""
         found = [None if self.partners is None else self.partners[i] for i in rows]
         known = [f for f in found if f is not None]
@@ -374,6 +411,15 @@ Spot = tuple[int, int]
 """(sequence, position) of one reader."""
 
 
+def spots_by(results: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> dict[int, list[Spot]]:
+    """The spots that each result stands for."""
+    out: dict[int, list[Spot]] = {}
+    for i, (numbers, wanted) in enumerate(zip(results, positions)):
+        for number, position in zip(numbers, wanted):
+            out.setdefault(number, []).append((i, position))
+    return out
+
+
 def read_together(
     model: Model, readers: Sequence[Reader], *, progress: bool = False, describe: str = "", batch_size: int | None = None
 ) -> None:  # fmt: skip
@@ -381,15 +427,21 @@ def read_together(
     each = [[list(getattr(r, name)) for r in readers] for name in ("sequences", "positions", "ends", "starts", "partners")]  # fmt: skip
     sequences, positions, ends, starts, partners = ([v for part in parts for v in part] for parts in each)
     reads = Reads(model, sequences, positions, ends=ends, starts=starts, partners=partners, batch_size=batch_size)  # fmt: skip
-    owners: list[dict[int, list[Spot]]] = [{} for _ in readers]
+    take_all(reads, readers, progress=progress, describe=describe)
+
+
+def take_all(
+    reads: Reads, readers: Sequence[Reader], *, keep: Sequence[int] = (), progress: bool = False, describe: str = ""
+) -> None:  # fmt: skip
+    """Run the passes, and hand each reader (their sequences stand one after another) what it wants of them."""
+    owners: list[dict[int, list[Spot]]] = []
     first = 0
-    for owned, part in zip(owners, each[0]):
-        for i in range(len(part)):
-            for number, position in zip(reads.slots[first + i], positions[first + i]):
-                owned.setdefault(number, []).append((i, position))
-        first += len(part)
+    for reader in readers:
+        rows = slice(first, first + len(reader.sequences))
+        owners.append(spots_by(reads.slots[rows], reads.wanted[rows]))
+        first = rows.stop
     with tqdm(total=reads.n_tokens, desc=describe, unit="token", unit_scale=True, disable=not progress, leave=False) as bar:  # fmt: skip
-        for numbers, final in reads.run():
+        for numbers, final in reads.run(keep):
             for reader, owned in zip(readers, owners):
                 rows = [row for row, number in enumerate(numbers) if number in owned]
                 if rows:
@@ -412,10 +464,10 @@ class Asked(Generic[T]):
 
 
 @torch.no_grad()
-def run_packed(model: Model, packed: Packed) -> Final:
+def run_packed(model: Model, packed: Packed, resume: Kept | None = None) -> Final:
     """The end of one packed pass."""
     with row_positions(model, packed.prompt_len, packed.subject_start, packed=packed):
-        return forward_with_grad(model, packed.tokens, packed=packed)
+        return forward_with_grad(model, packed.tokens, packed=packed, resume=resume)
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -9,6 +9,7 @@ so a reading is a list of sequences, each read at its last position, whatever th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -267,6 +268,14 @@ class PlanReader(Reader):
         self.norm = np.full(plan.n_sequences, np.nan) if plan.normalise else None
         self.ranks = np.zeros((plan.n_sequences, len(plan.rank)), dtype=np.int64) if plan.rank else None
 
+    def copy(self) -> PlanReader:
+        """The same scores, to be replaced where a cell changes them."""
+        other = copy(self)
+        other.z = self.z.copy()
+        other.norm = None if self.norm is None else self.norm.copy()
+        other.ranks = None if self.ranks is None else self.ranks.copy()
+        return other
+
     def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
         rows = [row for row, spots in enumerate(wanted) for _ in spots]
         self.put([i for spots in wanted for i, _ in spots], self.plan.read(final), rows)
@@ -287,13 +296,13 @@ class PlanReader(Reader):
             RequestError: NaN or infinite logits; the prompt is named.
         """
         plan, norm, k = self.plan, self.norm, len(self.plan.prefixes)
-        bad: np.ndarray = ~np.isfinite(self.z).all(1)
+        bad = ~np.isfinite(self.z).all(1)
         if norm is not None:
             bad |= ~np.isfinite(norm)
         if bad.any():
             prompt = plan.prompt_of(int(np.flatnonzero(bad)[0]))
             raise RequestError(
-                f"{plan.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {len(bad)} sequences)"
+                f"{plan.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {plan.n_sequences} sequences)"
                 f"{plan.model.why_not_finite()}."
             )
         return Reading(

@@ -42,6 +42,7 @@ from sae_bias.core.types import Resid
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.forward import check_fits, check_site
 from sae_bias.models.model import Model
+from sae_bias.models.tree import packs
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae, sae_facts
@@ -332,6 +333,11 @@ class Patch(Intervention):
     @property
     def looks_elsewhere(self) -> bool:
         return True
+
+    @property
+    def by_position(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The other model reads the same tree, where it can."""
+        return packs(self.source)
 
     def bind(self, model: Model) -> Self:
         check_fits(model, self.target, Site.parse(self.site), self.source.d_model)

@@ -159,7 +159,7 @@ class _State:
     def roles(self) -> frozenset[str] | None:
         """Positions other than all at which the open edits act; None where one of them needs whole sequences (`models.tree`)."""
         edits = [edit for context in self.contexts for edit in context.edits]
-        if any(edit.looks_elsewhere or not edit.by_position for edit in edits):
+        if any(edit.needs_pairs or not edit.by_position for edit in edits):
             return None
         return frozenset(edit.positions for edit in edits) - {"all"}
 
@@ -212,7 +212,11 @@ class _State:
             )
         partners = self.model.row_partners if not past else None
         sources = Sources(
-            self.model, self._history, partners, mask if mask is None or mask.ndim == 2 else None
+            self.model,
+            self._history,
+            partners,
+            mask if mask is None or mask.ndim == 2 else None,
+            self.model.row_tree,
         )
         self._looking = True
         try:
