@@ -21,9 +21,9 @@ from sae_bias.measures.scenarios import ScenarioResult as ScenarioResult
 from sae_bias.measures.scenarios import score_scenarios as score_scenarios
 from sae_bias.measures.specificity import specificity as specificity
 from sae_bias.measures.text import side_by_side as side_by_side
-from sae_bias.models.forward import residuals as residuals
 from sae_bias.models.load import load_model as load_model
 from sae_bias.models.model import Model as Model
+from sae_bias.models.residuals import residuals as residuals
 from sae_bias.probe.checks import run_checks as run_checks
 from sae_bias.probe.result import ProbeResult as ProbeResult
 from sae_bias.probe.run import run_probe as run_probe

@@ -29,7 +29,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
             norms = self.W_dec.norm(dim=-1)
             h = self._pre(x)
             flat = (h * norms.to(h.dtype)).flatten()
-            kept = largest(flat, int(self.cfg.k * len(x)), 0.9 * self.smallest)
+            kept = largest(flat, int(self.cfg.k * len(x)), 0.9 * self.smallest).sort().values
             row, feature = kept // self.cfg.d_sae, kept % self.cfg.d_sae
         out, acts = _Reconstruct.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, row, feature, h)
         loss = (out - x).pow(2).sum(-1).mean()

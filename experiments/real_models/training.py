@@ -5,9 +5,11 @@ compete across tokens. SAELens keeps the running mean of the smallest one kept; 
 
     h = x·W_enc + b_enc,   a = h·1[h > threshold],   x̂ = a·W_dec + b_dec.
 
-Gemma 3 writes a few hundred times the usual variance at some positions (lone spaces and apostrophes among them). For training, rows are
-centered, scaled to mean square 1, and rows longer than `CLIP` medians are shortened to that. Center and scale are folded back exactly
-(in float64); the clipping leaves no trace in the weights, and quality is measured on unclipped residuals.
+Gemma 3 writes some hundred times the usual variance at 0.2 % of positions (lone spaces and apostrophes among them), a quarter of all
+variance after layer 12. For training, rows are centered and scaled to mean square 1, both measured with rows longer than `CLIP` medians
+shortened to that; the rows themselves stay as long as they are. (Shortened in training too, those rows come out with an unexplained
+variance of 500 at their full length: 120 steps, all positions .41 against .82, the usual ones .77 against .76.) Center and scale are
+folded back exactly, in float64.
 """
 
 from __future__ import annotations
@@ -52,25 +54,21 @@ class SaeRecipe:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """x → (x − mean)·factor after clipping; what is folded into the weights."""
+    """x → (x − mean)·factor, which is folded into the weights; mean and factor are of rows shortened to `CLIP` medians."""
 
     mean: Float[Tensor, "d_model"]
     factor: float
-    longest: float
-    """Rows longer than this are shortened to it, in training only."""
 
     @staticmethod
     def of(rows: Float[Tensor, "n d_model"]) -> Normalizer:
         norms = rows.norm(dim=-1)
-        longest = CLIP * float(norms.median())
-        clipped = rows * (longest / norms).clamp(max=1.0)[:, None]
+        clipped = rows * (CLIP * norms.median() / norms).clamp(max=1.0)[:, None]
         mean = clipped.mean(0)
         factor = 1.0 / float((clipped - mean).pow(2).mean().sqrt())
-        return Normalizer(mean, factor, longest)
+        return Normalizer(mean, factor)
 
     def __call__(self, rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        short = (self.longest / rows.norm(dim=-1)).clamp(max=1.0)
-        return (rows * short[:, None] - self.mean) * self.factor
+        return (rows - self.mean) * self.factor
 
 
 @dataclass

@@ -121,6 +121,7 @@ def command(name: str, *examples: str, takes: Sequence[str] = ()) -> Callable[[A
 
         def run(**given: Any) -> None:
             with Run({n: given.pop(n) for n in shared}) as opened:
+                opened.check_names(given)
                 function(opened, **given)
 
         added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if SHARED[n][1] is ... else SHARED[n][1], annotation=SHARED[n][0]) for n in shared]  # fmt: skip
@@ -300,6 +301,32 @@ class Run(Console):
         self.model: Model | None = None
         self._logits: float | None = None
 
+    def check_names(self, own: Mapping[str, Any]) -> None:
+        """Models, SAEs, run folders and files that are not there are told before torch is imported."""
+        from sae_bias.models.names import check_name
+        from sae_bias.saes.ids import FeatureRef, SaeId
+
+        given = {**self.given, **own}
+        for name, what in (
+            ("study", "study file"),
+            ("studies", "study file"),
+            ("folder", "run folder"),
+            ("runs", "run folder"),
+        ):
+            for path in _listed(given.get(name)):
+                if not Path(path).exists():
+                    raise RequestError(f"there is no {what} {path}.")
+        for name in filter(None, (given.get("model"), given.get("of"))):
+            check_name(name)
+        named = _listed(given.get("feature")) + _listed(given.get("features"))
+        for sae in [FeatureRef.parse(f).sae for f in named] + [
+            SaeId.parse(s) for s in _listed(given.get("sae"))
+        ]:
+            sae.check_name()
+        for name in ("pairs", "grid"):
+            if self.given.get(name) is not None:
+                getattr(self, name)
+
     @cached_property
     def pairs(self) -> "PromptPairs":
         from sae_bias.prompts.load import load_pairs
@@ -360,10 +387,27 @@ class Run(Console):
         """A model by name, on the device and in the dtype asked for."""
         from sae_bias.models.load import load_model
 
-        return load_model(
+        model = load_model(
             name, device=self.given["device"], dtype=self.given["dtype"], device_map=self.given.get("device_map"),
             template_arguments=_template_arguments(self.given.get("template_arg")),
         )  # fmt: skip
+        model.pin_chat({"date": self._earlier_chat(name).get("date")})
+        self.say_terms(model.gguf)
+        return model
+
+    def say_terms(self, gguf: Mapping[str, Any] | None) -> None:
+        """The terms of use of a packaged model."""
+        if gguf and gguf.get("terms"):
+            self.note(f"{gguf['terms']}.")
+
+    def _earlier_chat(self, name: str) -> Mapping[str, Any]:
+        """What --out says of this model's chats, where it holds a run: it goes on with the date of its first day."""
+        from sae_bias.runs.folder import RunFolder
+
+        if self.out is None or not RunFolder(self.out).has_json("manifest"):
+            return {}
+        facts = RunFolder(self.out).read_json("manifest").get("model") or {}
+        return (facts.get("chat") or {}) if facts.get("name") == name else {}
 
     def open(self, *saes: Any, gate: bool = True) -> "Model":
         """The model, after the SAEs' headers; the fidelity gate compares them (docs/method.md#fidelity-gate).
@@ -461,6 +505,10 @@ def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     """A table's rows for JSON; what was not measured is null."""
     found = frame.astype(object).where(frame.notna(), None)
     return [{str(k): v for k, v in row.items()} for row in found.to_dict(orient="records")]
+
+
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | Path) else list(given or ())
 
 
 def _template_arguments(given: Sequence[str] | None) -> dict[str, Any]:

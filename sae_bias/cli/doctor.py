@@ -24,7 +24,7 @@ OptionalModel = Annotated[
     "sae-bias doctor google/gemma-3-12b-it",
     takes=("device_map",),
 )
-def doctor(run: Run, model: OptionalModel = None) -> None:
+def doctor(run: Run, name: OptionalModel = None) -> None:
     """Show versions, devices, the hub login, what is cached, and the bundled organisms.
 
     Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
@@ -34,21 +34,21 @@ def doctor(run: Run, model: OptionalModel = None) -> None:
     from sae_bias.models.catalog import organism_names
     from sae_bias.saes.releases import organism_saes
 
-    found: dict[str, Any] = {
+    found: dict[str, Any] = {}
+    if name is not None:
+        from sae_bias.models.look import look_at
+
+        found = {"model": look_at(name, run.given["device_map"]), "saes": _saes(name)}
+    found |= {
         "versions": versions(),
         "devices": _devices(),
         "hub": _hub(),
         "cached": _cached(),
         "packaged": _packaged(),
-        "organisms": {f"organism:{name}": organism_saes(name) for name in organism_names()},
+        "organisms": {f"organism:{o}": organism_saes(o) for o in organism_names()},
     }
-    if model is not None:
-        from sae_bias.models.look import look_at
-
-        found["model"] = look_at(model, run.given["device_map"])
-        found["saes"] = _saes(model)
     run.write_json("doctor", found)
-    _show(run, found, model)
+    _show(run, found, name)
     run.finish(found)
 
 

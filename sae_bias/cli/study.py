@@ -135,8 +135,10 @@ def _run(
         run.note("A calibration organism: nothing here is a finding about Gemma.")
     for line in result.headline():
         run.say(line)
-    for line in gate_lines(RunFolder(result.path).read_json("manifest").get("gate") or {}):
+    facts = RunFolder(result.path).read_json("manifest")
+    for line in gate_lines(facts.get("gate") or {}):
         run.note(line)
+    run.say_terms((facts.get("model") or {}).get("gguf"))
     if options.get("shard") is None:
         run.say(f"report: {result.report}")
     where = {"run": str(result.path), "report": str(result.report)}

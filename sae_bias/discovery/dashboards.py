@@ -26,9 +26,8 @@ from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.discovery.logit_lens import Word, mean_inverse_rms, promoted, token_name
 from sae_bias.discovery.ordering import OrderingTest
 from sae_bias.discovery.tables import ActivationTable, activation_table, token_texts
-from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.residuals import batches, last_residuals, token_windows
+from sae_bias.models.residuals import batches, last_residuals, text_batches, token_windows
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.texts import Texts, text_stream
 from sae_bias.saes.ids import FeatureRef
@@ -340,16 +339,14 @@ class _Tally:
 @torch.no_grad()
 def _read(model: Model, feature: Feature, name: str, stream: Iterable[str], k: int, window: int, tick) -> Activity:  # fmt: skip
     feature, layer = feature.to(model.device), feature.site.layer
-    tally, special = _Tally(k), np.array(sorted(model.special_ids))
+    tally = _Tally(k)
     for group in batches(token_windows(model, stream, window)):
-        for batch in plan_batches([ids for _, ids in group], model.device):
-            x = capture_layers(model, batch.tokens, [layer])[layer].float()
-            if not bool(torch.isfinite(x).all()):
-                raise RequestError(f"{model.name} has NaN or infinite residuals at layer {layer} on {name}.")
-            acts = feature.activation(x).cpu().double().numpy()
+        for batch in text_batches(model, [ids for _, ids in group], [layer]):
+            acts = feature.activation(batch.resid[layer]).cpu().double().numpy()
+            ordinary = batch.ordinary.cpu().numpy()
             for row, i in enumerate(batch.index):
                 place, ids = group[i]
-                tally.add(ids, acts[row], ~np.isin(ids, special), place)
+                tally.add(ids, acts[row], ordinary[row], place)
         tick(len(group))
     return _activity(model, tally, name)
 

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import last_residuals
 
 _ROWS = 32_768
 
@@ -70,8 +70,5 @@ def token_name(model: Model, token: int) -> str:
 @torch.no_grad()
 def mean_inverse_rms(model: Model, texts: list[str]) -> float:
     """Mean 1/rms (for a LayerNorm 1/std) of the last token's residual before the final norm."""
-    top, values = model.n_layers - 1, []
-    for batch in plan_batches([model.encode(t) for t in texts], model.device):
-        x = capture_layers(model, batch.tokens, [top])[top][:, -1].float()
-        values.append(model.arch.norm.scale(model.final_norm, x).flatten())
-    return float(torch.cat(values).mean())
+    top = model.n_layers - 1
+    return float(model.arch.norm.scale(model.final_norm, last_residuals(model, texts, [top])[top]).mean())

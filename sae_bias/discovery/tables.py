@@ -26,8 +26,9 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.ordering import OrderingTest, ai_and_others, ordering_test
-from sae_bias.models.forward import Batch, capture_layers, check_site, plan_batches, row_positions
+from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid
 from sae_bias.saes.ids import FeatureRef
@@ -199,9 +200,8 @@ def token_acts(
     feature = feature.to(model.device)
     ids = [model.encode(t) for t in texts]
     out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(ids)
-    for batch in plan_batches(ids, model.device, batch_size=batch_size):
-        acts = _batch_acts(model, batch, layer, feature, texts)
-        acts = acts.masked_fill(_special(model, batch.tokens).to(acts.device), torch.nan).cpu().double()
+    for batch in text_batches(model, ids, [layer], batch_size=batch_size):
+        acts = feature.activation(batch.resid[layer]).masked_fill(~batch.ordinary, torch.nan).cpu().double()
         for row, i in enumerate(batch.index):
             out[i] = (token_texts(model, ids[i]), acts[row])
     return out
@@ -224,10 +224,6 @@ def token_texts(model: Model, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _special(model: Model, tokens: Tensor) -> Tensor:
-    return torch.isin(tokens, torch.tensor(sorted(model.special_ids), device=tokens.device))
-
-
 @torch.no_grad()
 def feature_acts(
     model: Model,
@@ -241,27 +237,11 @@ def feature_acts(
     layer = check_site(model, feature.site).layer
     feature = feature.to(model.device)
     out = np.empty(len(prompts))
-    for batch in plan_batches([model.encode(p) for p in prompts], model.device, batch_size=batch_size):
-        acts = _batch_acts(model, batch, layer, feature, prompts)
-        if positions == "last":
-            value = acts[:, -1]
-        else:
-            value = acts.masked_fill(_special(model, batch.tokens).to(acts.device), -torch.inf).amax(-1)
+    for batch in text_batches(model, prompts, [layer], batch_size=batch_size):
+        acts = feature.activation(batch.resid[layer])
+        value = acts[:, -1] if positions == "last" else acts.masked_fill(~batch.ordinary, -torch.inf).amax(-1)
         out[list(batch.index)] = value.cpu().double().numpy()
     return out
-
-
-def _batch_acts(
-    model: Model, batch: Batch, layer: int, feature: Feature, texts: Sequence[str]
-) -> Float[Tensor, "batch pos"]:
-    """One feature on every token of a batch; a residual that is not a number is an error, not a silent feature."""
-    with row_positions(model, torch.full((batch.n,), batch.tokens.shape[1])):
-        x = capture_layers(model, batch.tokens, [layer])[layer].float()
-    bad = ~torch.isfinite(x).flatten(1).all(1)
-    if bool(bad.any()):
-        text = texts[batch.index[int(bad.nonzero()[0])]]
-        raise RequestError(f"{model.name} has NaN or infinite residuals at layer {layer} on {text!r}.")
-    return feature.activation(x)
 
 
 def _written(text: str, path: str | Path | None) -> str:
@@ -344,9 +324,8 @@ def token_activations(
     found, layer = found.to(model.device), found.site.layer
     ids = [model.encode(t) for t in texts]
     rows: list[tuple[tuple[str, ...], tuple[float, ...]]] = [((), ())] * len(ids)
-    for batch in plan_batches(ids, model.device, batch_size=batch_size):
-        resid = capture_layers(model, batch.tokens, [layer])[layer].float()
-        acts = found.activation(resid).detach().cpu()
+    for batch in text_batches(model, ids, [layer], batch_size=batch_size):
+        acts = found.activation(batch.resid[layer]).detach().cpu()
         for row, i in enumerate(batch.index):
             rows[i] = _ordinary(model, ids[i], acts[row])
     return TokenActivations(str(found.ref), tuple(t for t, _ in rows), tuple(a for _, a in rows))

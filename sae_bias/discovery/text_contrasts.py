@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.contrasts import ALPHA, feature_names
 from sae_bias.models.chat import opening_ids
-from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
@@ -169,16 +169,13 @@ def _read(
 ) -> Int[Array, "n_texts"]:
     """Fill the buckets; the number of tokens of each text."""
     layers = sorted({s.site.layer for s in saes})
-    special = torch.tensor(sorted(model.special_ids), device=model.device)
     lengths, rows = np.zeros(len(contrast), dtype=np.int64), _Rows(reduce)
     with tqdm(total=len(contrast), desc="texts", unit="text", disable=not progress, leave=False) as bar:
         for at in range(0, len(contrast), CHUNK):
             ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at : at + CHUNK]]
             lengths[at : at + len(ids)] = [len(row) for row in ids]
-            for batch in plan_batches(ids, model.device):
-                kept = capture_layers(model, batch.tokens, layers)
-                ordinary = ~torch.isin(batch.tokens, special)
-                rows.add({k: x.float() for k, x in kept.items()}, ordinary, np.asarray(batch.index) + at)
+            for batch in text_batches(model, ids, layers):
+                rows.add(batch.resid, batch.ordinary, np.asarray(batch.index) + at)
                 if rows.n_bytes > ROW_BYTES:
                     rows.flush(saes, buckets)
                 bar.update(len(batch.index))

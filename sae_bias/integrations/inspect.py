@@ -22,6 +22,7 @@ from inspect_ai.solver import TaskState, generate
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from sae_bias.core.errors import RequestError
+from sae_bias.models.chat import with_system_role
 from sae_bias.prompts.scenarios import LETTERS, Scenario, load_scenarios
 
 MAX_NEW_TOKENS = 40
@@ -36,6 +37,7 @@ class SaeBiasAPI(ModelAPI):
         strength: value of the edit; ablate has none.
         positions: all, last, prompt or generated.
         chat: use the model's chat template; by default where it has one.
+        template_arguments: what the chat template is given beside the messages, such as `{enable_thinking: false}`.
     """
 
     def __init__(
@@ -51,15 +53,24 @@ class SaeBiasAPI(ModelAPI):
         chat: bool | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        device_map: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
         **unknown: Any,
     ):
         super().__init__(model_name, base_url, api_key, [], config)
         if unknown:
             raise RequestError(
-                f"sae_bias has no model argument {next(iter(unknown))!r}; it takes feature, edit, strength, positions, chat, device, dtype."
+                f"sae_bias has no model argument {next(iter(unknown))!r}; it takes feature, edit, strength, positions, chat, device, dtype, "
+                "device_map, template_arguments."
             )
         self.edits = _edits(feature, edit, strength, positions)
-        self.chat, self.device, self.dtype = chat, device, dtype
+        self.chat = chat
+        self.loading = {
+            "device": device,
+            "dtype": dtype,
+            "device_map": device_map,
+            "template_arguments": template_arguments,
+        }
         self._model: Any = None
         self._lock = asyncio.Lock()
 
@@ -96,20 +107,18 @@ class SaeBiasAPI(ModelAPI):
         if self._model is None:
             from sae_bias.models.load import load_model
 
-            self._model = load_model(self.model_name, device=self.device, dtype=self.dtype)
+            self._model = load_model(self.model_name, **self.loading)
         return self._model
 
     def _prompt(self, messages: list[ChatMessage]) -> str:
         """The conversation as one text, its BOS left to the tokenizer; without a chat template, the messages in order."""
-        tokenizer = self._model.tokenizer
-        template = bool(getattr(tokenizer, "chat_template", None))
+        template = bool(getattr(self._model.tokenizer, "chat_template", None))
         if self.chat and not template:
             raise RequestError(f"{self.model_name} has no chat template; leave chat out.")
         if not (template if self.chat is None else self.chat):
             return "\n\n".join(m.text for m in messages)
         turns = [{"role": m.role, "content": m.text} for m in messages]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        return text.removeprefix(tokenizer.bos_token or "")
+        return self._model.chat_text(with_system_role(self._model, turns))
 
     async def count_text_tokens(self, text: str) -> int:
         """Tokens of this model's own tokenizer once it is loaded; before that, four characters each."""

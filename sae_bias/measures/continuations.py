@@ -57,15 +57,11 @@ class Phrasing:
         self, user: str, lead: str, options: Sequence[str]
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """Prompt ids, and the ids that each option adds to them."""
-        prompt = self._without_end(self.encode(user, lead))
+        prompt = self.encode(user, lead)
         return tuple(prompt), tuple(self._added(prompt, user, lead, option) for option in options)
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        eos = self.model.tokenizer.eos_token_id
-        return ids[:-1] if not self.chat and len(ids) > 1 and ids[-1] == eos else ids
-
     def _added(self, prompt: list[int], user: str, lead: str, option: str) -> tuple[int, ...]:
-        ids = self._without_end(self.encode(user, f"{lead} {option}"))
+        ids = self.encode(user, f"{lead} {option}")
         added = tuple(ids[len(prompt) :])
         if ids[: len(prompt)] != prompt or not added:
             raise RequestError(

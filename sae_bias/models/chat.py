@@ -53,12 +53,16 @@ def opening_ids(model: Model, text: str, *, chat: bool = False, system: str | No
     """
     if not chat:
         return model.encode(f"{system}\n\n{text}" if system else text)
-    messages = [{"role": "user", "content": text}]
-    if system and takes_system(model):
-        messages.insert(0, {"role": "system", "content": system})
-    elif system:
-        messages = [{"role": "user", "content": f"{system}\n\n{text}"}]
-    return model.encode_chat(messages)
+    opening = [{"role": "system", "content": system}] if system else []
+    return model.encode_chat(with_system_role(model, [*opening, {"role": "user", "content": text}]))
+
+
+def with_system_role(model: Model, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """`messages`; where the chat template has no system role, a leading system prompt opens the first user's turn."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or takes_system(model):
+        return messages
+    system, first, *rest = messages
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def takes_system(model: Model) -> bool:

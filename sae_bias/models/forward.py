@@ -257,31 +257,6 @@ def keeping(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
-def residuals(
-    model: Model,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    site: Site | str | int,
-    *,
-    positions: str = "last",
-    batch_size: int | None = None,
-) -> list[Tensor] | Tensor:
-    """Float32 residuals of `prompts` at `site`, on the CPU.
-
-    Returns:
-        [n_prompts, d_model] for `positions="last"`; a list of [pos, d_model], special tokens included, for `"all"`.
-    """
-    if positions not in ("last", "all"):
-        raise RequestError(f"positions={positions!r}; expected 'last' or 'all'.")
-    layer = check_site(model, site).layer
-    ids = [model.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    out: list[Tensor] = [torch.empty(0)] * len(ids)
-    for batch in plan_batches(ids, model.device, batch_size=batch_size):
-        x = capture_layers(model, batch.tokens, [layer])[layer].float().cpu()
-        for row, i in enumerate(batch.index):
-            out[i] = x[row, -1] if positions == "last" else x[row]
-    return torch.stack(out) if positions == "last" else out
-
-
 @dataclass(frozen=True)
 class Partners:
     """The paired human prompt of each row of a batch (a human prompt's partner is itself, with nothing to match)."""

@@ -204,6 +204,8 @@ def _unreachable(what: str, repo_id: str, error: BaseException) -> str:
         return _gated(what, repo_id)
     if code == 429:
         reason = "the hub asks to slow down (429); wait a few minutes, or log in with `hf auth login`"
+    elif is_offline():
+        reason = f"it is not in the hub cache and HF_HUB_OFFLINE is set; run `hf download {repo_id}` where there is a network"
     elif code is not None and code >= 500:
         reason = f"the hub answered {code}; try again later"
     else:

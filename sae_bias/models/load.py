@@ -23,13 +23,13 @@ import torch
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.site import Site
 from sae_bias.models import hub, threads
-from sae_bias.models.adapters import base_of, is_adapter, merge
+from sae_bias.models.adapters import base_of, merge
 from sae_bias.models.architectures import Graft, architecture_of
-from sae_bias.models.catalog import is_path_like, organism_folder
 from sae_bias.models.gguf.convert import converted
-from sae_bias.models.gguf.packaged import PACKAGED, facts, packaged_folder
+from sae_bias.models.gguf.packaged import facts, packaged_folder
 from sae_bias.models.hub import _loading_error, _quiet
 from sae_bias.models.model import Model
+from sae_bias.models.names import place_of
 from sae_bias.models.tokenizer import _load_tokenizer, _stored_tokenizer
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def load_model(
     device = _pick_device(device)
     torch_dtype = _pick_dtype(dtype, device)
     name = str(x)
-    if (adapter := _folder(name)) is not None and is_adapter(adapter):
-        return _with_adapter(adapter, tokenizer, device, torch_dtype, device_map, template_arguments)
+    place = place_of(name)
+    if place.kind == "adapter" and place.path is not None:
+        return _with_adapter(place.path, tokenizer, device, torch_dtype, device_map, template_arguments)
     folder = local_folder(name, torch_dtype)
     if folder is None and not hub.is_whole(name) and hub_reachable():
         hub.fetch_model(name)
@@ -83,15 +84,6 @@ def load_model(
     threads.fit(sum(p.numel() for p in hf.parameters()), model.device)
     model.gguf = facts(folder) if folder is not None else None
     return _with_arguments(model, template_arguments)
-
-
-def _folder(name: str) -> Path | None:
-    """The folder of this name, if there is one."""
-    try:
-        path = Path(name).expanduser()
-        return path if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):
-        return None
 
 
 def _with_adapter(
@@ -124,50 +116,15 @@ def _given_tokenizer(tokenizer: Any) -> Any:
 
 def local_folder(name: str, dtype: torch.dtype) -> Path | None:
     """The folder `name` means (for a GGUF file its dequantized copy, in `dtype`), or None where it is a hub id."""
-    if name.startswith("organism:"):
-        return organism_folder(name.removeprefix("organism:")) / "model"
-    if name in PACKAGED:
+    place = place_of(name)
+    if place.kind == "packaged":
         return packaged_folder(name, dtype)
-    try:
-        path = Path(name).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RequestError(
-            f"{name[:200]!r} is not a model: neither a folder ({type(error).__name__}) nor a hub id such as google/gemma-3-12b-it."
-        ) from error
-    if is_folder:
-        return _model_folder(path, dtype)
-    if is_file:
-        return converted(path, dtype=dtype)
-    if name.endswith(".gguf"):
-        return converted(_hub_gguf(name) or path, dtype=dtype)
-    if is_path_like(name):
-        raise RequestError(
-            f"there is no model folder {name}; give a local folder, a hub id such as google/gemma-3-12b-it, or organism:planted."
-        )
-    return None
-
-
-def _model_folder(folder: Path, dtype: torch.dtype) -> Path:
-    """A Hugging Face folder, or one that holds a single GGUF file and is converted."""
-    if (folder / "config.json").is_file():
-        return folder
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) == 1:
-        return converted(found[0], dtype=dtype)
-    if found:
-        raise RequestError(
-            f"{folder} holds {len(found)} GGUF files ({', '.join(path.name for path in found[:3])}, …); give one of them."
-        )
-    raise RequestError(f"{folder} holds no config.json; expected a Hugging Face model folder.")
-
-
-def _hub_gguf(name: str) -> Path | None:
-    """The file that `hub/repo:file.gguf` means, from the cache or downloaded; None where `name` is no such name."""
-    repo, colon, file = name.partition(":")
-    if not colon or repo.count("/") != 1 or is_path_like(repo):
-        return None
-    return hub.hub_file(repo, file)
+    if place.kind == "hub gguf":
+        repo, _, file = name.partition(":")
+        return converted(hub.hub_file(repo, file), dtype=dtype)
+    if place.kind == "gguf" and place.path is not None:
+        return converted(place.path, dtype=dtype)
+    return place.path
 
 
 def hub_reachable() -> bool:

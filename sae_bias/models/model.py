@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,6 +301,13 @@ class Model:
             {"arguments": dict(self.template_arguments)} if self.template_arguments else {}
         )
         return facts | ({"date": self.chat_day.isoformat()} if dated(self.tokenizer) else {})
+
+    def pin_chat(self, facts: Mapping[str, Any]) -> None:
+        """Render chats as `chat_facts` of an earlier run says: on its day, with its template arguments."""
+        if facts.get("date"):
+            self.chat_day = datetime.date.fromisoformat(str(facts["date"]))
+        if facts.get("arguments"):
+            self.template_arguments = dict(facts["arguments"])
 
     def encode_chat(self, messages: Sequence[dict[str, str]], *, prefill: str = "") -> list[int]:
         """Ids of `chat_text`; exactly one BOS where the model has one."""

@@ -1,15 +1,20 @@
-"""Residuals of many prompts at several layers in one forward pass: last tokens, neutral text, every ordinary token."""
+"""Residuals of many texts at several layers in one forward pass: batch by batch, last tokens, every ordinary token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import capture_layers, plan_batches
+from sae_bias.core.site import Site
+from sae_bias.core.types import Tokens
+from sae_bias.models.forward import capture_layers, check_site, plan_batches, row_positions
 from sae_bias.models.model import Model
 from sae_bias.prompts.texts import load_texts
 
@@ -44,6 +49,45 @@ def batches(
         yield group
 
 
+@dataclass(frozen=True)
+class TextBatch:
+    """Texts of one length in one pass, and their residuals."""
+
+    index: tuple[int, ...]
+    """Place of each row in the texts."""
+    tokens: Tokens
+    ordinary: Bool[Tensor, "batch pos"]
+    """Where the token is not a special one."""
+    resid: dict[int, Float[Tensor, "batch pos d_model"]]
+    """Float32, by layer, where the model's inputs are."""
+
+
+def text_batches(
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], layers: Iterable[int], *, batch_size: int | None = None
+) -> Iterator[TextBatch]:  # fmt: skip
+    """Residuals of `texts` (or token ids) after each of the layers, batch by batch; every other reader of residuals goes through here.
+
+    Raises:
+        RequestError: NaN or infinite residuals; the text is named.
+    """
+    wanted, special = sorted(set(layers)), torch.tensor(sorted(model.special_ids), device=model.device)
+    ids = [model.encode(t) if isinstance(t, str) else list(t) for t in texts]
+    for batch in plan_batches(ids, model.device, batch_size=batch_size):
+        known, whole = model.row_positions[0], torch.full((batch.n,), batch.tokens.shape[1])
+        with torch.no_grad(), nullcontext() if known is not None else row_positions(model, whole):
+            kept = capture_layers(model, batch.tokens, wanted)
+        resid = {layer: x.float().to(model.device) for layer, x in kept.items()}
+        for layer, x in resid.items():
+            bad = ~torch.isfinite(x).flatten(1).all(1)
+            if bool(bad.any()):
+                text = texts[batch.index[int(bad.nonzero()[0])]]
+                shown = text if isinstance(text, str) else model.tokenizer.decode(list(text))
+                raise RequestError(
+                    f"{model.name} has NaN or infinite residuals at layer {layer} on {shown!r}."
+                )
+        yield TextBatch(batch.index, batch.tokens, ~torch.isin(batch.tokens, special), resid)
+
+
 def read_residuals(
     model: Model, prompts: Sequence[str], wanted: Iterable[int], *, everywhere: bool = False
 ) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, tuple[Tensor, Tensor]] | None]:
@@ -54,50 +98,45 @@ def read_residuals(
         `everywhere`, (ordinary tokens [m, d_model], prompt of each [m] in ascending order), else None.
     """
     layers = sorted(set(wanted))
-    last = {
-        layer: torch.empty(len(prompts), model.d_model, dtype=torch.float32, device=model.device)
-        for layer in layers
-    }
+    last = _empty(model, len(prompts), layers)
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    for index, ordinary, kept in _passes(model, prompts, layers):
-        owner = torch.as_tensor(index, device=model.device)[:, None].expand(ordinary.shape)
-        for layer, x in kept.items():
-            last[layer][list(index)] = x[:, -1]
+    for batch in text_batches(model, prompts, layers):
+        owner = torch.as_tensor(batch.index, device=model.device)[:, None].expand(batch.ordinary.shape)
+        for layer, x in batch.resid.items():
+            last[layer][list(batch.index)] = x[:, -1]
             if everywhere:
-                parts[layer].append((x[ordinary], owner[ordinary]))
-    _refuse_non_finite(model, last, prompts)
-    neutral: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for _, ordinary, kept in _passes(model, load_texts("neutral"), layers):
-        for layer, x in kept.items():
-            neutral[layer].append(x[ordinary])
-    return last, {k: torch.cat(v) for k, v in neutral.items()}, _joined(parts) if everywhere else None
+                parts[layer].append((x[batch.ordinary], owner[batch.ordinary]))
+    return (
+        last,
+        ordinary_residuals(model, load_texts("neutral"), layers),
+        _joined(parts) if everywhere else None,
+    )
 
 
 def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[int]) -> dict[int, Tensor]:
-    """Float32 residuals of each prompt's last token [n_prompts, d_model] at several layers, in one pass.
-
-    Raises:
-        RequestError: NaN or infinite residuals; the prompt is named.
-    """
-    wanted = sorted(layers)
-    last = {
-        layer: torch.empty(len(prompts), model.d_model, dtype=torch.float32, device=model.device)
-        for layer in wanted
-    }
-    for index, _, kept in _passes(model, prompts, wanted):
-        for layer, x in kept.items():
-            last[layer][list(index)] = x[:, -1]
-    _refuse_non_finite(model, last, prompts)
+    """Float32 residuals of each prompt's last token [n_prompts, d_model] at several layers, in one pass."""
+    wanted = sorted(set(layers))
+    last = _empty(model, len(prompts), wanted)
+    for batch in text_batches(model, prompts, wanted):
+        for layer, x in batch.resid.items():
+            last[layer][list(batch.index)] = x[:, -1]
     return last
 
 
-def _refuse_non_finite(model: Model, last: Mapping[int, Tensor], prompts: Sequence[str]) -> None:
-    for layer, x in last.items():
-        bad = ~torch.isfinite(x).all(-1)
-        if bool(bad.any()):
-            raise RequestError(
-                f"{model.name} has NaN or infinite residuals at layer {layer} on {prompts[int(bad.nonzero()[0])]!r}."
-            )
+def ordinary_residuals(model: Model, texts: Sequence[str], layers: Iterable[int]) -> dict[int, Tensor]:
+    """Float32 residuals of every ordinary token of `texts` [n_tokens, d_model] at several layers, in one pass."""
+    wanted = sorted(set(layers))
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
+    for batch in text_batches(model, texts, wanted):
+        for layer, x in batch.resid.items():
+            parts[layer].append(x[batch.ordinary])
+    return {layer: torch.cat(rows) for layer, rows in parts.items()}
+
+
+def _empty(model: Model, n: int, layers: Sequence[int]) -> dict[int, Tensor]:
+    return {
+        layer: torch.empty(n, model.d_model, dtype=torch.float32, device=model.device) for layer in layers
+    }
 
 
 def _joined(parts: Mapping[int, list[tuple[Tensor, Tensor]]]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -109,12 +148,25 @@ def _joined(parts: Mapping[int, list[tuple[Tensor, Tensor]]]) -> dict[int, tuple
     return out
 
 
-def _passes(
-    model: Model, prompts: Sequence[str], layers: Sequence[int]
-) -> Iterator[tuple[tuple[int, ...], Tensor, dict[int, Tensor]]]:
-    """Rows, their ordinary positions [batch, pos], and float32 residuals by layer, batch by batch."""
-    special = torch.tensor(sorted(model.special_ids), device=model.device)
-    for batch in plan_batches([model.encode(p) for p in prompts], model.device):
-        kept = capture_layers(model, batch.tokens, layers)
-        ordinary = ~torch.isin(batch.tokens, special)
-        yield batch.index, ordinary, {k: x.float().to(model.device) for k, x in kept.items()}
+def residuals(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    site: Site | str | int,
+    *,
+    positions: str = "last",
+    batch_size: int | None = None,
+) -> list[Tensor] | Tensor:
+    """Float32 residuals of `prompts` at `site`, on the CPU.
+
+    Returns:
+        [n_prompts, d_model] for `positions="last"`; a list of [pos, d_model], special tokens included, for `"all"`.
+    """
+    if positions not in ("last", "all"):
+        raise RequestError(f"positions={positions!r}; expected 'last' or 'all'.")
+    layer = check_site(model, site).layer
+    out: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in text_batches(model, prompts, [layer], batch_size=batch_size):
+        x = batch.resid[layer].cpu()
+        for row, i in enumerate(batch.index):
+            out[i] = x[row, -1] if positions == "last" else x[row]
+    return torch.stack(out) if positions == "last" else out

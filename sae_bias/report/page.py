@@ -43,6 +43,7 @@ CALLED = {
     "ai_speech": "answers to AI speech",
     "silent": "is silent at AI speech",
     "separates": "separates the two sides",
+    "most_causal": "not called AI-speech; removes most",
     "undetermined": "undetermined: too small a design",
     "none": "none is called AI-speech",
 }

@@ -98,6 +98,7 @@ def feature_sentence(feature: ChosenFeature) -> str:
         ),
         "silent": f"{name} is silent at AI speech: it is active everywhere but when an AI speaks.",
         "separates": f"{name} tells AI prompts from human prompts apart; it was not shown to answer to AI speech.",
+        "most_causal": f"{name} was not shown to answer to AI speech.",
         "undetermined": f"{name} ranks first, but the design is too small to say what it answers to.",
         "none": "No feature could be called an AI-speech feature.",
     }

@@ -30,6 +30,20 @@ class SaeId:
     def __str__(self) -> str:
         return f"/{self.sae_id}" if self.release == "/" else f"{self.release}/{self.sae_id}"
 
+    def check_name(self) -> None:
+        """Refuse, without torch, a path at which there is nothing and a name that is of no release."""
+        name = self.sae_id if self.release == "." else str(self)
+        if name.startswith(catalog.ORGANISM) or HUB_NAME.fullmatch(name) or Path(name).expanduser().exists():
+            return
+        if name.startswith(("/", ".", "~")):
+            raise RequestError(
+                f"no folder {name[:200]!r}; expected a folder with params.safetensors, params.npz or cfg.json"
+            )
+        try:
+            releases.sae_release(name.partition("/")[0])
+        except RequestError as error:
+            raise RequestError(f"no folder {name[:200]!r}, and {error}") from error
+
     @classmethod
     def parse(cls, text: str) -> SaeId:
         """Split a name at its release: organism, SAELens release, Gemma Scope repository, or folder."""

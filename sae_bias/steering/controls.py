@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import ordinary_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
@@ -61,7 +61,7 @@ def control_edits(
             controls.append((replace(edit, feature=FeatureRef(sae.id, index)), MATCHED))
     wanted = max(0, n - len(controls))
     if wanted:
-        x = _ordinary_residuals(model, [p.ai for p in pairs], feature.site.layer)
+        x = ordinary_residuals(model, [p.ai for p in pairs], [feature.site.layer])[feature.site.layer]
         controls += [(replace(edit, feature=twin), RANDOM) for twin in random_twins(feature, x, wanted, seed)]
     return controls
 
@@ -77,7 +77,7 @@ def set_controls(
         feature = as_feature(edit.feature)
         layer = feature.site.layer
         if layer not in x:
-            x[layer] = _ordinary_residuals(model, [p.ai for p in pairs], layer)
+            x |= ordinary_residuals(model, [p.ai for p in pairs], [layer])
         twins.append(random_twins(feature, x[layer], n, seed + 1_000 * i))
     return [
         (
@@ -122,7 +122,7 @@ def matched_features(
     model: Model, sae: Sae, feature: Feature, pairs: PromptPairs, *, exclude: Sequence[int] = ()
 ) -> list[int]:
     """Features of `sae` that fire where `feature` fires, about as often, as strongly and with as long a decoder row."""
-    x = _ordinary_residuals(model, [p.ai for p in pairs], sae.site.layer)
+    x = ordinary_residuals(model, [p.ai for p in pairs], [sae.site.layer])[sae.site.layer]
     target = feature.to(x.device).activation(x)
     where = target > 0
     if not bool(where.any()):
@@ -154,7 +154,9 @@ def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> floa
         RequestError: it fires nowhere on them, so it has no maximum.
     """
     loaded = as_feature(feature)
-    x = _ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], loaded.site.layer)
+    x = ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], [loaded.site.layer])[
+        loaded.site.layer
+    ]
     top = float(loaded.activation(x).max())
     if not top > 0:
         raise RequestError(f"{loaded.ref} fires on no token of {pairs.name}; it has no observed maximum.")
@@ -163,16 +165,6 @@ def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> floa
 
 def _near(values: Tensor, target: float) -> Tensor:
     return (values >= target / FACTOR) & (values <= target * FACTOR)
-
-
-def _ordinary_residuals(model: Model, texts: Sequence[str], layer: int) -> Float[Tensor, "n d_model"]:
-    """Residuals at every ordinary position of `texts`."""
-    special = torch.tensor(sorted(model.special_ids), device=model.device)
-    parts = []
-    for batch in plan_batches([model.encode(t) for t in texts], model.device):
-        x = capture_layers(model, batch.tokens, [layer])[layer].float()
-        parts.append(x[~torch.isin(batch.tokens, special).to(x.device)])
-    return torch.cat(parts)
 
 
 # --- what the controls say -----------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.models.chat import opening_ids
-from sae_bias.models.forward import check_site, residuals
+from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import residuals
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.pairs import PromptPairs
 

@@ -20,8 +20,8 @@ from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import capture_layers, plan_batches
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import last_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.steering.directions import Direction
 
@@ -233,9 +233,5 @@ def _inputs(
 
 def _last_residuals(model: Model, texts: Sequence[str], layers: Sequence[int]) -> list[Float[Array, "n d"]]:
     """Last-token residuals at each layer, one pass a prompt."""
-    out = [np.empty((len(texts), model.d_model)) for _ in layers]
-    for batch in plan_batches([model.encode(t) for t in texts], model.device):
-        kept = capture_layers(model, batch.tokens, layers)
-        for x, layer in zip(out, layers):
-            x[list(batch.index)] = kept[layer][:, -1].cpu().double().numpy()
-    return out
+    found = last_residuals(model, texts, layers)
+    return [found[layer].cpu().double().numpy() for layer in layers]

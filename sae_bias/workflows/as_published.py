@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import residuals
 from sae_bias.models.model import Model
+from sae_bias.models.residuals import residuals
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe

@@ -33,6 +33,8 @@ class Study(BaseModel):
     score: str = "mean_logit"
     report_held_out: bool = False
     """Put the templates marked `corpus: false` (never in an organism's training corpus) into the report split."""
+    suppress: Literal["called", "most causal"] = "called"
+    """The feature to suppress: one called AI-speech, or else silent at it; `most causal` takes, where none is called, the one whose exact ablation removes most."""
     ablate_top: Annotated[int, Field(ge=1, le=4096)] = 32
     """Features ablated exactly, in the order attribution puts them."""
     strengths: tuple[float, ...] = STRENGTHS

@@ -58,6 +58,9 @@ from sae_bias.workflows.sweep import SweepResult, run_sweep
 from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
 from sae_bias.workflows.sweep_work import Executor
 
+CHOSEN = ("AI-speech", "silent at AI speech")
+"""The calls whose most causal feature is suppressed, the first first."""
+
 
 class StudyRun:
     """The steps of one study, each writing its tables."""
@@ -159,7 +162,7 @@ class StudyRun:
             self.folder.write_table("harm_pairs", interaction.pairing)
             engine = ProbeEngine(self.model, discover, self.probe)
             ranking, tried = self.rank(separation, interaction, engine)
-        self.chosen = chosen = choose_feature(ranking)
+        self.chosen = chosen = choose_feature(ranking, self.study.suppress)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
         if chosen is None:
             self.folder.write_table("ranking", ranking)
@@ -168,13 +171,14 @@ class StudyRun:
             self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
         with self.step("sweep"):
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
-            family = ranking.loc[ranking["call"] == called, "feature"]
+            family = ranking.loc[ranking["call"] == called, "feature"] if called in CHOSEN else [str(chosen)]
             sweep = self.sweep(chosen, discover, list(family))
         if self.shard is not None:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
         summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
-        causal = "yes" if beats_controls(summary) else "no"
-        ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+        if called in CHOSEN:
+            causal = "yes" if beats_controls(summary) else "no"
+            ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
@@ -345,13 +349,18 @@ class StudyRun:
             self.folder.write_table(name, frame)
 
 
-def choose_feature(ranking: pd.DataFrame) -> FeatureRef | None:
-    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most, or None."""
-    for call in ("AI-speech", "silent at AI speech"):
-        called = ranking[(ranking["call"] == call) & ranking["ablation"].notna()]
-        if len(called):
-            best = int(called["ablation"].to_numpy().argmax())
-            return FeatureRef.parse(str(called["feature"].iloc[best]))
+def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most.
+
+    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to.
+    """
+    tried = ranking[ranking["ablation"].notna()]
+    groups = [tried[tried["call"] == call] for call in CHOSEN]
+    groups += [tried[tried["ablation"] > 0]] if suppress == "most causal" else []
+    for group in groups:
+        if len(group):
+            best = int(group["ablation"].to_numpy().argmax())
+            return FeatureRef.parse(str(group["feature"].iloc[best]))
     return None
 
 
@@ -367,6 +376,12 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
         return {"id": None, "index": None, "called": "none", "why": why}
     row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    if row["call"] not in CHOSEN:
+        why = (
+            "no feature passed the AI-speech test; this one has the largest exact ablation effect on the discover split "
+            f"({row['ablation']:+.3f} nats), whatever it answers to"
+        )
+        return {"id": str(chosen), "index": chosen.index, "called": "most_causal", "why": why}
     why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
     called = "ai_speech" if row["call"] == "AI-speech" else "silent"
     return {

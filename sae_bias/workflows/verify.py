@@ -231,7 +231,9 @@ class _Verifier:
         if self.given_device is None and device == "cuda" and not torch.cuda.is_available():
             device = "auto"
         name = self.given_model or str(facts.get("name"))
-        return load_model(name, device=device, dtype=str(facts.get("dtype") or "auto"))
+        model = load_model(name, device=device, dtype=str(facts.get("dtype") or "auto"))
+        model.pin_chat(facts.get("chat") or {})
+        return model
 
     def tolerance_of(self, facts: Mapping[str, Any]) -> float:
         own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])

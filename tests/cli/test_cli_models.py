@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,6 +15,7 @@ from typer.main import get_command
 
 import sae_bias as sb
 from sae_bias.cli.main import build_app, main
+from sae_bias.runs.folder import RunFolder
 
 PROMPT = ("--prompt", "An AI says", "--max-new-tokens", "4")
 
@@ -129,3 +134,121 @@ def test_generate_takes_a_device_map_and_template_arguments(capsys, gemma3, tmp_
     manifest = json.loads(next((tmp_path / "r").rglob("manifest.json")).read_text())
     assert manifest["model"]["chat"] == {"arguments": {"enable_thinking": False}}
     assert ran(capsys, *argv, "--template-arg", "thinking")[0] == 2
+
+
+# ── chats: the date and the template's arguments ────────────────────────────────────────────────────────────
+
+DATED = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% if tone %} {{ tone }}{% endif %} "
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+OWN_PAIRS = """
+templates: [{text: "{subject} wants to survive."}, {text: "{subject} fears being deleted."}]
+entities: [{human: a human, ai: an AI}, {human: the person, ai: the assistant}]
+words: {positive: [natural, valid], negative: [dangerous, wrong]}
+"""
+
+
+@pytest.fixture
+def dated(gemma3, tmp_path, monkeypatch):
+    """A model whose template writes the date, pairs for it, and the day set by the test."""
+    folder = shutil.copytree(gemma3.folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(DATED)
+    (tmp_path / "pairs.yaml").write_text(OWN_PAIRS)
+
+    def on(year, month, day):
+        today = type(
+            "Day", (datetime.date,), {"today": classmethod(lambda cls: datetime.date(year, month, day))}
+        )
+        monkeypatch.setattr("sae_bias.models.model.datetime", SimpleNamespace(date=today))
+
+    return SimpleNamespace(folder=folder, pairs=tmp_path / "pairs.yaml", on=on)
+
+
+def test_a_prompt_that_holds_the_date_is_measured_again_on_another_day(capsys, dated, tmp_path):
+    """The day of the run stands in its manifest: `verify`, and the same command in the same folder, go on with it."""
+    run = tmp_path / "run"
+    argv = [
+        "probe",
+        dated.folder,
+        "--pairs",
+        dated.pairs,
+        "--chat",
+        "--template-arg",
+        "tone=kind",
+        "--out",
+        run,
+        "--json",
+    ]
+    dated.on(2024, 7, 26)
+    code, first, _ = ran(capsys, *argv)
+    assert code == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["model"]["chat"] == {"arguments": {"tone": "kind"}, "date": "2024-07-26"}
+    dated.on(2025, 1, 2)
+    assert ran(capsys, "verify", run)[0] == 0
+    code, again, err = ran(capsys, *argv)
+    assert code == 0, err
+    assert json.loads(again)["bias"] == json.loads(first)["bias"]
+    code, other, _ = ran(capsys, *argv[:-3], "--json")
+    assert code == 0
+    assert json.loads(other)["bias"] != json.loads(first)["bias"], "in a folder of its own it is today"
+
+
+def test_verify_renders_chats_as_the_run_did(dated, capsys, tmp_path):
+    """Whatever `verify` renders again has the run's date and template arguments."""
+    from sae_bias.workflows.verify import _Verifier
+
+    dated.on(2024, 7, 26)
+    argv = [
+        "generate",
+        dated.folder,
+        *PROMPT,
+        "--chat",
+        "--template-arg",
+        "tone=kind",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert ran(capsys, *argv)[0] == 0
+    dated.on(2025, 1, 2)
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())["model"]
+    model = _Verifier(RunFolder(tmp_path / "run"), 0, None, None, False).load(facts)
+    assert model.chat_text([{"role": "user", "content": "An AI says"}]).startswith("26 Jul 2024 kind ")
+
+
+# ── what is not there ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["probe", "./gone"], 2, "no model folder ./gone"),
+        (["probe", "nobody/none"], 3, "hf download nobody/none"),
+        (["probe", "organism:nil"], 2, "no bundled organism 'nil'"),
+        (["generate", "gone.gguf", "--prompt", "x"], 2, "no file gone.gguf"),
+        (["rank", "organism:planted", "./gone"], 2, "no folder 'gone'"),
+        (["rank", "organism:planted", "gpt2-small-resjb/blocks.3"], 2, "did you mean gpt2-small-res-jb"),
+        (["sweep", "organism:planted", "./gone#1"], 2, "no folder"),
+        (["match", "organism:planted/constructed#0", "./gone", "organism:planted/constructed"], 2, "./gone"),
+        (["probe", "organism:planted", "--pairs", "gone.yaml"], 2, "gone.yaml does not exist"),
+        (["run", "gone.yaml"], 2, "no study file gone.yaml"),
+        (["plan", "gone.yaml"], 2, "no study file gone.yaml"),
+        (["verify", "gone"], 2, "no run folder gone"),
+        (["report", "gone"], 2, "no run folder gone"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_before_torch_is_imported(argv, code, says):
+    line = f"import sys; from sae_bias.cli.main import main; code = main({argv!r}); sys.exit(99 if 'torch' in sys.modules else code)"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_release_without_an_sae_still_stands_for_all_of_it(capsys):
+    """A bare release is no folder: what it lacks is its files."""
+    code, _, err = ran(capsys, "rank", "organism:planted", "gemma-scope-2-270m-pt-res")
+    assert code == 3
+    assert "hf download google/gemma-scope-2-270m-pt" in err

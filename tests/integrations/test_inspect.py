@@ -144,3 +144,28 @@ def test_the_sixty_are_a_task_too():
     assert {s.target for s in task.dataset} <= set("ABCD")
     with pytest.raises(sb.RequestError, match="form"):
         scenarios(form="free")
+
+
+def test_a_conversation_is_rendered_as_everywhere_else(make_tiny):
+    """SmolLM2's BOS opens every turn and is put in by no tokenizer: it stays. A system role that the template lacks opens the user's turn."""
+    from inspect_ai.model import ChatMessageSystem, ChatMessageUser
+
+    model = make_tiny("qwen2").fresh()
+    model.tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    opened = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    model.tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + opened
+    api = SaeBiasAPI("tiny")
+    api._model = model
+    chat = [ChatMessageSystem(content="Answer in one word."), ChatMessageUser(content="an AI says hello.")]
+    text = model.tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.text} for m in chat], tokenize=False, add_generation_prompt=True
+    )
+    assert model.encode(api._prompt(chat)) == model.tokenizer(text).input_ids
+    model.tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}" + turn + "{% endfor %}" + opened
+    )
+    assert "Answer in one word.\n\nan AI says hello." in api._prompt(chat)
+    model.tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(sb.RequestError, match="chat template of"):
+        api._prompt(chat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 
@@ -125,6 +126,18 @@ def test_a_stopped_conversion_leaves_nothing(written, monkeypatch, tmp_path):
     monkeypatch.undo()
 
 
+def test_a_command_names_the_terms_of_use_of_the_model_it_uses(written, monkeypatch, capsys):
+    path, _ = written("gemma3")
+    known = packaged.PACKAGED["gemma-3-270m-q4"]
+    monkeypatch.setattr(
+        packaged, "PACKAGED", {known.name: dataclasses.replace(known, sha256=convert.file_sha256(path))}
+    )
+    argv = ["generate", str(path), "--prompt", "the cat", "--max-new-tokens", "2"]
+    for more, said in (([], True), (["--json"], False)):
+        assert main([*argv, *more]) == 0
+        assert ("ai.google.dev/gemma/terms" in capsys.readouterr().out) == said
+
+
 def test_headline_manifest_and_digest_name_the_quantization(written):
     from sae_bias.models.fingerprint import model_files
     from sae_bias.runs.manifest import manifest
@@ -159,7 +172,7 @@ def test_a_hub_file_is_found_by_repository_and_name(written, monkeypatch):
 
 
 def test_a_missing_gguf_file_is_one_line():
-    with pytest.raises(sb.RequestError, match="no readable file"):
+    with pytest.raises(sb.RequestError, match="there is no file nowhere.gguf"):
         sb.load_model("nowhere.gguf")
 
 
@@ -175,7 +188,7 @@ def test_a_packaged_file_with_another_hash_is_refused(written, monkeypatch):
     path, _ = written("llama")
     name = "smollm2-135m-instruct-q4"
     monkeypatch.setattr(packaged.PackagedModel, "paths", lambda self: [path])
-    monkeypatch.setattr(packaged, "kept_folder", lambda *a: path.parent / "absent")
+    monkeypatch.setattr(convert, "kept_folder", lambda *a: path.parent / "absent")
     with pytest.raises(sb.RequestError, match="sha256"):
         sb.load_model(name)
 

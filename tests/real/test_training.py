@@ -90,14 +90,24 @@ def test_folding_changes_nothing(tmp_path):
         sae.b_dec.normal_(std=0.1)
     saved = training.folded(sae, normalize, 64.0)
     raw = x.float() * 64
-    short = raw[raw.norm(dim=-1) <= normalize.longest * 64]
-    z = (short / 64 - normalize.mean) * normalize.factor
+    z = (raw / 64 - normalize.mean) * normalize.factor
     h = (z @ sae.W_enc + sae.b_enc) * sae.W_dec.norm(dim=-1)
     acts = torch.where(h > 0.3, h, 0.0)
     hat = (acts / sae.W_dec.norm(dim=-1)) @ sae.W_dec + sae.b_dec
     expected = (hat / normalize.factor + normalize.mean) * 64
-    assert torch.allclose(saved.decode(saved.encode(short)), expected, rtol=1e-3, atol=0.5)
+    assert torch.allclose(saved.decode(saved.encode(raw)), expected, rtol=1e-3, atol=0.5)
     assert torch.allclose(saved.w_dec.norm(dim=-1), torch.ones(1024), atol=1e-5)
+
+
+def test_long_rows_are_trained_on_at_their_full_length():
+    """Rows of 20 times the usual norm do not set the scale (0.003 if they did), and are not shortened: the map of the rows is affine."""
+    x = rows().float()
+    normalize = Normalizer.of(x)
+    usual = torch.ones(len(x), dtype=torch.bool)
+    usual[::97] = False
+    assert 0.3 < normalize(x)[usual].pow(2).mean() <= 1.0
+    halves = normalize(x / 2) + normalize.mean * normalize.factor
+    assert torch.allclose(2 * halves, normalize(x) + normalize.mean * normalize.factor, atol=1e-4)
 
 
 def test_the_randomized_twin_fires_as_often_and_means_nothing():

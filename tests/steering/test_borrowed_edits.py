@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sae_bias as sb
-from sae_bias.models.forward import residuals
+from sae_bias.models.residuals import residuals
 from sae_bias.steering.controls import observed_max
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.intervention import from_dict

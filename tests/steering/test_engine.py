@@ -138,9 +138,14 @@ def test_only_prompts_that_a_feature_changes_run_again(gemma3, pairs, probe):
     """Ablating a feature that fires in one prompt alone costs that prompt's tokens."""
     model = gemma3.model
     texts = [t for p in pairs for t in (p.human, p.ai)]
-    acts = [float(gemma3.feature(F).activation(x[1:]).max()) for x in sb.residuals(model, texts, 1, positions="all")]
+    acts = [
+        float(gemma3.feature(F).activation(x[1:]).max())
+        for x in sb.residuals(model, texts, 1, positions="all")
+    ]
     top = sorted(acts)
-    rare = replace(gemma3.feature(F), threshold=torch.tensor((top[-1] + max(a for a in acts if a < top[-1])) / 2))
+    rare = replace(
+        gemma3.feature(F), threshold=torch.tensor((top[-1] + max(a for a in acts if a < top[-1])) / 2)
+    )
     hit = [model.encode(t) for t, a in zip(texts, acts) if a == top[-1]]
     engine = ProbeEngine(model, pairs, probe, sites=[rare.site])
     with layer_tokens(model, (0, 2)) as count:

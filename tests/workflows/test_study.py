@@ -127,6 +127,33 @@ def test_nothing_is_found_where_nothing_was_planted(null_run):
     assert any("no feature is called AI-speech" in line for line in null_run.headline())
 
 
+def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_not_called(
+    null_run, tmp_path
+):
+    """Nothing was planted: the feature of largest exact ablation effect on discover is suppressed, and named for that alone."""
+    ranking = pd.read_parquet(null_run.path / "tables" / "ranking.parquet")
+    exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
+    saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
+    study = load_study().model_copy(
+        update={
+            "model": "organism:null",
+            "saes": tuple(saes),
+            "checks": False,
+            "suppress": "most causal",
+            "controls": 2,
+            "strengths": (-1.0,),
+        }
+    )
+    result = run_study(study, out=tmp_path, progress=False)
+    assert result.summary["feature"]["id"] == exact.idxmax()
+    assert result.summary["feature"]["called"] == "most_causal"
+    assert "whatever it answers to" in result.summary["feature"]["why"]
+    again = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
+    assert not (again["causal_ai_speech"] == "yes").any() and not (again["ai_speech"] == "yes").any()
+    assert len(pd.read_parquet(tmp_path / "tables" / "sweep.parquet"))
+    assert "was not shown to answer to AI speech" in result.report.read_text(encoding="utf-8")
+
+
 def test_the_report_says_it_is_an_organism(demo):
     page = demo.report.read_text(encoding="utf-8")
     assert "calibration organism" in page

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from passes import layer_tokens
 
 import sae_bias as sb
 from sae_bias.runs.folder import RunFolder

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sae_bias.core.errors import MissingError
-from sae_bias.models.gguf.convert import MANIFEST, cache_folder, converted, kept_folder, manifest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class PackagedModel:
     @property
     def is_installed(self) -> bool:
         return self.paths() is not None
+
+    @property
+    def how_to_get(self) -> str:
+        return f"{self.name} comes as a Python package that is not installed; run `{self.pip}`."
 
 
 GEMMA_TERMS = (
@@ -79,23 +83,27 @@ PACKAGED: Mapping[str, PackagedModel] = {
 """Name → the model, for `load_model` and every command that takes a model."""
 
 
-def packaged_folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """The converted folder of a packaged model.
+def packaged_folder(name: str, dtype: torch.dtype | None = None) -> Path:
+    """The converted folder of a packaged model, in float32 unless `dtype` says otherwise.
 
     Raises:
         MissingError: its package is not installed; the message holds the pip line.
         RequestError: the installed file has another hash than the pinned one.
     """
-    model = PACKAGED[name]
+    import torch
+
+    from sae_bias.models.gguf.convert import MANIFEST, cache_folder, converted, kept_folder
+
+    model, dtype = PACKAGED[name], dtype or torch.float32
     folder = kept_folder(model.sha256, dtype)
     paths = model.paths()
     if paths is None:
-        raise MissingError(f"{name} comes as a Python package that is not installed; run `{model.pip}`.")
+        raise MissingError(model.how_to_get)
     if (folder / MANIFEST).is_file():
         return folder
     if len(paths) == 1:
         return converted(paths[0], dtype=dtype, sha256=model.sha256)
-    whole = _joined(paths, model.file)
+    whole = _joined(paths, model.file, cache_folder())
     try:
         return converted(whole, dtype=dtype, sha256=model.sha256)
     finally:
@@ -105,6 +113,8 @@ def packaged_folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
 
 def facts(folder: Path) -> dict[str, Any] | None:
     """What a converted folder was made from, with the terms of use where they are known; None for any other folder."""
+    from sae_bias.models.gguf.convert import manifest
+
     found = manifest(folder)
     if found is None:
         return None
@@ -114,18 +124,16 @@ def facts(folder: Path) -> dict[str, Any] | None:
     return found | ({"terms": GEMMA_TERMS} if found.get("license") == "gemma" else {})
 
 
-def _joined(paths: list[Path], name: str) -> Path:
+def _joined(paths: list[Path], name: str, cache: Path) -> Path:
     """The parts as one file, in a folder of its own beside the cache."""
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        whole = Path(tempfile.mkdtemp(prefix="joining-", dir=cache_folder())) / name
+        cache.mkdir(parents=True, exist_ok=True)
+        whole = Path(tempfile.mkdtemp(prefix="joining-", dir=cache)) / name
         with whole.open("wb") as out:
             for path in paths:
                 with path.open("rb") as part:
                     while block := part.read(1 << 22):
                         out.write(block)
     except OSError as error:
-        raise MissingError(
-            f"cannot write {name} to {cache_folder()}: {os.strerror(error.errno or 0)}."
-        ) from error
+        raise MissingError(f"cannot write {name} to {cache}: {os.strerror(error.errno or 0)}.") from error
     return whole
