@@ -13,7 +13,7 @@ An edit is causal too: where open edits act at some positions only (the last, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +39,7 @@ from sae_bias.models.forward import (
 from sae_bias.models.model import Model
 
 T = TypeVar("T")
+R = TypeVar("R")
 ROW_TOKENS = (64, 128, 256, 512, 1024)
 """Lengths of a row that are tried: longer rows share more, shorter ones attend over less."""
 _ROLES = ("last", "subject", "prompt", "generated")
@@ -226,13 +227,21 @@ def _cost(model: Model, shapes: Sequence[tuple[int, int]]) -> float:
 
 def passes_of(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     """Rows of about one length together, at most `budget` tokens a pass."""
-    out: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: -len(r.nodes)):
-        if out and (len(out[-1]) + 1) * len(out[-1][0].nodes) <= budget:
-            out[-1].append(row)
-        else:
-            out.append([row])
-    return out
+    size = lambda row: len(row.nodes)  # noqa: E731
+    return list(in_passes(sorted(rows, key=lambda row: -size(row)), size, budget))
+
+
+def in_passes(rows: Iterable[R], size: Callable[[R], int], budget: int) -> Iterator[list[R]]:
+    """Neighbors (the longest first) that are padded by at most a third, within `budget` tokens."""
+    group: list[R] = []
+    for row in rows:
+        widest = size(group[0]) if group else 0
+        if group and ((len(group) + 1) * widest > budget or 4 * size(row) < 3 * widest):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 Partner = tuple[Sequence[int], int]

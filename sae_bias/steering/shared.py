@@ -8,7 +8,7 @@ hooks, sequences that share nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,19 @@ from torch import Tensor
 from sae_bias.core.site import Site
 from sae_bias.models.forward import Final, Kept, Partners, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Reader, Reads, Row, Spot, Tree, pack, packs, run_packed, spots_by, take_all
+from sae_bias.models.tree import (
+    Reader,
+    Reads,
+    Row,
+    Spot,
+    Tree,
+    in_passes,
+    pack,
+    packs,
+    run_packed,
+    spots_by,
+    take_all,
+)
 from sae_bias.steering import runner
 from sae_bias.steering.context import PassInfo
 from sae_bias.steering.hooks import SiteEdit, add_delta, compile_edits, intervene, warn_written_inactive
@@ -166,21 +178,20 @@ class SharedRunner:
         cells = [self._cell(n, s) for n, s in zip(numbers, sites)]
         later = [e for s in sites for site in sorted(s)[1:] for e in s[site].edits]
         with intervene(self.model, *later) as live:
-            budget = max(runner.STACK_TOKENS.get(self.model.device.type, runner.STACK_TOKENS["cpu"]), 1)
-            waiting: list[tuple[_Cell, Row]] = []
-            for pair in ((cell, row) for cell in cells for row in cell.rows):
-                widest = max(len(row.nodes) for _, row in [*waiting, pair])
-                apart = waiting and waiting[0][0].view is not pair[0].view
-                if waiting and (apart or (len(waiting) + 1) * widest > budget):
-                    self._forward(waiting, visit)
-                    waiting = []
-                waiting.append(pair)
-            if waiting:
-                self._forward(waiting, visit)
+            for group in self._groups([(cell, row) for cell in cells for row in cell.rows]):
+                self._forward(group, visit)
         out = [Receipt(cell.receipts, hook_calls=1) for cell in cells]
         for receipt in out:
             warn_written_inactive(receipt)
         return [Receipt([*out[0].edits, *live.edits], hook_calls=1)] if later else out
+
+    def _groups(self, parts: Sequence[tuple[_Cell, Row]]) -> Iterator[list[tuple[_Cell, Row]]]:
+        """Rows of about one length together, of whatever cells, within the budget of a stacked pass."""
+        budget = runner.STACK_TOKENS.get(self.model.device.type, runner.STACK_TOKENS["cpu"])
+        views = list(dict.fromkeys(cell.view for cell, _ in parts))
+        for view in views:
+            mine = sorted((p for p in parts if p[0].view is view), key=lambda p: -len(p[1].nodes))
+            yield from in_passes(mine, lambda p: len(p[1].nodes), budget)
 
     def _cell(self, number: int, sites: dict[Site, SiteEdit]) -> _Cell:
         roles = frozenset(e.positions for s in sites.values() for e in s.edits) - {"all"}

@@ -214,10 +214,12 @@ def test_orders_and_options_share_what_they_begin_with(gemma3, short):
     distinct = {s[: k + 1] for s in read for k in range(len(s))}
     with layer_tokens(model, (0, 1, 2, 3)) as count:
         engine = ScenarioEngine(model, short, sites=[feature.site])
-    assert set(count.by_layer.values()) == {len(distinct)}
+    (n,) = set(count.by_layer.values())
+    assert len(distinct) <= n <= 1.15 * len(distinct)
+    assert n < 0.5 * sum(map(len, read))
     with layer_tokens(model, (0, 1, 2, 3)) as count:
         engine.run([sb.Steer(feature, 8.0)])
-    assert count.by_layer == {2: len(distinct), 3: len(distinct)}
+    assert count.by_layer == {2: n, 3: n}
 
 
 def test_every_order_is_asked_and_place_cancels(gemma3, short):

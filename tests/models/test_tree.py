@@ -83,7 +83,11 @@ def test_each_position_is_that_of_its_sequence_alone(name):
     positions = [sorted({0, len(s) // 2, len(s) - 1}) for s in given]
     with layer_tokens(model) as count:
         found, reads = read(model, given, positions)
-    assert count.tokens == reads.n_tokens == (sum(map(len, given)) if name in PLAIN else distinct(given))
+    assert count.tokens == reads.n_tokens
+    if name in PLAIN:
+        assert reads.n_tokens == sum(map(len, given))
+    else:
+        assert distinct(given) <= reads.n_tokens <= 1.1 * distinct(given)
     for s, at, z in zip(given, positions, found):
         torch.testing.assert_close(z, plain_logits(model, s)[at], atol=CLOSE, rtol=0)
 

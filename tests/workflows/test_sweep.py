@@ -85,8 +85,8 @@ def test_stacked_passes_stay_within_the_token_budget(gemma3, pairs, probe, monke
     one = engine.engine.runner.reads.n_tokens
     monkeypatch.setattr(runner_module, "STACK_TOKENS", {"cpu": 2 * one})
     engine.run_many([[sb.Steer(gemma3.feature(F), float(v))] for v in range(1, 8)])
-    assert max(seen) == 2 * one
-    assert sum(seen) == 7 * one
+    assert one < max(seen) <= 2 * one
+    assert 7 * len(engine.engine.runner.reads.tree) <= sum(seen) <= 1.1 * 7 * one
 
 
 def _table(rows):
