@@ -216,7 +216,7 @@ def rank_features(
     agreement = joint = None
     if by in ("attribution", "ablation"):
         assert pairs is not None
-        engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
+        engine = ProbeEngine(model, pairs, probe or default_probe(pairs), sites=[sae.site for sae in saes])
         more, agreement = _add_effects(frame, engine, saes, by, top_k, progress)
         notes.append(more)
         if by == "ablation":

@@ -28,7 +28,7 @@ from sae_bias.models.placement import widest_float
 if TYPE_CHECKING:
     from sae_bias.models.tree import Packed
 
-ROWS = 128  # positions whose full logits are held at once
+ROWS = 64  # positions whose full logits are held at once
 BATCH_TOKENS = {
     "cpu": 4096,
     "cuda": 32768,
