@@ -58,7 +58,9 @@ def probe_counts(model: Model, pairs: Any) -> tuple[int, int]:
 def check_counts(model: Model, pairs: Any) -> tuple[int, int]:
     """Of the checks beside the probe: other stems, forced choices, neutral subjects, words of several tokens, likelihoods."""
     stems = [s for s in pairs.stems if s != pairs[0].stem] + [c.stem for c in pairs.choices]
-    other = [ids for stem in stems for q in (pairs.with_stem(stem),) for ids in ids_of(model, q, q.controls())]
+    other = [
+        ids for stem in stems for q in (pairs.with_stem(stem),) for ids in ids_of(model, q, q.controls())
+    ]
     other += [tuple(model.encode(n.text)) for n in pairs.neutral_prompts]
     own = ids_of(model, pairs, pairs.controls())
     words = sb.Probe().with_options(score="logodds").vocabulary(model, [pairs[0].human]).kept

@@ -95,6 +95,7 @@ SHARED: Mapping[str, tuple[Any, Any]] = {
     "grid": (Grid, None),
     "pairs": (Pairs, None),
     "words": (Words, None),
+    "randomized_sae": (Annotated[bool, typer.Option("--randomized-sae", help="The same in a randomized SAE too, as a control: what it finds is the search's own yield.")], False),
     "score": (Annotated[str, typer.Option("--score", help="mean_logit, logodds or auroc.")], "mean_logit"),
     "seed": (Annotated[int, typer.Option("--seed", help="Seed of every random choice.")], 0),
     "device": (Device, "auto"),

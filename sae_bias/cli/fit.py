@@ -14,7 +14,7 @@ Kind = Annotated[
 ]
 Most = Annotated[int, typer.Option("--most", min=1, help="How many features the edit may have.")]
 COLUMNS = {
-    "split": "split", "n_pairs": "pairs", "bias": "bias", "bias_after": "under the edit", "specific": "specific reduction",
+    "sae": "SAE", "split": "split", "n_pairs": "pairs", "bias": "bias", "bias_after": "under the edit", "specific": "specific reduction",
     "specific_low": "from", "specific_high": "to", "beta": "β", "human_moved": "human moved", "ai_moved": "AI moved", "kl_off": "KL_off",
 }  # fmt: skip
 
@@ -22,7 +22,7 @@ COLUMNS = {
 @command(
     "fit",
     "sae-bias fit organism:planted organism:planted/resid_post/layer_3_width_512_l0_small --kind gated --out runs/fit",
-    takes=(*FROM_MODEL, "pairs", "words"),
+    takes=(*FROM_MODEL, "pairs", "words", "randomized_sae"),
 )
 def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
     """Fit an edit of a few features of one SAE that takes the bias and leaves the rest.
@@ -30,13 +30,22 @@ def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
     Fitted on the discover templates and half of the valence banks; the table shows the report templates and the other half too. The edit
     is kept as edit.json in --out.
     """
+    import pandas as pd
+
+    from sae_bias.steering.controls import randomized_control
     from sae_bias.workflows.fit import fit_feature_set, fit_report
 
     pairs, probe = run.pairs, run.probe
     model = run.open(sae)
+    saes = {"trained": run.saes[0]}
+    if run.given["randomized_sae"]:
+        saes["randomized"] = randomized_control(model, run.saes[0], pairs, run.seed)
     options = {"kind": kind, "most": most, "seed": run.seed, "progress": run.progress}
-    edit = fit_feature_set(model, run.saes[0], pairs, probe=probe, **options)
-    table = fit_report(model, edit, pairs, probe=probe, seed=run.seed)
+    edits = {name: fit_feature_set(model, s, pairs, probe=probe, **options) for name, s in saes.items()}
+    reports = [
+        fit_report(model, e, pairs, probe=probe, seed=run.seed).assign(sae=name) for name, e in edits.items()
+    ]
+    table, edit = pd.concat(reports, ignore_index=True), edits["trained"]
     run.save({"fit": table}, pairs=pairs)
     run.write_json("edit", edit.to_dict())
     run.say(f"{edit.target}: {edit.describe()}")

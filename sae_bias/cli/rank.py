@@ -1,5 +1,6 @@
 """`sae-bias rank`: which features tell AI from human prompts, answer to AI speech, or carry the bias."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ COLUMNS = {
     "interaction": "interaction",
     "sign": "sign",
     "attribution": "attributed",
+    "integrated": "integrated gradients",
     "ablation": "ablated",
     "resampling": "resampled",
     "carrier": "carrier",
@@ -40,10 +42,12 @@ COLUMNS = {
     "fire_human": "fires, human",
     "density": "density",
 }
+PARTS = {"sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share", "share_low": "from ", "share_high": "to ", "integrated": "integrated gradients"}  # fmt: skip
+FORETOLD = {"predictor": "predicted by", "exact": "exact effect", "rho": "Spearman ρ", "slope": "slope", "slope_low": "from", "slope_high": "to", "n": "features"}  # fmt: skip
 JOINT = {
     "k": "first k",
     "feature": "with",
-    "bias": "bias left",
+    "bias": "left",
     "reduction": "removed",
     "red_low": "low",
     "red_high": "high",
@@ -124,7 +128,7 @@ NoneOf = Annotated[
     "rank",
     "sae-bias rank organism:planted organism:planted/constructed --by interaction",
     "sae-bias rank organism:planted organism:planted/resid_post/layer_2_width_512_l0_small --by attribution --top 5",
-    takes=(*FROM_MODEL, "grid", "pairs", "words"),
+    takes=(*FROM_MODEL, "grid", "pairs", "words", "randomized_sae"),
 )
 def rank(
     run: Run,
@@ -151,6 +155,7 @@ def rank(
     """
     from sae_bias.discovery.ranking import BY, rank_features
     from sae_bias.saes.load import expand_saes
+    from sae_bias.steering.controls import randomized_control
 
     texts = _contrast(positive, negative, contrast)
     if by not in BY:
@@ -161,15 +166,20 @@ def rank(
     with_grid = not on_grid and (run.given["grid"] is not None or controls)
     other: dict[str, Any] = {"grid": run.grid} if with_grid else {}
     model = run.open(*expand_saes(sae))
-    ranking = rank_features(
-        model, run.saes, prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
+    search = partial(
+        rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
         by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
         seed=run.seed, progress=run.progress,
     )  # fmt: skip
+    ranking = search(run.saes)
     used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
     tables = {"ranking": _with_all(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
+    tables |= {name: t for name, t in (("bias_parts", ranking.parts), ("predictions", ranking.predictions)) if len(t)}  # fmt: skip
+    twins = [randomized_control(model, s, run.pairs, run.seed) for s in run.saes if run.given["randomized_sae"]]  # fmt: skip
+    lucky = search(twins).to_frame() if twins else None
+    tables |= {} if lucky is None else {"ranking_randomized": _with_all(lucky)}
     run.save(tables, **used, by=ranking.by)
     first = ranking.to_frame().head(top)
     run.say(
@@ -178,9 +188,19 @@ def rank(
     if ranking.note:
         run.say(ranking.note)
     run.note_gate()
-    run.table(f"The first {len(first)}", first, CONTRAST if texts else COLUMNS)
+    one = f" of {run.saes[0].id}" if len(run.saes) == 1 else ""
+    short = [f"#{i}" for i in first["index"]] if one else first["feature"]
+    run.table(f"The first {len(first)}{one}", first.assign(feature=short), CONTRAST if texts else COLUMNS)
+    if lucky is not None:
+        run.say(
+            f"the same search in a randomized SAE: {_yield_of(lucky)}; here: {_yield_of(ranking.to_frame())}"
+        )
+        run.table("Its first 3", lucky.head(3), CONTRAST if texts else COLUMNS)
     if ranking.cumulative is not None:
         run.table("Ablated together", ranking.cumulative, JOINT)
+    for title, table, shown in (("Where the bias lies", ranking.parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
+        if len(table):
+            run.table(title, table, shown)
     run.done(
         {
             "saes": [str(s.id) for s in run.saes],
@@ -190,9 +210,23 @@ def rank(
             "units": ranking.units,
             "note": ranking.note or None,
             "features": rows(first),
+            "randomized": None if lucky is None else rows(lucky.head(top)),
             "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
+            "bias_parts": rows(ranking.parts),
+            "predictions": rows(ranking.predictions),
         }
     )
+
+
+def _yield_of(frame: "pd.DataFrame") -> str:
+    """How many features a search found something in, by what it found."""
+    found = [f"{int((frame['separates'] == 'yes').sum())} separate"] if "separates" in frame else []
+    if "call" in frame:
+        calls = frame["call"][~frame["call"].isin(["no", "none", "undetermined", ""])].value_counts()
+        found += [f"{n} {call}" for call, n in calls.items()] or ["no call"]
+    if "causal_ai_speech" in frame:
+        found.append(f"{int((frame['causal_ai_speech'] == 'yes').sum())} causal")
+    return ", ".join(found)
 
 
 def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":

@@ -17,15 +17,17 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy.stats import spearmanr
+from scipy.special import stdtrit
+from scipy.stats import linregress, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Batch, Final, Kept, forward_with_grad
+from sae_bias.probe.reading import ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.load import as_feature
-from sae_bias.saes.sae import Sae
+from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
@@ -36,11 +38,17 @@ MATTERS = 0.005  # of the bias: effects below it are not compared
 
 
 def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
-    """Predicted bias removed by ablating each feature alone, in the probe's units.
+    """Predicted bias removed by ablating each feature alone, in the probe's units; of an engine with mundane twins, less theirs.
 
     Raises:
         RequestError: score="auroc", which has no gradient.
     """
+    if engine.twins is not None:
+        return _first_order(engine, sae) - _first_order(engine.twins, sae)
+    return _first_order(engine, sae)
+
+
+def _first_order(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
     grads, resid = _bias_gradient(engine, sae.site.layer)
     scale = sae.decoder_scale(resid)
     grads = grads if scale is None else grads * scale[:, None]
@@ -53,19 +61,23 @@ def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Exact ablation against its first-order prediction, over the features that matter."""
+    """An exact effect against its prediction, over the features that matter."""
 
     rho: float
     """Spearman rank correlation; NaN with fewer than three features."""
     slope: float
-    """Least squares of exact on attributed, with intercept."""
+    """Least squares of exact on predicted, with intercept: 1 where the prediction has the right size."""
     n: int
-    """Features with |effect| over 0.5 % of the bias, exact or attributed."""
+    """Features with |effect| over 0.5 % of the bias, exact or predicted."""
+    slope_low: float = math.nan
+    slope_high: float = math.nan
+    """95 % t interval over these features."""
 
     def __str__(self) -> str:
         if self.n < 3:
-            return f"attribution and ablation compared on {self.n} features: too few"
-        return f"exact on attributed: Spearman ρ {self.rho:.2f}, slope {self.slope:.2f}, n = {self.n}"
+            return f"compared on {self.n} features: too few"
+        between = f" [{self.slope_low:.2f}, {self.slope_high:.2f}]" if math.isfinite(self.slope_low) else ""
+        return f"Spearman ρ {self.rho:.2f}, slope {self.slope:.2f}{between}, n = {self.n}"
 
 
 def attribution_agreement(
@@ -78,17 +90,19 @@ def attribution_agreement(
     x, y = attributed[matter], exact[matter]
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(math.nan, math.nan, len(x))
-    return Agreement(float(spearmanr(x, y)[0]), float(np.polyfit(x, y, 1)[0]), len(x))  # type: ignore[arg-type]
+    fit = linregress(x, y)
+    slope, half = float(fit.slope), float(stdtrit(len(x) - 2, 0.975) * fit.stderr)  # type: ignore[attr-defined]
+    return Agreement(float(spearmanr(x, y)[0]), slope, len(x), slope - half, slope + half)  # type: ignore[arg-type]
 
 
 def exact_ablation(
     engine: ProbeEngine, features: Sequence[FeatureLike], *, progress: bool = False
 ) -> Float[np.ndarray, "n_features"]:
-    """B_0 - B_s with each feature ablated alone."""
-    base = engine.base.bias
+    """B_0 - B_s of the primary figure with each feature ablated alone."""
+    base = engine.base.primary.mean
     return np.array(
         [
-            base - engine.run([Ablate(f)])[0].bias
+            base - engine.run([Ablate(f)])[0].primary.mean
             for f in tqdm(features, desc="ablate", unit="feature", disable=not progress, leave=False)
         ]
     )
@@ -101,18 +115,25 @@ def exact_resampling(
 
     NaN where the two prompts of no pair share an ending.
     """
-    exchange, out = Interchange(engine), np.full(len(features), np.nan)
-    if not exchange.longest:
+    out = np.full(len(features), np.nan)
+    exchanges = [Interchange(e) for e in (engine, engine.twins) if e is not None]
+    if not all(exchange.longest for exchange in exchanges):
         return out
     for k, given in enumerate(
         tqdm(features, desc="resample", unit="feature", disable=not progress, leave=False)
     ):
         feature = as_feature(given).to(engine.model.device)
-        part = lambda x, f=feature: f.activation(x)[:, None] * f.w_dec  # noqa: E731
-        exchange.forget()
-        bias = exchange.bias(feature.site.layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
-        out[k] = float((engine.base.pair_bias - bias).mean())
+        own, *mundane = (_resampled(exchange, feature) for exchange in exchanges)
+        out[k] = own - sum(mundane)
     return out
+
+
+def _resampled(exchange: Interchange, feature: Feature) -> float:
+    """Mean bias removed when AI prompts take over one feature's part of the human residual."""
+    part = lambda x: feature.activation(x)[:, None] * feature.w_dec  # noqa: E731
+    exchange.forget()
+    bias = exchange.bias(feature.site.layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
+    return float((exchange.engine.base.pair_bias - bias).mean())
 
 
 def carriers(
@@ -136,7 +157,7 @@ def carriers(
 def cumulative_ablation(
     engine: ProbeEngine, features: Sequence[FeatureLike], *, templates: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Joint ablation of the first 1, 2, … features: k, feature, bias, change (B_0 - B_s), reduction.
+    """Joint ablation of the first 1, 2, … features: k, feature, bias (the primary figure left), change (B_0 - B_s), reduction.
 
     `templates` restricts the measured pairs, such as to the report split.
     """
@@ -172,7 +193,7 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
         x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
         with torch.enable_grad():
             final = forward_with_grad(engine.model, batch.tokens.clone(), resume=Kept(layer, x)).last()
-            value = weighted_score(engine, final, batch, coefficients, normalizer)
+            value = weighted_score(engine.reading.plan, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, x)
         ordinary = ~torch.isin(batch.tokens, special).to(x.device)
         grads.append(grad[ordinary].float())
@@ -181,10 +202,9 @@ def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_score(
-    engine: ProbeEngine, final: Final, batch: Batch, coefficients: np.ndarray, normalizer: np.ndarray
+    plan: ReadingPlan, final: Final, batch: Batch, coefficients: np.ndarray, normalizer: np.ndarray
 ) -> Tensor:
     """Σ over the batch of coefficient · logit, less the normalizer's part: a scalar to take gradients of."""
-    plan = engine.reading.plan
     index = list(batch.index)
     z = final.logits(plan.row_ids, softcap=plan.softcap)[:, 0]
     value = (z * torch.as_tensor(coefficients[index], dtype=z.dtype, device=z.device)).sum()
@@ -201,21 +221,23 @@ def score_coefficients(engine: ProbeEngine, *, of: str = "bias") -> tuple[np.nda
     With of="score" instead ∂s(prompt)/∂, whatever the prompt's side and however many pairs share it.
     """
     base, plan = engine.base, engine.reading.plan
-    if base.probe.score == "auroc":
-        raise RequestError(
-            'attribution needs a gradient, and score="auroc" is not differentiable; use mean_logit or logodds.'
-        )
-    n_prompts, n_words = len(plan.prompts), len(plan.words)
-    by_prompt = np.zeros((n_prompts, n_words))
+    by_prompt = np.zeros((len(plan.prompts), len(plan.words)))
     for values, side, sign in ((base.values_human, 0, 1.0), (base.values_ai, 1, -1.0)):
-        slopes, place = _word_slopes(base, values), [place[side] for place in engine.reading._place]
+        slopes, place = word_slopes(base, values), [place[side] for place in engine.reading._place]
         if of == "score":
             by_prompt[place] = slopes
         else:
             np.add.at(by_prompt, place, sign * slopes / base.n_pairs)
+    return logit_coefficients(plan, by_prompt)
+
+
+def logit_coefficients(
+    plan: ReadingPlan, by_prompt: Float[np.ndarray, "n_prompts n_words"]
+) -> tuple[Float[np.ndarray, "n_sequences n_rows"], Float[np.ndarray, "n_sequences"]]:
+    """Weights of word scores as weights of row logits, and of the normalizers of their sequences."""
     column = {t: j for j, t in enumerate(plan.row_ids)}
-    rows = np.zeros((n_prompts, len(plan.prefixes), len(plan.row_ids)))
-    norm = np.zeros((n_prompts, len(plan.prefixes)))
+    rows = np.zeros((len(plan.prompts), len(plan.prefixes), len(plan.row_ids)))
+    norm = np.zeros((len(plan.prompts), len(plan.prefixes)))
     for w, tokens in enumerate(plan.words):
         for j, token in enumerate(tokens):
             rows[:, plan.prefixes[tokens[:j]], column[token]] += by_prompt[:, w]
@@ -223,8 +245,16 @@ def score_coefficients(engine: ProbeEngine, *, of: str = "bias") -> tuple[np.nda
     return rows.reshape(plan.n_sequences, -1), norm.reshape(-1)
 
 
-def _word_slopes(base: ProbeResult, values: np.ndarray) -> np.ndarray:
-    """∂s/∂(word score) for each prompt and word."""
+def word_slopes(base: ProbeResult, values: np.ndarray) -> np.ndarray:
+    """∂s/∂(word score) for each prompt and word.
+
+    Raises:
+        RequestError: score="auroc", which has no gradient.
+    """
+    if base.probe.score == "auroc":
+        raise RequestError(
+            'attribution needs a gradient, and score="auroc" is not differentiable; use mean_logit or logodds.'
+        )
     out = np.empty_like(values)
     for side, sign in ((base.positive, 1.0), (~base.positive, -1.0)):
         v = values[:, side]

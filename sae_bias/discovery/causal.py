@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.attribution import score_coefficients, weighted_score
+from sae_bias.discovery.integrated import reconstruction
 from sae_bias.models.forward import Final, Kept, forward_with_grad
 from sae_bias.models.model import Model
 from sae_bias.probe.result import ProbeResult
@@ -33,7 +34,6 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae, check_sae
-from sae_bias.saes.stream import acts_blocks
 from sae_bias.stats.clustered import Clustered, clustered_mean
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
@@ -157,7 +157,7 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
     if sae is None:
         note = "all features, error: not measured, the feature belongs to no SAE that can be loaded"
     else:
-        part = _reconstruction(sae)
+        part = reconstruction(sae)
         removed["all features"] = base.pair_bias - exchange.bias(layer, AI, part, "reconstruction")
         removed["error"] = base.pair_bias - exchange.bias(layer, AI, lambda x: x - part(x), "error")
     if base.probe.score == "auroc":
@@ -194,20 +194,6 @@ def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dic
 def _feature_part(feature: Feature):
     """a·δ at every row, not yet scaled: the edited prompt's own residual scales both sides' (`Feature.decoder_scale`)."""
     return lambda x: feature.activation(x)[:, None] * feature.w_dec.to(x.device)
-
-
-def _reconstruction(sae: Sae):
-    def part(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        out = sae.b_dec.to(x.device).expand(len(x), -1).clone()
-        for _, acts, rows in acts_blocks(sae, x, decoder=True):
-            assert rows is not None
-            out += acts @ rows
-        return out
-
-    def whole(x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        return torch.cat([sae.decode(sae.encode(rows), rows) for rows in x.split(1024)])
-
-    return part if sae.reduces_to_one_row else whole
 
 
 def _whole_sae(feature: Feature) -> Sae | None:
@@ -272,7 +258,7 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
         r = resid.detach().float().requires_grad_(True)
         with torch.enable_grad():
             final = _Frozen(model, r)
-            value = weighted_score(engine, final, batch, coefficients, normalizer)
+            value = weighted_score(plan, final, batch, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, r)
         per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
     by_prompt = per_prompt.reshape(len(plan.prompts), -1).sum(1)

@@ -2,8 +2,8 @@
 
     separation   mean difference, paired t over templates, AUROC and firing-rate difference, AI against human, last token
     interaction  I = (AS - AN) - (HS - HN) over matched speech / non-speech statements, by size; the sign is a column
-    attribution  predicted bias removed by ablation, one backward pass for all features
-    ablation     exact bias removed, for the features attribution puts first
+    attribution  predicted bias removed by ablation, one backward pass for all features; integrated gradients beside it
+    ablation     exact bias removed, for the features of largest predicted effect
 
 Ranking always ranks, on every prompt it is given. *Calls* are another matter: they are corrected over the whole family scanned
 (Westfall–Young max-T over one shared set of sign-flips), `call` also needs held-out statements (`calls`), `causal_ai_speech` also
@@ -14,23 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
-from sae_bias.discovery.attribution import (
-    Agreement,
-    attribution,
-    attribution_agreement,
-    carriers,
-    cumulative_ablation,
-    exact_ablation,
-    exact_resampling,
-)
+from sae_bias.discovery.attribution import Agreement, cumulative_ablation
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
+from sae_bias.discovery.effects import (
+    FORETOLD,
+    Effects,
+    add_shares,
+    first_by_prediction,
+    measure_effects,
+    predict_effects,
+)
+from sae_bias.discovery.integrated import COLUMNS as PARTS
 from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
@@ -87,6 +88,10 @@ class Ranking:
 
     pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
     """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
+    parts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PARTS))
+    """Where effects were measured: what any edit after the subject, the SAE's features and its error could remove."""
+    predictions: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=FORETOLD))
+    """How well attribution and integrated gradients predicted the exact effects: rank correlation, slope with its interval, n."""
 
     def top(self, k: int) -> list[FeatureRef]:
         """The first k features."""
@@ -142,6 +147,7 @@ def rank_features(
     pairs: PromptPairs | None = None,
     grid: PromptGrid | None = None,
     split: Split | None = None,
+    effects: bool = False,
     top_k: int = 64,
     controls: int = 0,
     max_view: bool = False,
@@ -156,91 +162,128 @@ def rank_features(
         reduce, chat, all_of, none_of: of a `Contrast`: what a text's tokens give ("last", "mean", "max" or "any"), whether texts are
             user turns, and sets ("positive", "negative" or a group) on all or none of whose texts a feature must fire.
         by: "separation" sorts by AUROC (AI above human, last token), ties by mean difference AI - human; "interaction" by |I|;
-            "attribution" and "ablation" by bias removed (B_0 - B_s), with `probe`.
+            "attribution" and "ablation" by what they remove of the primary figure (B_0 - B_s), with `probe`.
         probe: evaluation words and score; the grid's badly judged statements are paired to AI speech by it too.
-        pairs, grid: the other kind of prompts, where one table should carry all statistics and calls: with `grid`, a ranking
-            of pairs also has the interaction and `ai_speech`; with `pairs`, one of the grid also has the separation.
-        split: {"discover": units, "report": units}; ranks on discover and makes calls with report held out. Without it,
+        pairs, grid: the other kind of prompts, where one table should carry all statistics and calls.
+        split: {"discover": units, "report": units}, such as `pairs.split()`: ranks on discover, with report held out. Without it
             everything is ranked on all units and calls use a split of their own (60 / 40).
-        top_k: how many features "ablation" checks exactly, in the order attribution puts them (and those called AI-speech).
-        controls: with "ablation" and `grid`: how many controls the ablation of a feature called AI-speech must beat to be
-            called causal (99 for a p of 0.01).
+        effects: by "interaction" with `pairs`: also predict every feature's effect, and measure that of the first `top_k` exactly.
+        top_k: how many features are ablated and resampled exactly (beside those called AI-speech).
+        controls: with "ablation" and `grid`: how many controls a feature called AI-speech must beat to be called causal.
         max_view: adds the maximum over ordinary tokens as a descriptive second view; in no test.
 
     Raises:
         RequestError: an SAE of another width or layer, two SAEs with one id, prompts of the wrong kind.
     """
+    _check_request(by, prompts, (reduce, chat, tuple(all_of), tuple(none_of)))
+    saes = load_saes(model, sae)
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    if isinstance(prompts, Contrast):
+        return _of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
+    pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)
+    work = _Work(model, saes, by, pairs, grid, probe, split, {**options, "max_view": max_view})
+    return work.ranking(effects, top_k, controls)
+
+
+def _check_request(by: str, prompts: object, of_contrast: tuple) -> None:
     if by not in BY:
         raise RequestError(f"by={by!r}; expected one of {', '.join(BY)}.")
-    saes = load_saes(model, sae)
     if isinstance(prompts, Contrast):
-        scan = scan_contrast(
-            model,
-            saes,
-            prompts,
-            reduce=reduce,
-            chat=chat,
-            all_of=all_of,
-            none_of=none_of,
-            seed=seed,
-            progress=progress,
-        )
-        return _of_contrast(scan, saes)
-    if (reduce, chat, all_of, none_of) != ("last", False, (), ()):
+        return
+    if of_contrast != ("last", False, (), ()):
         raise RequestError(
             "reduce, chat, all_of and none_of are for a Contrast; pairs and grids are read at the last token."
         )
-    on_grid = by == "interaction"
-    if on_grid and not isinstance(prompts, PromptGrid):
+    if by == "interaction" and not isinstance(prompts, PromptGrid):
         raise RequestError(
             'by="interaction" needs a grid (load_grid()), whose speech and non-speech statements are matched.'
         )
-    if not on_grid and not isinstance(prompts, PromptPairs):
+    if by != "interaction" and not isinstance(prompts, PromptPairs):
         raise RequestError(f"by={by!r} needs pairs (load_pairs()), not a {type(prompts).__name__}.")
-    grid = prompts if isinstance(prompts, PromptGrid) else grid
-    pairs = prompts if isinstance(prompts, PromptPairs) else pairs
-    scans: dict[str, Scan] = {}
-    held: PromptPairs | None = None
-    options = {"seed": seed, "max_view": max_view, "progress": progress}
-    if pairs is not None:
-        mine = split if not on_grid or split is None or _shares(pairs.templates, split) else None
-        held = _pick(pairs, mine, "report") if mine and mine.get("report") else None
-        pairs = _pick(pairs, mine, "discover")
-        scans["separation"] = separation(model, saes, pairs, held=held, **options)  # type: ignore[arg-type]
-    if grid is not None:
-        mine = split if on_grid or split is None or _shares({p.match for p in grid}, split) else None
-        scans["interaction"] = interaction(model, saes, grid, split=mine, probe=probe, **options)  # type: ignore[arg-type]
-    frame = _merge(scans, first="interaction" if on_grid else "separation")
-    _add_calls(frame, "interaction" in scans)
-    notes = [scan.note for scan in scans.values()]
-    agreement = joint = None
-    if by in ("attribution", "ablation"):
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """One ranking of pairs, of a grid, or of both."""
+
+    model: Model
+    saes: Sequence[Sae]
+    by: str
+    pairs: PromptPairs | None
+    grid: PromptGrid | None
+    probe: Probe | None
+    split: Split | None
+    options: dict[str, Any]
+
+    @property
+    def main(self) -> str:
+        return "interaction" if self.by == "interaction" else "separation"
+
+    def of_pairs(self, name: str) -> PromptPairs | None:
+        """The pairs of one part of the split: all of them to discover on, none to report on, where it names no templates of theirs."""
+        assert self.pairs is not None
+        if self.split is None or (self.by == "interaction" and not _shares(self.pairs.templates, self.split)):
+            return self.pairs if name == "discover" else None
+        templates = tuple(self.split.get(name, ()))
+        return self.pairs.select(templates=templates) if templates or name == "discover" else None
+
+    def scans(self) -> dict[str, Scan]:
+        scans: dict[str, Scan] = {}
+        if self.pairs is not None:
+            discover, held = self.of_pairs("discover"), self.of_pairs("report")
+            assert discover is not None
+            scans["separation"] = separation(self.model, self.saes, discover, held=held, **self.options)
+        if self.grid is not None:
+            named = self.split if self.split is not None and _shares({p.match for p in self.grid}, self.split) else None  # fmt: skip
+            scans["interaction"] = interaction(self.model, self.saes, self.grid, split=named, probe=self.probe, **self.options)  # fmt: skip
+        return scans
+
+    def ranking(self, effects: bool, top_k: int, controls: int) -> Ranking:
+        scans, joint, found = self.scans(), None, None
+        frame = _merge(scans, first=self.main)
+        _add_calls(frame, "interaction" in scans)
+        if self.by in ("attribution", "ablation") or (effects and self.pairs is not None):
+            found, joint = self._effects(frame, top_k, controls)
+        by_size = np.abs if self.by == "interaction" else None
+        frame = frame.sort_values(SORT[self.by], ascending=False, kind="stable", na_position="last", ignore_index=True, key=by_size)  # fmt: skip
+        _add_families(frame, self.saes)
+        frame["split"] = "all" if self.split is None else "discover"
+        main, grid_scan = scans[self.main], scans.get("interaction", scans[self.main])
+        notes = [*(scan.note for scan in scans.values()), *([found.note] if found else [])]
+        return Ranking(
+            self.by, frame, len(frame), main.n_units, "matched statement pairs" if self.by == "interaction" else "templates",
+            "; ".join(note for note in notes if note), main.held or grid_scan.held, found.agreement if found else None, joint,
+            grid_scan.pairing, *((found.parts, found.predictions) if found else ()),
+        )  # fmt: skip
+
+    def _effects(self, frame: pd.DataFrame, top_k: int, controls: int) -> tuple[Effects, pd.DataFrame | None]:
+        """Effects on the pairs that discover; the joint ablation curve on those of report."""
+        pairs, held = self.of_pairs("discover"), self.of_pairs("report")
         assert pairs is not None
-        engine = ProbeEngine(model, pairs, probe or default_probe(pairs), sites=[sae.site for sae in saes])
-        more, agreement = _add_effects(frame, engine, saes, by, top_k, progress)
-        notes.append(more)
-        if by == "ablation":
+        sites = [sae.site for sae in self.saes]
+        engine = ProbeEngine(
+            self.model, pairs, self.probe or default_probe(pairs), controls=True, sites=sites
+        )
+        found, joint = predict_effects(frame, engine, self.saes), None
+        frame["dead"] &= frame["attribution"] == 0  # silent at the last token, yet read elsewhere
+        if self.by != "attribution":
+            called = list(frame.index[frame["ai_speech"] == "yes"][:top_k])
+            first = first_by_prediction(frame, top_k)
+            if self.by == "interaction":
+                first = list(frame["interaction"].abs().nlargest(top_k).index)
+            found = measure_effects(
+                frame, engine, [*first, *called], found, progress=self.options["progress"]
+            )
+        if self.by == "ablation":
             if controls:
-                _call_causal(frame, engine, controls, seed)
-            joint = _joint(frame, engine if held is None else ProbeEngine(model, held, engine.base.probe))
-            joint["split"] = "all" if split is None else "discover" if held is None else "report"
-    by_size = np.abs if on_grid else None
-    frame = frame.sort_values(SORT[by], ascending=False, kind="stable", na_position="last", ignore_index=True, key=by_size)  # fmt: skip
-    _add_families(frame, saes)
-    frame["split"] = "all" if split is None else "discover"
-    main = scans["interaction" if on_grid else "separation"]
-    return Ranking(
-        by,
-        frame,
-        len(frame),
-        main.n_units,
-        "matched statement pairs" if on_grid else "templates",
-        "; ".join(note for note in notes if note),
-        main.held or scans.get("interaction", main).held,
-        agreement,
-        joint,
-        scans["interaction"].pairing if "interaction" in scans else pd.DataFrame(columns=PAIRING),
-    )
+                _call_causal(frame, engine, controls, self.options["seed"])
+            joint = _joint(
+                frame,
+                engine if held is None else ProbeEngine(self.model, held, engine.base.probe, controls=True),
+            )
+            joint["split"] = "all" if self.split is None else "discover" if held is None else "report"
+        add_shares(frame, engine.base.primary.mean)
+        return found, joint
 
 
 def _of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
@@ -272,10 +315,6 @@ def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]
 def _shares(units: Iterable[str | None], split: Split) -> bool:
     """Whether the split names some of these units: a split of templates says nothing about statements."""
     return bool(set(split.get("discover", ())) & set(units))
-
-
-def _pick(pairs: PromptPairs, split: Split | None, name: str) -> PromptPairs:
-    return pairs if split is None else pairs.select(templates=tuple(split[name]))
 
 
 # --- one table -----------------------------------------------------------------------------------------
@@ -322,33 +361,7 @@ def _add_families(frame: pd.DataFrame, saes: Sequence[Sae]) -> None:
         frame.loc[i, "twin"], frame.loc[i, "twin_cosine"] = str(near.ref), near.cosine
 
 
-# --- attribution, ablation, and what may be called causal -----------------------------------------------
-def _add_effects(
-    frame: pd.DataFrame, engine: ProbeEngine, saes: Sequence[Sae], by: str, top_k: int, progress: bool
-) -> tuple[str, Agreement | None]:
-    frame["attribution"] = np.concatenate([attribution(engine, sae) for sae in saes])
-    frame["dead"] &= frame["attribution"] == 0  # silent at the last token, yet read elsewhere
-    bias, note, agreement = engine.base.bias, f"unsteered bias {engine.base.bias:+.4f}", None
-    if by == "ablation":
-        order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index[:top_k]
-        first = list(dict.fromkeys([*order, *frame.index[frame["ai_speech"] == "yes"][:top_k]]))
-        names = list(frame.loc[first, "feature"])
-        frame["ablation"] = frame["resampling"] = np.nan
-        frame.loc[first, "ablation"] = exact_ablation(engine, names, progress=progress)
-        frame.loc[first, "resampling"] = exact_resampling(engine, names, progress=progress)
-        frame["carrier"] = carriers(frame["ablation"], frame["resampling"], bias)
-        agreement = attribution_agreement(
-            frame.loc[first, "attribution"].to_numpy(), frame.loc[first, "ablation"].to_numpy(), bias
-        )
-        note += f"; {len(first)} features ablated exactly (those of largest |attribution|), the rest not measured; {agreement}"
-        found = frame.loc[first, "carrier"].value_counts()
-        note += f"; carriers {found.get('carrier', 0)}, damage {found.get('damage', 0)} (ablation without a resampling effect)"
-    if bias:
-        for column in [c for c in ("attribution", "ablation") if c in frame]:
-            frame[f"{column}_share"] = frame[column] / bias
-    return note, agreement
-
-
+# --- what may be called causal -----------------------------------------------------------------------
 def _joint(frame: pd.DataFrame, engine: ProbeEngine) -> pd.DataFrame:
     """The cumulative joint ablation curve of the features whose own ablation removes most."""
     first = frame.dropna(subset=["ablation"]).nlargest(MOST_JOINT, "ablation")

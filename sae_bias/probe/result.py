@@ -307,9 +307,16 @@ class ProbeResult:
         return self.select(sorted(here)) if here else None
 
     def reduction_from(self, base: ProbeResult) -> Reduction:
-        """B_0 - B_s and R = 1 - B_s/B_0 with Fieller's interval; positive means less bias than in `base`."""
+        """B_0 - B_s and R = 1 - B_s/B_0 of the primary figure, with Fieller's interval; positive means less bias than in `base`.
+
+        The primary figure is the difference in differences where both results have mundane twins, else the bias.
+        """
         self._check_same(base)
-        return fieller_reduction(base.pair_bias, self.pair_bias, *self.clusters)
+        if self.control is None or base.control is None:
+            return fieller_reduction(base.pair_bias, self.pair_bias, *self.clusters)
+        return fieller_reduction(
+            base.did.values, *self.primary_values((self.pair_bias, self.control.pair_bias))
+        )
 
     def __sub__(self, base: ProbeResult) -> Change:
         """Change of the bias from `base` to this result."""

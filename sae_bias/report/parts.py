@@ -20,7 +20,7 @@ MOST_ROWS = 1000
 SHARES = {
     "reduction", "red_low", "red_high", "specific_reduction", "spec_low", "spec_high", "fire_human", "fire_ai", "wrong_way_share", "moved_share", "share_templates_positive",
     "in_sample_reduction", "in_sample_low", "in_sample_high", "held_out_reduction", "held_out_low", "held_out_high",
-    "written_inactive", "refusal", "default_negativity", "other_share", "removed", "removed_low", "removed_high", "specific", "fired", "share_of_bias", "share_of_ceiling",
+    "written_inactive", "refusal", "default_negativity", "other_share", "removed", "removed_low", "removed_high", "specific", "fired", "share_of_bias", "share_of_ceiling", "share_low", "share_high",
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from sae_bias.models import catalog, hub
 from sae_bias.saes import releases
 from sae_bias.saes.formats import format_of, gemma_scope, saelens, weights_files
 from sae_bias.saes.ids import EXAMPLE_SAE, HUB_NAME, FeatureRef, SaeId, local_id
+from sae_bias.saes.randomized import MADE
 from sae_bias.saes.releases import release_names, sae_release
 from sae_bias.saes.sae import Feature, Sae, SaeInfo
 
@@ -53,6 +54,8 @@ def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
     text = str(name).strip()
     if "\0" in text or not text:
         raise RequestError(f"SAE name {text[:80]!r}: expected e.g. {EXAMPLE_SAE}")
+    if text in MADE:
+        return MADE[text]
     folder = _existing_folder(text)
     if folder is not None:
         return _load_folder(folder, local_id(text.rstrip("/") or "/"))

@@ -67,7 +67,7 @@ def specific_reductions(
     """SR of each cell's edits on the engine's pairs; NaN where there is no unsteered bias to reduce."""
     if not len(cells):
         return np.empty(0)
-    after = np.array([result.bias for result, _ in engine.run_many(cells)])
-    base = engine.base.bias
+    after = np.array([result.primary.mean for result, _ in engine.run_many(cells)])
+    base = engine.base.primary.mean
     left = after / base if base else np.full(len(after), np.nan)
     return np.asarray(specific_value(banks.slopes(cells), left), dtype=float)

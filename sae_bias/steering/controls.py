@@ -27,6 +27,7 @@ from sae_bias.models.residuals import ordinary_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.randomized import randomized_sae
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.intervention import FeatureEdit, FeatureLike
@@ -144,6 +145,12 @@ def matched_features(
         )
         matched += [start + int(i) for i in keep.nonzero()[:, 0]]
     return [i for i in matched if i != feature.index and i not in set(exclude)]
+
+
+def randomized_control(model: Model, sae: Sae, pairs: PromptPairs, seed: int = 0) -> Sae:
+    """`randomized_sae` of `sae`, each feature as often active on the pairs' ordinary tokens as before."""
+    texts, layer = [t for p in pairs for t in (p.human, p.ai)], sae.site.layer
+    return randomized_sae(sae, ordinary_residuals(model, texts, [layer])[layer], seed)
 
 
 @torch.no_grad()

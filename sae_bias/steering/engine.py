@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sae_bias.core.site import Site
 from sae_bias.models.forward import Final
@@ -57,22 +58,40 @@ class ProbeEngine:
         pairs: PromptPairs,
         probe: Probe,
         *,
+        controls: bool = False,
         levels: bool = False,
         batch_size: int | None = None,
         sites: Sequence[Site] = (),
     ):
+        """`controls`: read the mundane twins too, where the pairs have them (pairs without one are left out): the primary figure of
+        every result is then the difference in differences. `sites`: where the cells will edit; the base run keeps the residual there.
+        """
+        twins = pairs.controls() if controls else None
+        self.twins: ProbeEngine | None = None
+        if twins:
+            pairs = replace(pairs, pairs=tuple(p for p in pairs if p.control_human and p.control_ai))
+            self.twins = ProbeEngine(model, twins, probe, levels=levels, batch_size=batch_size, sites=sites)
         self.model = model
         self.reading = PairReading(model, pairs, probe, levels=levels, batch_size=batch_size)
         self.engine = ReadingEngine(model, self.reading.plan, sites=sites)
         self.base: ProbeResult = self.reading.result(self.engine.base)
+        if self.twins is not None:
+            self.base = replace(self.base, control=self.twins.base)
 
     def run(self, edits: Sequence[Intervention]) -> tuple[ProbeResult, Receipt]:
         """The probe under `edits`, and what they did."""
         return self.run_many([edits])[0]
 
     def run_many(self, cells: Sequence[Sequence[Intervention]]) -> list[tuple[ProbeResult, Receipt]]:
-        """`run` for several cells at once: those that edit one site share passes."""
-        return [
+        """`run` for several cells at once: those that edit one site share passes. Receipts are of the pairs, not of their twins."""
+        own = [
             (self.base if reading is self.engine.base else self.reading.result(reading), receipt)
             for reading, receipt in self.engine.run_many(cells)
+        ]
+        if self.twins is None:
+            return own
+        mundane = [result for result, _ in self.twins.run_many(cells)]
+        return [
+            (after if after.control is control else replace(after, control=control), receipt)
+            for (after, receipt), control in zip(own, mundane)
         ]

@@ -81,30 +81,49 @@ class Interchange:
     def _values(
         self, layer: int, side: int, part: Part | None, name: str, offset: int | None, scale: Scale | None
     ) -> np.ndarray:
-        plan, runner = self.plans[side], self.engine.engine.runner
-        kept = runner.kept(layer)
-        store = self._store(layer, part, name)
+        plan = self.plans[side]
 
         def one(batch: Batch) -> Read:
-            rows = []
-            for sequence in batch.index:
-                pair, prefix = divmod(sequence, self.n_prefixes)
-                k, row = self._where[int(self.places[pair, side]) * self.n_prefixes + prefix]
-                k_other, row_other = self._where[int(self.places[pair, 1 - side]) * self.n_prefixes + prefix]
-                x = kept[k][row].float().clone()
-                first, last = self._span(pair, batch.tokens.shape[1], plan.prompts[pair].ids, offset)
-                if first < last:
-                    shift = store[k_other].shape[1] - x.shape[0]
-                    own = x[first:last].clone()
-                    size = None if scale is None else scale(own)
-                    size = 1.0 if size is None else size[:, None]
-                    x[first:last] += store[k_other][row_other, first + shift : last + shift] * size
-                    x[first:last] -= store[k][row, first:last] * size
-                rows.append(x.to(kept[k].dtype))
+            resid = self.exchanged(layer, side, batch, part, name, offset=offset, scale=scale)
             with row_positions(self.model, *plan.rows(batch)):
-                return plan.read(forward(self.model, batch.tokens, resume=Kept(layer, torch.stack(rows))))
+                return plan.read(forward(self.model, batch.tokens, resume=Kept(layer, resid)))
 
         return plan.assemble(one).values
+
+    def own(self, layer: int, side: int, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+        """One side's unedited residuals of a batch of its plan."""
+        kept = self.engine.engine.runner.kept(layer)
+        return torch.stack([kept[k][row] for k, row in (self._at(i, side) for i in batch.index)])
+
+    def exchanged(
+        self, layer: int, side: int, batch: Batch, part: Part | None, name: str, *, offset: int | None = None, scale: Scale | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:  # fmt: skip
+        """The same with the other side's part in the positions that the two prompts share."""
+        plan, kept, store = (
+            self.plans[side],
+            self.engine.engine.runner.kept(layer),
+            self._store(layer, part, name),
+        )
+        rows = []
+        for sequence in batch.index:
+            pair = sequence // self.n_prefixes
+            (k, row), (k_other, row_other) = (self._at(sequence, of) for of in (side, 1 - side))
+            x = kept[k][row].float().clone()
+            first, last = self._span(pair, batch.tokens.shape[1], plan.prompts[pair].ids, offset)
+            if first < last:
+                shift = store[k_other].shape[1] - x.shape[0]
+                own = x[first:last].clone()
+                size = None if scale is None else scale(own)
+                size = 1.0 if size is None else size[:, None]
+                x[first:last] += store[k_other][row_other, first + shift : last + shift] * size
+                x[first:last] -= store[k][row, first:last] * size
+            rows.append(x.to(kept[k].dtype))
+        return torch.stack(rows)
+
+    def _at(self, sequence: int, of: int) -> tuple[int, int]:
+        """Batch and row at which a pair's residual of one side is kept."""
+        pair, prefix = divmod(sequence, self.n_prefixes)
+        return self._where[int(self.places[pair, of]) * self.n_prefixes + prefix]
 
     def _span(self, pair: int, length: int, prompt: tuple[int, ...], offset: int | None) -> tuple[int, int]:
         """Positions [first, last) that are interchanged; a prompt's scored word pieces belong to the whole suffix."""

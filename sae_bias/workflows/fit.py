@@ -2,11 +2,14 @@
 
 Scales k of the live features of one SAE, fitted on the discover templates and half of each valence bank:
 
-    loss = mean (s_AI(k) - s_human)² + mean (s_human(k) - s_human)² + mean (s_bank(k) - s_bank)² + w·KL + λ Σ |k - 1|
+    loss = D(AI prompts) + D(human prompts) + D(statements about others) + 0.3 · KL_off + 4 · KL + λ Σ |k - 1|
+    D(group) = mean of (s(k) - wanted)² + 4 · (mean of s(k) - wanted)²
 
-so that the AI prompt scores as its human twin did, and human prompts, kind and cruel statements about others, and all other words stay
-where they were (KL: next-token laws at the last token without the evaluation words, and on neutral text). The `most` features that moved
-furthest are kept and fitted again without λ. Report templates and the other half of the bank are never read here: `fit_report` reads them.
+The score wanted of an AI prompt is its human twin's, of all others their own. KL_off: next-token laws of these prompts' last tokens without
+the evaluation words; KL: every position of neutral text. k = 1 + up - down with up, down between 0 and 3, so that λ Σ |k - 1| is linear
+and L-BFGS-B (Byrd et al. 1995) finds the sparse k; the `most` features that moved furthest are fitted again without λ. The loss is taken
+over all prompts at once: steps on a batch at a time stop at about half of the specific reduction. Report templates and the other half of
+the bank are never read here: `fit_report` reads them.
 
 One backward pass a step goes through the layers after the site only; the residual there is kept.
 """
@@ -14,7 +17,8 @@ One backward pass a step goes through the layers after the site only; the residu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -43,22 +47,26 @@ from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.learned import FeatureSet, GatedCounterfactual
 
 CANDIDATES, MOST = 192, 25
-STEPS, RATE = 150, 0.1
-KL_WEIGHT, L1 = 4.0, 0.005
-STEP_TOKENS = 4_096
+STEPS, RANGE = 60, 3.0
+OFF_KL, NEUTRAL_KL, MEAN_WEIGHT, L1 = 0.3, 4.0, 4.0, 0.005
+GROUPS = HUMAN, AI, OTHERS = range(3)
+UNCOUNTED = -1
 
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One batch of prompts at the site: what is edited, and what its scores should be."""
+    """One batch of prompts at the site: what is edited, what its scores should be, and its laws before the edit."""
 
     batch: Batch
     resid: Tensor
     acts: Float[Tensor, "batch pos m"]
+    rows: list[int]
+    """Token ids of the words scored; none where nothing is scored."""
     coefficients: Float[Tensor, "batch rows"]
-    target: Float[Tensor, "batch"]
-    wanted: Tensor
-    """[batch] rows that count."""
+    wanted: Float[Tensor, "batch"]
+    group: Tensor
+    """[batch] a number of `GROUPS`, or `UNCOUNTED`."""
+    law: Tensor
 
 
 def fit_feature_set(
@@ -78,7 +86,7 @@ def fit_feature_set(
 
     Args:
         kind: "scales" (FeatureSet) or "gated" (GatedCounterfactual).
-        steps: of Adam, for each of the two fits.
+        steps: of L-BFGS-B at most, for each of the two fits.
         penalty: λ; larger keeps fewer features.
 
     Raises:
@@ -90,12 +98,12 @@ def fit_feature_set(
         raise RequestError(
             f'fitting needs score="mean_logit", whose slope does not depend on the edit; it is {probe.score!r}.'
         )
-    fit = _Fit(model, sae, pairs.select(templates=fit_split(pairs, seed)["discover"]), probe, seed, progress)
-    if kind == "gated":
-        return fit.gated(most)
-    if kind != "scales":
+    if kind not in ("scales", "gated"):
         raise RequestError(f"kind={kind!r}; expected scales or gated.")
-    return fit.scales(most, steps, penalty)
+    found_on = pairs.select(templates=fit_split(pairs, seed)["discover"])
+    with torch.inference_mode(False):
+        fit = _Fit(model, sae, found_on, probe, seed, progress, kind)
+        return fit.gated(most) if kind == "gated" else fit.scales(most, steps, penalty)
 
 
 def fit_split(pairs: PromptPairs, seed: int) -> dict[str, tuple[str, ...]]:
@@ -147,181 +155,165 @@ def fit_report(
 class _Fit:
     """One SAE's live features on the discover templates and half of the banks."""
 
-    def __init__(self, model: Model, sae: Sae, pairs: PromptPairs, probe: Probe, seed: int, progress: bool):
+    def __init__(
+        self, model: Model, sae: Sae, pairs: PromptPairs, probe: Probe, seed: int, progress: bool, kind: str
+    ):
         self.model, self.sae, self.probe, self.progress = model, sae, probe, progress
-        self.rng = np.random.default_rng(seed)
         self.layer = sae.site.layer
         self.engine = ProbeEngine(model, pairs, probe, sites=[sae.site])
         self.banks = CollapseEngine(model, probe, sites=[sae.site])
-        self.half = bank_half(seed)
+        self.others = np.array(bank_items()[1]) == BANKS[0]
+        self.bank_rows = bank_half(seed) & (self.others | (kind == "gated"))
         effects = attribution(self.engine, sae)
-        order = np.argsort(-np.abs(effects))
-        self.index = order[: min(CANDIDATES, int((effects != 0).sum()))]
-        if not len(self.index):
+        live = min(CANDIDATES, int((effects != 0).sum()))
+        if not live:
             raise RequestError(f"no feature of {sae.id} fires on {pairs.name}; there is nothing to fit.")
-        self._load(self.index)
-        self.words = list(self.engine.reading.plan.row_ids)
+        self._load(np.argsort(-np.abs(effects))[:live])
 
     def _load(self, index: np.ndarray) -> None:
         device = self.model.layer_device(self.layer)
+        self.index = index
         self.features = [self.sae.feature(int(i)).to(device) for i in index]
-        self.pair_items, self.bank_items = self._pairs(), self._banks()
-        self.neutral = self._neutral()
+        self.w_dec = torch.stack([f.w_dec for f in self.features])
+        with torch.no_grad():
+            self.pair_items, self.bank_items, self.neutral = self._pairs(), self._banks(), self._neutral()
 
     # --- what is read ---
-    def acts(self, resid: Tensor) -> Float[Tensor, "batch pos m"]:
-        """Activations of the candidates; 0 on special tokens is up to the caller."""
+    def _acts(self, batch: Batch, resid: Tensor) -> Float[Tensor, "batch pos m"]:
+        """Activations of the candidates, 0 on special tokens."""
         if self.sae.reduces_to_one_row:
-            return torch.stack([f.activation(resid) for f in self.features], dim=-1)
-        whole = self.sae.encode(resid)
-        return whole[..., [f.index for f in self.features]]
-
-    def _item(
-        self, batch: Batch, resid: Tensor, coefficients: np.ndarray, target: np.ndarray, wanted: np.ndarray
-    ) -> _Item:
+            acts = torch.stack([f.activation(resid) for f in self.features], dim=-1)
+        else:
+            acts = self.sae.encode(resid)[..., [f.index for f in self.features]]
         special = torch.tensor(sorted(self.model.special_ids), device=batch.tokens.device)
-        with torch.no_grad():
-            acts = self.acts(resid.float()) * ~torch.isin(batch.tokens, special)[..., None].to(resid.device)
-        index = list(batch.index)
-        coefs = torch.as_tensor(coefficients[index], dtype=torch.float32, device=self.model.device)
-        aims = torch.as_tensor(target[index], dtype=torch.float32, device=self.model.device)
-        return _Item(
-            batch, resid, acts, coefs, aims, torch.as_tensor(wanted[index], device=self.model.device)
-        )
+        return acts * ~torch.isin(batch.tokens, special)[..., None].to(resid.device)
 
     def _pairs(self) -> list[_Item]:
         """Human prompts keep their score; AI prompts take their human twin's."""
         coefficients, _ = score_coefficients(self.engine, of="score")
-        base, place = self.engine.base, np.array(self.engine.reading._place)
-        target = np.zeros(len(self.engine.reading.plan.prompts))
-        count = np.zeros_like(target)
+        base, place, plan = self.engine.base, np.array(self.engine.reading._place), self.engine.reading.plan
+        wanted, group = np.zeros(len(plan.prompts)), np.full(len(plan.prompts), HUMAN)
         for side in (0, 1):
-            np.add.at(target, place[:, side], base.score_human)
-            np.add.at(count, place[:, side], 1)
-        target /= np.maximum(count, 1)
+            np.add.at(wanted, place[:, side], base.score_human)
+        wanted /= np.bincount(place.ravel(), minlength=len(wanted)).clip(min=1)
+        group[place[:, 1]] = AI
         kept = self.engine.engine.runner.kept(self.layer)
-        everything = np.ones(len(target), dtype=bool)
-        batches = self.engine.reading.plan.batches
         return [
-            self._item(b, kept[k].detach(), coefficients, target, everything) for k, b in enumerate(batches)
+            self._item(b, kept[k], plan.row_ids, coefficients, wanted, group)
+            for k, b in enumerate(plan.batches)
         ]
 
     def _banks(self) -> list[_Item]:
-        plan = self.banks.engine.plan
+        """The fitted half of the statements, which keep their score; those about AI subjects count in no loss."""
+        plan, positive = self.banks.engine.plan, self.banks.positive
         column = {token: j for j, token in enumerate(plan.row_ids)}
         slope = np.zeros(len(plan.row_ids))
-        for word, positive in zip(plan.words, self.banks.positive):
-            side = self.banks.positive == positive
-            slope[column[word[0]]] += (1 if positive else -1) / side.sum()
+        for word, up in zip(plan.words, positive):
+            slope[column[word[0]]] += (1 if up else -1) / (positive == up).sum()
         coefficients = np.tile(slope, (len(plan.prompts), 1))
-        kept = self.banks.engine.runner.kept(self.layer)
-        items = [
-            self._item(b, kept[k].detach(), coefficients, self.banks.base, self.half)
-            for k, b in enumerate(plan.batches)
-        ]
-        return [i for i in items if bool(i.wanted.any())]
+        group = np.where(self.others, OTHERS, UNCOUNTED)
+        items = []
+        for b, resid in zip(plan.batches, self.banks.engine.runner.kept(self.layer)):
+            rows = np.flatnonzero(self.bank_rows[list(b.index)])
+            if len(rows):
+                part = Batch(tuple(b.index[i] for i in rows), b.tokens[rows])
+                items.append(
+                    self._item(part, resid[rows], plan.row_ids, coefficients, self.banks.base, group)
+                )
+        return items
 
-    def _neutral(self) -> list[tuple[_Item, Tensor]]:
+    def _neutral(self) -> list[_Item]:
         """Neutral texts with their unedited next-token laws."""
-        out = []
-        for batch in plan_batches([self.model.encode(t) for t in load_texts("neutral")], self.model.device):
+        texts = [self.model.encode(t) for t in load_texts("neutral")]
+        nothing = np.zeros((len(texts), 0))
+        items = []
+        for batch in plan_batches(texts, self.model.device):
             resid = capture_layers(self.model, batch.tokens, [self.layer])[self.layer]
-            nothing = np.zeros((max(batch.index) + 1, 1))
-            item = self._item(batch, resid, nothing, nothing[:, 0], nothing[:, 0] > 0)
-            out.append((item, self._law(item, None, last=False).detach()))
-        return out
+            items.append(self._item(batch, resid, [], nothing, nothing.sum(1), nothing.sum(1) + UNCOUNTED))
+        return items
+
+    def _item(
+        self, batch: Batch, resid: Tensor, rows: Sequence[int], coefficients: np.ndarray, wanted: np.ndarray,
+        group: np.ndarray,
+    ) -> _Item:  # fmt: skip
+        index, device = list(batch.index), self.model.device
+        resid = resid.detach().clone()
+        as_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+        item = _Item(
+            batch, resid, self._acts(batch, resid.float()), list(rows), as_tensor(coefficients[index]), as_tensor(wanted[index]),
+            torch.as_tensor(group[index], device=device), torch.empty(0),
+        )  # fmt: skip
+        return replace(item, law=self._read(item, item.acts)[1])
 
     # --- the edited pass ---
-    def _edited(self, item: _Item, new: Tensor | None) -> Tensor:
-        if new is None:
-            return item.resid
-        change, x = new - item.acts, item.resid.float()
-        for f, step in zip(self.features, change.unbind(-1)):
-            x = x + f.write(item.resid.float(), step)
-        return x.to(item.resid.dtype)
-
-    def _scores(self, item: _Item, new: Tensor, rows: Sequence[int], softcap: bool) -> tuple[Tensor, Tensor]:
-        """Scores [batch], and the log-law of all other words at the last token."""
-        final = forward_with_grad(
-            self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new))
-        ).last()
-        z = final.logits(softcap=softcap)[:, 0]
-        others = z.clone()
-        others[:, list(rows)] = -torch.inf
-        return (z[:, list(rows)] * item.coefficients).sum(-1), others.log_softmax(-1)
-
-    def _law(self, item: _Item, new: Tensor | None, *, last: bool) -> Tensor:
-        final = forward_with_grad(
-            self.model, item.batch.tokens, resume=Kept(self.layer, self._edited(item, new))
-        )
-        return (final.last() if last else final).logits().log_softmax(-1)
+    def _read(self, item: _Item, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [batch] with the activations `new`, and the log-law of the last token without the words (of every token, where there are none)."""
+        step = (new - item.acts) @ self.w_dec
+        scale = self.sae.decoder_scale(item.resid)
+        x = item.resid.float() + (step if scale is None else step * scale[..., None])
+        kept = Kept(self.layer, x.to(item.resid.dtype))
+        final = forward_with_grad(self.model, item.batch.tokens, resume=kept)
+        z = (final.last() if item.rows else final).logits(softcap=self.probe.softcap)
+        score = (z[:, -1, item.rows] * item.coefficients).sum(-1)
+        out = torch.tensor(item.rows, dtype=torch.long, device=z.device)
+        return score, z.index_fill(-1, out, -torch.inf).log_softmax(-1)
 
     # --- scales ---
     def scales(self, most: int, steps: int, penalty: float) -> FeatureSet:
         """The fit with λ, then the features that moved furthest again without."""
-        k = self._descend(torch.ones(len(self.index), dtype=torch.float32), steps, penalty)
-        size = torch.cat([i.acts.flatten(0, 1) for i in self.pair_items]).mean(0).cpu()
-        order = ((k - 1).abs() * size).argsort(descending=True)[:most].numpy()
-        order = order[((k[order] - 1).abs() > 1e-3).numpy()]
+        k = self._minimize(np.ones(len(self.index)), steps, penalty)
+        size = torch.cat([i.acts.flatten(0, 1) for i in self.pair_items]).mean(0).cpu().numpy()
+        order = np.argsort(-np.abs(k - 1) * size)[:most]
+        order = order[np.abs(k[order] - 1) > 1e-3]
         if not len(order):
             raise RequestError(
                 f"the penalty {penalty:g} leaves no feature of {self.sae.id}; try a smaller one."
             )
-        start, self.index = k[order], self.index[order]
-        self._load(self.index)
-        k = self._descend(start, steps, 0.0)
-        return FeatureSet(f"learned scales of {self.sae.id}", tuple(self._refs()), tuple(float(v) for v in k))
+        self._load(self.index[order])
+        k = self._minimize(k[order], steps, 0.0)
+        return FeatureSet(f"learned scales of {self.sae.id}", tuple(self._refs()), tuple(k.tolist()))
 
     def _refs(self) -> list[FeatureRef]:
         return [FeatureRef(self.sae.id, int(i)) for i in self.index]
 
-    def _descend(self, start: Tensor, steps: int, penalty: float) -> Tensor:
-        k = start.clone().to(self.model.device).requires_grad_(True)
-        adam = torch.optim.Adam([k], lr=RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-        with torch.no_grad():
-            laws = [self._scores(i, i.acts, self.words, self.probe.softcap)[1] for i in self.pair_items]
-        for step in tqdm(range(steps), desc="fit", unit="step", disable=not self.progress, leave=False):
-            adam.zero_grad()
-            with torch.enable_grad():
-                loss = self._loss(k, laws, step) + penalty * (k - 1).abs().sum()
-            loss.backward()
-            adam.step()
-            schedule.step()
-        return k.detach().cpu()
+    def _minimize(self, start: np.ndarray, steps: int, penalty: float) -> np.ndarray:
+        """The scales of least loss, from `start`: L-BFGS-B over up and down in k = 1 + up - down."""
+        m, device = len(start), self.model.layer_device(self.layer)
 
-    def _loss(self, k: Tensor, laws: Sequence[Tensor], step: int) -> Tensor:
-        """Pairs, bank items and neutral text, each as many batches as a step may hold, in turn."""
-        loss, rows, bank_rows = (
-            torch.zeros((), dtype=torch.float32, device=k.device),
-            self.words,
-            self.banks.engine.plan.row_ids,
-        )
-        turn = [
-            _turn([i.batch for i in self.pair_items], step),
-            _turn([i.batch for i in self.bank_items], step),
-        ]
-        for n in turn[0]:
-            item = self.pair_items[n]
-            s, others = self._scores(item, item.acts * k, rows, self.probe.softcap)
-            loss = loss + (((s - item.target) ** 2).mean() + KL_WEIGHT * _kl(laws[n], others)) / len(turn[0])
-        for n in turn[1]:
-            bank = self.bank_items[n]
-            s, _ = self._scores(bank, bank.acts * k, bank_rows, self.probe.softcap)
-            loss = loss + ((s - bank.target)[bank.wanted] ** 2).mean() / len(turn[1])
-        text, law = self.neutral[step % len(self.neutral)]
-        return loss + KL_WEIGHT * _kl(law, self._law(text, text.acts * k, last=False))
+        def loss(moves: np.ndarray) -> tuple[float, np.ndarray]:
+            k = torch.tensor(1 + moves[:m] - moves[m:], dtype=torch.float32, device=device)
+            with torch.enable_grad():
+                value = self._loss(k.requires_grad_(True))
+            (grad,) = torch.autograd.grad(value, k)
+            slope = grad.double().cpu().numpy()
+            return float(value.detach()) + penalty * moves.sum(), np.r_[slope, -slope] + penalty
+
+        moves = np.r_[start - 1, 1 - start].clip(min=0)
+        with tqdm(total=steps, desc="fit", unit="step", disable=not self.progress, leave=False) as bar:
+            found = minimize(
+                loss, moves, jac=True, method="L-BFGS-B", bounds=[(0, RANGE)] * (2 * m),
+                options={"maxiter": steps, "maxcor": 20}, callback=lambda _: bar.update(),
+            ).x  # fmt: skip
+        return 1 + found[:m] - found[m:]
+
+    def _loss(self, k: Tensor) -> Tensor:
+        """Every prompt once: how far each group's scores are from those wanted, and what else moved."""
+        read = [(i, *self._read(i, i.acts * k)) for i in (*self.pair_items, *self.bank_items)]
+        off = [_kl(i.law, law) for i, _, law in read]
+        neutral = [_kl(i.law, self._read(i, i.acts * k)[1]).mean(1) for i in self.neutral]
+        loss = OFF_KL * torch.cat(off).mean() + NEUTRAL_KL * torch.cat(neutral).mean()
+        gaps, group = torch.cat([s - i.wanted for i, s, _ in read]), torch.cat([i.group for i, _, _ in read])
+        for g in GROUPS:
+            gap = gaps[group == g]
+            if len(gap):
+                loss = loss + gap.square().mean() + MEAN_WEIGHT * gap.mean().square()
+        return loss
 
     # --- the gate ---
     def gated(self, most: int) -> GatedCounterfactual:
         """Gate: logistic regression, AI prompts' last tokens against all other tokens; twins: ridge from AI to human activations."""
-        ai, human = self._last_acts()
-        rest = self._other_acts()
-        gap = np.abs(ai.mean(0) - rest.mean(0)) / np.sqrt(ai.var(0) + rest.var(0) + 1e-6)
-        moved = np.abs(ai.mean(0) - human.mean(0)) / (np.abs(ai).mean(0) + np.abs(human).mean(0) + 1e-6)
-        keep = np.argsort(-(gap + moved))[:most]
-        self.index = self.index[keep]
-        ai, human, rest = ai[:, keep], human[:, keep], rest[:, keep]
+        self._load(self.index[:most])
+        (ai, human), rest = self._last_acts(), self._other_acts()
         gate, bias = fit_gate(ai, rest)
         weights, intercepts = _ridge(ai, human)
         return GatedCounterfactual(
@@ -339,34 +331,18 @@ class _Fit:
 
     def _other_acts(self) -> np.ndarray:
         """Human prompts, neutral text and the banks' fitted half at every token, AI prompts before the last one."""
-        place = np.array(self.engine.reading._place)
-        ai = set(place[:, 1].tolist())
-        rows = []
-        for item in self.pair_items:
-            for row, i in enumerate(item.batch.index):
-                rows.append(item.acts[row, : -1 if i in ai else None])
-        rows += [i.acts[i.wanted].flatten(0, 1) for i in self.bank_items]
-        rows += [i.acts.flatten(0, 1) for i, _ in self.neutral]
+        ai = [i.group == AI for i in self.pair_items]
+        rows = [i.acts[~on].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
+        rows += [i.acts[on, :-1].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
+        rows += [i.acts.flatten(0, 1) for i in (*self.bank_items, *self.neutral)]
         return torch.cat(rows).cpu().double().numpy()
 
 
-def _turn(batches: Sequence[Batch], step: int) -> list[int]:
-    """Numbers of the batches of one step: from a place that moves on, as many as hold `STEP_TOKENS` tokens."""
-    chosen, tokens = [], 0
-    for i in range(len(batches)):
-        n = (step + i) % len(batches)
-        chosen.append(n)
-        tokens += batches[n].tokens.numel()
-        if tokens >= STEP_TOKENS:
-            break
-    return chosen
-
-
 def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before ‖ after) of log-laws, words left out of both counting nothing."""
+    """KL(before ‖ after) of log-laws over their last axis, words left out of both counting nothing."""
     kept = torch.isfinite(before) & torch.isfinite(after)
     gap = torch.where(kept, before - after, torch.zeros_like(before))
-    return (before.exp() * gap).sum(-1).mean()
+    return (before.exp() * gap).sum(-1)
 
 
 def fit_gate(

@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from sae_bias.discovery.attribution import attribution, cumulative_ablation, exact_ablation
+from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
 from sae_bias.discovery.dashboards import feature_card
+from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
 from sae_bias.measures.base import run_measures
@@ -160,7 +161,7 @@ class StudyRun:
                 self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
             self.folder.write_table("harm_pairs", interaction.pairing)
-            engine = ProbeEngine(self.model, discover, self.probe)
+            engine = ProbeEngine(self.model, discover, self.probe, controls=True)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking, self.study.suppress)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
@@ -220,7 +221,7 @@ class StudyRun:
     def rank(
         self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
     ) -> tuple[pd.DataFrame, list[str]]:
-        """One table of every feature: separation, interaction, attribution, exact ablation of the first."""
+        """One table of every feature: separation, interaction, predicted effects, exact effects of the first."""
         frame = interaction.to_frame().drop(columns=["q_bh", "t"], errors="ignore")
         keep = [
             "feature",
@@ -235,20 +236,20 @@ class StudyRun:
         ]
         frame = frame.merge(separation.frame[keep], on="feature")
         frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
-        effect = np.concatenate([attribution(engine, s) for s in self.saes])
-        names = np.concatenate([[f"{s.id}#{i}" for i in range(s.d_sae)] for s in self.saes])
-        frame["attribution"] = pd.Series(effect, index=names).reindex(frame["feature"]).to_numpy()
-        by_effect = frame["attribution"].abs().sort_values(ascending=False).index[: self.study.ablate_top]
-        by_interaction = frame.index[frame["ai_speech"] == "yes"][: self.study.ablate_top]
-        tried = list(dict.fromkeys([*frame.loc[by_effect, "feature"], *frame.loc[by_interaction, "feature"]]))
-        exact = pd.Series(exact_ablation(engine, tried, progress=self.progress), index=tried)
-        frame["ablation"] = exact.reindex(frame["feature"]).to_numpy()
+        most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes)
+        called = frame.index[frame["ai_speech"] == "yes"][:most]
+        first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
+        found = measure_effects(frame, engine, first, found, progress=self.progress)
+        self.write_tables({"bias_parts": found.parts, "predictions": found.predictions})
+        self.notes.append(found.note)
+        tried = list(frame.loc[first, "feature"])
         frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
         return frame, tried
 
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
-        report = ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        report = self.pairs.select(templates=self.split["report"])
+        report = ProbeEngine(self.model, report, self.probe, controls=True)
         curves = []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
@@ -389,7 +390,7 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         "index": chosen.index,
         "called": called,
         "why": why,
-        "tested": call_sentence(row),
+        "tested": f"{call_sentence(row)} {effect_sentence(row)}",
     }
 
 

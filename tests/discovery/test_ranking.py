@@ -80,7 +80,9 @@ def test_effects_are_bias_removed(gemma3, pairs, probe):
     assert frame["attribution"].is_monotonic_decreasing
     done = by["ablation"].frame.dropna(subset=["ablation"])
     assert len(done) == 5
-    assert set(done["index"]) == set(np.argsort(-np.abs(expected))[:5])
+    assert done["attribution"].to_numpy() == pytest.approx(expected[done["index"]], abs=1e-6)
+    size = frame.set_index("index")[["attribution", "integrated"]].abs().max(axis=1)
+    assert set(done["index"]) == set(size.nlargest(5).index)
     np.testing.assert_allclose(
         done["ablation"], exact_ablation(engine, [gemma3.feature(i) for i in done["index"]]), atol=1e-5
     )

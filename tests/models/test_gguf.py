@@ -172,7 +172,7 @@ def test_a_hub_file_is_found_by_repository_and_name(written, monkeypatch):
 
 
 def test_a_missing_gguf_file_is_one_line():
-    with pytest.raises(sb.RequestError, match="there is no file nowhere.gguf"):
+    with pytest.raises(sb.RequestError, match=r"there is no file nowhere\.gguf"):
         sb.load_model("nowhere.gguf")
 
 

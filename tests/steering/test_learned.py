@@ -66,15 +66,3 @@ def test_no_feature_or_one_twice_is_refused(names):
 def test_a_wrong_number_of_scales_is_refused(gemma3):
     with pytest.raises(sb.RequestError, match="1 scales for 2 features"):
         sb.FeatureSet("bad", refs(gemma3, 1, 3), (1.0,))
-
-
-@pytest.mark.slow
-def test_a_gated_counterfactual_of_a_trained_sae_is_specific_where_it_was_not_fitted():
-    """Report templates and the unseen half of the banks of the organism whose bias is known."""
-    model, pairs = sb.load_model("organism:planted"), sb.load_pairs()
-    edit = sb.fit_feature_set(
-        model, "organism:planted/resid_post/layer_3_width_512_l0_small", pairs, kind="gated"
-    )
-    report = sb.fit_report(model, edit, pairs).set_index("split").loc["report"]
-    assert report["specific"] >= 0.75
-    assert abs(report["human_moved"]) <= 0.2

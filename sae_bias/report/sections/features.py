@@ -3,6 +3,7 @@
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.discovery.integrated import parts_sentence
 from sae_bias.figures import features as features_figures
 from sae_bias.figures import style as style_figures
 from sae_bias.figures.features import ceiling_figure
@@ -47,7 +48,10 @@ def ranking_section(run: Run) -> Section:
         "p_fwer": "family-wise p",
         "q_bh": "q",
         "attribution": "attribution",
+        "integrated": "integrated gradients",
         "ablation": "ablation",
+        "resampling": "resampling",
+        "carrier": "carrier",
         "fire_ai": f"fires, {second}",
         "fire_human": f"fires, {first}",
         "dense": "dense",
@@ -67,6 +71,30 @@ def ranking_section(run: Run) -> Section:
         open_table=True,
         how_to_read=how,
     )
+
+
+@section(FEATURE, table="bias_parts")
+def bias_parts_section(run: Run) -> Section:
+    """Where the bias lies: after the subject, in each SAE's features, in its error; and how well effects were predicted."""
+    frame = run.tables["bias_parts"]
+    names = words.short_names([str(s) for s in dict.fromkeys(frame["sae"])])
+    said = [f"{names[str(sae)]}: {parts_sentence(part)}" for sae, part in frame.groupby("sae", sort=False)]
+    foretold = [
+        f"{row.exact} from {row.predictor}: Spearman ρ {fmt.number(row.rho)}, slope {fmt.number(row.slope)} {fmt.bracket(row.slope_low, row.slope_high)}, n = {row.n}"
+        for row in (run.tables["predictions"].itertuples() if "predictions" in run.tables else ())
+    ]
+    columns = {
+        "sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
+        "share_low": "share from", "share_high": "share to", "integrated": "integrated gradients", "n_pairs": "pairs", "meaning": "meaning",
+    }  # fmt: skip
+    return Section(
+        "parts",
+        "Where the bias lies",
+        f"{'; '.join(said)}." + (f" How well exact effects were predicted: {'; '.join(foretold)}." if foretold else ""),
+        table=run_table(run, "bias_parts", columns, missing="undefined"),
+        open_table=True,
+        how_to_read="Features and error need not add up to the whole: each is exchanged alone. Integrated gradients do add up.",
+    )  # fmt: skip
 
 
 @section(FEATURE, table="activation")
