@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_bias.core.text import bracket, is_number, number, p_text, percent, signed
@@ -57,6 +57,14 @@ def control_lines(controls: Mapping[str, Any]) -> list[str]:
         f"{part['n']} controls ({kind}): {what} median {show(part['median'])}, 95th percentile {show(part['percentile95'])}, "
         f"the feature {show(controls['value'])}, {p_text(part['p_value'])}"
         for kind, part in controls["kinds"].items()
+    ]
+
+
+def mismatch_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the edit removed where it should remove less."""
+    return [
+        f"mismatch ({m['label']}): bias removed {signed(m['removed_nats'])} {bracket(m['removed_nats_low'], m['removed_nats_high'])} nats"
+        for m in found
     ]
 
 
