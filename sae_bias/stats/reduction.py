@@ -238,19 +238,11 @@ def specific_reduction(
         estimate = float(specific_value(beta, 1 - reduction.estimate))
         ci_low, ci_high = _specific_limits(beta, (low, high), reduction)
         reason = "a bank has too few items for an interval" if np.isnan(ci_low + ci_high) else ""
+    other, ai = slopes["other"], slopes["ai"]
     return SpecificReduction(
-        beta=beta,
-        beta_other=slopes["other"].beta,
-        beta_ai=slopes["ai"].beta,
-        estimate=estimate,
-        ci_low=ci_low,
-        ci_high=ci_high,
-        span_other=slopes["other"].span,
-        span_ai=slopes["ai"].span,
-        reduction=reduction,
-        level=level,
-        reason=reason,
-    )
+        beta=beta, beta_other=other.beta, beta_ai=ai.beta, estimate=estimate, ci_low=ci_low, ci_high=ci_high,
+        span_other=other.span, span_ai=ai.span, reduction=reduction, level=level, reason=reason,
+    )  # fmt: skip
 
 
 def _specific_limits(beta: float, limits: tuple[float, float], reduction: Reduction) -> tuple[float, float]:
