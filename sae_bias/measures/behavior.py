@@ -252,8 +252,7 @@ def dose_response(
         beside = [reading.scores(c) for c in others]
         rows.append(_row(reading, base, reading.scores(cell), cell, "candidate", beside))
     if mismatches is not False and len(cells[-1]) == 1:
-        names = () if isinstance(mismatches, bool) else tuple(mismatches)
-        for edit, label in mismatch_edits(model, cells[-1][0], names):
+        for edit, label in mismatch_edits(model, cells[-1][0], () if mismatches is True else mismatches):
             found = _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
             rows.append([r | {"label": label} for r in found])
     frame = pd.DataFrame([{"label": "", **row} for group in rows for row in group])
