@@ -30,7 +30,7 @@ Levels = Annotated[
     "compare",
     "sae-bias compare organism:planted organism:planted/constructed#0",
     'sae-bias compare organism:planted organism:planted/constructed#0 --shares "0.5,1" --out runs/compare',
-    takes=(*FROM_FEATURE, "pairs", "words"),
+    takes=(*FROM_FEATURE, "pairs", "words", "split"),
 )
 def compare(run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "0.01,0.03,0.1,0.3") -> None:
     """Take out the feature, and each baseline, by steps: how much bias goes at the same cost?
@@ -44,10 +44,10 @@ def compare(run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "
     pairs, feature, probe = run.pairs, run.feature, run.probe
     steps, levels = parse_numbers(shares, "--shares"), parse_numbers(kl, "--kl")
     model = run.open(feature.ref.sae)
-    facts = {"pairs": pairs, "feature": str(feature.ref)}
+    facts = {"pairs": pairs, "feature": str(feature.ref), "split": run.split}
     run.save({}, **facts)  # a stopped comparison says what it was
     result = compare_methods(
-        model, feature, pairs, probe, shares=steps, kl_levels=levels, seed=run.seed,
+        model, feature, pairs, probe, **(run.split or {}), shares=steps, kl_levels=levels, seed=run.seed,
         out=None if run.out is None else run.out / "compare", progress=run.progress,
     )  # fmt: skip
     tables = {"compare": result.table, "compare_curves": result.frame, "ridge": result.ridge.frame}

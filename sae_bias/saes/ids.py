@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_bias.core.errors import RequestError
@@ -69,6 +70,8 @@ class FeatureRef:
 
     sae: SaeId
     index: int
+    split: Mapping[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
+    """Templates that it was found on and that were held out, where a ranking named it; they travel with it into sweep and compare."""
 
     def __post_init__(self) -> None:
         try:

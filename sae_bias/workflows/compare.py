@@ -32,7 +32,6 @@ from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.stats.design import DEFAULT_SHARES, split_templates
 from sae_bias.stats.reduction import fieller_reduction
 from sae_bias.steering.controls import control_edits
 from sae_bias.steering.directions import (
@@ -148,7 +147,10 @@ def compare_methods(
         RequestError: templates in two lists, only one list given, or an edit that does not fit the model.
     """
     loaded = as_feature(feature)
-    splits = _splits(pairs, discover, tune, report, seed)
+    given = discover, tune, report
+    if given == (None, None, None) and loaded.ref.split:  # the split that its ranking found it under
+        given = tuple(loaded.ref.split.get(name) for name in ("discover", "tune", "report"))
+    splits = _splits(pairs, *given, seed)
     found_on = pairs.select(templates=splits["discover"])
     ridge = ridge_probe(model, found_on, folds=min(5, len(found_on.templates)), seed=seed)
     methods = _methods(model, loaded, found_on, ridge, k, seed)
@@ -250,8 +252,7 @@ def _splits(
             raise RequestError(
                 f"{len(pairs.templates)} templates cannot be split into discover, tune and report; at least {FEWEST} are needed."
             )
-        families = {p.template: p.family for p in pairs}
-        return split_templates(pairs.templates, DEFAULT_SHARES, seed, families=families)
+        return pairs.split(seed)
     given = {"discover": tuple(discover), "report": tuple(report)} | ({"tune": tuple(tune)} if tune else {})
     for first, second in itertools.combinations(given, 2):
         both = sorted(set(given[first]) & set(given[second]))
