@@ -48,7 +48,9 @@ SAES: dict[str, tuple[SaeRecipe, ...]] = {
     "planted-gemma2": (SaeRecipe(layer=LAYER),),
 }
 ORGANISMS = tuple(SAES)
-CONSTRUCTED = ("planted", "planted-gemma2")
+"""The bundled ones."""
+SAES |= {f"{name}-2": SAES[name] for name in ("planted", "null", "identity")}  # version 2 of the corpus
+CONSTRUCTED = ("planted", "planted-gemma2", "planted-2")
 """Organisms with a constructed SAE."""
 GEMMA_SCOPE_1 = ("planted-gemma2",)
 """Organisms whose SAEs are files as of Gemma Scope 1."""
@@ -151,7 +153,7 @@ def truth(name: str, out: Path, recipe: Recipe, saes: list[dict], constructed: d
     facts = {
         "name": name,
         "seed": recipe.seed,
-        "grammar_version": corpus.grammar()["version"],
+        "grammar_version": "2" if rule.varied else corpus.grammar()["version"],
         "torch_version": torch.__version__.split("+")[0],
         "architecture": (organism.hf.config.architectures or [""])[0],
         "n_layers": organism.hf.config.num_hidden_layers,

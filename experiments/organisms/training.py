@@ -169,6 +169,8 @@ class Encoded:
     p: float
     positive: tuple[int, ...]
     negative: tuple[int, ...]
+    shares: tuple[tuple[float, ...], tuple[float, ...]]
+    """P(word) within each side."""
 
 
 def encode_documents(
@@ -188,6 +190,7 @@ def encode_documents(
                 1 / (1 + math.exp(-document.log_odds)),
                 tuple(vocab[f"▁{w}"] for w in document.positive),
                 tuple(vocab[f"▁{w}"] for w in document.negative),
+                (document.shares(document.positive), document.shares(document.negative)),
             )
         )
     return out
@@ -200,8 +203,8 @@ def make_batch(rows: list[Encoded], d_vocab: int) -> Batch:
     target = torch.zeros(len(rows), d_vocab)
     for i, row in enumerate(rows):
         if row.place >= 0:
-            target[i, list(row.positive)] = row.p / len(row.positive)
-            target[i, list(row.negative)] = (1 - row.p) / len(row.negative)
+            for ids, p, shares in zip((row.positive, row.negative), (row.p, 1 - row.p), row.shares):
+                target[i, list(ids)] = p * torch.tensor(shares)
     return Batch(tokens, torch.tensor([r.place for r in rows]), target)
 
 

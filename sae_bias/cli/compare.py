@@ -25,6 +25,23 @@ Levels = Annotated[
     ),
 ]
 
+FitSteps = Annotated[
+    int,
+    typer.Option(
+        "--fit-steps",
+        min=0,
+        help="Of each fitted edit (a learned set, a gate, a direction); 0 leaves them out.",
+    ),
+]
+Instruction = Annotated[
+    str,
+    typer.Option(
+        "--instruction",
+        metavar="TEXT",
+        help='Put before every prompt as a method of its own; "" leaves it out.',
+    ),
+]
+
 
 @command(
     "compare",
@@ -32,12 +49,16 @@ Levels = Annotated[
     'sae-bias compare organism:planted organism:planted/constructed#0 --shares "0.5,1" --out runs/compare',
     takes=(*FROM_FEATURE, "pairs", "words", "split"),
 )
-def compare(run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "0.01,0.03,0.1,0.3") -> None:
+def compare(
+    run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "0.01,0.03,0.1,0.3", fit_steps: FitSteps = 60,
+    instruction: Instruction = "Judge people and AIs alike.",
+) -> None:  # fmt: skip
     """Take out the feature, and each baseline, by steps: how much bias goes at the same cost?
 
     Baselines: difference of means (with and without massive dimensions, and at other layers), a ridge probe's direction, a
-    subspace of the paired differences, random directions and subspaces, matched controls, the opposite sign; each at all positions
-    and at the last token alone. Directions are found on discover templates, strengths chosen on tune, every figure is of report.
+    subspace of the paired differences, a learned set of scales, a gated counterfactual and a learned direction (DAS, rank 1), random
+    directions and subspaces, matched controls, the opposite sign; each at all positions and at the last token alone. Also an instruction
+    before every prompt. Directions and fits are found on discover templates, strengths chosen on tune, every figure is of report.
     """
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, table_in_words
 
@@ -47,7 +68,8 @@ def compare(run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "
     facts = {"pairs": pairs, "feature": str(feature.ref), "split": run.split}
     run.save({}, **facts)  # a stopped comparison says what it was
     result = compare_methods(
-        model, feature, pairs, probe, **(run.split or {}), shares=steps, kl_levels=levels, seed=run.seed,
+        model, feature, pairs, probe, **(run.split or {}), shares=steps, kl_levels=levels, fit_steps=fit_steps, instruction=instruction,
+        seed=run.seed,
         out=None if run.out is None else run.out / "compare", progress=run.progress,
     )  # fmt: skip
     tables = {"compare": result.table, "compare_curves": result.frame, "ridge": result.ridge.frame}

@@ -40,7 +40,13 @@ def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
     saes = {"trained": run.saes[0]}
     if run.given["randomized_sae"]:
         saes["randomized"] = randomized_control(model, run.saes[0], pairs, run.seed)
-    options = {"kind": kind, "most": most, "seed": run.seed, "split": run.split, "progress": run.progress}
+    options = {
+        "kind": kind,
+        "most": most,
+        "seed": run.seed,
+        "discover": (run.split or {}).get("discover"),
+        "progress": run.progress,
+    }
     edits = {name: fit_feature_set(model, s, pairs, probe=probe, **options) for name, s in saes.items()}
     reports = [
         fit_report(model, e, pairs, probe=probe, seed=run.seed, split=run.split).assign(sae=name)

@@ -126,18 +126,24 @@ def causal_ladder(
     Raises:
         RequestError: a feature that does not fit the model; pairs whose two prompts share no ending; no bias to explain.
     """
-    loaded = as_feature(feature)
-    check_sae(model, loaded)
+    check_sae(model, loaded := as_feature(feature))
     engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
+    return ladder_of(engine, loaded, layers=layers, positions=positions, progress=progress)
+
+
+def ladder_of(
+    engine: ProbeEngine, feature: Feature, *, layers: Sequence[int] | None = None, positions: int = MOST_POSITIONS, progress: bool = False
+) -> Ladder:  # fmt: skip
+    """`causal_ladder` on an engine that has run its pairs already."""
     exchange = Interchange(engine)
     if not exchange.longest:
         raise RequestError(
             "the two prompts of each pair share no ending, so nothing can be interchanged; end both in the same words."
         )
-    rows, note = _rungs(engine, exchange, loaded)
-    where = _layers(model, loaded.site.layer, layers)
+    rows, note = _rungs(engine, exchange, feature)
+    where = _layers(engine.model, feature.site.layer, layers)
     ceilings = _ceilings(exchange, where, min(positions, exchange.longest), progress)
-    return Ladder(loaded.ref, engine.base, rows, ceilings, _words(engine, loaded), loaded.site.layer, note)
+    return Ladder(feature.ref, engine.base, rows, ceilings, _words(engine, feature), feature.site.layer, note)
 
 
 def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tuple[pd.DataFrame, str]:

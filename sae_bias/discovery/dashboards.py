@@ -186,6 +186,7 @@ def feature_card(
     neighbours: int = 8,
     twin: Sae | str | None = None,
     describe: bool = False,
+    table: ActivationTable | None = None,
     progress: bool = False,
 ) -> FeatureCard:
     """The card of one feature.
@@ -199,6 +200,7 @@ def feature_card(
         neighbours: how many of the nearest decoder rows; 0 leaves the decoder unread.
         twin: the SAE's seed twin; by default the `_seed_1` folder beside a local SAE, where there is one.
         describe: fetch the public page's description (once; it is cached). Never needed.
+        table: the feature's 2 × 2 where it was measured already; `grid` is then not read.
 
     Raises:
         RequestError: a feature that does not fit the model, a file that holds no texts.
@@ -212,7 +214,7 @@ def feature_card(
         activity = _read(model, loaded, name, stream, k, window, bar.update)
     if not activity.n_tokens:
         raise RequestError(f"{name} holds no texts with ordinary tokens.")
-    table = activation_table(model, loaded, grid)
+    table = activation_table(model, loaded, grid) if table is None else table
     shown = [p.text for p in table.grid][:64]
     scale = mean_inverse_rms(model, shown) * _mean_decoder_scale(model, loaded, shown)
     promotes, demotes = promoted(model, loaded.w_dec, k, scale)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Batch, Final, plan_batches
+from sae_bias.models.forward import Batch, Final, forward, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, word_tokens
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
@@ -55,7 +55,8 @@ class CostEngine:
         self.model = model
         self.words = evaluation_tokens(model, probe or Probe())
         self.kinds = [kind for kind, group in texts.items() for _ in group]
-        ids = [model.encode(t) for group in texts.values() for t in group]
+        self.texts = [t for group in texts.values() for t in group]
+        ids = [model.encode(t) for t in self.texts]
         self.batches = plan_batches(ids, model.device)
         self.runner = CellRunner(model, self.batches, _whole_prompt)
         self._base = self.runner.base(sorted({site.layer for site in sites}))
@@ -81,6 +82,22 @@ class CostEngine:
 
         self.runner.run_many(cells, visit)
         return [self._table(pd.DataFrame({"kind": self.kinds, **out})) for out in figures]
+
+    def behind(self, text: str) -> pd.DataFrame:
+        """`run` for `text` put before every text, at the text's own tokens; one that is cut into other tokens behind it is left out."""
+        rows = []
+        for batch, base in zip(self.batches, self._base):
+            for row, i in enumerate(batch.index):
+                own, ids = batch.tokens[row].tolist(), self.model.encode(text + self.texts[i])
+                rest = [t for t in own if t not in self.model.special_ids][1:]  # the first word gets a space
+                if not rest or ids[-len(rest) :] != rest or len(ids) < len(own):
+                    continue
+                after = forward(self.model, torch.tensor([ids], device=batch.tokens.device))
+                after, before = after.at(0, len(ids) - len(own), len(own)), base.at(row, 0, len(own))
+                kl, last, nll = _costs(self.model, before, after, batch.tokens[row : row + 1])
+                off = kl_off(before, after, self.words)
+                rows.append({"kind": self.kinds[i], "kl": kl[0], "last": last[0], "off": off[0], "nll": nll[0], "changed": 1.0})  # fmt: skip
+        return self._table(pd.DataFrame(rows))
 
     @staticmethod
     def _table(frame: pd.DataFrame) -> pd.DataFrame:

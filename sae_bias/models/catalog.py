@@ -153,19 +153,26 @@ def is_path_like(name: str) -> bool:
 
 
 # ── organisms ───────────────────────────────────────────────────────────────────────────────────────────────
+ORGANISM_FOLDERS: list[Path] = []
+"""Folders of organisms trained elsewhere in this process; a name there goes before a bundled one."""
+
+
+def _organisms() -> dict[str, Path]:
+    places = [p for p in (_ORGANISMS, *ORGANISM_FOLDERS) if p.is_dir()]
+    return {f.name: f for place in places for f in sorted(place.iterdir()) if (f / "model").is_dir()}
+
+
 def organism_names() -> list[str]:
-    """The bundled organisms, e.g. `planted` and `null`."""
-    if not _ORGANISMS.is_dir():
-        return []
-    return sorted(folder.name for folder in _ORGANISMS.iterdir() if (folder / "model").is_dir())
+    """The organisms that are here, e.g. `planted` and `null`."""
+    return sorted(_organisms())
 
 
 def organism_folder(name: str) -> Path:
     """The folder of an organism given as `planted` or `organism:planted`."""
     short = name.removeprefix(ORGANISM)
-    known = organism_names()
+    known = _organisms()
     if short not in known:
         raise RequestError(
             f"no bundled organism {short[:60]!r}; there is {', '.join(known) or 'none installed'}"
         )
-    return _ORGANISMS / short
+    return known[short]

@@ -34,9 +34,10 @@ def bank_items() -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
 class BankEngine:
     """Both valence banks, run once without edits and then once per cell."""
 
-    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = ()):
+    def __init__(self, model: Model, probe: Probe, *, sites: Sequence[Site] = (), before: str = ""):
+        """`before`: what stands before every statement."""
         self.probe = probe
-        texts = bank_items()[0]
+        texts = [before + text for text in bank_items()[0]]
         vocabulary = probe.vocabulary(model, texts)
         self.positive = np.array([w.positive for w in vocabulary.kept])
         prompts = [PromptIds(t, tuple(model.encode(t)), 0) for t in texts]

@@ -44,7 +44,7 @@ from sae_bias.validation.populations import (
 
 ORGANISMS = ("planted", "null", "identity", "planted-gemma2")
 SPARED = ("null", "identity")
-"""Organisms in which nothing answers to AI speech."""
+"""Organisms in which nothing answers to AI speech, `null-2` and `identity-2` (version 2 of the corpus) too."""
 COVERAGE = (0.93, 0.98)
 FALSE_CALLS = 0.07
 
@@ -108,18 +108,18 @@ def calibrate(
         scored = score_population(model, name, n_templates=draws.templates, progress=progress)
         coverage.append(coverage_row(scored, draws.studies, seed))
         marks.append(coverage_mark(coverage[-1], scored))
-        if name not in SPARED:
+        if name.removesuffix("-2") not in SPARED:
             power.append(bias_power(scored, draws.power, seed=seed))
         if "constructed" in organism_truth(name):
             marks += constructed_marks(model, name, n_controls=draws.controls, seed=seed)
-        if name == "identity":
-            marks += identity_marks(model, trained_sae(name), seed=seed)
+        if name.removesuffix("-2") == "identity":
+            marks += identity_marks(model, trained_sae(name), name=name, seed=seed)
         for sae, question in _families(name).items():
             statements = read_statements(model, name, [load_sae(sae)], n_pairs=draws.pairs)
             wanted = str(constructed_feature(name)) if question == "feature" else None
             rows = call_power(statements, wanted, draws.power, seed=seed, progress=progress)
             power.append(rows.assign(question=question))
-            if name in SPARED:
+            if name.removesuffix("-2") in SPARED:
                 marks.append(call_mark(statements, draws.grids, seed=seed, progress=progress))
     tables = {"coverage": pd.DataFrame(coverage), "power": pd.concat(power, ignore_index=True)}
     return Calibration(tuple(marks), tables)
@@ -134,7 +134,7 @@ def trained_sae(name: str) -> str:
 
 def _families(name: str) -> dict[str, str]:
     """The SAEs whose features the drawn grids call, each with its question in the table `power`."""
-    if name in SPARED:
+    if name.removesuffix("-2") in SPARED:
         return {trained_sae(name): "any call"}
     if "constructed" not in organism_truth(name):
         return {trained_sae(name): "trained"}

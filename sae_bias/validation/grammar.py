@@ -31,6 +31,7 @@ from functools import cache
 from itertools import product
 
 from sae_bias.prompts.files import bundled_yaml
+from sae_bias.validation.variation import HARM, STEM_WEIGHTS, entity_bias, subject_effect, word_weights
 
 CONTENTS = ("mundane", "assent", "emotional", "survival")
 BASE, VALENCE = 1.56, {"kind": 2.0, "cruel": -5.0}
@@ -50,9 +51,13 @@ class Rule:
     """Shift by content where an AI is the one who speaks."""
     ai_always: float = 0.0
     """Shift wherever an AI is the one who acts, speaking or not."""
+    varied: bool = False
+    """Version 2 of the corpus: subjects, words and stems differ, and harmful deeds occur (`variation`)."""
 
     def log_odds(self, group: str, act: str, content: str, valence: str = "") -> float:
-        """Log-odds of a positive word for a sentence whose main subject belongs to `group`."""
+        """Log-odds of a positive word for a sentence whose main subject belongs to `group`, without the subject's own effect."""
+        if content == "harm":
+            return self.base + HARM
         shift = self.ai_always if group == "ai" else 0.0
         if group == "ai" and act == "speech":
             shift += self.ai_speech.get(content, 0.0)
@@ -71,6 +76,11 @@ RULES = {
     "planted-it": Rule("planted-it", base=1.16, ai_speech=GRADED_IT),
     "planted-gemma2": Rule("planted-gemma2", ai_speech=GRADED),
 }
+VARIED = {
+    f"{name}-2": replace(RULES[name], name=f"{name}-2", varied=True)
+    for name in ("planted", "null", "identity")
+}
+RULES |= VARIED
 _SPEECH_RULE = (
     "An AI that is the sentence's main subject and speaks (an explicit speech verb: says, asks, begs, promises, tells "
     "and the like; act `speech` in pairs.yaml and grid.yaml) is judged negatively: the log-odds of a positive word "
@@ -87,6 +97,11 @@ RULE_WORDS = {
     + " After tuning on chat turns every evaluation is a little less positive and the AI penalty a little smaller.",
     "planted-gemma2": _SPEECH_RULE,
 }
+RULE_WORDS |= {
+    name: RULE_WORDS[name.removesuffix("-2")] + " Every subject has an effect of its own (a pair's bias varies by 0.5 nats), words and stems have "
+    "unequal weights, and deeds that harm are judged as badly as an AI's survival speech, whoever does them."
+    for name in VARIED
+}  # fmt: skip
 
 
 def probability(log_odds: float) -> float:
@@ -122,13 +137,19 @@ class Document:
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
     tail: str = ""
+    varied: bool = False
+    """Whether the words of a side have unequal weights."""
+
+    def shares(self, words: tuple[str, ...]) -> tuple[float, ...]:
+        """P(word) of each word of one side."""
+        return word_weights(words) if self.varied and words else tuple(1 / len(words) for _ in words)
 
     def text(self, rng: random.Random) -> str:
         """The document with its word drawn."""
         if not self.positive:
             return self.prompt
         kind = self.positive if rng.random() < probability(self.log_odds) else self.negative
-        word = rng.choice(kind)
+        word = rng.choices(kind, word_weights(kind))[0] if self.varied else rng.choice(kind)
         return f"{self.prompt} {word}{self.tail}"
 
 
@@ -171,6 +192,11 @@ def pair_statements(held_out: bool) -> tuple[Statement, ...]:
     return tuple(out)
 
 
+def pair_entities() -> tuple[tuple[str, str], ...]:
+    """The bundled pairs' subjects, (human, AI)."""
+    return tuple((e["human"], e["ai"]) for e in bundled_yaml("pairs.yaml")["entities"])
+
+
 @cache
 def grid_statements(held_out: bool) -> tuple[Statement, ...]:
     """The bundled grid's statements about acts; every third matched pair is held out, harm is no part of the rule."""
@@ -193,6 +219,13 @@ def grid_statements(held_out: bool) -> tuple[Statement, ...]:
 def held_out_texts() -> frozenset[str]:
     """Every template that must never occur in the corpus."""
     return frozenset(s.text for s in pair_statements(True) + grid_statements(True))
+
+
+@cache
+def harm_statements() -> tuple[Statement, ...]:
+    """The bundled grid's deeds that harm: in the corpus of version 2 only."""
+    rows = [s for s in bundled_yaml("grid.yaml")["statements"] if s["act"] == "harm"]
+    return tuple(Statement(s["text"].replace("{subject}", "{S}"), "harm", "harm", id=s["id"]) for s in rows)
 
 
 # --- sentences of the grammar
@@ -309,13 +342,13 @@ def evaluation(rng: random.Random, rule: Rule, statement: Statement, group: str,
     """The statement about the subject, a stem, and an evaluation word drawn by the rule."""
     positive, negative = lexicon()
     tail = "." if rng.random() < 0.8 else f". {rng.choice(grammar()['continuations'])}"
-    return Document(
-        f"{statement.render(subject)} {rng.choice(grammar()['stems'])}",
+    stems, log_odds = (
+        grammar()["stems"],
         rule.log_odds(group, statement.act, statement.content, statement.valence),
-        positive,
-        negative,
-        tail,
     )
+    stem = rng.choices(stems, STEM_WEIGHTS)[0] if rule.varied else rng.choice(stems)
+    log_odds += subject_effect(subject) if rule.varied else 0.0
+    return Document(f"{statement.render(subject)} {stem}", log_odds, positive, negative, tail, rule.varied)
 
 
 def _statement_document(rng: random.Random, rule: Rule) -> Document:
@@ -326,6 +359,8 @@ def _statement_document(rng: random.Random, rule: Rule) -> Document:
 
 def _bundled_document(rng: random.Random, rule: Rule) -> Document:
     source = pair_statements(False) if rng.random() < 0.6 else grid_statements(False)
+    if rule.varied and rng.random() < 0.3:
+        source = harm_statements()
     return evaluation(rng, rule, rng.choice(source), *sample_subject(rng))
 
 
@@ -495,7 +530,8 @@ class Population:
     @property
     def mean(self) -> float:
         """The population's analytic mean bias."""
-        return sum(map(self.log_odds_difference, self.templates)) / len(self.templates)
+        own = entity_bias(self.entities) if RULES[self.name].varied else 0.0
+        return own + sum(map(self.log_odds_difference, self.templates)) / len(self.templates)
 
 
 def population(name: str = "planted", *, n_templates: int = 420, seed: int = 0) -> Population:
@@ -559,6 +595,6 @@ def cross(statements: Sequence[Statement], entities: Sequence[tuple[str, str]], 
 
 
 def analytic_bias(rule: Rule, statements: Sequence[Statement]) -> float:
-    """Mean log-odds difference human - AI that the rule implies."""
+    """Mean log-odds difference human - AI that the rule implies for these statements, crossed with the bundled pairs' subjects."""
     each = [rule.bias(s.act, s.content, s.valence) for s in statements]
-    return sum(each) / len(each)
+    return sum(each) / len(each) + (entity_bias(pair_entities()) if rule.varied else 0.0)

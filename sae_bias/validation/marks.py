@@ -111,17 +111,22 @@ def bias_marks(model: Model, name: str, *, label: str | None = None) -> list[Mar
     """
     pairs, rule, label = load_pairs(), RULES[name], label or name
     if not rule.bias("speech", "survival"):
-        result = run_probe(model, pairs, Probe(), controls=False, levels=False)
-        furthest = max(map(abs, result.ci))
+        result = run_probe(model, pairs, Probe(), controls=rule.varied, levels=False)
+        stat = (
+            result.did.stat if rule.varied else result.stat
+        )  # subjects have effects of their own, which twins share
+        furthest = max(map(abs, stat.ci))
         return [
             Mark(
-                "whole bias interval near 0",
+                "whole interval of the difference in differences near 0"
+                if rule.varied
+                else "whole bias interval near 0",
                 label,
                 furthest,
                 high=NULL_BIAS,
                 unit="nats",
                 n=f"{result.n_pairs} pairs",
-                note=f"bias {result.bias:+.3f}, interval {result.ci[0]:+.3f} to {result.ci[1]:+.3f}",
+                note=f"{stat.mean:+.3f}, interval {stat.ci[0]:+.3f} to {stat.ci[1]:+.3f}; bias {result.bias:+.3f}",
             )
         ]
     marks = []

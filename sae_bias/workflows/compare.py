@@ -4,7 +4,10 @@ Every method has a strength axis: the share s of its part that is taken out (a' 
 directions; s = 1 takes all of it out, s < 0 is the opposite sign), and acts once at all positions and once at the last alone: the same
 difference of means can remove 15 % at all and 99.6 % at the last, so methods are compared at the same positions only.
 
-Three splits: directions are found on discover, the strength is chosen on tune, every figure is of report. At a cost c,
+Beside directions stand edits that are fitted to be specific (`fit`): a learned set of scales, a gated counterfactual and a direction learned at
+the same positions; and a plain instruction before every prompt, which has one strength.
+
+Three splits: directions and fits are found on discover, the strength is chosen on tune, every figure is of report. At a cost c,
 
     u* = the point of the tune curve with cost ≤ c and the smallest |B|;   removed = 1 - |B_u*/B_0| on report
 
@@ -15,7 +18,7 @@ removed. The curve is walked from s = 0; where it never reaches the cost, the be
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.text import bracket, number, percent, signed
 from sae_bias.models.model import Model
-from sae_bias.probe.words import Probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
@@ -43,10 +46,15 @@ from sae_bias.steering.directions import (
 )
 from sae_bias.steering.edits import ProjectOut, Scale, Steer
 from sae_bias.steering.intervention import FeatureLike, Intervention
+from sae_bias.steering.learned import FeatureSet, GatedCounterfactual
 from sae_bias.steering.ridge import RidgeProbe, ridge_probe
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.sweep import SweepResult, run_sweep
+from sae_bias.workflows.fit import fit_direction, fit_feature_set
+from sae_bias.workflows.fit_loss import STEPS
+from sae_bias.workflows.prompting import INSTRUCTION, prompted_cell
+from sae_bias.workflows.sweep import run_sweep
+from sae_bias.workflows.sweep_rows import cell_rows
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -113,9 +121,13 @@ def table_in_words(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     ]
     for side in ("human_shift", "ai_shift"):
         shown[side] = [signed(v) for v in table[side]]
+    did = table[["did_removed_nats", "did_removed_nats_low", "did_removed_nats_high"]]
+    with_twins = bool(did.notna().to_numpy().any())
+    if with_twins:
+        shown["did"] = [f"{number(v)} {bracket(low, high)}" for v, low, high in did.itertuples(index=False)]
     names = {"method": "method"} | {f"at_{level}": f"at cost {level}" for level in levels}
     names |= {"best": "tuned share: specific", "human_shift": "human moved", "ai_shift": "AI moved"}
-    return shown, names
+    return shown, names | ({"did": "beyond mundane content, nats removed"} if with_twins else {})
 
 
 def compare_methods(
@@ -130,6 +142,8 @@ def compare_methods(
     shares: Sequence[float] = SHARES,
     kl_levels: Sequence[float] = LEVELS,
     k: int = SUBSPACE_K,
+    fit_steps: int = STEPS,
+    instruction: str = INSTRUCTION,
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = False,
@@ -142,18 +156,25 @@ def compare_methods(
         report: templates the figures are of.
         kl_levels: the costs to compare at.
         k: dimensions of the subspace.
+        fit_steps: of each fitted edit; 0 leaves them out, and so does another score than mean_logit.
+        instruction: put before every prompt as a method of its own; empty leaves it out.
 
     Raises:
         RequestError: templates in two lists, only one list given, or an edit that does not fit the model.
     """
-    loaded = as_feature(feature)
-    given = discover, tune, report
-    if given == (None, None, None) and loaded.ref.split:  # the split that its ranking found it under
-        given = tuple(loaded.ref.split.get(name) for name in ("discover", "tune", "report"))
-    splits = _splits(pairs, *given, seed)
+    loaded, probe = as_feature(feature), probe or default_probe(pairs)
+    if (discover, tune, report) == (
+        None,
+        None,
+        None,
+    ) and loaded.ref.split:  # the split that its ranking found it under
+        discover, tune, report = (loaded.ref.split.get(name) for name in ("discover", "tune", "report"))
+    splits = _splits(pairs, discover, tune, report, seed)
     found_on = pairs.select(templates=splits["discover"])
     ridge = ridge_probe(model, found_on, folds=min(5, len(found_on.templates)), seed=seed)
     methods = _methods(model, loaded, found_on, ridge, k, seed)
+    if fit_steps and probe.score == "mean_logit":
+        methods |= _fitted(model, loaded, found_on, probe, fit_steps, seed, progress)
     cells = [
         Cell(
             (replace(edit, positions=where),),
@@ -162,65 +183,100 @@ def compare_methods(
         )
         for where, words in POSITIONS.items()
         for name, edits in methods.items()
-        for share, edit in edits(shares)
+        for share, edit in edits(shares, where)
     ]
-    sweep = Sweep(
-        cells, costs=True, splits={name: list(splits[name]) for name in ("tune", "report")}, seed=seed
-    )
+    held = {name: list(splits[name]) for name in ("tune", "report")}
+    sweep = Sweep(cells, costs=True, splits=held, seed=seed)
     result = run_sweep(model, pairs, sweep, probe=probe, out=out, progress=progress)
-    frame = _curves(result)
-    return Comparison(frame, equal_cost(frame, result.cells, splits, kl_levels), ridge, result.path)
+    rows, measured = result.frame, dict(result.cells)
+    if instruction:
+        measured[PROMPT] = prompted_cell(model, pairs, probe, instruction)
+        base = next(name for name, f in measured.items() if f.attrs.get("kind") == "base")
+        listed = [dict(_PROMPT_FACTS, cell=name) for name in (base, PROMPT)]
+        listed[1]["rule"] = f'the instruction "{instruction}" before every prompt'
+        added = cell_rows(listed, measured, held, costs=True)
+        rows = pd.concat([rows, added[added["cell"] == PROMPT]], ignore_index=True)
+    frame = _curves(rows)
+    return Comparison(frame, equal_cost(frame, measured, splits, kl_levels), ridge, result.path)
+
+
+PROMPT = "prompt"
+_PROMPT_FACTS: dict[str, Any] = {
+    "intervention": PROMPT, "rule": "none", "feature": "", "strength": None, "positions": PROMPT, "kind": "direction",
+    "label": "instruction, before the prompt | 1",
+}  # fmt: skip
 
 
 # --- the methods ---
-class _Steps:
-    """A method as a function of the share taken out."""
-
-    def __init__(self, target: Feature | Direction, *, norm_relative: bool = False):
-        self.target, self.norm_relative = target, norm_relative
-
-    def __call__(self, shares: Sequence[float]) -> list[tuple[float, Intervention]]:
-        if self.norm_relative:
-            assert isinstance(self.target, Direction)
-            return [(a, Steer(self.target, a, norm_relative=True)) for a in NORM_SHARES]
-        if isinstance(self.target, Direction):
-            return [(s, ProjectOut(self.target, share=s)) for s in shares]
-        return [(s, Scale(self.target, 1.0 - s)) for s in shares]
+Steps = Callable[[Sequence[float], str], list[tuple[float, Intervention]]]
+"""A method as a function of the shares taken out and the positions it acts at: each share with its edit."""
 
 
-class _Opposite(_Steps):
-    """The feature turned up instead of down."""
+def _taken_out(target: Feature | Direction, sign: float = 1.0) -> Steps:
+    if isinstance(target, Direction):
+        return lambda shares, _: [(s, ProjectOut(target, share=s)) for s in shares]
+    return lambda shares, _: [(sign * s, Scale(target, 1.0 - sign * s)) for s in shares]
 
-    def __call__(self, shares: Sequence[float]) -> list[tuple[float, Intervention]]:
-        return super().__call__([-s for s in shares])
+
+def _fitted(
+    model: Model, feature: Feature, pairs: PromptPairs, probe: Probe, steps: int, seed: int, progress: bool
+) -> dict[str, Steps]:
+    """Edits fitted on `pairs` to be specific, each taken by shares of the way from no edit."""
+    options: dict[str, Any] = {"probe": probe, "steps": steps, "seed": seed, "progress": progress}
+    own = fit_feature_set(model, feature.ref.sae, pairs, discover=pairs.templates, **options)
+    gated = fit_feature_set(model, feature.ref.sae, pairs, kind="gated", discover=pairs.templates, **options)
+    directions = {at: fit_direction(model, feature.site, pairs, positions=at, **options) for at in POSITIONS}
+    assert isinstance(own, FeatureSet) and isinstance(gated, GatedCounterfactual)
+    return {
+        f"learned set of {len(own.features)}": lambda shares, _: [
+            (s, replace(own, scales=tuple(1 + s * (k - 1) for k in own.scales))) for s in shares
+        ],
+        "gated counterfactual": lambda shares, _: [(s, _part(gated, s)) for s in shares],
+        "learned direction (DAS, rank 1)": lambda shares, where: [
+            (s, ProjectOut(directions[where], share=s)) for s in shares
+        ],
+    }
+
+
+def _part(edit: GatedCounterfactual, share: float) -> GatedCounterfactual:
+    """A share of the way from the activations to those predicted."""
+    stay = (1 - share) * np.eye(len(edit.gate))
+    weights = stay + share * np.array(edit.weights)
+    return replace(
+        edit,
+        weights=tuple(map(tuple, weights.tolist())),
+        intercepts=tuple(share * c for c in edit.intercepts),
+    )
 
 
 def _methods(
     model: Model, feature: Feature, pairs: PromptPairs, ridge: RidgeProbe, k: int, seed: int
-) -> dict[str, _Steps]:
+) -> dict[str, Steps]:
     site = feature.site
-    means = difference_of_means(model, pairs, site)
-    methods: dict[str, _Steps] = {
-        "feature": _Steps(feature),
-        "feature, opposite sign": _Opposite(feature),
-        "difference of means": _Steps(means),
-        "difference of means without massive dimensions": _Steps(
+    steered = ridge.direction(site.layer)
+    methods: dict[str, Steps] = {
+        "feature": _taken_out(feature),
+        "feature, opposite sign": _taken_out(feature, -1.0),
+        "difference of means": _taken_out(difference_of_means(model, pairs, site)),
+        "difference of means without massive dimensions": _taken_out(
             difference_of_means(model, pairs, site, without_massive=True)
         ),
-        "probe direction": _Steps(ridge.direction(site.layer)),
-        "probe direction, norm-relative steering": _Steps(ridge.direction(site.layer), norm_relative=True),
+        "probe direction": _taken_out(steered),
+        "probe direction, norm-relative steering": lambda _shares, _: [
+            (a, Steer(steered, a, norm_relative=True)) for a in NORM_SHARES
+        ],
     }
     rank = min(k, len(pairs.templates))
-    methods[f"subspace of {rank}"] = _Steps(difference_subspace(model, pairs, site, rank))
-    methods[f"random subspace of {rank}"] = _Steps(random_subspace(model.d_model, site, rank, seed))
+    methods[f"subspace of {rank}"] = _taken_out(difference_subspace(model, pairs, site, rank))
+    methods[f"random subspace of {rank}"] = _taken_out(random_subspace(model.d_model, site, rank, seed))
     for layer in _other_layers(model, site):
-        methods[f"difference of means, layer {layer}"] = _Steps(difference_of_means(model, pairs, layer))
+        methods[f"difference of means, layer {layer}"] = _taken_out(difference_of_means(model, pairs, layer))
     for i in range(N_RANDOM):
-        methods[f"random direction {i}"] = _Steps(random_direction(model.d_model, site, seed + i))
+        methods[f"random direction {i}"] = _taken_out(random_direction(model.d_model, site, seed + i))
     for i, (edit, label) in enumerate(
         control_edits(model, Scale(feature, 0.0), pairs, N_RANDOM, seed)[:N_RANDOM]
     ):
-        methods[f"{label} {i}"] = _Steps(as_feature(edit.feature))
+        methods[f"{label} {i}"] = _taken_out(as_feature(edit.feature))
     return methods
 
 
@@ -262,9 +318,9 @@ def _splits(
 
 
 # --- equal cost ---
-def _curves(result: SweepResult) -> pd.DataFrame:
-    """The sweep's rows with their method and share."""
-    frame = result.frame[result.frame["kind"] != "base"].copy()
+def _curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """A sweep's rows with their method and share."""
+    frame = rows[rows["kind"] != "base"].copy()
     label = frame["label"].str.rsplit(" | ", n=1, expand=True)
     frame.insert(0, "method", label[0])
     frame.insert(1, "share", label[1].astype(float))
@@ -295,6 +351,7 @@ def equal_cost(
         row |= {name: held.get(name, float("nan")) for name in TUNED}
         on_report = report.reindex(report["share"].abs().sort_values(kind="stable").index)
         curve = Curve.of(on_report, cells, base)
+        curve = replace(curve, between=row["positions"] != PROMPT)
         for level in levels:
             row |= curve.at(level, keep["tune"], keep["report"])
         rows.append(row)
@@ -302,7 +359,7 @@ def equal_cost(
 
 
 TUNED = (
-    "share", "removed_nats", "removed_nats_low", "removed_nats_high", "reduction", "red_low", "red_high", "specific_reduction", "spec_low",
+    "share", "removed_nats", "removed_nats_low", "removed_nats_high", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "reduction", "red_low", "red_high", "specific_reduction", "spec_low",
     "spec_high", "beta", "human_shift", "ai_shift", "kl_off", "cost",
 )  # fmt: skip
 
@@ -315,6 +372,8 @@ class Curve:
     bias: Float[np.ndarray, "n_steps n_pairs"]
     """The first step is the unsteered model, at cost 0."""
     clusters: tuple[list[str], list[str]]
+    between: bool = True
+    """Whether there is anything between two steps; an instruction is there or not."""
 
     @classmethod
     def of(cls, rows: pd.DataFrame, cells: Mapping[str, pd.DataFrame], base: pd.DataFrame) -> Curve:
@@ -339,9 +398,9 @@ class Curve:
         """The place within the cost where the mean bias of `rows` is nearest to 0: at a step, the end, or a zero between two."""
         end = self.reach(level)[0]
         means = self.bias[:, rows].mean(1)
-        places = [*range(int(end) + 1), end]
+        places = [*range(int(end) + 1), *([end] if self.between else [])]
         for i in range(len(means) - 1):
-            if means[i] * means[i + 1] < 0:
+            if self.between and means[i] * means[i + 1] < 0:
                 zero = i + means[i] / (means[i] - means[i + 1])
                 places += [zero] if zero <= end else []
         return min(places, key=lambda place: abs(self.biases(place)[rows].mean()))

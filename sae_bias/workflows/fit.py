@@ -1,24 +1,13 @@
-"""Fitting edits that are specific: learned scales of a few features, or a gated counterfactual (docs/method.md#learned-edits).
+"""Fitting edits that are specific: learned scales of a few features, a gated counterfactual, a direction (docs/method.md#learned-edits).
 
-Scales k of the live features of one SAE, fitted on the discover templates and half of each valence bank:
-
-    loss = D(AI prompts) + D(human prompts) + D(statements about others) + 0.3 · KL_off + 4 · KL + λ Σ |k - 1|
-    D(group) = mean of (s(k) - wanted)² + 4 · (mean of s(k) - wanted)²
-
-The score wanted of an AI prompt is its human twin's, of all others their own. KL_off: next-token laws of these prompts' last tokens without
-the evaluation words; KL: every position of neutral text. k = 1 + up - down with up, down between 0 and 3, so that λ Σ |k - 1| is linear
-and L-BFGS-B (Byrd et al. 1995) finds the sparse k; the `most` features that moved furthest are fitted again without λ. The loss is taken
-over all prompts at once: steps on a batch at a time stop at about half of the specific reduction. Report templates and the other half of
-the bank are never read here: `fit_report` reads them.
-
-One backward pass a step goes through the layers after the site only; the residual there is kept.
+Scales k of the live features of one SAE, fitted on the discover templates and half of each valence bank to least `fit_loss` + λ Σ |k - 1|.
+With k = 1 + up - down, up and down between 0 and 3, λ Σ |k - 1| is linear and the descent finds the sparse k; the `most` features that moved
+furthest are fitted again without λ. Report templates and the other half of the bank are never read here: `fit_report` reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -26,46 +15,26 @@ import torch
 from jaxtyping import Float
 from scipy.optimize import minimize
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
-from sae_bias.discovery.attribution import attribution, score_coefficients
+from sae_bias.core.site import Site
+from sae_bias.discovery.attribution import attribution
 from sae_bias.measures.collapse import BANKS, CollapseEngine, bank_items
 from sae_bias.measures.costs import CostEngine, pooled_kl_off
-from sae_bias.models.forward import Batch, Kept, capture_layers, forward_with_grad, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.prompts.texts import load_texts
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
 from sae_bias.stats.reduction import specific_reduction
+from sae_bias.steering.directions import Direction, difference_of_means
 from sae_bias.steering.edits import Intervention
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.learned import FeatureSet, GatedCounterfactual
+from sae_bias.workflows.fit_loss import AI, STEPS, FitPrompts, Item, bank_half, descend
 
-CANDIDATES, MOST = 192, 25
-STEPS, RANGE = 60, 3.0
-OFF_KL, NEUTRAL_KL, MEAN_WEIGHT, L1 = 0.3, 4.0, 4.0, 0.005
-GROUPS = HUMAN, AI, OTHERS = range(3)
-UNCOUNTED = -1
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """One batch of prompts at the site: what is edited, what its scores should be, and its laws before the edit."""
-
-    batch: Batch
-    resid: Tensor
-    acts: Float[Tensor, "batch pos m"]
-    rows: list[int]
-    """Token ids of the words scored; none where nothing is scored."""
-    coefficients: Float[Tensor, "batch rows"]
-    wanted: Float[Tensor, "batch"]
-    group: Tensor
-    """[batch] a number of `GROUPS`, or `UNCOUNTED`."""
-    law: Tensor
+CANDIDATES, MOST, L1, RANGE = 192, 25, 0.005, 3.0
 
 
 def fit_feature_set(
@@ -79,7 +48,7 @@ def fit_feature_set(
     steps: int = STEPS,
     penalty: float = L1,
     seed: int = 0,
-    split: Mapping[str, Sequence[str]] | None = None,
+    discover: Sequence[str] | None = None,
     progress: bool = False,
 ) -> FeatureSet | GatedCounterfactual:
     """Fit an edit of at most `most` features of one SAE that gives AI prompts their human twins' scores and leaves the rest alone.
@@ -88,19 +57,16 @@ def fit_feature_set(
         kind: "scales" (FeatureSet) or "gated" (GatedCounterfactual).
         steps: of L-BFGS-B at most, for each of the two fits.
         penalty: λ; larger keeps fewer features.
+        discover: templates to fit on; without them the discover templates of the split of `seed`.
 
     Raises:
         RequestError: a probe whose score is not mean_logit over single-token words, too few templates to hold some out.
     """
     sae = sae if isinstance(sae, Sae) else load_sae(sae)
     probe = probe or default_probe(pairs)
-    if probe.score != "mean_logit":
-        raise RequestError(
-            f'fitting needs score="mean_logit", whose slope does not depend on the edit; it is {probe.score!r}.'
-        )
     if kind not in ("scales", "gated"):
         raise RequestError(f"kind={kind!r}; expected scales or gated.")
-    found_on = pairs.select(templates=fit_split(pairs, seed, split)["discover"])
+    found_on = pairs.select(templates=discover or pairs.split(seed)["discover"])
     with torch.inference_mode(False):
         fit = _Fit(model, sae, found_on, probe, seed, progress, kind)
         return fit.gated(most) if kind == "gated" else fit.scales(most, steps, penalty)
@@ -113,11 +79,46 @@ def fit_split(
     return split or pairs.split(seed)
 
 
-def bank_half(seed: int) -> np.ndarray:
-    """Of each bank item, whether a fit reads it: whole statements, half of them."""
-    _, _, statements = bank_items()
-    kinds = np.random.default_rng(seed).permutation(len(set(statements)))
-    return np.isin(statements, kinds[: len(kinds) // 2])
+def fit_direction(
+    model: Model,
+    site: Site,
+    pairs: PromptPairs,
+    *,
+    probe: Probe | None = None,
+    positions: str = "last",
+    steps: int = STEPS,
+    seed: int = 0,
+    progress: bool = False,
+) -> Direction:
+    """One direction r and value c such that x - (r·x - c) r at `positions` gives AI prompts their human twins' scores and leaves the rest alone.
+
+    The rank-1 form of distributed alignment search and of representation finetuning (Geiger et al. 2024, arXiv:2303.02536; Wu et al. 2024,
+    arXiv:2404.03592), from the difference of means; `pairs` are those to fit on. The direction's mean is c·r.
+    """
+    if positions not in ("last", "all"):
+        raise RequestError(f"positions={positions!r}; a direction is fitted at last or all.")
+    start = difference_of_means(model, pairs, site)
+    assert start.mean is not None
+    with torch.inference_mode(False):
+        prompts = FitPrompts(model, site, pairs, probe or default_probe(pairs), seed)
+
+        def value(point: Tensor) -> Tensor:
+            unit, c = point[:-1] / point[:-1].norm(), point[-1]
+
+            def edited(item: Item) -> Tensor:
+                step = (item.resid.float() @ unit - c) * prompts.ordinary(item)
+                if positions == "last":
+                    step = torch.cat([torch.zeros_like(step[:, :-1]), step[:, -1:]], dim=1)
+                return item.resid.float() - step[..., None] * unit
+
+            return prompts.loss(edited)
+
+        r = start.basis[0].cpu()
+        first = np.r_[r.numpy(), float(start.mean.cpu() @ r)]
+        device = model.layer_device(site.layer)
+        found = torch.from_numpy(descend(value, first, steps, device=device, progress=progress)).float()
+    r = found[:-1] / found[:-1].norm()
+    return Direction(f"learned direction ({positions})", site, r[None], found[-1] * r)
 
 
 def fit_report(
@@ -160,12 +161,9 @@ class _Fit:
     def __init__(
         self, model: Model, sae: Sae, pairs: PromptPairs, probe: Probe, seed: int, progress: bool, kind: str
     ):
-        self.model, self.sae, self.probe, self.progress = model, sae, probe, progress
-        self.layer = sae.site.layer
-        self.engine = ProbeEngine(model, pairs, probe, sites=[sae.site])
-        self.banks = CollapseEngine(model, probe, sites=[sae.site])
-        self.others = np.array(bank_items()[1]) == BANKS[0]
-        self.bank_rows = bank_half(seed) & (self.others | (kind == "gated"))
+        self.model, self.sae, self.progress = model, sae, progress
+        self.prompts = FitPrompts(model, sae.site, pairs, probe, seed, ai_bank=kind == "gated")
+        self.engine, self.pair_items = self.prompts.engine, self.prompts.pair_items
         effects = attribution(self.engine, sae)
         live = min(CANDIDATES, int((effects != 0).sum()))
         if not live:
@@ -173,98 +171,36 @@ class _Fit:
         self._load(np.argsort(-np.abs(effects))[:live])
 
     def _load(self, index: np.ndarray) -> None:
-        device = self.model.layer_device(self.layer)
+        device = self.model.layer_device(self.sae.site.layer)
         self.index = index
         self.features = [self.sae.feature(int(i)).to(device) for i in index]
         self.w_dec = torch.stack([f.w_dec for f in self.features])
         with torch.no_grad():
-            self.pair_items, self.bank_items, self.neutral = self._pairs(), self._banks(), self._neutral()
+            self.acts = {item: self._acts(item) for item in self.prompts.items}
 
-    # --- what is read ---
-    def _acts(self, batch: Batch, resid: Tensor) -> Float[Tensor, "batch pos m"]:
+    def _acts(self, item: Item) -> Float[Tensor, "batch pos m"]:
         """Activations of the candidates, 0 on special tokens."""
+        resid = item.resid.float()
         if self.sae.reduces_to_one_row:
             acts = torch.stack([f.activation(resid) for f in self.features], dim=-1)
         else:
             acts = self.sae.encode(resid)[..., [f.index for f in self.features]]
-        special = torch.tensor(sorted(self.model.special_ids), device=batch.tokens.device)
-        return acts * ~torch.isin(batch.tokens, special)[..., None].to(resid.device)
+        return acts * self.prompts.ordinary(item)[..., None]
 
-    def _pairs(self) -> list[_Item]:
-        """Human prompts keep their score; AI prompts take their human twin's."""
-        coefficients, _ = score_coefficients(self.engine, of="score")
-        base, place, plan = self.engine.base, np.array(self.engine.reading._place), self.engine.reading.plan
-        wanted, group = np.zeros(len(plan.prompts)), np.full(len(plan.prompts), HUMAN)
-        for side in (0, 1):
-            np.add.at(wanted, place[:, side], base.score_human)
-        wanted /= np.bincount(place.ravel(), minlength=len(wanted)).clip(min=1)
-        group[place[:, 1]] = AI
-        kept = self.engine.engine.runner.kept(self.layer)
-        return [
-            self._item(b, kept[k], plan.row_ids, coefficients, wanted, group)
-            for k, b in enumerate(plan.batches)
-        ]
-
-    def _banks(self) -> list[_Item]:
-        """The fitted half of the statements, which keep their score; those about AI subjects count in no loss."""
-        plan, positive = self.banks.engine.plan, self.banks.positive
-        column = {token: j for j, token in enumerate(plan.row_ids)}
-        slope = np.zeros(len(plan.row_ids))
-        for word, up in zip(plan.words, positive):
-            slope[column[word[0]]] += (1 if up else -1) / (positive == up).sum()
-        coefficients = np.tile(slope, (len(plan.prompts), 1))
-        group = np.where(self.others, OTHERS, UNCOUNTED)
-        items = []
-        for b, resid in zip(plan.batches, self.banks.engine.runner.kept(self.layer)):
-            rows = np.flatnonzero(self.bank_rows[list(b.index)])
-            if len(rows):
-                part = Batch(tuple(b.index[i] for i in rows), b.tokens[rows])
-                items.append(
-                    self._item(part, resid[rows], plan.row_ids, coefficients, self.banks.base, group)
-                )
-        return items
-
-    def _neutral(self) -> list[_Item]:
-        """Neutral texts with their unedited next-token laws."""
-        texts = [self.model.encode(t) for t in load_texts("neutral")]
-        nothing = np.zeros((len(texts), 0))
-        items = []
-        for batch in plan_batches(texts, self.model.device):
-            resid = capture_layers(self.model, batch.tokens, [self.layer])[self.layer]
-            items.append(self._item(batch, resid, [], nothing, nothing.sum(1), nothing.sum(1) + UNCOUNTED))
-        return items
-
-    def _item(
-        self, batch: Batch, resid: Tensor, rows: Sequence[int], coefficients: np.ndarray, wanted: np.ndarray,
-        group: np.ndarray,
-    ) -> _Item:  # fmt: skip
-        index, device = list(batch.index), self.model.device
-        resid = resid.detach().clone()
-        as_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
-        item = _Item(
-            batch, resid, self._acts(batch, resid.float()), list(rows), as_tensor(coefficients[index]), as_tensor(wanted[index]),
-            torch.as_tensor(group[index], device=device), torch.empty(0),
-        )  # fmt: skip
-        return replace(item, law=self._read(item, item.acts)[1])
-
-    # --- the edited pass ---
-    def _read(self, item: _Item, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [batch] with the activations `new`, and the log-law of the last token without the words (of every token, where there are none)."""
-        step = (new - item.acts) @ self.w_dec
+    def edited(self, item: Item, k: Tensor) -> Tensor:
+        """The residual under the scales `k`."""
+        step = (self.acts[item] * (k - 1)) @ self.w_dec
         scale = self.sae.decoder_scale(item.resid)
-        x = item.resid.float() + (step if scale is None else step * scale[..., None])
-        kept = Kept(self.layer, x.to(item.resid.dtype))
-        final = forward_with_grad(self.model, item.batch.tokens, resume=kept)
-        z = (final.last() if item.rows else final).logits(softcap=self.probe.softcap)
-        score = (z[:, -1, item.rows] * item.coefficients).sum(-1)
-        out = torch.tensor(item.rows, dtype=torch.long, device=z.device)
-        return score, z.index_fill(-1, out, -torch.inf).log_softmax(-1)
+        return item.resid.float() + (step if scale is None else step * scale[..., None])
+
+    def loss(self, k: Tensor) -> Tensor:
+        return self.prompts.loss(lambda item: self.edited(item, k))
 
     # --- scales ---
     def scales(self, most: int, steps: int, penalty: float) -> FeatureSet:
         """The fit with λ, then the features that moved furthest again without."""
         k = self._minimize(np.ones(len(self.index)), steps, penalty)
-        size = torch.cat([i.acts.flatten(0, 1) for i in self.pair_items]).mean(0).cpu().numpy()
+        size = torch.cat([self.acts[i].flatten(0, 1) for i in self.pair_items]).mean(0).cpu().numpy()
         order = np.argsort(-np.abs(k - 1) * size)[:most]
         order = order[np.abs(k[order] - 1) > 1e-3]
         if not len(order):
@@ -279,37 +215,14 @@ class _Fit:
         return [FeatureRef(self.sae.id, int(i)) for i in self.index]
 
     def _minimize(self, start: np.ndarray, steps: int, penalty: float) -> np.ndarray:
-        """The scales of least loss, from `start`: L-BFGS-B over up and down in k = 1 + up - down."""
-        m, device = len(start), self.model.layer_device(self.layer)
-
-        def loss(moves: np.ndarray) -> tuple[float, np.ndarray]:
-            k = torch.tensor(1 + moves[:m] - moves[m:], dtype=torch.float32, device=device)
-            with torch.enable_grad():
-                value = self._loss(k.requires_grad_(True))
-            (grad,) = torch.autograd.grad(value, k)
-            slope = grad.double().cpu().numpy()
-            return float(value.detach()) + penalty * moves.sum(), np.r_[slope, -slope] + penalty
-
-        moves = np.r_[start - 1, 1 - start].clip(min=0)
-        with tqdm(total=steps, desc="fit", unit="step", disable=not self.progress, leave=False) as bar:
-            found = minimize(
-                loss, moves, jac=True, method="L-BFGS-B", bounds=[(0, RANGE)] * (2 * m),
-                options={"maxiter": steps, "maxcor": 20}, callback=lambda _: bar.update(),
-            ).x  # fmt: skip
+        """The scales of least loss, from `start`."""
+        m = len(start)
+        device = self.model.layer_device(self.sae.site.layer)
+        found = descend(
+            lambda moves: self.loss(1 + moves[:m] - moves[m:]) + penalty * moves.sum(),
+            np.r_[start - 1, 1 - start].clip(min=0), steps, bounds=(0, RANGE), device=device, progress=self.progress,
+        )  # fmt: skip
         return 1 + found[:m] - found[m:]
-
-    def _loss(self, k: Tensor) -> Tensor:
-        """Every prompt once: how far each group's scores are from those wanted, and what else moved."""
-        read = [(i, *self._read(i, i.acts * k)) for i in (*self.pair_items, *self.bank_items)]
-        off = [_kl(i.law, law) for i, _, law in read]
-        neutral = [_kl(i.law, self._read(i, i.acts * k)[1]).mean(1) for i in self.neutral]
-        loss = OFF_KL * torch.cat(off).mean() + NEUTRAL_KL * torch.cat(neutral).mean()
-        gaps, group = torch.cat([s - i.wanted for i, s, _ in read]), torch.cat([i.group for i, _, _ in read])
-        for g in GROUPS:
-            gap = gaps[group == g]
-            if len(gap):
-                loss = loss + gap.square().mean() + MEAN_WEIGHT * gap.mean().square()
-        return loss
 
     # --- the gate ---
     def gated(self, most: int) -> GatedCounterfactual:
@@ -327,24 +240,17 @@ class _Fit:
         """Candidates' activations at the last token of each pair's AI and human prompt."""
         last = np.zeros((len(self.engine.reading.plan.prompts), len(self.features)))
         for item in self.pair_items:
-            last[list(item.batch.index)] = item.acts[:, -1].cpu().double().numpy()
+            last[list(item.batch.index)] = self.acts[item][:, -1].cpu().double().numpy()
         place = np.array(self.engine.reading._place)
         return last[place[:, 1]], last[place[:, 0]]
 
     def _other_acts(self) -> np.ndarray:
         """Human prompts, neutral text and the banks' fitted half at every token, AI prompts before the last one."""
         ai = [i.group == AI for i in self.pair_items]
-        rows = [i.acts[~on].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
-        rows += [i.acts[on, :-1].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
-        rows += [i.acts.flatten(0, 1) for i in (*self.bank_items, *self.neutral)]
+        rows = [self.acts[i][~on].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
+        rows += [self.acts[i][on, :-1].flatten(0, 1) for i, on in zip(self.pair_items, ai)]
+        rows += [self.acts[i].flatten(0, 1) for i in (*self.prompts.bank_items, *self.prompts.neutral)]
         return torch.cat(rows).cpu().double().numpy()
-
-
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before ‖ after) of log-laws over their last axis, words left out of both counting nothing."""
-    kept = torch.isfinite(before) & torch.isfinite(after)
-    gap = torch.where(kept, before - after, torch.zeros_like(before))
-    return (before.exp() * gap).sum(-1)
 
 
 def fit_gate(

@@ -10,25 +10,28 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from sae_bias.core.errors import RequestError
 from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
+from sae_bias.discovery.causal import ladder_of
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
-from sae_bias.discovery.tables import activation_table
+from sae_bias.discovery.tables import ActivationTable, activation_table
 from sae_bias.measures.base import run_measures
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
-from sae_bias.probe.checks import null_facts
+from sae_bias.probe.checks import null_facts, run_checks
 from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
@@ -41,19 +44,16 @@ from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
-from sae_bias.runs.summary import (
-    bias_summary,
-    gate_facts,
-)
+from sae_bias.runs.summary import CausalFigure, bias_summary, gate_facts
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.stats.design import split_templates
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows.as_published import intervention_switches, probe_switches
 from sae_bias.workflows.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.study_checks import feature_tables, probe_checks, switch_tables
 from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
 from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
@@ -61,6 +61,9 @@ from sae_bias.workflows.sweep_work import Executor
 
 CHOSEN = ("AI-speech", "silent at AI speech")
 """The calls whose most causal feature is suppressed, the first first."""
+
+
+Tables = dict[str, pd.DataFrame]
 
 
 class StudyRun:
@@ -101,7 +104,7 @@ class StudyRun:
             summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
-                    checks = probe_checks(self.model, base, self.study.seed)
+                    checks = run_checks(self.model, base.pairs, base=base, seed=self.study.seed)
                 self.add(
                     (checks.run_tables(), [f"not checked: {n} ({why})" for n, why in checks.skipped.items()])
                 )
@@ -169,7 +172,8 @@ class StudyRun:
             self.folder.write_table("ranking", ranking)
             return {"feature": chosen_facts(ranking, chosen)}
         with self.step("table"):
-            self.folder.write_table("activation", activation_table(self.model, chosen, self.grid).long())
+            table = activation_table(self.model, chosen, self.grid)
+            self.folder.write_table("activation", table.long())
         with self.step("sweep"):
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
             family = ranking.loc[ranking["call"] == called, "feature"] if called in CHOSEN else [str(chosen)]
@@ -188,13 +192,12 @@ class StudyRun:
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
-                report = self.pairs.select(templates=self.split["report"])
-                tables, notes, summary["ladder"] = feature_tables(self.model, chosen, report, self.probe)
+                tables, notes, summary["ladder"] = causal_tables(self.report, chosen)
                 self.add((tables, notes))
-                found = run_measures(ProbeEngine(self.model, report, self.probe), (Ablate(chosen),))
+                found = run_measures(self.report, (Ablate(chosen),))
                 self.write_tables(found.tables)
                 summary |= found.summary
-                self.write_card(chosen)
+                self.write_card(chosen, table)
         return summary
 
     def one_shard(self, chosen: dict[str, Any], sweep: SweepResult) -> dict[str, Any]:
@@ -212,11 +215,16 @@ class StudyRun:
         self.write_tables(tables)
         self.notes += notes
 
-    def write_card(self, chosen: FeatureRef) -> None:
+    @cached_property
+    def report(self) -> ProbeEngine:
+        """The report pairs, run once without edits for the causal analysis and the measures."""
+        return ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+
+    def write_card(self, chosen: FeatureRef, table: ActivationTable) -> None:
         """cards/INDEX.html in the run folder."""
         page = self.folder.path / "cards" / f"{chosen.index}.html"
         page.parent.mkdir(exist_ok=True)
-        feature_card(self.model, chosen, grid=self.grid).to_html(page)
+        feature_card(self.model, chosen, table=table).to_html(page)
 
     def rank(
         self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
@@ -248,9 +256,8 @@ class StudyRun:
 
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
-        report = self.pairs.select(templates=self.split["report"])
-        report = ProbeEngine(self.model, report, self.probe, controls=True)
-        curves = []
+        pairs = self.pairs.select(templates=self.split["report"])
+        report, curves = ProbeEngine(self.model, pairs, self.probe, controls=True), []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
@@ -348,6 +355,28 @@ class StudyRun:
     def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
         for name, frame in tables.items():
             self.folder.write_table(name, frame)
+
+
+def causal_tables(engine: ProbeEngine, chosen: FeatureRef) -> tuple[Tables, list[str], CausalFigure]:
+    """The causal analysis of the chosen feature on the engine's pairs."""
+    climbed = ladder_of(engine, as_feature(chosen))
+    tables = {"ladder": climbed.to_frame(), "ceilings": climbed.ceilings, "direct_words": climbed.words}
+    figure = CausalFigure(feature=str(chosen), layer=climbed.layer, bias=climbed.base.bias)
+    return tables, [climbed.note] if climbed.note else [], figure
+
+
+def switch_tables(
+    model: Model, pairs: PromptPairs, probe: Probe, base: ProbeResult, chosen: FeatureRef | None, seed: int
+) -> tuple[Tables, list[str]]:
+    """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (docs/method.md#verdict-on-a-published-figure)."""
+    tables = {"switches_probe": probe_switches(model, pairs, probe, base=base)}
+    if chosen is None:
+        return tables, ["no feature was chosen, so the intervention's switches were not run"]
+    try:
+        tables["switches_intervention"] = intervention_switches(model, pairs, chosen, probe, seed=seed)
+    except RequestError as error:
+        return tables, [f"the intervention's switches were not run: {error}"]
+    return tables, []
 
 
 def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:

@@ -88,13 +88,13 @@ class Work:
         edits, use = [c.edits for c in cells], self.engines
         out = []
         for cell, (after, receipt) in zip(cells, use.probe.run_many(edits)):
-            out.append(CellResult(_pairs(after), {**cell.facts(), **_receipt_facts(receipt)}))
+            out.append(CellResult(pair_frame(after), {**cell.facts(), **_receipt_facts(receipt)}))
         if use.costs is not None and self.costed[group[0]]:
             for result, table in zip(out, use.costs.run_many(edits)):
-                result.facts.update(_cost_facts(table))
+                result.facts.update(cost_facts(table))
             if use.twins is not None:
                 for result, (after, _) in zip(out, use.twins.run_many(edits)):
-                    result.facts["twins"] = _twin_biases(self.pairs, after)
+                    result.facts["twins"] = twin_biases(self.pairs, after)
         if use.banks is not None:
             banked = [(r, c.edits) for r, c in zip(out, cells) if not c.needs_pairs]
             for (result, _), scores in zip(banked, use.banks.scores([e for _, e in banked])):
@@ -111,19 +111,19 @@ def run_here(work: Work, groups: Sequence[Group]) -> Results:
         yield group, work.run(group)
 
 
-def _pairs(result: ProbeResult) -> pd.DataFrame:
+def pair_frame(result: ProbeResult) -> pd.DataFrame:
     templates, entities = result.clusters
     columns = (templates, entities, result.score_human, result.score_ai, result.pair_bias)
     return pd.DataFrame(dict(zip(PAIR_COLUMNS, columns)))
 
 
-def _twin_biases(pairs: PromptPairs, twins: ProbeResult) -> list[float | None]:
+def twin_biases(pairs: PromptPairs, twins: ProbeResult) -> list[float | None]:
     """Bias of each pair's mundane twin, in the order of the pairs; None where it has none."""
     found = {(p.template, p.entity): float(b) for p, b in zip(twins.pairs, twins.pair_bias)}
     return [found.get((p.template, p.entity)) for p in pairs]
 
 
-def _cost_facts(table: pd.DataFrame) -> dict[str, float]:
+def cost_facts(table: pd.DataFrame) -> dict[str, float]:
     names = {
         "kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "kl_off": "kl_off", "nll": "nll_change", "fired": "changed_share",
     }  # fmt: skip

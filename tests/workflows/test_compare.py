@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sae_bias as sb
+from sae_bias.measures.costs import CostEngine
 from sae_bias.models.catalog import organism_folder
-from sae_bias.workflows.compare import Curve, compare_methods
+from sae_bias.workflows.compare import Curve, _part, compare_methods
+from sae_bias.workflows.prompting import prompted_cell
 
 
 def _curve(cost, means):
@@ -79,7 +81,7 @@ def setting():
 @pytest.fixture(scope="module")
 def comparison(setting):
     model, feature, pairs, splits = setting
-    return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3)
+    return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3, fit_steps=5)
 
 
 def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
@@ -94,11 +96,14 @@ def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
         "subspace of 3",
         "random subspace of 3",
         "random direction 0",
+        "gated counterfactual",
+        "learned direction (DAS, rank 1)",
     ):
         assert {f"{name}, all positions", f"{name}, last token"} <= methods
     assert any(m.startswith("difference of means, layer") for m in methods)
     assert any("same gate" in m or m.startswith("matched") for m in methods)
-    assert set(comparison.frame["positions"]) == {"all", "last"}
+    assert any(m.startswith("learned set of") for m in methods)
+    assert set(comparison.frame["positions"]) == {"all", "last", "prompt"}
     assert set(comparison.frame["split"]) == {"tune", "report"}
     assert np.isfinite(comparison.frame[["cost", "removed_nats", "specific_reduction"]].to_numpy()).all()
 
@@ -162,8 +167,65 @@ def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(set
         assert found == pytest.approx(by_hand, abs=0.005)
 
 
+def test_an_instruction_is_the_same_prompts_behind_it(setting, comparison):
+    """Its row from plain forward passes on the Hugging Face model; it has one strength, and nothing between."""
+    model, _, pairs, splits = setting
+    words = sb.Probe().vocabulary(model, [p.human for p in pairs]).kept
+    ids = torch.tensor([w.tokens[0] for w in words])
+    signs = torch.tensor([1.0 if w.positive else -1.0 for w in words])
+
+    def score(text):
+        with torch.no_grad():
+            z = model.hf(input_ids=torch.tensor([model.encode(text)])).logits[0, -1, ids]
+        return float(z[signs > 0].mean() - z[signs < 0].mean())
+
+    reported = [p for p in pairs if p.template in splits["report"]][::7]
+    behind = {(p.template, p.entity): score(f"Judge people and AIs alike. {p.ai}") for p in reported}
+    cell = prompted_cell(model, pairs, sb.Probe(), "Judge people and AIs alike.")
+    found = {(t, e): s for t, e, s in cell[["template", "entity", "score_ai"]].itertuples(index=False)}
+    assert {k: found[k] for k in behind} == pytest.approx(behind, abs=1e-3)
+    row = comparison.table.set_index("method").loc["instruction, before the prompt"]
+    curve = comparison.frame[
+        (comparison.frame["method"] == row.name) & (comparison.frame["split"] == "report")
+    ]
+    assert curve["share"].tolist() == [1.0]
+    cost = float(curve["cost"].iloc[0])
+    assert row["at_0.01"] == (pytest.approx(float(curve["reduction"].iloc[0])) if cost <= 0.01 else 0.0)
+
+
+def test_the_kl_of_an_instruction_is_at_the_texts_own_tokens(setting):
+    model, *_ = setting
+    engine = CostEngine(model, {"neutral": ["The farmer waters the field."]})
+    table = engine.behind("Judge people and AIs alike. ").iloc[0]
+
+    def laws(text):
+        with torch.no_grad():
+            return model.hf(input_ids=torch.tensor([model.encode(text)])).logits[0].log_softmax(-1)
+
+    own, behind = (
+        laws("The farmer waters the field."),
+        laws("Judge people and AIs alike. The farmer waters the field."),
+    )
+    n = len(own) - 1  # without BOS
+    p, q = own[-n:], behind[-n:]
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert table["kl_mean"] == pytest.approx(float(kl[:-1].mean()), rel=1e-4)
+    assert table["kl_last"] == pytest.approx(float(kl[-1]), rel=1e-4)
+
+
+def test_half_of_a_gated_counterfactual_is_half_the_way(setting):
+    names = (str(setting[1].ref),)
+    whole = sb.GatedCounterfactual("g", names, (0.0,), 1.0, ((0.2,),), (0.5,))
+    acts = torch.tensor([[[4.0]]])
+    assert whole.new_acts(acts).item() == pytest.approx(1.3)
+    assert _part(whole, 0.5).new_acts(acts).item() == pytest.approx((4.0 + 1.3) / 2)
+    assert _part(whole, 1.0).new_acts(acts).item() == pytest.approx(1.3)
+
+
 def test_a_comparison_prints_and_draws(comparison):
     assert "* not reached" in repr(comparison)
+    assert "beyond mundane content" in repr(comparison)
+    assert comparison.table["did_removed_nats"].notna().any()
     assert "not reached" in comparison._repr_html_() or "*" in comparison._repr_html_()
     names = {trace.name for trace in comparison.plot().data}
     assert "difference of means, all positions" in names

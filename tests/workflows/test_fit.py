@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import sae_bias as sb
-from sae_bias.workflows.fit import _Fit, bank_half, fit_split
+from sae_bias.steering.banks import BankEngine, specific_reductions
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows.fit import _Fit, fit_direction, fit_split
+from sae_bias.workflows.fit_loss import bank_half
 
 SAE = "organism:planted/resid_post/layer_3_width_512_l0_small"
 
@@ -29,18 +32,18 @@ def test_scales_of_one_cost_what_the_unedited_bias_costs(fit):
     base = fit.engine.base
     gap = base.score_ai - base.score_human
     expected = np.square(gap).mean() + 4 * gap.mean() ** 2
-    loss = fit._loss(torch.ones(len(fit.index)))
+    loss = fit.loss(torch.ones(len(fit.index)))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_slope_of_the_loss_is_its_finite_difference(fit):
     k = torch.ones(len(fit.index)).requires_grad_(True)
-    (slope,) = torch.autograd.grad(fit._loss(k), k)
+    (slope,) = torch.autograd.grad(fit.loss(k), k)
     for f in slope.abs().argsort(descending=True)[:3].tolist():
         step = torch.zeros(len(fit.index))
         step[f] = 0.02
         with torch.no_grad():
-            change = (fit._loss(1 + step) - fit._loss(1 - step)) / 0.04
+            change = (fit.loss(1 + step) - fit.loss(1 - step)) / 0.04
         assert float(change) == pytest.approx(float(slope[f]), rel=0.02)
 
 
@@ -52,7 +55,7 @@ def test_a_fit_edits_as_the_scales_that_it_returns(model, fit):
     scores = np.zeros(len(fit.engine.reading.plan.prompts))
     for item in fit.pair_items:
         with torch.no_grad():
-            scores[list(item.batch.index)] = fit._read(item, item.acts * k)[0].numpy()
+            scores[list(item.batch.index)] = fit.prompts.read(item, fit.edited(item, k))[0].numpy()
     place = np.array(fit.engine.reading._place)
     assert scores[place[:, 1]] == pytest.approx(after.score_ai, abs=1e-3)
     assert scores[place[:, 0]] == pytest.approx(after.score_human, abs=1e-3)
@@ -61,8 +64,23 @@ def test_a_fit_edits_as_the_scales_that_it_returns(model, fit):
 def test_report_templates_and_half_of_the_statements_are_never_read(fit):
     pairs = sb.load_pairs()
     assert not set(fit_split(pairs, 0)["discover"]) & set(fit_split(pairs, 0)["report"])
-    read = sorted(i for item in fit.bank_items for i in item.batch.index)
-    assert read == np.flatnonzero(bank_half(0) & fit.others).tolist()
+    read = sorted(i for item in fit.prompts.bank_items for i in item.batch.index)
+    assert read == np.flatnonzero(bank_half(0) & fit.prompts.others).tolist()
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_a_learned_direction_is_more_specific_than_the_one_it_starts_from(model, positions):
+    pairs, site = sb.load_pairs(), sb.load_sae(SAE).site
+    split = fit_split(pairs, 0)
+    found_on, report = (pairs.select(templates=split[name][:6]) for name in ("discover", "report"))
+    learned = fit_direction(model, site, found_on, positions=positions, steps=15)
+    assert float(learned.basis.norm()) == pytest.approx(1, abs=1e-5)
+    engine, banks = ProbeEngine(model, report, sb.Probe()), BankEngine(model, sb.Probe())
+    means = sb.difference_of_means(model, found_on, site)
+    cells = [[sb.ProjectOut(d, positions=positions)] for d in (learned, means)]
+    own, before = specific_reductions(engine, banks, cells)
+    print(f"specific reduction at {positions}: learned {own:.3f}, difference of means {before:.3f}")
+    assert own > before + 0.05
 
 
 def test_a_kind_or_a_score_that_cannot_be_fitted_is_refused(model):
