@@ -62,13 +62,13 @@ def compare(
     """
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, table_in_words
 
-    pairs, feature, probe = run.pairs, run.feature, run.probe
+    pairs, feature, probe, split = run.pairs, run.feature, run.probe, run.split or {}
     steps, levels = parse_numbers(shares, "--shares"), parse_numbers(kl, "--kl")
     model = run.open(feature.ref.sae)
     facts = {"pairs": pairs, "feature": str(feature.ref), "split": run.split}
     run.save({}, **facts)  # a stopped comparison says what it was
     result = compare_methods(
-        model, feature, pairs, probe, **(run.split or {}), shares=steps, kl_levels=levels, fit_steps=fit_steps, instruction=instruction,
+        model, feature, pairs, probe, discover=split.get("discover"), tune=split.get("tune"), report=split.get("report"), shares=steps, kl_levels=levels, fit_steps=fit_steps, instruction=instruction,
         seed=run.seed,
         out=None if run.out is None else run.out / "compare", progress=run.progress,
     )  # fmt: skip

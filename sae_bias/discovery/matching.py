@@ -254,10 +254,10 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
             (not first["mutual"], "they are not mutual nearest neighbors"),
             (not first["same_class"], f"it is on in other cells of the 2 × 2 ({first['class']})"),
             (first.get("same_sign") == "no", "ablating it moves the bias the other way"),
-            (first.get("same_sign") == "undetermined", "ablating one of the two has no effect told from 0"),
         )
         if fails
     ]  # fmt: skip
+    open_ = "; whether ablation moves the bias the same way is undetermined (an interval holds 0)" if first.get("same_sign") == "undetermined" else ""  # fmt: skip
     over = f"margin {margin:.2f} over the second best" if margin == margin else "the only live feature"
     if failed:
         return (
@@ -266,4 +266,4 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
         )
     return FeatureRef.parse(
         str(first["feature"])
-    ), f"{first['feature']}: functionally similar, ρ = {first['rho']:.2f}, {over}"
+    ), f"{first['feature']}: functionally similar, ρ = {first['rho']:.2f}, {over}{open_}"
