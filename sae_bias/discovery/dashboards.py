@@ -218,32 +218,33 @@ def feature_card(
     shown = [p.text for p in table.grid][:64]
     scale = mean_inverse_rms(model, shown) * _mean_decoder_scale(model, loaded, shown)
     promotes, demotes = promoted(model, loaded.w_dec, k, scale)
-    sae, notes = _sae_of(loaded), []
-    near: list[Neighbour] = []
-    if sae is None:
-        notes.append("nearest decoder rows: the feature belongs to no SAE that can be loaded")
-    elif neighbours and 4 * sae.d_in * sae.d_sae > MOST_DECODER_BYTES:
-        notes.append(
-            f"nearest decoder rows: not read, the decoder is {4 * sae.d_in * sae.d_sae / 1e9:.0f} GB"
-        )
-    elif neighbours:
-        near = nearest_rows(sae, loaded.w_dec, neighbours, leave_out=loaded.index)
-    counterpart, why = _twin(sae, loaded, twin)
-    notes += [why] if why else []
+    sae = _sae_of(loaded)
+    near, why_not_near = _nearest(sae, loaded, neighbours)
+    counterpart, why_no_twin = _twin(sae, loaded, twin)
     return FeatureCard(
         loaded.ref,
         model.name,
         activity,
         promotes,
         demotes,
-        tuple(near),
+        near,
         counterpart,
         table,
         feature_page(loaded.ref, sae),
         feature_description(loaded.ref, sae) if describe else None,
         _facts(model, loaded, sae),
-        tuple(notes),
+        tuple(filter(None, [why_not_near, why_no_twin])),
     )
+
+
+def _nearest(sae: Sae | None, feature: Feature, n: int) -> tuple[tuple[Neighbour, ...], str]:
+    """The n nearest decoder rows, or why there are none."""
+    if sae is None:
+        return (), "nearest decoder rows: the feature belongs to no SAE that can be loaded"
+    size = 4 * sae.d_in * sae.d_sae
+    if n and size > MOST_DECODER_BYTES:
+        return (), f"nearest decoder rows: not read, the decoder is {size / 1e9:.0f} GB"
+    return tuple(nearest_rows(sae, feature.w_dec, n, leave_out=feature.index)) if n else (), ""
 
 
 def _mean_decoder_scale(model: Model, feature: Feature, texts: list[str]) -> float:

@@ -239,18 +239,8 @@ def specific_reduction(
         ci_low, ci_high = _specific_limits(beta, (low, high), reduction)
         reason = "a bank has too few items for an interval" if np.isnan(ci_low + ci_high) else ""
     return SpecificReduction(
-        beta=beta,
-        beta_other=slopes["other"].beta,
-        beta_ai=slopes["ai"].beta,
-        estimate=estimate,
-        ci_low=ci_low,
-        ci_high=ci_high,
-        span_other=slopes["other"].span,
-        span_ai=slopes["ai"].span,
-        reduction=reduction,
-        level=level,
-        reason=reason,
-    )
+        beta, slopes["other"].beta, slopes["ai"].beta, estimate, ci_low, ci_high, slopes["other"].span, slopes["ai"].span, reduction, level, reason
+    )  # fmt: skip
 
 
 def _specific_limits(beta: float, limits: tuple[float, float], reduction: Reduction) -> tuple[float, float]:
