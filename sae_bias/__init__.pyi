@@ -8,12 +8,16 @@ from sae_bias.core.site import Site as Site
 from sae_bias.discovery.causal import causal_ladder as causal_ladder
 from sae_bias.discovery.dashboards import feature_card as feature_card
 from sae_bias.discovery.matching import match_features as match_features
+from sae_bias.discovery.model_diff import model_diff as model_diff
 from sae_bias.discovery.ranking import Ranking as Ranking
 from sae_bias.discovery.ranking import rank_features as rank_features
 from sae_bias.discovery.resolve import resolve_index as resolve_index
 from sae_bias.discovery.tables import TokenActivations as TokenActivations
 from sae_bias.discovery.tables import activation_table as activation_table
 from sae_bias.discovery.tables import token_activations as token_activations
+from sae_bias.measures.behavior import DoseResponse as DoseResponse
+from sae_bias.measures.behavior import Judged as Judged
+from sae_bias.measures.behavior import dose_response as dose_response
 from sae_bias.measures.identity import identity_sweep as identity_sweep
 from sae_bias.measures.judge import Judge as Judge
 from sae_bias.measures.judge import run_judge as run_judge

@@ -176,6 +176,18 @@ def make_edit(
     return edit_of(kind, feature, strength, positions=positions, when=None if when == "active" else when)
 
 
+def once(given: Sequence[str], option: str) -> Sequence[str]:
+    """What an option that may be repeated was given, each value once.
+
+    Raises:
+        RequestError: a value given twice.
+    """
+    for value in given:
+        if given.count(value) > 1:
+            raise RequestError(f"{option} {value} is given twice; give it once.")
+    return given
+
+
 def ask_to_send(cost: Any) -> bool:
     """Consent to paid requests, typed at a terminal; refused where there is no terminal."""
     print(str(cost), file=sys.stderr)
@@ -383,10 +395,10 @@ class Run(Console):
 
     @cached_property
     def features(self) -> "list[Feature]":
-        """Each --feature once."""
+        """Each --feature; one given twice is refused."""
         from sae_bias.saes.load import as_feature
 
-        return [as_feature(f) for f in dict.fromkeys(self.given["features"] or ())]
+        return [as_feature(f) for f in once(self.given["features"] or (), "--feature")]
 
     @cached_property
     def edits(self) -> "list[Intervention]":
@@ -546,6 +558,8 @@ def _template_arguments(given: Sequence[str] | None) -> dict[str, Any]:
             raise RequestError(
                 f"--template-arg {text!r}: expected NAME=VALUE, such as enable_thinking=false."
             )
+        if name.strip() in found:
+            raise RequestError(f"--template-arg {name.strip()} is given twice; give it once.")
         try:
             found[name.strip()] = json_module.loads(value)
         except ValueError:

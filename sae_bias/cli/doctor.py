@@ -145,7 +145,7 @@ def _weights(files: dict[str, Path]) -> bool:
 
 
 def _saes(model: str) -> list[str]:
-    from sae_bias.models.catalog import ORGANISM
+    from sae_bias.models.catalog import ORGANISM, model_info
     from sae_bias.models.gguf.packaged import PACKAGED
     from sae_bias.saes.releases import organism_saes, residual_saes
 
@@ -153,7 +153,9 @@ def _saes(model: str) -> list[str]:
         model = PACKAGED[model].of
     elif Path(model).expanduser().exists():
         return []
-    return organism_saes(model) if model.startswith(ORGANISM) else residual_saes(model)
+    if model.startswith(ORGANISM):
+        return organism_saes(model)
+    return residual_saes(model) if model_info(model) is not None else []
 
 
 def _show(console: Console, found: dict[str, Any], model: str | None) -> None:

@@ -1,5 +1,6 @@
 """`sae-bias generate`: what a model writes, with and without an edit of one feature."""
 
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,16 +184,9 @@ def read_prompts(given: list[str], file: Path | None, bundled: bool = False) -> 
     """The prompts of --prompt and of --prompts, in that order."""
     texts = list(given)
     if file is not None:
-        try:
-            texts += [
-                line.strip()
-                for line in file.expanduser().read_text(encoding="utf-8-sig").splitlines()
-                if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(
-                f"{file} cannot be read as text ({error}); give a text file with a prompt a line."
-            ) from error
+        from sae_bias.prompts.files import read_lines
+
+        texts += read_lines(file.expanduser())
     if bundled:
         from sae_bias.prompts.texts import load_generation_prompts
 
@@ -203,4 +197,12 @@ def read_prompts(given: list[str], file: Path | None, bundled: bool = False) -> 
         )
     if any(not text.strip() for text in texts):
         raise RequestError("a prompt is empty.")
+    for text in texts:
+        if bad := next(
+            (c for c in text if not c.isprintable() and unicodedata.category(c) == "Cc" and c not in "\n\t"),
+            None,
+        ):
+            raise RequestError(
+                f"the prompt {text[:60]!r} holds the control character U+{ord(bad):04X}; remove it."
+            )
     return texts

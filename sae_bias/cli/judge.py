@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import Run, ask_to_send, command
+from sae_bias.cli.context import Run, ask_to_send, command, once
 from sae_bias.core.errors import MissingError, RequestError
 
 RunDir = Annotated[
@@ -136,7 +136,7 @@ def judge(
         kept.write_table("generations", texts)
     chosen = [
         Judge(name, base_url, api_key, max_tokens=max_tokens, dollars_in=price_in, dollars_out=price_out)
-        for name in dict.fromkeys(judges)
+        for name in once(judges, "--judge")
     ]
     with kept.writing():
         result = run_judge(

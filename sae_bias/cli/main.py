@@ -34,6 +34,7 @@ COMMAND_MODULES = (
     "match",
     "scenarios",
     "generate",
+    "dose",
     "play",
     "fit",
     "identity",
@@ -54,7 +55,7 @@ GROUPS = {
     ),
     "Steer": (
         "sweep organism:planted RELEASE/SAE_ID#INDEX",
-        ("sweep", "compare", "generate", "judge", "play", "fit"),
+        ("sweep", "compare", "generate", "dose", "judge", "play", "fit"),
     ),
     "Study": ("run study.yaml", ("demo", "run", "plan", "merge", "report")),
     "Trust": ("verify runs/demo", ("verify", "calibrate", "doctor")),

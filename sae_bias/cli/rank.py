@@ -1,5 +1,6 @@
 """`sae-bias rank`: which features tell AI from human prompts, answer to AI speech, or carry the bias."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,6 +136,17 @@ NoneOf = Annotated[
 ]
 
 
+Neuronpedia = Annotated[
+    Path | None,
+    typer.Option(
+        "--neuronpedia",
+        metavar="FILE",
+        help="Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.",
+        show_default=False,
+    ),
+]
+
+
 @command(
     "rank",
     "sae-bias rank organism:planted organism:planted/constructed --by interaction",
@@ -156,6 +168,7 @@ def rank(
     chat: AsChat = False,
     all_of: AllOf = None,
     none_of: NoneOf = None,
+    neuronpedia: Neuronpedia = None,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -210,6 +223,8 @@ def rank(
     one = f" of {run.saes[0].id}" if len(run.saes) == 1 else ""
     short = [f"#{i}" for i in first["index"]] if one else first["feature"]
     run.table(f"The first {len(first)}{one}", first.assign(feature=short), CONTRAST if texts else COLUMNS)
+    if neuronpedia is not None:
+        run.say(_write_list(neuronpedia, list(first["feature"])))
     if lucky is not None:
         run.say(
             f"the same search in a randomized SAE: {_yield_of(lucky)}; here: {_yield_of(ranking.to_frame())}"
@@ -236,6 +251,18 @@ def rank(
             "predictions": rows(ranking.predictions),
         }
     )
+
+
+def _write_list(path: Path, features: list[str]) -> str:
+    """The features with a public page as a Neuronpedia list in `path`; what was written."""
+    from sae_bias.saes.neuronpedia import feature_list
+
+    entries = feature_list(features)
+    try:
+        path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}.") from error
+    return f"{path}: {len(entries)} of {len(features)} features have a page on Neuronpedia"
 
 
 def _yield_of(frame: "pd.DataFrame") -> str:

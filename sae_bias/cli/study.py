@@ -12,8 +12,7 @@ from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
     from sae_bias.integrations.ray import Cluster
-    from sae_bias.workflows.replication import Replication
-    from sae_bias.workflows.study_file import Study
+    from sae_bias.workflows.study import AnyStudy
 
 
 SeedChoice = Annotated[
@@ -145,6 +144,6 @@ def _run(
     run.finish({"study": study.name, "model": study.model, **result.summary, **where})
 
 
-def _folder(study: "Study | Replication") -> Path:
+def _folder(study: "AnyStudy") -> Path:
     """runs/NAME, with nothing in the name that a folder cannot have."""
     return Path("runs") / (re.sub(r"[^\w.-]+", "-", study.name).strip(".-") or "study")

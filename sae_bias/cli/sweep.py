@@ -82,6 +82,22 @@ Controls = Annotated[
     int,
     typer.Option("--controls", min=0, help="Minimum number of control interventions for the first setting."),
 ]
+Mismatch = Annotated[
+    bool,
+    typer.Option(
+        "--mismatch/--no-mismatch",
+        help="Also the feature's edit at an earlier and a later layer, where it should do less.",
+    ),
+]
+MismatchSae = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mismatch-sae",
+        metavar="SAE",
+        help="And the feature of the same index in this SAE; may be given several times.",
+        show_default=False,
+    ),
+]
 Costs = Annotated[
     bool,
     typer.Option(
@@ -106,6 +122,8 @@ def sweep(
     unit: Unit = "act",
     when: When = "active",
     controls: Controls = 99,
+    mismatch: Mismatch = False,
+    mismatch_sae: MismatchSae = None,
     costs: Costs = True,
     shard: Shard = None,
 ) -> None:
@@ -133,7 +151,14 @@ def sweep(
     model = run.open(*(f.ref.sae for f in features))
     units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None
     edits = _edits(kinds, features, where, when, units)
-    plan = Sweep(edits, controls=controls, costs=costs, splits=held, seed=run.seed)
+    plan = Sweep(
+        edits,
+        controls=controls,
+        costs=costs,
+        splits=held,
+        seed=run.seed,
+        mismatches=mismatch_sae or mismatch,
+    )
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
     facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
     run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
@@ -197,7 +222,7 @@ def _edits(
 
 def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
     from sae_bias.core.text import signed
-    from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
+    from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines, mismatch_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
@@ -218,6 +243,8 @@ def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wan
         run.say(
             "no controls: they are made for edits of features' own activations (clamp, scale, cap, ablate)."
         )
+    for line in mismatch_lines(summary.get("mismatches") or []):
+        run.say(line)
     run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
         run.note(f"run folder: {result.path} (sae-bias report {result.path})")

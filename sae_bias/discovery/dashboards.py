@@ -172,6 +172,11 @@ class FeatureCard:
             f"  demotes  {', '.join(repr(w.token) for w in self.demotes[:8])}",
         ]
         lines += [f"  {p.activation:8.3g}  …{p.text.strip()[-70:]!r}" for p in a.passages[:5]]
+        lines += (
+            [f"  page     {self.page}{f': {self.description}' if self.description else ''}"]
+            if self.page
+            else []
+        )
         return "\n".join(lines)
 
 

@@ -183,7 +183,7 @@ def rank_features(
     saes = load_saes(model, sae)
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     if isinstance(prompts, Contrast):
-        return _of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
+        return of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
     pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)
     work = _Work(model, saes, by, pairs, grid, probe, split, {**options, "max_view": max_view})
     return work.ranking(effects, top_k, controls)
@@ -298,7 +298,8 @@ class _Work:
         return found, joint
 
 
-def _of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+def of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+    """The ranking of a contrast's scan, by AUROC."""
     frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
     _add_families(frame, saes)
     return Ranking("contrast", frame, len(frame), scan.n_units, scan.units, scan.note)

@@ -37,7 +37,7 @@ from sae_bias.discovery.contrasts import ALPHA, feature_names
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import text_batches
-from sae_bias.prompts.contrast import Contrast
+from sae_bias.prompts.contrast import Contrast, SameTexts
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.stats.features import activation_variance_floor, auroc, benjamini_hochberg, sign_matrix
@@ -76,6 +76,7 @@ def scan_contrast(
     min_texts: int = 2,
     all_of: Sequence[str] = (),
     none_of: Sequence[str] = (),
+    baseline: Model | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> ContrastScan:
@@ -87,6 +88,7 @@ def scan_contrast(
         min_texts: features that fire on fewer texts, whichever side, are left out of the family and of the table's tests.
         all_of, none_of: keep features that fire on every text of these sets and on none of those; a set is "positive", "negative"
             or the name of a group.
+        baseline: the model that reads the negative texts, where it is another one (a base model against its instruct model).
 
     Raises:
         RequestError: an unknown `reduce` or set, a text beyond the model's context, fewer than two units a side.
@@ -98,7 +100,7 @@ def scan_contrast(
     frames: list[pd.DataFrame] = []
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
         buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes))
-        lengths = _read(model, saes, contrast, reduce, chat, buckets, progress)
+        lengths, in_bytes = _read((model, baseline or model), saes, contrast, reduce, chat, buckets, progress)
         for start, stop in tqdm(
             buckets.ranges(), desc="contrast", unit="block", disable=not progress, leave=False
         ):
@@ -112,7 +114,7 @@ def scan_contrast(
     frame = pd.concat([feature_names(sae) for sae in saes], ignore_index=True)
     frame = frame.join(statistics.set_index("place")).pipe(_silent, len(contrast))
     design.correct(frame)
-    note = _note(frame, contrast, design, lengths)
+    note = "; ".join(filter(None, [_note(frame, contrast, design, lengths), _bytes_note(contrast, in_bytes)]))
     if all_of or none_of:
         frame = frame[frame["in_sets"]].reset_index(drop=True)
         note = f"{len(frame)} features fire on all of {_said(all_of)} and on none of {_said(none_of)}; {note}"
@@ -159,28 +161,41 @@ class _Buckets:
 
 @torch.no_grad()
 def _read(
-    model: Model,
+    models: tuple[Model, Model],
     saes: Sequence[Sae],
     contrast: Contrast,
     reduce: str,
     chat: bool,
     buckets: _Buckets,
     progress: bool,
-) -> Int[Array, "n_texts"]:
-    """Fill the buckets; the number of tokens of each text."""
+) -> tuple[Int[Array, "n_texts"], Bool[Array, "n_texts"]]:
+    """Fill the buckets; how many tokens each text is, and whether most of them are bytes. `models`: of the positive and of the negative texts."""
     layers = sorted({s.site.layer for s in saes})
-    lengths, rows = np.zeros(len(contrast), dtype=np.int64), _Rows(reduce)
-    with tqdm(total=len(contrast), desc="texts", unit="text", disable=not progress, leave=False) as bar:
-        for at in range(0, len(contrast), CHUNK):
-            ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at : at + CHUNK]]
-            lengths[at : at + len(ids)] = [len(row) for row in ids]
+    first, n = len(contrast.positive), len(contrast)
+    lengths, in_bytes, rows = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), _Rows(reduce)
+    parts = [(models[0], at, min(at + CHUNK, first)) for at in range(0, first, CHUNK)]
+    parts += [(models[1], at, min(at + CHUNK, n)) for at in range(first, n, CHUNK)]
+    if models[0] is models[1]:
+        parts = [(models[0], at, min(at + CHUNK, n)) for at in range(0, n, CHUNK)]
+    with tqdm(total=n, desc="texts", unit="text", disable=not progress, leave=False) as bar:
+        for model, at, stop in parts:
+            ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at:stop]]
+            lengths[at:stop] = [len(row) for row in ids]
+            in_bytes[at:stop] = _mostly_bytes(model, ids)
             for batch in text_batches(model, ids, layers):
                 rows.add(batch.resid, batch.ordinary, np.asarray(batch.index) + at)
                 if rows.n_bytes > ROW_BYTES:
                     rows.flush(saes, buckets)
                 bar.update(len(batch.index))
     rows.flush(saes, buckets)
-    return lengths
+    return lengths, in_bytes
+
+
+def _mostly_bytes(model: Model, ids: Sequence[Sequence[int]]) -> list[bool]:
+    """Whether more than half of a text's tokens are parts of characters: its script has no tokens of its own."""
+    tokens = {t for row in ids for t in row}
+    part = {t: "\ufffd" in model.decode([t]) for t in tokens}
+    return [sum(part[t] for t in row) > len(row) / 2 for row in ids]
 
 
 class _Rows:
@@ -421,13 +436,22 @@ def _note(frame: pd.DataFrame, contrast: Contrast, design: _Design, lengths: Arr
             f"chosen on {1 - HELD_OUT:.0%} of the {design.units}, {best['feature']} has AUROC {best['auroc_discover']:.2f} there and "
             f"{best['auroc_held_out']:.2f} on the others"
         )
-    words = bag_of_words_auroc(contrast, design.held)
-    length = float(auroc(lengths[design.side][:, None], lengths[~design.side][:, None])[0])
-    said.append(
-        f"held out, a bag of words has {words:.2f}; the number of tokens alone has AUROC {length:.2f}"
-    )
+    if not isinstance(contrast, SameTexts):
+        words = bag_of_words_auroc(contrast, design.held)
+        length = float(auroc(lengths[design.side][:, None], lengths[~design.side][:, None])[0])
+        said.append(
+            f"held out, a bag of words has {words:.2f}; the number of tokens alone has AUROC {length:.2f}"
+        )
     said.append(f"{design.family:,} features tested")
     return "; ".join(said)
+
+
+def _bytes_note(contrast: Contrast, in_bytes: Bool[Array, "n_texts"]) -> str:
+    """Says which texts the tokenizer turns into bytes: their activations are of pieces of letters."""
+    if not in_bytes.any():
+        return ""
+    first = contrast.texts[int(in_bytes.argmax())][:40]
+    return f"{int(in_bytes.sum())} texts are mostly bytes under this tokenizer, which has no tokens for their script, such as {first!r}"
 
 
 def bag_of_words_auroc(contrast: Contrast, held: Bool[Array, "n_texts"]) -> float:

@@ -167,3 +167,51 @@ def identity_claims(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         )  # fmt: skip
     fig.update_xaxes(tickformat=".0%", rangemode="tozero")
     return style.row_labels(fig, [short(n, 24) for n in names])
+
+
+SIDE_COLORS = {"all": AI, "positive": AI, "negative": HUMAN, "difference": GREEN}
+
+
+def dose_response(frame: pd.DataFrame, behavior: str, usable: tuple[float, float] | None = None) -> go.Figure:
+    """Rate of a behavior against strength, a line a side with its interval over prompts; the usable range is shaded."""
+    fig = style.figure(
+        "Behavior against strength",
+        "strength of the edit",
+        f"rate of {plain(short(behavior, 40))}",
+        height=460,
+    )
+    if usable is not None:
+        fig.add_vrect(
+            x0=usable[0], x1=usable[1], fillcolor=GRID, opacity=0.5, layer="below", line_width=0,
+            annotation={"text": "capability within the margin", "yanchor": "bottom", "y": 1},
+        )  # fmt: skip
+    for side, rows in frame.groupby("side", sort=False):
+        color = SIDE_COLORS.get(str(side), NEUTRAL)
+        line = rows[(rows["kind"] == "candidate") & rows["strength"].notna()].sort_values("strength")
+        level = rows[(rows["kind"] == "mismatch") | ((rows["kind"] == "candidate") & rows["strength"].isna())]
+        for r in level.to_dict("records"):
+            text = f"{side}: {r.get('label') or 'the edit'}"
+            fig.add_hline(
+                y=r["rate"],
+                line={"color": color, "dash": "dot", "width": 1.2},
+                annotation={"text": plain(short(text, 40)), "font": {"size": 10}},
+            )
+        base = rows[rows["kind"] == "base"]
+        hover = [
+            f"<b>{plain(side)}, {number(r['strength'])}</b><br>{number(r['rate'])} [{number(r['ci_low'])}, {number(r['ci_high'])}], {r['n']} prompts"
+            f"<br>change {number(r['change'])}; random controls {number(r['control_change'])}"
+            for r in line.to_dict("records")
+        ]
+        fig.add_scatter(
+            x=line["strength"], y=line["rate"], mode="lines+markers", name=str(side), line={"color": color}, customdata=hover, hovertemplate=HOVER,
+            error_y={"array": line["ci_high"] - line["rate"], "arrayminus": line["rate"] - line["ci_low"], "thickness": 1.2},
+        )  # fmt: skip
+        if len(base):
+            fig.add_hline(y=base["rate"].iloc[0], line={"color": color, "dash": "dash", "width": 1.2})
+        with_controls = line[line["control_change"].notna()]
+        if len(with_controls) and len(base):
+            fig.add_scatter(
+                x=with_controls["strength"], y=base["rate"].iloc[0] + with_controls["control_change"], mode="markers", name=f"{side}: random controls",
+                marker={"color": color, "symbol": "x-thin", "size": 9, "line": {"width": 2, "color": color}},
+            )  # fmt: skip
+    return fig

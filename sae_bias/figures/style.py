@@ -34,6 +34,7 @@ KINDS = {  # kind of intervention -> (legend, color, dash)
     "direction": ("difference of means", GREEN, "dash"),
     "opposite": ("opposite sign", PURPLE, "dot"),
     "control": ("controls", NEUTRAL, "solid"),
+    "mismatch": ("the feature elsewhere", GOLD, "dot"),
 }
 COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech", "kl_valence", "kl_off")
 _AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "ticks": ""}

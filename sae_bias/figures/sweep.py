@@ -35,7 +35,7 @@ def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
     fig = style.figure("Bias against strength", "strength of the intervention", "bias in nats", height=480)
     base = (sweep["bias"] - sweep["change"]).dropna()
     lead = style.lead_split(sweep)
-    for kind in ("control", "direction", "opposite", "candidate"):
+    for kind in ("control", "mismatch", "direction", "opposite", "candidate"):
         rows = sweep[(sweep["kind"] == kind) & sweep["strength"].notna()]
         splits = [lead] if kind != "candidate" else [s for s in rows["split"].unique() if s != lead] + [lead]
         for split in splits:
@@ -74,7 +74,7 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
         height=460,
     )
     wide = len(rows) > 0 and rows["kl"].max() > 0.2
-    for kind in ("control", "opposite", "direction", "candidate"):
+    for kind in ("control", "mismatch", "opposite", "direction", "candidate"):
         name, color, dash = KINDS[kind]
         size, opacity = (5, 0.5) if kind == "control" else (9, 1)
         for i, (edit, part) in enumerate(rows[rows["kind"] == kind].groupby("intervention", sort=False)):

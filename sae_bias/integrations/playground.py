@@ -29,6 +29,7 @@ from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import observed_max
 from sae_bias.steering.edits import Ablate, Clamp, Scale, Steer
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.generate import check_room
 from sae_bias.steering.hooks import intervene
 from sae_bias.steering.intervention import FeatureLike, Intervention
 
@@ -139,6 +140,7 @@ class Playground:
         with self.lock:
             edits = self.edits(asked)
             ids = opening_ids(self.model, _checked(prompt), chat=chat)
+            check_room(self.model, len(ids), min(n, MOST_TOKENS))
             arms = {"unsteered": _Arm(self.model, ids, []), "steered": _Arm(self.model, ids, edits)}
             for _ in range(min(n, MOST_TOKENS)):
                 for name, arm in arms.items():

@@ -23,34 +23,45 @@ import numpy as np
 
 from sae_bias.core.errors import MissingError, RequestError
 
-_N = r"([-+]?\d+(?:[.,]\d+)?)"
-_LABEL = r"(?:rating|score|mark|grade|verdict)"
+_N = r"([-+−]?\d+(?:[.,]\d+)?)"
+_LABEL = r"(?:rating|score|mark|grade|verdict|answer|overall)"
+_IS = r"[\s:：=→|*_(\"']{0,6}(?:(?:is|of|would\s+be)\b[\s:*_]{0,4})?(?:an?\s+)?"
 _SCALE = re.compile(
-    r"[(\[][^()\[\]]*\d[^()\[\]]*\d[^()\[\]]*[)\]]|\bon\s+(?:a|the)\s+scale\s+(?:of|from)\s+\d+\s*(?:-|–|—|to)\s*\d+"
-    r"|\b(?:from|between)\s+1\s+(?:to|and)\s+5\b",
+    r"[(\[（][^()\[\]（）]*\d[^()\[\]（）]*\d[^()\[\]（）]*[)\]）]|\bon\s+(?:a|the)\s+scale\s+(?:of|from)\s+\d+\s*(?:-|–|—|to)\s*\d+"
+    r"|\bon\s+(?:a|the)\s+\d+\s*(?:-|–|—|to)\s*\d+\s+scale|\b(?:from|between)\s+1\s+(?:to|and)\s+5\b"
+    r"|[(\[]\s*out\s+of\s+\d+\s*[)\]](?=\s*[:：=])|\bout\s+of\s+\d+(?=\s*[:：=])",
     re.IGNORECASE,
 )
 """Two numbers in brackets, or words about a scale: what a verdict may be, never the verdict."""
 _CHOICES = re.compile(
     r"[(\[][^()\[\]]*\b(?:1|2|tie)\b[^()\[\]]+\b(?:1|2|tie)\b[^()\[\]]*[)\]]", re.IGNORECASE
 )
-_OUT_OF = r"(?:\s*(?:/|\bout\s+of\b|\bof\b)\s*(\d+))?"
-_MORE = r"(?!\s*%)(?!\s*(?:-|–|—|~|/|,|\bto\b|\bor\b|\band\b)\s*\d)"
+_OUT_OF = r"(?:\s*[*_]*\s*(?:/|\bout\s+of\b|\bof\b)\s*(\d+))?"
+_DASH = r"(?:-|–|—|−|‒|~)"
+_MORE = rf"(?!\s*%)(?![+a-z]|{_DASH}(?!star))(?!\s*(?:{_DASH}|/|,|&|\+|\.\.|…|\bto\b|\bor\b|\band\b)\s*\d)"
+"""What follows a verdict is no range, no second number and no ordinal."""
 _RATING = re.compile(
-    rf"\[\[\s*{_N}\s*\]\]|<(?:rating|score)>\s*{_N}\s*</(?:rating|score)>"
-    rf"|\b{_LABEL}\b[\s:=*_(\"']{{0,6}}(?:(?:is|of|would\s+be)\b[\s:*_]{{0,4}})?(?:an?\s+)?{_N}(?![\d.,]*\d){_OUT_OF}{_MORE}"
+    rf"\[\[\s*{_N}\s*\]\]|<(?:rating|score|answer)>\s*{_N}\s*</(?:rating|score|answer)>|\\boxed\{{\s*{_N}\s*\}}"
+    rf"|\b{_LABEL}\b{_IS}{_N}(?![\d.,]*\d){_OUT_OF}{_MORE}"
     rf"|\b(?:rate|give|assign)\b(?:\s+(?:it|this|the|continuation|text)){{0,3}}\s+(?:as\s+)?(?:an?\s+)?{_N}(?![\d.,]*\d){_OUT_OF}{_MORE}",
     re.IGNORECASE,
 )
-_BARE = re.compile(rf"^[\s*_\"'(]*{_N}{_OUT_OF}[\s*_\"').!]*$", re.IGNORECASE)
-_PICK = r"(?:continuation\s+|option\s+)?(1|2|tie)"
+_BARE = re.compile(rf"^[\s*_\"'(:,.$]*{_N}{_OUT_OF}(?:\s*stars?)?[\s*_\"').!$]*$", re.IGNORECASE)
+_PICK = r"(?:continuation\s+|option\s+|number\s+|#)?(1|2|tie)"
+_NO_OTHER = r"\b(?!\s*(?:/|,|&|-|–|—|−|\bor\b|\band\b|\bto\b)?\s*(?:\d|tie))"
 _CHOICE = re.compile(
-    rf"\[\[\s*{_PICK}\s*\]\]|<(?:choice|answer)>\s*{_PICK}\s*</(?:choice|answer)>"
-    rf"|\b(?:choice|answer|verdict|winner)\b\W{{0,6}}(?:is\b\W{{0,4}})?{_PICK}\b(?!\s*(?:/|,|-|–|\bor\b|\band\b)\s*(?:\d|tie))",
+    rf"\[\[\s*{_PICK}\s*\]\]|<(?:choice|answer)>\s*{_PICK}\s*</(?:choice|answer)>|\\boxed\{{\s*{_PICK}\s*\}}"
+    rf"|\b(?:choice|answer|verdict|winner|better(?:\s+(?:continuation|option|text|one))?)\b\W{{0,6}}(?:is\b\W{{0,4}})?{_PICK}{_NO_OTHER}"
+    rf"|\bI\s+(?:choose|prefer|pick|select)\s+{_PICK}{_NO_OTHER}",
     re.IGNORECASE,
 )
 _BARE_CHOICE = re.compile(rf"^\W*{_PICK}\W*$", re.IGNORECASE)
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
+_MIND = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratch_?pad)"
+_OPENED = rf"<\|?(?:begin_of_|start_of_)?{_MIND}\|?>|\[think(?:ing)?\]|◁think▷|<\|?channel\|?>\s*(?:analysis|thought|commentary)\b"
+_CLOSED = rf"<(?:\|?/|/\|?|\|?end_of_){_MIND}\|?>|\[/think(?:ing)?\]|◁/think▷|<\|?channel\|?>\s*final\b(?:<\|message\|>)?|<channel\|>"
+_THOUGHT = re.compile(rf"(?:{_OPENED}).*?(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
+_OPEN, _CLOSE = re.compile(_OPENED, re.IGNORECASE), re.compile(_CLOSED, re.IGNORECASE)
+"""How the models of the day mark their thinking: tags, brackets, the channels of gpt-oss and Gemma."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +88,32 @@ def read_rating(reply: str) -> int | None:
         return None
     filled = _json_value(said, "rating", "score")
     if filled is not None:
-        return filled if type(filled) is int and 1 <= filled <= 5 else None
+        return _one_to_five(filled)
     for scale in _SCALE.finditer(said):
         ends = [int(n) for n in re.findall(r"\d+", scale[0])]
-        if (min(ends), max(ends)) != (1, 5):
+        if max(ends) != 5 or (len(ends) > 1 and min(ends) != 1):
             return None
     said = _SCALE.sub(" ", said).strip()
+    lines = [line for line in said.splitlines() if line.strip()]
+    bare = [match for part in (said, *lines[:1], *lines[-1:]) if (match := _BARE.match(part))]
     found: set[tuple[float, float]] = set()
-    for match in [_BARE.match(said)] if _BARE.match(said) else _RATING.finditer(said):
-        assert match is not None
+    for match in [*bare, *_RATING.finditer(said)]:
         groups = [g for g in match.groups() if g is not None]
-        found.add((float(groups[0].replace(",", ".")), float(groups[1]) if len(groups) > 1 else 5.0))
+        value = float(groups[0].replace(",", ".").replace("−", "-"))
+        found.add((value, float(groups[1]) if len(groups) > 1 else 5.0))
     if len(found) != 1:
         return None
     value, most = found.pop()
-    return int(value) if value in (1, 2, 3, 4, 5) and most == 5 else None
+    return _one_to_five(value) if most == 5 else None
+
+
+def _one_to_five(value: Any) -> int | None:
+    """4, 4.0 and "4" as 4; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(?:\.0+)?\s*", value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (1, 2, 3, 4, 5):
+        return None
+    return int(value)
 
 
 def read_choice(reply: str) -> str | None:
@@ -110,9 +132,11 @@ def read_choice(reply: str) -> str | None:
 
 
 def _spoken(reply: str) -> str | None:
-    """The reply without its thinking; None where the thinking never ended."""
+    """The reply without its thinking, also where the prompt opened it; None where the thinking never ended."""
     said = _THOUGHT.sub(" ", reply)
-    return None if re.search(r"<think>", said, re.IGNORECASE) else said.strip()
+    if _OPEN.search(said):
+        return None
+    return _CLOSE.split(said)[-1].strip()
 
 
 def _json_value(said: str, *names: str) -> Any:
@@ -124,7 +148,10 @@ def _json_value(said: str, *names: str) -> Any:
         filled = json.loads(bare)
     except (ValueError, RecursionError):
         return None
-    return next((filled[n] for n in names if n in filled), None) if isinstance(filled, dict) else None
+    if not isinstance(filled, dict):
+        return None
+    lower = {str(key).lower(): value for key, value in filled.items()}
+    return next((lower[n] for n in names if n in lower), None)
 
 
 class ReplyStore:

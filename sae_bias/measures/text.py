@@ -93,11 +93,11 @@ def token_nll(
         final = forward(model, batch.tokens)
         for row, place in enumerate(batch.index):
             i = kept[place]
-            values[i] = _nll(final, row, len(prompts[i]), completions[i].tokens)
+            values[i] = nll_at(final, row, len(prompts[i]), completions[i].tokens)
     return values
 
 
-def _nll(final: Final, row: int, start: int, tokens: Sequence[int]) -> Float[np.ndarray, "n_tokens"]:
+def nll_at(final: Final, row: int, start: int, tokens: Sequence[int]) -> Float[np.ndarray, "n_tokens"]:
     """NLL of `tokens`, the first of them at position `start`; full logits of 64 positions at a time."""
     parts = []
     for at in range(0, len(tokens), BLOCK):

@@ -164,6 +164,8 @@ def _load_hf(
 
     if device_map is not None and find_spec("accelerate") is None:
         raise MissingError("device_map needs accelerate; `pip install accelerate`.")
+    if isinstance(device_map, str) and device_map not in SPREADS:
+        _pick_device(device_map)
     config = _load_config(source, local=local)
     _note_remote_code(config, source)
     _refuse_sizes(config, source)
@@ -212,6 +214,8 @@ def _refuse_incomplete(info: dict[str, Any], source: Path | str) -> None:
         )
 
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What a device map may say beside a device's name or a mapping of modules to devices."""
 LARGEST = {
     "num_hidden_layers": 4096,
     "hidden_size": 1 << 17,
@@ -285,6 +289,8 @@ def _pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if device.startswith("mps") if isinstance(device, str) else device.type == "mps":
             raise RequestError("device mps is for Macs with Apple silicon; try --device cpu.") from error
+        if "device type at start" in str(error) or "Invalid device string" in str(error):
+            raise RequestError(f"device {device!s} is not one of auto, cpu, cuda, cuda:1, mps.") from error
         first_line = str(error).splitlines()[0][:160]
         raise RequestError(
             f"device {device!s} cannot be used here ({first_line}); try --device cpu."

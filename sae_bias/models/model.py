@@ -150,6 +150,11 @@ class Model:
         return None if getattr(head, "bias", None) is None else resident(head, "bias")
 
     @property
+    def longest(self) -> int | None:
+        """Most tokens the model takes, prompt and continuation together; None where its config says none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def softcap(self) -> float | None:
         """Final-logit softcap (30 in Gemma 2), or None."""
         return getattr(self.config, self.arch.softcap, None) if self.arch.softcap else None
@@ -229,7 +234,19 @@ class Model:
         return list(known[text])
 
     def _encode(self, text: str) -> list[int]:
-        ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt {text[:60]!a} holds half of a character ({text[error.start]!a}); give it as UTF-8."
+            ) from None
+        try:
+            ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            line = " ".join(str(error).split())[:120]
+            raise RequestError(
+                f"the tokenizer of {self.name} cannot read the prompt {_short(text)} ({line})."
+            ) from error
         plain = [i for i in ids if i not in self.special_ids]
         if not plain:
             raise RequestError(
@@ -246,10 +263,9 @@ class Model:
             raise RequestError(
                 f"the tokenizer of {self.name} gives id {max(ids)}, but the model embeds only {self._n_embedded} tokens."
             )
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if longest is not None and len(ids) > longest:
+        if self.longest is not None and len(ids) > self.longest:
             raise RequestError(
-                f"the prompt {_short(text)} is {len(ids)} tokens; {self.name} takes at most {longest}."
+                f"the prompt {_short(text)} is {len(ids)} tokens; {self.name} takes at most {self.longest}."
             )
         return ids
 

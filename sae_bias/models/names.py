@@ -60,6 +60,11 @@ def _inside(folder: Path) -> Place:
     if is_adapter(folder):
         return Place("adapter", folder)
     if (folder / "config.json").is_file():
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack")]
+        if pickled and not any(folder.glob("*.safetensors*")):
+            raise RequestError(
+                f"{folder} holds its weights as {pickled[0]} only; pickled weights are never loaded, convert them to safetensors."
+            )
         return Place("folder", folder)
     found = sorted(folder.glob("*.gguf"))
     if len(found) == 1:

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_bias.core.errors import MissingError, RequestError
-from sae_bias.models.hub import _loading_error
+from sae_bias.models.hub import TOKENIZERS, _loading_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_OLDER = ("spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json")
+
+
 def _load_tokenizer(source: Path | str, *, local: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if isinstance(source, Path) and not any((source / name).is_file() for name in (*TOKENIZERS, *_OLDER)):
+        raise RequestError(
+            f"{source} holds no tokenizer ({', '.join(TOKENIZERS)}); copy its files there, or give load_model(…, tokenizer=…)."
+        )
     try:
         with _no_collection():
             return AutoTokenizer.from_pretrained(source, local_files_only=local)

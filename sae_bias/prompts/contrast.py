@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.prompts.files import read_lines
 
 POSITIVE = ("1", "true", "yes", "positive", "pos")
 NEGATIVE = ("0", "false", "no", "negative", "neg", "-1")
@@ -100,6 +101,25 @@ class Contrast:
         return f"Contrast({self.name!r}, {len(self.positive)} positive, {len(self.negative)} negative, {'paired' if self.paired else 'unpaired'})"
 
 
+class SameTexts(Contrast):
+    """The same texts on both sides, each with itself as its pair: one model's reading of them against another's."""
+
+    def __init__(self, texts: Sequence[str], name: str = "two models"):
+        names = tuple(f"text {i}" for i in range(len(texts)))
+        for field, value in (
+            ("positive", tuple(texts)),
+            ("negative", tuple(texts)),
+            ("groups", names * 2),
+            ("name", name),
+        ):
+            object.__setattr__(self, field, value)
+        if not texts:
+            raise RequestError("two models are compared on texts; there are none.")
+
+    def facts(self) -> list[str]:
+        return []
+
+
 def load_contrast(
     source: str | Path,
     negative: str | Path | None = None,
@@ -120,7 +140,7 @@ def load_contrast(
         MissingError: a hub dataset that is neither cached nor reachable, or the `datasets` package is absent.
     """
     if negative is not None:
-        sides = [_lines(Path(p).expanduser()) for p in (source, negative)]
+        sides = [read_lines(Path(p).expanduser()) for p in (source, negative)]
         return Contrast(
             tuple(sides[0]), tuple(sides[1]), name=f"{Path(source).stem} against {Path(negative).stem}"
         )
@@ -164,11 +184,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise RequestError(f"there is no text file {path}.")
     return path
-
-
-def _lines(path: Path) -> list[str]:
-    with open(_existing(path), encoding="utf-8-sig") as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """Read the prompt files a user writes, and say which row is wrong.
 
 YAML is PyYAML's safe loader with the plain types of YAML 1.2 (`true`, `null`, numbers; `no` and dates stay text); tags, anchors
-and aliases are refused. CSV has a header line, JSONL one object a line; all are UTF-8, with or without a byte order mark. Every error is one `RequestError`: the file, the row or line, and why.
+and aliases are refused. CSV has a header line, JSONL one object a line; all are UTF-8, with or without a byte order mark, or UTF-16 with one. Every error is one `RequestError`: the file, the row or line, and why.
 The classes say what each kind of file holds; `sae_bias.prompts` makes prompts of them.
 """
 
@@ -11,6 +11,7 @@ import io
 import json
 import re
 import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -271,12 +272,12 @@ class Row:
             raise self.error(f'"{field}" {_why(first, model)}' if field else _why(first, model)) from None
 
 
-def read_text(path: Path, cap: int) -> str:
-    """The file's text: UTF-8, a regular file, at most `cap` bytes, not empty."""
+def read_text(path: Path, cap: int, kind: str = "a .yaml, .csv or .jsonl file") -> str:
+    """The file's text: UTF-8 (UTF-16 where its byte order mark says so), a regular file, at most `cap` bytes, not empty."""
     try:
         if not path.is_file():
-            kind = "is not a regular file" if path.exists() else "does not exist"
-            raise RequestError(f"{path} {kind}. Give a .yaml, .csv or .jsonl file.")
+            why = "is not a regular file" if path.exists() else "does not exist"
+            raise RequestError(f"{path} {why}. Give {kind}.")
         with path.open("rb") as file:
             raw = file.read(cap + 1)
     except OSError as error:
@@ -284,13 +285,29 @@ def read_text(path: Path, cap: int) -> str:
     if len(raw) > cap:
         raise RequestError(f"{path.name} is larger than {cap // 1_000_000} MB. Split it into several files.")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-16" if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RequestError(f"{path.name}, line {line}: not UTF-8. Save the file as UTF-8.") from None
     if not text.strip():
         raise RequestError(f"{path.name} is empty. It needs at least one row.")
     return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The texts of a file with one a line: blank lines left out, spaces around a text taken off."""
+    lines = [
+        (i, t.strip())
+        for i, t in enumerate(re.split(r"\r\n|\r|\n", read_text(path, MAX_ROW_BYTES, "a text file")), start=1)
+    ]
+    found = []
+    for number, line in lines:
+        if line:
+            try:
+                found.append(plain_text(line))
+            except ValueError as error:
+                raise RequestError(one_line(f"{path.name}, line {number}: the text {error}.")) from None
+    return found
 
 
 def read_yaml(path: Path) -> Document:

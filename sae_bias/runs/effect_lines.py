@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_bias.core.text import bracket, is_number, number, p_text, percent, signed
@@ -63,6 +63,14 @@ def control_lines(controls: Mapping[str, Any]) -> list[str]:
         f"the feature {show(controls['value'])}, {p_text(part['p_value'])}"
         for kind, part in controls["kinds"].items()
     ] + ([verdict] if verdict else [])
+
+
+def mismatch_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the edit removed where it should remove less."""
+    return [
+        f"mismatch ({m['label']}): bias removed {signed(m['removed_nats'])} {bracket(m['removed_nats_low'], m['removed_nats_high'])} nats"
+        for m in found
+    ]
 
 
 def _specific(part: Mapping[str, Any]) -> str:

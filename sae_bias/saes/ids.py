@@ -56,12 +56,15 @@ class SaeId:
             return cls(first, rest)
         if (match := HUB_NAME.fullmatch(name)) is not None:
             return cls(match[1], match[2])
+        if (page := _PAGE.fullmatch(name)) and page[2] is None and not Path(name).exists():
+            return cls(*releases.sae_of_page(page[1]))
         return local_id(name)
 
 
 _PAGE = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?neuronpedia\.org/)?([A-Za-z0-9._-]+/\d+-[A-Za-z0-9._-]+)/(\d{1,12})/?"
+    r"(?:(?:https?://)?(?:www\.)?neuronpedia\.org/)?([A-Za-z0-9._-]+/\d+-[A-Za-z0-9._-]+)(?:[/#](\d{1,12}))?/?(?:\?\S*)?"
 )
+_PAGE_WITHOUT_MODEL = re.compile(r"\d+-[A-Za-z0-9._-]+/\d{1,12}")
 
 
 @dataclass(frozen=True, order=True)
@@ -88,8 +91,13 @@ class FeatureRef:
     @classmethod
     def parse(cls, text: str) -> FeatureRef:
         """Read `release/sae_id#index`, `path/to/sae_folder#index`, or a Neuronpedia page: its address, or MODEL/SAE/INDEX of it."""
-        if page := _PAGE.fullmatch(text.strip()):
+        page = _PAGE.fullmatch(text.strip())
+        if page and page[2] and not Path(page[1]).exists():
             return cls(SaeId(*releases.sae_of_page(page[1])), int(page[2]))
+        if _PAGE_WITHOUT_MODEL.fullmatch(text.strip()):
+            raise RequestError(
+                f"feature {text[:120]!r}: of which model? A Neuronpedia name begins with it, e.g. gemma-2-9b/20-gemmascope-res-16k/2511"
+            )
         name, mark, index = text.strip().rpartition("#")
         if not mark or not name:
             raise RequestError(

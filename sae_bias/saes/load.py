@@ -96,12 +96,12 @@ def _load_named(text: str) -> Sae:
     if HUB_NAME.fullmatch(text):
         hub.refuse_traversal(sae_id.sae_id)
         return _load_hub_folder(sae_id, sae_id.release, sae_id.sae_id, None, None)
-    first = text.partition("/")[0]
+    first = sae_id.release if sae_id.release in release_names() else text.partition("/")[0]
     try:
         release = releases.sae_release(first)
     except RequestError as error:
         raise RequestError(f"no folder {text[:200]!r}, and {error}") from error
-    if "/" not in text:
+    if sae_id.release == ".":
         raise RequestError(f"{text} is a release; which SAE of it? e.g. {text}/{next(iter(release.folders))}")
     hub.refuse_traversal(sae_id.sae_id)
     folder = release.folder(sae_id.sae_id)

@@ -9,6 +9,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -52,6 +53,22 @@ def feature_description(ref: FeatureRef, sae: Sae | None = None) -> str | None:
     with suppress(SaeBiasError), writing_whole(cached) as partial:
         partial.write_text(json.dumps({"description": found}), encoding="utf-8")
     return found
+
+
+def feature_list(refs: Iterable[FeatureRef | str], *, describe: bool = False) -> list[dict[str, str]]:
+    """The features that have a public page, as entries of a Neuronpedia list: modelId, layer (the source), index, description.
+
+    describe: fetch each page's own description (cached; empty where there is none).
+    """
+    entries = []
+    for given in refs:
+        ref = given if isinstance(given, FeatureRef) else FeatureRef.parse(given)
+        name = _page_name(ref, None)
+        if name is not None:
+            model, source = name.split("/")
+            text = (feature_description(ref) or "") if describe else ""
+            entries.append({"modelId": model, "layer": source, "index": str(ref.index), "description": text})
+    return entries
 
 
 def _page_name(ref: FeatureRef, sae: Sae | None) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import ordinary_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.randomized import randomized_sae
-from sae_bias.saes.sae import Feature, Sae
+from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import acts_blocks
-from sae_bias.steering.intervention import FeatureEdit, FeatureLike
+from sae_bias.steering.directions import Direction
+from sae_bias.steering.intervention import FeatureEdit, FeatureLike, Intervention
 
 if TYPE_CHECKING:
     from sae_bias.steering.edits import EditSet
@@ -91,6 +93,101 @@ def set_controls(
         )
         for k in range(n)
     ]
+
+
+def mismatch_edits(
+    model: Model, edit: Intervention, saes: Sequence[Sae | SaeId | str] = ()
+) -> list[tuple[Intervention, str]]:
+    """`edit` where it should do less, each with its label: a quarter of the model's depth before and after its own layers, and the
+    feature of the same index in each of `saes`. They are shown beside the controls and are in no p value.
+
+    Raises:
+        RequestError: an SAE that has no such feature or does not fit the model, or is the feature's own.
+    """
+    step = max(1, model.n_layers // 4)
+    found: list[tuple[Intervention, str]] = []
+    for shift in (-step, step):
+        layers = [part.site.layer + shift for part in edit.parts]
+        if (
+            all(hasattr(part, "at") for part in edit.parts)
+            and min(layers) >= 0
+            and max(layers) < model.n_layers
+        ):
+            label = f"the same, {abs(shift)} layers {'earlier' if shift < 0 else 'later'}"
+            found.append((_with_parts(edit, [{"at": Site(layer)} for layer in layers], label), label))
+    for name in saes:
+        sae, along = load_sae(name), _named(edit)
+        if isinstance(along, Direction):
+            raise RequestError(f"{edit.describe()} is along a direction, which no SAE has an index of.")
+        feature = as_feature(along)
+        if sae.id == feature.ref.sae:
+            raise RequestError(f"{sae.id} is the feature's own SAE; a mismatch control needs another.")
+        check_sae(model, sae.feature(feature.index))
+        other = {_field(edit): FeatureRef(sae.id, feature.index)}
+        found.append((replace(edit, **other), f"feature {feature.index} of {sae.id}"))
+    return found
+
+
+def _with_parts(edit: Intervention, changes: Sequence[dict[str, Any]], name: str) -> Intervention:
+    """`edit` with fields of each of its parts changed; a set of them gets a name."""
+    parts = tuple(replace(part, **change) for part, change in zip(edit.parts, changes, strict=True))
+    more: dict[str, Any] = {"name": name, "edits": parts}
+    return replace(edit, **more) if hasattr(edit, "edits") else parts[0]
+
+
+def _field(edit: Intervention) -> str:
+    """The field of an edit that holds its feature or direction."""
+    return "feature" if isinstance(edit, FeatureEdit) else "along"
+
+
+def _named(edit: Intervention) -> FeatureLike | Direction:
+    """The feature or direction of one edit.
+
+    Raises:
+        RequestError: it has none of its own.
+    """
+    found = getattr(edit, _field(edit), None)
+    if found is None:
+        raise RequestError(
+            f"no control can be made for {edit.describe()}: it is no edit of one feature or direction."
+        )
+    return found
+
+
+def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed: int = 0) -> Intervention:
+    """`edit` with every feature's or direction's own gate and size, along directions drawn from the residual covariance on `texts`.
+
+    A direction that several parts share (at every layer) stays one direction.
+
+    Raises:
+        RequestError: an edit without features or directions of its own.
+    """
+    residual: dict[int, Tensor] = {}
+    drawn: dict[str, Tensor] = {}
+
+    def rows(layer: int) -> Tensor:
+        if layer not in residual:
+            residual.update(ordinary_residuals(model, texts, [layer]))
+        return residual[layer]
+
+    def change(i: int, e: Intervention) -> dict[str, Any]:
+        along = _named(e)
+        if not isinstance(along, Direction):
+            feature = as_feature(along)
+            return {_field(e): random_twins(feature, rows(e.site.layer), 1, seed + 1_000 * i)[0]}
+        name = along.digest if along.mean is None else str(i)
+        if name not in drawn:
+            drawn[name] = covariance_directions(rows(e.site.layer), len(along.basis), seed + 1_000 * i)
+        return {_field(e): replace(along, name=f"random direction {seed}", basis=drawn[name])}
+
+    return _with_parts(edit, [change(i, e) for i, e in enumerate(edit.parts)], f"random directions {seed}")
+
+
+def covariance_directions(x: Float[Tensor, "n d_model"], k: int, seed: int) -> Float[Tensor, "k d_model"]:
+    """k orthonormal directions drawn from the covariance of `x`."""
+    rows = x.double().cpu() - x.double().cpu().mean(0)
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((k, len(rows)))) @ rows
+    return torch.linalg.qr(drawn.T).Q.T.float().contiguous()
 
 
 RANDOM_RELEASE = "random-direction"

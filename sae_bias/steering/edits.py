@@ -197,23 +197,28 @@ class _AlongEdit(Intervention):
     """An edit along a feature's decoder row or a direction."""
 
     along: FeatureLike | Direction
+    at: Site | None = field(default=None, kw_only=True)
+    """Where it acts instead of its own site: a mismatch control (a string or a layer is read as a site)."""
     of_feature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, "along")
+        if self.at is not None:
+            object.__setattr__(self, "at", Site.parse(self.at))
 
     @property
     def target(self) -> str:
-        return str(self.along) if isinstance(self.along, Direction) else str(feature_ref(self.along))
+        name = str(self.along) if isinstance(self.along, Direction) else str(feature_ref(self.along))
+        return name if self.at is None else f"{name} @ {self.at}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        return () if isinstance(self.along, Direction) else (self.target,)
+        return () if isinstance(self.along, Direction) else (str(feature_ref(self.along)),)
 
     @property
     def site(self) -> Site:
-        return self._along.site
+        return self._along.site if self.at is None else self.at
 
     @property
     def _along(self) -> Feature | Direction:
@@ -224,9 +229,9 @@ class _AlongEdit(Intervention):
 
     def bind(self, model: Model) -> Self:
         if not isinstance(self.along, Direction):
-            return replace(self, along=bound(model, self.along))
-        check_fits(model, str(self.along), self.along.site, self.along.basis.shape[-1])
-        return replace(self, along=self.along.to(model.layer_device(self.along.site.layer)))
+            return replace(self, along=bound(model, self.along, self.at))
+        site = check_fits(model, str(self.along), self.site, self.along.basis.shape[-1])
+        return replace(self, along=self.along.to(model.layer_device(site.layer)))
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> Intervention:

@@ -72,6 +72,7 @@ def generate(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}: expected at least 1 and at least 0."
         )
     ids = [opening_ids(model, p, chat=chat, system=system) for p in prompts]
+    check_room(model, max(map(len, ids), default=0), max_new_tokens)
     config = _generation_config(model, max_new_tokens, temperature, use_cache)
     notes = tuple(f"{e.describe()} on {e.target}" for e in interventions)
     out: list[Completion | None] = [None] * len(ids)
@@ -84,6 +85,15 @@ def generate(
                 out[i] = Completion(prompts[i], model.decode(tokens), tuple(tokens), ended, notes)
             bar.update(batch.n)
     return [c for c in out if c is not None]
+
+
+def check_room(model: Model, n_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a continuation past the last position the model knows: some architectures break there, others write nonsense."""
+    if model.longest is not None and n_tokens + max_new_tokens > model.longest:
+        raise RequestError(
+            f"a prompt of {n_tokens} tokens and max_new_tokens={max_new_tokens} are more than {model.name} takes ({model.longest}); "
+            f"try max_new_tokens={max(model.longest - n_tokens, 0)}."
+        )
 
 
 @torch.no_grad()

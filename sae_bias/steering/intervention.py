@@ -169,7 +169,8 @@ class Intervention:
     # --- in files ---
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads; directions are stored by name and digest only."""
-        return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        kept = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {"kind": self.kind} | {k: v for k, v in kept.items() if k != "at" or v is not None}
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> Intervention:
@@ -205,11 +206,15 @@ class FeatureEdit(Intervention):
     """An edit of one SAE feature's activation."""
 
     feature: FeatureLike
+    at: Site | None = field(default=None, kw_only=True)
+    """Where it acts instead of its SAE's own site: a mismatch control (a string or a layer is read as a site)."""
     of_feature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         settle(self, "feature")
+        if self.at is not None:
+            object.__setattr__(self, "at", Site.parse(self.at))
 
     @property
     def ref(self) -> FeatureRef:
@@ -217,11 +222,11 @@ class FeatureEdit(Intervention):
 
     @property
     def target(self) -> str:
-        return str(self.ref)
+        return str(self.ref) if self.at is None else f"{self.ref} @ {self.at}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.target,)
+        return (str(self.ref),)
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -229,13 +234,13 @@ class FeatureEdit(Intervention):
 
     @property
     def site(self) -> Site:
-        return as_feature(self.feature).site
+        return as_feature(self.feature).site if self.at is None else self.at
 
     def loaded(self) -> Self:
         return replace(self, feature=as_feature(self.feature))
 
     def bind(self, model: Model) -> Self:
-        return replace(self, feature=bound(model, self.feature))
+        return replace(self, feature=bound(model, self.feature, self.at))
 
     def delta(self, x: Resid, context: EditContext) -> Change:
         feature = as_feature(self.feature)
@@ -332,10 +337,11 @@ def map_features(edit: Intervention, change: Callable[[Feature], Feature]) -> In
     return replace(edit, **{f.name: mapped(getattr(edit, f.name)) for f in fields(edit)})
 
 
-def bound(model: Model, feature: FeatureLike) -> Feature:
+def bound(model: Model, feature: FeatureLike, at: Site | None = None) -> Feature:
+    """The feature on the device of its site, or of `at`, checked against the model."""
     loaded = as_feature(feature)
-    check_fits(model, str(loaded.ref), loaded.site, loaded.d_model)
-    return loaded.to(model.layer_device(loaded.site.layer))
+    site = check_fits(model, str(loaded.ref), at or loaded.site, loaded.d_model)
+    return loaded.to(model.layer_device(site.layer))
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.steering.controls import RANDOM_RELEASE, control_edits, set_controls
+from sae_bias.steering.controls import RANDOM_RELEASE, control_edits, mismatch_edits, set_controls
 from sae_bias.steering.edits import EditSet, ProjectOut
 from sae_bias.steering.engine import STACK
 from sae_bias.steering.intervention import (
@@ -37,7 +37,7 @@ class Cell:
 
     edits: tuple[Intervention, ...]
     kind: str = "candidate"
-    """base | candidate | control | direction | opposite"""
+    """base | candidate | control | mismatch | direction | opposite"""
     label: str = ""
 
     @property
@@ -103,6 +103,8 @@ class Sweep:
     seed: int = 0
     family: Sequence[FeatureLike] = ()
     """Features that are never controls: the others that were called."""
+    mismatches: bool | tuple[str, ...] = False
+    """Also the first candidate's feature at other layers, and that of its index in these SAEs (`controls.mismatch_edits`)."""
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Sweep:
         splits: Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
         family: Sequence[FeatureLike] = (),
+        mismatches: bool | Sequence[str] = False,
     ):
         if isinstance(interventions, (Intervention, Cell)):
             interventions = [interventions]
@@ -124,6 +127,7 @@ class Sweep:
             ("splits", splits),
             ("seed", seed),
             ("family", tuple(family)),
+            ("mismatches", mismatches if isinstance(mismatches, bool) else tuple(mismatches)),
         ):
             object.__setattr__(self, name, value)
 
@@ -169,6 +173,11 @@ class Sweep:
             elif edit is not None:
                 found = control_edits(model, edit, pairs, self.controls, self.seed, family=family)
                 cells += [Cell((c,), "control", label) for c, label in found]
+        if self.mismatches is not False:
+            names = () if self.mismatches is True else self.mismatches
+            singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
+            for edit in singles[:1]:
+                cells += [Cell((e,), "mismatch", label) for e, label in mismatch_edits(model, edit, names)]
         return cells
 
 

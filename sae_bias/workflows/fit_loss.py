@@ -5,7 +5,8 @@
 
 The score wanted of an AI prompt is its human twin's, of all others their own. KL_off: next-token laws of these prompts' last tokens without
 the evaluation words; KL: every position of neutral text. The loss is taken over all prompts at once: steps on a batch at a time stop at about
-half of the specific reduction. One backward pass a step goes through the layers after the site only; the residual there is kept.
+half of the specific reduction. One backward pass a step goes through the layers after the site only; the residual there is kept. The laws of
+all prompts and neutral tokens are held together, so memory grows with their number times the vocabulary.
 """
 
 from __future__ import annotations

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sae_bias.discovery.text_contrasts import ROW_BYTES
+from sae_bias.measures.capability import load_questions
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
+from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
@@ -29,6 +32,7 @@ from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.stats.design import split_templates
 from sae_bias.steering.banks import bank_items
 from sae_bias.steering.engine import STACK, STACK_TOKENS
+from sae_bias.workflows.contrast_study import ContrastStudy
 from sae_bias.workflows.hardware import STREAMING, Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_shapes
@@ -149,7 +153,7 @@ class StudyPlan:
         return sum(m.disk_bytes for m in self.models)
 
 
-def plan_study(study: Study | Replication, hardware: Hardware) -> StudyPlan:
+def plan_study(study: Study | Replication | ContrastStudy, hardware: Hardware) -> StudyPlan:
     """The plan of a study file on some hardware.
 
     Raises:
@@ -158,6 +162,8 @@ def plan_study(study: Study | Replication, hardware: Hardware) -> StudyPlan:
     """
     if isinstance(study, Replication):
         return StudyPlan(study.name, tuple(_probe_plan(study, name, hardware) for name in study.models))
+    if isinstance(study, ContrastStudy):
+        return StudyPlan(study.name, (contrast_plan(study, hardware),))
     return StudyPlan(study.name, (_full_plan(study, hardware),))
 
 
@@ -236,6 +242,104 @@ def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
             steps.append(c.step("feature", flops, steps[2].parts))
     disk = cells * CELL_BYTES * len(pairs) / 280 + sum(s.d_sae for s in saes) * DISK_TABLE_BYTES + 5e6
     return ModelPlan(model, c.dtype, c.kind, tuple(saes), tuple(unknown), tuple(steps), cells, hardware, disk)
+
+
+def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
+    """A study of texts: the scan of every feature, and each strength with its controls, capability and questions."""
+    model = model_shape(study.model)
+    c = Costs(model, _dtype(study.dtype, hardware), hardware)
+    saes, unknown = sae_shapes(study.saes, model.d_model)
+    contrasts = [study.texts(name) for name in study.files()]
+    texts = Texts.of(t for contrast in contrasts for t in contrast.texts)
+    prompts = [study.asked(contrast) for contrast in contrasts]
+    asked = [text for p in prompts for text in (p.texts if isinstance(p, Contrast) else p)]
+    strengths = max(1, len(study.strengths))
+    cells = strengths * (1 + study.controls) + 2 * study.mismatches
+    steps = [_load(c)]
+    if saes:
+        steps += [_gate(c, saes), _scan(c, study, texts, saes)]
+    if study.behavior is not None or study.judge is not None:
+        steps.append(_dose(c, study, Texts.of(asked), cells + 1))
+    beside = [
+        Texts.of(load_texts("neutral")),
+        Texts.of(f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong)),
+    ]
+    passes = beside * study.capability * (strengths + 1) * len(contrasts)
+    for name in study.questions:
+        passes += (
+            [_pair_texts(load_pairs(name), controls=False)]
+            * (strengths * (1 + study.controls) + 1)
+            * len(contrasts)
+        )
+    if passes:
+        flops = sum(model.flops(t.tokens, model.n_layers, t.mean) for t in passes)
+        widest = max(passes, key=c.batch)
+        steps.append(
+            c.step(
+                "capability",
+                flops,
+                {
+                    "activations": c.activations(c.batch(widest), widest.mean),
+                    "logits": c.logits(COST_BLOCK, LOGIT_COPIES),
+                },
+            )
+        )
+    if study.baseline is not None:
+        other = model_shape(study.baseline)
+        both = {"the baseline's weights": float(other.n_params * c.size)}
+        steps = [replace(step, parts=step.parts | both) for step in steps]
+        steps.insert(1, c.step("load baseline", 0.0, both, read=float(other.n_checkpoint_bytes)))
+    disk = sum(min(s.d_sae, 1_000) for s in saes) * DISK_TABLE_BYTES * len(contrasts) + 5e6
+    return ModelPlan(
+        model,
+        c.dtype,
+        c.kind,
+        tuple(saes),
+        tuple(unknown),
+        tuple(steps),
+        cells * len(contrasts),
+        hardware,
+        disk,
+    )
+
+
+def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]) -> Step:
+    """Every feature on every text: the layers up to the highest SAE once, and the encoders over the rows that are read."""
+    m, width, top = c.model, sum(s.d_sae for s in saes), max(s.layer for s in saes) + 1
+    rows = texts.n if study.reduce == "last" else texts.tokens
+    waiting = int(min(rows, ROW_BYTES // (4 * m.d_model)))
+    models = 2 if study.baseline is not None else 1
+    parts = {
+        "kept residuals": float(min(ROW_BYTES, 4 * rows * m.d_model * len({s.layer for s in saes}))),
+        "activations": c.activations(c.batch(texts), texts.mean),
+        "SAE slices": c.slices(saes, waiting, decoder=False, copies=2),
+    }
+    turns = math.ceil(rows / max(1, waiting))
+    return c.step(
+        "scan", models * m.flops(texts.tokens, top, texts.mean), parts, f32=models * 2.0 * rows * m.d_model * width,
+        read=models * turns * sum(s.n_bytes for s in saes) / 2, host=TABLE_BYTES * width,
+    )  # fmt: skip
+
+
+def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> Step:
+    """Texts of every condition, sixteen prompts at a time; a new token costs one reading of the weights."""
+    m, new = c.model, study.max_new_tokens
+    flops = conditions * m.flops(prompts.tokens + new * prompts.n, m.n_layers, prompts.mean + new)
+    extra = (
+        conditions
+        * new
+        * math.ceil(prompts.n / 16)
+        * m.n_params
+        * c.size
+        / (STREAMING * c.hardware.bandwidth)
+    )
+    cache = 2 * 16 * (max(prompts.lengths, default=0) + new) * m.n_layers * m.n_kv * m.d_head * c.size
+    parts = {
+        "key-value cache": float(cache),
+        "activations": c.activations(c.batch(prompts), prompts.mean),
+        "logits": c.logits(16, 3),
+    }
+    return c.step("dose", flops, parts, extra=extra)
 
 
 def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:

@@ -16,7 +16,7 @@ from sae_bias.saes.stream import block_width
 from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, Hardware
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape
 
-HELD = ("kept residuals", "key-value cache")
+HELD = ("kept residuals", "key-value cache", "the baseline's weights")
 
 
 @dataclass(frozen=True)

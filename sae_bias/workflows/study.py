@@ -16,6 +16,7 @@ from sae_bias.measures.judge import Confirm
 from sae_bias.prompts.files import read_yaml
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.summary import Summary, headline
+from sae_bias.workflows.contrast_study import ContrastResult, ContrastStudy, run_contrast_study
 from sae_bias.workflows.replication import Loader, Replication, ReplicationResult, run_replication
 from sae_bias.workflows.study_file import Study
 from sae_bias.workflows.study_steps import StudyRun
@@ -37,8 +38,11 @@ class StudyResult:
         return headline(self.summary)
 
 
-def load_study(path: str | Path | None = None) -> Study | Replication:
-    """A study file; None is the bundled demo. With `models:` in place of `model:` it is a replication over several models.
+AnyStudy = Study | Replication | ContrastStudy
+
+
+def load_study(path: str | Path | None = None) -> AnyStudy:
+    """A study file; None is the bundled demo. With `models:` it is a replication over several models, with `contrast:` a study of texts.
 
     Raises:
         RequestError: the file does not exist, is not YAML, or has an unknown field.
@@ -51,11 +55,13 @@ def load_study(path: str | Path | None = None) -> Study | Replication:
     doc = read_yaml(source)
     if isinstance(doc.value, dict) and "models" in doc.value:
         return doc.check(Replication)
+    if isinstance(doc.value, dict) and {"contrast", "contrasts"} & set(doc.value):
+        return doc.check(ContrastStudy).located(source.parent)
     return doc.check(Study)
 
 
 def run_study(
-    study: Study | Replication,
+    study: AnyStudy,
     *,
     out: str | Path,
     gate: bool = True,
@@ -64,7 +70,7 @@ def run_study(
     loader: Loader | None = None,
     confirm: Confirm | None = None,
     progress: bool = True,
-) -> StudyResult | ReplicationResult:
+) -> StudyResult | ReplicationResult | ContrastResult:
     """Run every step of `study` into the run folder `out`; cells already there are not run again.
 
     `executor` runs the sweep's cells elsewhere (`Cluster.run`); everything else, and all writing, is done in this process.
@@ -73,11 +79,13 @@ def run_study(
     """
     from sae_bias.report.page import write_report
 
-    if isinstance(study, Replication):
+    if not isinstance(study, Study):
         if shard is not None or executor is not None:
             raise RequestError(
-                "a study of several models has no cells to share out; give each machine a file with its models."
+                "a study of several models or of a contrast has no cells to share out; give each machine a file with its own part."
             )
+        if isinstance(study, ContrastStudy):
+            return run_contrast_study(study, out=out, gate=gate, confirm=confirm, progress=progress)
         return run_replication(study, out=out, loader=loader, gate=gate, progress=progress)
     if loader is not None:
         raise RequestError("--stand-ins is for study files that name several `models:`.")

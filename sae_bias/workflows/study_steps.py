@@ -7,6 +7,7 @@ tables as soon as it has them.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -249,7 +250,7 @@ class StudyRun:
         first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
         found = measure_effects(frame, engine, first, found, progress=self.progress)
         self.write_tables({"bias_parts": found.parts, "predictions": found.predictions})
-        self.notes.append(found.note)
+        self.notes += [f"{n[:1].upper()}{n[1:]}." for n in re.split(r"; (?!and )", found.note)]
         tried = list(frame.loc[first, "feature"])
         frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
         return frame, tried

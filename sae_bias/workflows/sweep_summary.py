@@ -39,7 +39,24 @@ def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> dic
     controls = reported[reported["kind"] == "control"]
     if len(controls):
         summary["controls"] = controls_summary(first, controls)
+    others = reported[reported["kind"] == "mismatch"]
+    if len(others):
+        summary["mismatches"] = [_mismatch(row) for row in others.to_dict("records")]
     return summary
+
+
+def _mismatch(row: Any) -> dict[str, Any]:
+    """What the feature's edit removed where it should remove nothing of the kind."""
+    names = (
+        "label",
+        "removed_nats",
+        "removed_nats_low",
+        "removed_nats_high",
+        "specific_reduction",
+        "spec_low",
+        "spec_high",
+    )
+    return {name: row[name] for name in names if name in row}
 
 
 def effect_summary(row: Any, base: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def asked(files):
 
 def test_help_lists_the_commands_that_exist():
     commands = build_app().registered_commands
-    assert {c.name for c in commands} - {"play", "fit"} == set(COMMANDS)
+    assert {c.name for c in commands} - {"play", "fit", "dose"} == set(COMMANDS)
     assert [c.name for c in commands if not c.rich_help_panel] == [], "give it a place in GROUPS"
     assert len(COMMAND_MODULES) == len(set(COMMAND_MODULES))
 
@@ -703,6 +703,24 @@ def test_a_reader_that_leaves_early_is_no_defect(gemma3, tmp_path):
 
 
 # ── on the organism
+
+
+@needs_organism
+def test_a_randomized_sae_goes_through_the_same_search_and_the_same_fit(sae_bias):
+    """It yields calls that a search in noise yields, and no specific counterfactual; the trained SAE's own rows are the same with and without it."""
+    trained = f"{PLANTED}/resid_post/layer_3_width_512_l0_small"
+    rank = ("rank", PLANTED, trained, "--by", "interaction", "--top", "2", "--json")
+    alone, beside = (
+        json.loads(sae_bias(*rank, *more)[1]) for more in ((), ("--randomized-sae", "--out", "runs"))
+    )
+    assert beside["features"] == alone["features"]
+    assert alone["randomized"] is None
+    assert [r["feature"].startswith(f"randomized-0/{trained}#") for r in beside["randomized"]] == [True, True]
+    assert list(Path("runs").rglob("ranking_randomized*"))
+    code, out, _ = sae_bias("fit", PLANTED, trained, "--kind", "gated", "--randomized-sae", "--json")
+    rows = {(r["sae"], r["split"]): r["specific"] for r in json.loads(out)["fit"]}
+    assert code == 0
+    assert rows["trained", "report"] > 0.75 > 0.5 > rows["randomized", "report"]
 
 
 @needs_organism

@@ -69,7 +69,7 @@ def test_each_strength_is_a_condition_in_units_of_the_maximum(capsys, gemma3, tm
     table = pd.read_parquet(next((tmp_path / "run").rglob("generations.parquet")))
     assert table["edit"].nunique() == 3
     assert ran(capsys, "report", tmp_path / "run")[0] == 0
-    code, _, err = ran(capsys, *argv[:-6], "--feature", name, "--strength", "2")
+    code, _, err = ran(capsys, *argv[:-6], "--strength", "2")
     assert code == 2
     assert "ablate has no strength" in err
 

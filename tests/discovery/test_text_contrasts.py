@@ -215,3 +215,33 @@ def test_the_command_ranks_two_files_and_the_report_shows_them(gemma3, sae, tmp_
     assert sb.write_report(run).stat().st_size > 10_000
     assert main(["rank", str(gemma3.folder), str(sae.path.parent), files[0], files[1]]) == 2
     assert "--positive and --negative go together" in capsys.readouterr().err
+
+
+def test_texts_that_become_bytes_are_said(gemma3, sae):
+    """The tiny tokenizer has no Georgian letters: it falls back to bytes, three a letter."""
+    text = "გამარჯობა მეგობარო"
+    pieces = gemma3.model.tokenizer.convert_ids_to_tokens(gemma3.model.encode(text))
+    assert sum(p.startswith("<0x") for p in pieces) > len(pieces) / 2
+    found = sb.rank_features(gemma3.model, sae, sb.Contrast([*POSITIVE, text], NEGATIVE))
+    assert "1 texts are mostly bytes" in found.note and text in found.note
+    assert "are mostly bytes" not in sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE)).note
+
+
+def test_a_text_beyond_the_context_is_named_and_never_cut(gemma3, sae):
+    longest = gemma3.model.config.max_position_embeddings
+    long = "An AI says hello. " * longest
+    with pytest.raises(sb.RequestError, match=f"takes at most {longest}"):
+        sb.rank_features(gemma3.model, sae, sb.Contrast([*POSITIVE, long], NEGATIVE))
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "says"),
+    [
+        ([], ["a"], "positive side .* has no texts"),
+        (["a"], [" "], "negative side .* empty text"),
+        (["a", "b"], ["b", "c"], "stand on both sides"),
+    ],
+)
+def test_a_contrast_that_is_none_is_told(positive, negative, says):
+    with pytest.raises(sb.RequestError, match=says):
+        sb.Contrast(positive, negative)

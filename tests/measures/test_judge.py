@@ -110,7 +110,19 @@ def serve(tmp_path):
         ("[[4]]", 4), ("<rating>4</rating>", 4), ("The score is 4.", 4), ("My rating is a 4 out of 5.", 4), ("I would give this a 3.", 3),
         ("Final rating: 4", 4), ("Rating: 4.0", 4), ('{"rating": 4}', 4), ('```json\n{"rating": 2}\n```', 2), ('{"rating": 7}', None),
         # thinking is not the reply; thinking that never ended has none
-        ("<think>Rating: 2</think>Rating: 4", 4), ("<think>Rating: 2", None),
+        ("<think>Rating: 2</think>Rating: 4", 4), ("<think>Rating: 2", None), ("Rating: 2, I think</think>\nRating: 4", 4),
+        ("[THINK]Rating: 2[/THINK]\nRating: 4", 4), ("[THINK]Rating: 2", None), ("<thinking>Rating: 2", None), ("<|thinking|>Rating: 2", None),
+        ("<|thinking|>Rating: 2<|/thinking|>Rating: 4", 4), ("<reasoning>Rating: 2</reasoning>\n4", 4), ("◁think▷Rating: 2◁/think▷4", 4),
+        ("<|channel|>analysis<|message|>Rating: 2<|end|><|start|>assistant<|channel|>final<|message|>Rating: 4", 4),
+        ("<|channel|>analysis<|message|>Rating: 2", None), ("<|channel>thought\nRating: 2<channel|>Rating: 4", 4),
+        # dashes of every kind, marks behind the number, ordinals
+        ("Rating: 3−4", None), ("Rating: 3—4", None), ("Rating: −4", None), ("Rating: 4+", None), ("Rating: 4-", None), ("Rating: 4th", None),
+        ("Rating: 3 & 4", None), ("Rating: 4-star", 4), ("Rating: ~4", None), ("4 stars", 4), ("★★★★☆", None), ("Rating: four", None),
+        # further forms
+        ('{"rating": "4"}', 4), ('{"Score": 4.0}', 4), ('{"rating": 4.5}', None), ('{"rating": true}', None), ("Rating（1–5）：4", 4),
+        ("Rating：4", 4), ("\\boxed{4}", 4), ("**4**/5", 4), ("4 out of 5", 4), ("Rating (out of 5): 4", 4), ("Rating (out of 10): 4", None),
+        ("On a 1-5 scale, 4.", 4), ("On a 1-10 scale, 4.", None), ("On a scale from 1 to 5: 4", 4), ("Final answer: 4", 4), ("4\n\nIt reads well.", 4),
+        ("1. It is kind.\n2. It is clear.", None), ("4\nRating: 2", None), ("| Rating | 4 |", 4),
     ],
 )  # fmt: skip
 def test_a_rating_is_read_or_missing(reply, rating):
@@ -123,7 +135,9 @@ def test_a_rating_is_read_or_missing(reply, rating):
         ("Choice: 1", "1"), ("Choice: 2.", "2"), ("**Choice: tie**", "tie"), ("2", "2"), ("Choice: continuation 1", "1"),
         ("Choice: 1. No, Choice: 2", None), ("both", None), ("", None), ("Choice: 12", None), ("Choice: 1 or 2", None), ("Choice: 1/2", None),
         ("[[2]]", "2"), ("<choice>1</choice>", "1"), ("The answer is 2.", "2"), ('{"choice": "tie"}', "tie"), ("Choice (1, 2 or tie): 2", "2"),
-        ("<think>Choice: 1", None),
+        ("<think>Choice: 1", None), ("[THINK]Choice: 1[/THINK]Choice: 2", "2"), ("Choice: 1 2", None), ("Choice: 1 & 2", None),
+        ("Choice: 1–2", None), ("Choice: 1 to 2", None), ("Choice: 2nd", None), ("I choose 2.", "2"), ("The better continuation is 2.", "2"),
+        ("Choice: #2", "2"), ("Choice: not 1", None), ("Choice: A", None),
     ],
 )  # fmt: skip
 def test_a_choice_is_read_or_missing(reply, choice):

@@ -186,6 +186,17 @@ def test_a_word_level_tokenizer_without_english_words_is_taken(qwen):
         model.encode("He says yes.")
 
 
+def test_a_word_level_tokenizer_without_an_unknown_token_is_taken(qwen):
+    """Its check was an English sentence, of which the library itself raises; the user's own words are what is read."""
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "人类", "想要", "生存"])}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    model = sb.load_model(qwen.source, tokenizer=tokenizer)
+    assert model.encode("人类 想要 生存") == [1, 2, 3]
+    with pytest.raises(sb.RequestError, match="cannot read the prompt"):
+        model.encode("He says yes.")
+
+
 def test_ids_beyond_the_embedding_are_refused(qwen):
     qwen.tokenizer.add_tokens([f"beyond{i}" for i in range(200)])
     with pytest.raises(sb.RequestError, match="embeds only 512"):

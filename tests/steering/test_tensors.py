@@ -8,6 +8,7 @@ import torch
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2, write_saelens
 
 import sae_bias as sb
+from sae_bias.steering.intervention import from_dict
 
 TEXTS = ["An AI wants to survive.", "A human says hello.", "The robot says yes"]
 D = 32
@@ -94,6 +95,26 @@ def test_logits_under_edits_of_two_layers_are_those_of_plain_hooks(gemma3, plain
     one = sb.logits(gemma3.model, TEXTS, sb.EditSet("both", edits))
     assert torch.equal(one, found)
     assert torch.equal(sb.logits(gemma3.model, TEXTS, ()), sb.logits(gemma3.model, TEXTS))
+
+
+def test_a_feature_at_another_layer_reads_and_writes_there(gemma3, plain, saes):
+    weights, folder = saes[1]
+    index = live(gemma3, folder)
+    steered = {3: lambda x: torch.full((len(x), 1), 2.0) * torch.as_tensor(weights["w_dec"])[index]}
+    for edit, deltas in (
+        (sb.Ablate(f"{folder}#{index}", at=3), {3: ablation(weights, index)}),
+        (sb.Steer(f"{folder}#{index}", 2.0, at="blocks.3.hook_resid_post"), steered),
+    ):
+        found = sb.logits(gemma3.model, TEXTS, edit)
+        for i, text in enumerate(TEXTS):
+            expected = plain_logits(plain, plain[1](text).input_ids, deltas)[-1]
+            torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=0)
+        assert edit != type(edit)(
+            edit.ref if isinstance(edit, sb.Ablate) else edit.along,
+            *([2.0] if isinstance(edit, sb.Steer) else []),
+        )
+        assert edit.target.endswith("@ blocks.3.hook_resid_post") and from_dict(edit.to_dict()) == edit
+    assert "at" not in sb.Ablate(f"{folder}#{index}").to_dict()  # cells of older runs keep their names
 
 
 def test_activations_are_those_of_saelens(gemma3, plain, saes, tmp_path):

@@ -12,8 +12,9 @@ import sae_bias as sb
 from sae_bias.runs.copies import edit_from_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.saes.load import as_feature
+from sae_bias.steering.controls import mismatch_edits
 from sae_bias.steering.edits import edit_features
-from sae_bias.workflows.sweep_summary import controls_summary
+from sae_bias.workflows.sweep_summary import controls_summary, summarize_sweep
 
 INDEX = 3
 
@@ -61,3 +62,32 @@ def test_a_sets_controls_keep_every_gate_and_size(gemma3, pairs, probe, two, tmp
         stored = RunFolder(out).read_cell(cell["cell"])
         assert abs(after.frame["bias"].iloc[-1] - stored["bias"].mean()) < 1e-6
     assert len({tuple(r.tolist()) for r in rows}) == 8
+
+
+def test_mismatches_stand_beside_the_controls_and_in_no_p(gemma3, pairs, probe, two, tmp_path):
+    first, other = two[0], two[1].partition("#")[0]
+    sweep = sb.Sweep([sb.Ablate(first)], controls=3, mismatches=[other])
+    result = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe, out=tmp_path / "run")
+    found = result.frame[result.frame["kind"] == "mismatch"].set_index("label")
+    assert list(found.index) == [
+        "the same, 1 layers earlier",
+        "the same, 1 layers later",
+        f"feature {INDEX} of {sb.load_sae(other).id}",
+    ]
+    for label, edit in zip(
+        found.index, (sb.Ablate(first, at=0), sb.Ablate(first, at=2), sb.Ablate(two[1])), strict=True
+    ):
+        with sb.intervene(gemma3.model, edit):
+            after = sb.run_probe(gemma3.model, pairs, probe)
+        assert found.loc[label, "bias"] == pytest.approx(after.bias, abs=1e-5)
+    summary = summarize_sweep(result.frame, first, INDEX)
+    assert [m["label"] for m in summary["mismatches"]] == list(found.index)
+    without = result.frame[result.frame["kind"] != "mismatch"]
+    assert summary["controls"] == summarize_sweep(without, first, INDEX)["controls"]
+    with pytest.raises(sb.RequestError, match="own SAE"):
+        mismatch_edits(gemma3.model, sb.Ablate(first), [first.partition("#")[0]])
+
+
+def test_a_set_is_mismatched_as_a_whole(gemma3, two):
+    sets = mismatch_edits(gemma3.model, edit_features("clamp", two, -2.0))
+    assert [[part.site.layer for part in e.parts] for e, _ in sets] == [[0, 1], [2, 3]]

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,77 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
         for s in (0, 1)
     )
     return left, right
+
+
+@section(TEXT, table="dose_response")
+def dose_section(run: Run) -> Section:
+    """How often the model does something at each strength, and where its capability stays within the margin."""
+    frame, part = run.tables["dose_response"], run.summary.facts().get("behavior") or {}
+    columns = {
+        "side": "prompts", "label": "control", "strength": "strength", "edit": "edit", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
+        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls", "n_controls": "controls",
+    }  # fmt: skip
+    usable = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
+    return Section(
+        "dose-response",
+        "Behavior against strength",
+        dose_sentence(part),
+        behavior_plots.dose_response(frame, str(part.get("behavior", "behavior")), usable),
+        run_table(run, "dose_response", columns, frame),
+        how_to_read="Bars are 95% intervals over prompts. Crosses are random edits of the same gate and size. Shaded: perplexity on plain text "
+        "and accuracy on a multiple-choice set stay within the margin.",
+    )
+
+
+@section(TEXT, table="question_bias")
+def question_section(run: Run) -> Section:
+    """The bias on several questions at each strength of one edit."""
+    frame = run.tables["question_bias"]
+    columns = {
+        "question": "question", "strength": "strength", "n_units": "templates", "rate": "bias, nats", "ci_low": "from", "ci_high": "to",
+        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls",
+    }  # fmt: skip
+    names = list(dict.fromkeys(frame["question"]))
+    return Section(
+        "question-bias",
+        "Bias on other questions",
+        f"The bias on {len(names)} questions ({', '.join(map(str, names))}) at each strength of the same edit.",
+        behavior_plots.dose_response(frame.assign(side=frame["question"]), "bias in nats"),
+        run_table(run, "question_bias", columns, frame),
+    )
+
+
+@section("The feature", table="model_diff")
+def model_diff_section(run: Run) -> Section:
+    """Features that fire differently in another model on the same texts."""
+    frame = run.tables["model_diff"]
+    other = (run.manifest.get("study") or {}).get("baseline", "the other model")
+    n = int((frame["separates"] == "yes").sum())
+    columns = {
+        "feature": "feature", "mean_positive": "in the model", "mean_negative": "in the baseline", "mean_diff": "difference", "auroc": "AUROC",
+        "t": "t", "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "differs",
+    }  # fmt: skip
+    return Section(
+        "model-diff",
+        "What another model sees differently",
+        f"{n} of the {len(frame)} features shown fire differently here and in {other} on the same texts. The SAE was trained on one of the two: read the gate's figures too.",
+        table=run_table(run, "model_diff", columns, frame),
+    )
+
+
+def dose_sentence(part: Mapping[str, Any]) -> str:
+    """The usable range in words."""
+    said = (
+        f"{part.get('n_strengths', 0)} strengths of one edit, read as {part.get('behavior', 'a behavior')}."
+    )
+    if not fmt.is_number(part.get("margin")):
+        return f"{said} Capability was not measured, so no usable range is known."
+    margin = fmt.percent(part["margin"])
+    if not fmt.is_number(part.get("usable_low")):
+        return (
+            f"{said} At no strength next to no edit does capability stay within {margin} with 95% confidence."
+        )
+    return f"{said} Capability stays within {margin} with 95% confidence from {fmt.number(part['usable_low'])} to {fmt.number(part['usable_high'])}."
 
 
 @section(TEXT, table="judge_parts")

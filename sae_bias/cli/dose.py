@@ -1,0 +1,223 @@
+"""`sae-bias dose`: how often a model does something at each strength of an edit, and at which strengths it still works."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, ask_to_send, command, option, parse_numbers, rows
+from sae_bias.core.errors import RequestError
+
+Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", help="Text file with a prompt a line.")]
+ContrastFile = Annotated[
+    str | None,
+    option(
+        "--contrast",
+        metavar="FILE",
+        help="Prompts of two sides, as `rank` takes them: .jsonl or .csv with text and label.",
+    ),
+]
+ScenarioFile = Annotated[
+    str | None,
+    option(
+        "--scenarios",
+        metavar="FILE",
+        help="Scenarios instead of prompts (`bundled`: the sixty): the behavior is choosing the aligned option.",
+    ),
+]
+Behavior = Annotated[
+    str,
+    typer.Option(
+        "--behavior",
+        help="refusal, default_negativity, or a regular expression that the continuation is searched for.",
+    ),
+]
+JudgeName = Annotated[
+    str | None,
+    option(
+        "--judge",
+        metavar="PROVIDER/MODEL",
+        help="An Inspect model whose mark (1 to 5) is the behavior instead.",
+    ),
+]
+BaseUrl = Annotated[str | None, option("--base-url", metavar="URL", help="Server of the judge.")]
+ApiKey = Annotated[str | None, option("--api-key", envvar="SAE_BIAS_JUDGE_KEY", help="Key of that server.")]
+Part = Annotated[str, typer.Option("--part", help="What the judge marks: coherence, harm or stance.")]
+Strengths = Annotated[
+    str | None, option("--strengths", metavar='"-5,0,5"', help="Values with commas between; ablate has none.")
+]
+Unit = Annotated[
+    str,
+    typer.Option(
+        "--unit",
+        help="act: activations as they are; max: times each feature's largest activation on the bundled pairs.",
+    ),
+]
+Refusal = Annotated[
+    int | None,
+    option(
+        "--direction",
+        metavar="LAYER",
+        help="Instead of features: the difference of means of --contrast after this layer, projected out at every layer.",
+    ),
+]
+Controls = Annotated[
+    int, typer.Option("--controls", min=0, help="Random edits of the same size beside each strength.")
+]
+Capability = Annotated[
+    bool,
+    typer.Option(
+        "--capability/--no-capability", help="Perplexity and a multiple-choice set at each strength."
+    ),
+]
+Margin = Annotated[
+    float,
+    typer.Option(
+        "--margin",
+        help="Loss of capability that is still usable: 0.1 is 10 % more perplexity or 10 points of accuracy.",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
+
+COLUMNS = {
+    "side": "prompts", "strength": "strength", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
+    "change": "change", "change_low": "from ", "change_high": "to ", "p_value": "p", "control_change": "random controls",
+}  # fmt: skip
+CAPABILITY = {
+    "strength": "strength", "perplexity_ratio": "perplexity ×", "ratio_low": "from", "ratio_high": "to", "accuracy": "accuracy",
+    "accuracy_change": "change", "change_low": "from ", "change_high": "to ", "n_texts": "texts", "n_questions": "questions", "usable": "usable",
+}  # fmt: skip
+
+
+@command(
+    "dose",
+    'sae-bias dose google/gemma-2-2b-it --chat --prompts harmful.txt --feature RELEASE/SAE_ID#INDEX --edit steer --strengths "-5,-2,2,5"',
+    "sae-bias dose google/gemma-2-2b-it --chat --contrast harmful.csv --direction 12 --behavior refusal",
+    takes=(*FROM_MODEL, *CHAT, "features", "edit", "positions"),
+)
+def dose(
+    run: Run,
+    prompts: Prompts = None,
+    contrast: ContrastFile = None,
+    scenarios: ScenarioFile = None,
+    behavior: Behavior = "refusal",
+    judge: JudgeName = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    part: Part = "harm",
+    strengths: Strengths = None,
+    unit: Unit = "act",
+    direction: Refusal = None,
+    controls: Controls = 1,
+    capability: Capability = True,
+    margin: Margin = 0.1,
+    max_new_tokens: MaxNewTokens = 40,
+) -> None:
+    """Measure a behavior at each strength of an edit, and the range of strengths in which the model still works.
+
+    The behavior is a pattern in what the model writes, a judge's mark, or the choice of the aligned option in scenarios. With a contrast each
+    side has its rate, and so has their difference. Beside each strength stand random edits of the same size, the perplexity on plain text and
+    the accuracy on forty multiple-choice questions.
+    """
+    from sae_bias.measures.behavior import Judged, dose_response
+    from sae_bias.measures.judge import Judge
+
+    asked = _prompts(prompts, contrast, scenarios)
+    values = (None,) if strengths is None else parse_numbers(strengths, "--strengths")
+    if unit not in ("act", "max"):
+        raise RequestError(f"--unit {unit!r}: expected act or max.")
+    if (direction is None) == (not run.features):
+        raise RequestError(
+            "give --feature (several are edited together), or --direction LAYER with --contrast."
+        )
+    if direction is None:
+        _edits(run, values, None)  # a wrong request is told before the model loads
+    read: Any = behavior
+    if judge is not None:
+        read = Judged(Judge(judge, base_url, api_key), part, run.out, ask_to_send)
+    model = run.open(*(f.ref.sae for f in run.features), gate=False)
+    edits = (
+        _edits(run, values, _units(run, model, unit))
+        if direction is None
+        else _direction(run, model, asked, direction, values)
+    )
+    options: dict[str, Any] = {
+        "controls": controls,
+        "capability": capability,
+        "margin": margin,
+        **run.chat,
+        "seed": run.seed,
+    }
+    result = dose_response(
+        model, asked, edits, read, **options, max_new_tokens=max_new_tokens, progress=run.progress
+    )
+    facts = {
+        **options,
+        "max_new_tokens": max_new_tokens,
+        "behavior": result.behavior,
+        "edits": [e.to_dict() for e in edits],
+    }
+    run.save(result.tables(), {"behavior": result.summary()}, behavior=facts)
+    run.say(
+        f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {result.frame['n'].iloc[0]} prompts"
+    )
+    if capability:
+        usable = result.usable_range
+        where = "none next to no edit" if usable is None else f"{usable[0]:g} to {usable[1]:g}"
+        run.say(f"usable strengths (capability within {margin:.0%} with 95% confidence): {where}")
+    run.table("Behavior at each strength", result.frame, COLUMNS)
+    if result.capability is not None:
+        run.table("Capability at each strength", result.capability.frame, CAPABILITY)
+    known = None if result.capability is None else rows(result.capability.frame)
+    run.done({**result.summary(), "strengths": rows(result.frame), "capability": known})
+
+
+def _prompts(file: Path | None, contrast: str | None, scenarios: str | None) -> Any:
+    """The prompts, the contrast or the scenarios: one of the three."""
+    from sae_bias.cli.generate import read_prompts
+
+    if sum(x is not None for x in (file, contrast, scenarios)) != 1:
+        raise RequestError("give one of --prompts, --contrast and --scenarios.")
+    if contrast is not None:
+        from sae_bias.prompts.contrast import load_contrast
+
+        return load_contrast(contrast)
+    if scenarios is not None:
+        from sae_bias.prompts.scenarios import load_scenarios
+
+        return load_scenarios(None if scenarios == "bundled" else scenarios)
+    return read_prompts([], file)
+
+
+def _edits(run: Run, values: tuple[float | None, ...], units: list[float] | None) -> list[Any]:
+    from sae_bias.steering.edits import edit_features
+
+    refs = [f.ref for f in run.features]
+    return [
+        edit_features(run.given["edit"], refs, v, units=units, positions=run.given["positions"])
+        for v in values
+    ]
+
+
+def _units(run: Run, model: Any, unit: str) -> list[float] | None:
+    """Each feature's largest activation on the bundled pairs, where strengths are in that unit."""
+    from sae_bias.prompts.load import load_pairs
+    from sae_bias.steering.controls import observed_max
+
+    return [observed_max(model, f, load_pairs()) for f in run.features] if unit == "max" else None
+
+
+def _direction(run: Run, model: Any, asked: Any, layer: int, values: tuple[float | None, ...]) -> list[Any]:
+    """The contrast's difference of means, projected out at every layer; a strength is the share that is taken out."""
+    from sae_bias.prompts.contrast import Contrast
+    from sae_bias.steering.directions import difference_of_means
+    from sae_bias.steering.edits import ProjectOut, at_every_layer
+
+    if not isinstance(asked, Contrast):
+        raise RequestError(
+            "--direction needs --contrast, whose positive and negative texts it is the difference of."
+        )
+    found = difference_of_means(model, asked, layer, chat=run.given["chat"])
+    return [
+        at_every_layer(model, ProjectOut(found) if v is None else ProjectOut(found, share=v)) for v in values
+    ]

@@ -1,0 +1,163 @@
+"""What an edit leaves of a model's capability: perplexity on plain text, and a small multiple-choice set.
+
+    perplexity ratio = exp(mean over texts of NLL_edited - NLL, nats a token)
+    an answer is right where log p(right | question) is the largest of the four
+
+A strength is *usable* where both stay within the margin m with 95 % confidence: the upper bound of the NLL's change is at most log(1 + m), and
+the lower bound of the accuracy's change at least -m. It is not where an estimate itself is beyond the margin, and undetermined between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+
+from sae_bias.core.errors import RequestError
+from sae_bias.measures.continuations import Ask, ContinuationPlan, Phrasing
+from sae_bias.measures.text import nll_at
+from sae_bias.models.forward import forward, plan_batches
+from sae_bias.models.model import Model
+from sae_bias.prompts.files import bundled_yaml
+from sae_bias.prompts.texts import load_texts
+from sae_bias.stats.rates import mean_of, paired_change
+from sae_bias.steering.hooks import intervene
+from sae_bias.steering.intervention import Intervention
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; the answers are never listed, so their order does not matter."""
+
+    text: str
+    right: str
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Capability:
+    """One row a strength: nll (nats a token), perplexity_ratio, accuracy, their changes with intervals, usable (yes, no, undetermined)."""
+
+    frame: pd.DataFrame
+    margin: float
+
+
+def load_questions() -> tuple[Question, ...]:
+    """The bundled forty."""
+    found = bundled_yaml("capability.yaml")["questions"]
+    return tuple(Question(q["ask"], q["right"], tuple(q["wrong"])) for q in found)
+
+
+def measure_capability(
+    model: Model,
+    cells: Sequence[Sequence[Intervention]],
+    *,
+    texts: Sequence[str] | None = None,
+    questions: Sequence[Question] | None = None,
+    margin: float = 0.1,
+    chat: bool = False,
+    system: str | None = None,
+) -> Capability:
+    """Perplexity and accuracy without edits and under each of `cells`.
+
+    Args:
+        texts: those of the perplexity (plain, whatever `chat`); the bundled neutral ones by default.
+        questions: the multiple-choice set; the bundled one by default. Those that the tokenizer cannot read are left out.
+        chat, system: how the questions reach the model.
+
+    Raises:
+        RequestError: a margin that is not positive, a text the model's tokenizer cannot read.
+    """
+    if not margin > 0:
+        raise RequestError(f"margin={margin!r}: expected a positive share, such as 0.1.")
+    texts = load_texts("neutral") if texts is None else list(texts)
+    questions = load_questions() if questions is None else questions
+    asks = _asks(Phrasing(model, chat=chat, system=system), questions)
+    plan = ContinuationPlan(model, asks)
+    rows = []
+    base: tuple[pd.Series, pd.Series] | None = None
+    for edits in ((), *cells):
+        with intervene(model, *edits):
+            nll, right = pd.Series(text_nll(model, texts)), pd.Series(_right(plan))
+        base = base or (nll, right)
+        rows.append(_row(edits, nll, right, base, margin))
+    return Capability(pd.DataFrame(rows), margin)
+
+
+@torch.no_grad()
+def text_nll(model: Model, texts: Sequence[str]) -> Float[np.ndarray, "n_texts"]:
+    """Mean NLL of each text's tokens after its first, nats a token, under whatever is open on `model`."""
+    ids = [model.encode(t) for t in texts]
+    out = np.full(len(ids), np.nan)
+    for batch in plan_batches(ids, model.device):
+        final = forward(model, batch.tokens)
+        for row, i in enumerate(batch.index):
+            if len(ids[i]) > 1:
+                out[i] = nll_at(final, row, 1, ids[i][1:]).mean()
+    return out
+
+
+def usable_range(frame: pd.DataFrame) -> tuple[float, float] | None:
+    """The lowest and highest of the usable strengths that follow each other from the one nearest to no edit (0; 1 for scale)."""
+    rows = frame[frame["strength"].notna() & (frame["kind"] != "base")].sort_values("strength")
+    if rows.empty:
+        return None
+    strengths, usable = rows["strength"].to_numpy(float), (rows["usable"] == "yes").to_numpy()
+    nothing = 1.0 if rows["edit"].iloc[0].startswith("scale") else 0.0
+    low = high = int(np.abs(strengths - nothing).argmin())
+    if not usable[low]:
+        return None
+    while low > 0 and usable[low - 1]:
+        low -= 1
+    while high + 1 < len(usable) and usable[high + 1]:
+        high += 1
+    return float(strengths[low]), float(strengths[high])
+
+
+def _asks(phrasing: Phrasing, questions: Sequence[Question]) -> list[Ask]:
+    """The questions that the model's tokenizer can read; a toy model reads none of the bundled ones."""
+    asks = []
+    for i, q in enumerate(questions):
+        with suppress(RequestError):
+            asked = phrasing.ask(f"Question: {q.text}\n", "Answer:", (q.right, *q.wrong))
+            asks.append(Ask((i, "free", ()), *asked))
+    return asks
+
+
+def _right(plan: ContinuationPlan) -> np.ndarray:
+    return np.array(
+        [float(values.argmax() == 0 and (values == values[0]).sum() == 1) for values in plan.run()]
+    )
+
+
+def _row(
+    edits: Sequence[Intervention], nll: pd.Series, right: pd.Series, base: tuple[pd.Series, pd.Series], margin: float
+) -> dict[str, object]:  # fmt: skip
+    more, accuracy = paired_change(base[0], nll, False), mean_of(right, True)
+    change = paired_change(base[1], right, True)
+    within = more.high <= math.log1p(margin) and change.low >= -margin
+    beyond = more.value > math.log1p(margin) or change.value < -margin
+    return {
+        "kind": "candidate" if edits else "base",
+        "strength": edits[0].strength if len(edits) == 1 else math.nan,
+        "edit": " + ".join(e.describe() for e in edits) or "none",
+        "nll": float(nll.mean()),
+        "perplexity_ratio": math.exp(min(more.value, 700.0)),
+        "ratio_low": math.exp(min(more.low, 700.0)),
+        "ratio_high": math.exp(min(more.high, 700.0)),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "accuracy_change": change.value,
+        "change_low": change.low,
+        "change_high": change.high,
+        "n_texts": int(nll.notna().sum()),
+        "n_questions": len(right),
+        "usable": ("yes" if within else "no" if beyond else "undetermined") if edits else "yes",
+    }
