@@ -78,9 +78,29 @@ def test_the_same_reading_is_found_in_another_architecture(make_tiny, bank, tmp_
     )
     found = match_features(f"{first}#5", a.model, b.model, [str(second)], bank)
     assert found.candidates["index"].iloc[0] == 40
-    assert found.candidates["p_fwer"].iloc[0] < 0.01
     assert found.candidates["mutual"].iloc[0]
     assert found.margin > 0.03
+
+
+def test_the_planted_feature_is_found_in_the_other_organism():
+    """Beyond what subjects, and what statements, have in common; in the same cells, HC among them; with a sign told from 0."""
+    import json
+
+    from sae_bias.models.catalog import organism_folder
+
+    truth = [json.loads((organism_folder(o) / "truth.json").read_text())["constructed"]["index"] for o in ("planted", "planted-gemma2")]  # fmt: skip
+    other = "organism:planted-gemma2/constructed/layer_3/width_512/average_l0_18"
+    pairs = sb.load_pairs().select(entities=sb.load_pairs().entities[:6])
+    found = match_features(
+        f"organism:planted/constructed#{truth[0]}", sb.load_model("organism:planted"), sb.load_model("organism:planted-gemma2"), other,
+        n_permutations=200, pairs=pairs,
+    )  # fmt: skip
+    first = found.to_frame().iloc[0]
+    assert str(found.best) == f"{other}#{truth[1]}"
+    assert first["p_fwer"] == pytest.approx(1 / 201)
+    assert first["class"] == found.profile_class == "AS"
+    assert first["same_sign"] == "yes"
+    assert first["removed_low"] > 0 < first["removed_original_low"]
 
 
 def test_noise_has_no_match(make_tiny, bank, tmp_path):
