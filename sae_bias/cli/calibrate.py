@@ -51,7 +51,7 @@ SAE_COLUMNS = {
     "l0": "L0",
     "live": "features that fire",
     "called": "called AI-speech",
-    "ceiling": "ceiling",
+    "ceiling": "upper bound",
     "first_exact": "most causal removes",
     "first_place": "its place",
     "joint_report": "ten best remove",

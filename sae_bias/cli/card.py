@@ -58,7 +58,7 @@ def card(
     run.say(repr(made))
     run.note_gate()
     if page is not None:
-        run.note(f"card: {page}")
+        run.note(f"dashboard: {page}")
     a = made.activity
     run.done(
         {

@@ -7,12 +7,12 @@ import typer
 from sae_bias.cli.context import FROM_FEATURE, Run, command, parse_numbers, rows
 
 COLUMNS = {
-    "rung": "rung",
+    "rung": "effect of",
     "effect": "nats",
     "ci_low": "low",
     "ci_high": "high",
     "share_of_bias": "of the bias",
-    "share_of_ceiling": "of its ceiling",
+    "share_of_ceiling": "of its upper bound",
     "meaning": "what it is",
 }
 Layers = Annotated[
@@ -20,7 +20,7 @@ Layers = Annotated[
     typer.Option(
         "--layers",
         metavar="I,J,…",
-        help="Layers at which the ceiling is measured; nine over the depth by default.",
+        help="Layers at which the upper bound is measured; nine over the depth by default.",
         show_default=False,
     ),
 ]
@@ -36,9 +36,9 @@ Single = Annotated[
     takes=(*FROM_FEATURE, "pairs", "words", "score"),
 )
 def ladder(run: Run, layers: Layers = None, single_positions: Single = 8) -> None:
-    """Climb the causal ladder of a feature: ceiling, necessity, sufficiency, the SAE's error, direct and mediated.
+    """Analyze what a feature causes: upper bound, necessity, sufficiency, the SAE's error, direct and indirect effect.
 
-    The ceiling is what replacing the whole residual after the subject does; necessity is ablation, and its share of the ceiling;
+    The upper bound (activation patching) is what replacing the whole residual after the subject does; necessity is ablation, and its share of the upper bound;
     sufficiency sets the feature to its AI value in the human prompts. Nothing here is drawn at random.
     """
     from sae_bias.discovery.causal import causal_ladder as climb
@@ -61,7 +61,7 @@ def ladder(run: Run, layers: Layers = None, single_positions: Single = 8) -> Non
         f"{result['necessity']:+.3f}, any edit after the subject at layer {result.layer} could remove {result['ceiling']:+.3f}"
     )
     run.note_gate()
-    run.table("The causal ladder", result.to_frame(), COLUMNS)
+    run.table("The causal analysis", result.to_frame(), COLUMNS)
     if result.note:
         run.note(result.note)
     run.done(

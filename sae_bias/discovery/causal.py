@@ -1,7 +1,7 @@
-"""The causal ladder of one feature: what it does to the bias, in the light of what any edit at its place could do (docs/method.md#causal-analysis).
+"""The causal analysis of one feature: what it does to the bias, in the light of what any edit at its place could do (docs/method.md#causal-analysis).
 
-    ceiling      human → AI residual interchange at the feature's layer, over the words after the subject
-    necessity    ablation: bias removed, also as a share of the ceiling
+    ceiling      the upper bound by activation patching: human → AI residual interchange at the feature's layer, over the words after the subject
+    necessity    ablation: bias removed, also as a share of the upper bound
     sufficiency  the feature set to its AI value in the human prompts: does the penalty appear?
     error        interchange of the SAE's error alone: the part of the bias no feature of this SAE holds
     direct       a·W_dec[f] read by the unembedding with the final norm frozen; the rest of the ablation is mediated by later layers
@@ -60,7 +60,7 @@ MEANING = {
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
-    """The rungs of one feature, each in nats of bias with its interval."""
+    """The causal effects of one feature, each in nats of bias with its interval."""
 
     feature: FeatureRef
     base: ProbeResult
@@ -77,22 +77,22 @@ class Ladder:
         return self.rungs.copy()
 
     def __getitem__(self, rung: str) -> float:
-        """One rung's effect in nats."""
+        """One effect in nats."""
         return float(self.rungs.set_index("rung").loc[rung, "effect"])  # type: ignore[arg-type]
 
     def plot(self) -> go.Figure:
-        """The rungs with their intervals, and the ceiling at every layer and position."""
+        """The effects with their intervals, and the upper bound at every layer and position."""
         from sae_bias.figures.features import ladder_figure
 
         return ladder_figure(self.rungs, self.ceilings, str(self.feature), self.layer, self.base.bias)
 
     def __repr__(self) -> str:
         lines = [
-            f"Ladder of {self.feature}: unsteered bias {self.base.bias:+.3f} nats, {self.base.n_pairs} pairs"
+            f"Causal analysis of {self.feature}: unsteered bias {self.base.bias:+.3f} nats, {self.base.n_pairs} pairs"
         ]
         for row in self.rungs.to_dict("records"):
             share = row["share_of_ceiling"]
-            of = f", {share:.0%} of its ceiling" if math.isfinite(share) else ""
+            of = f", {share:.0%} of its upper bound" if math.isfinite(share) else ""
             lines.append(
                 f"  {row['rung']:<16}{row['effect']:+8.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]  {row['share_of_bias']:.0%} of the bias{of}"
             )
@@ -116,10 +116,10 @@ def causal_ladder(
     positions: int = MOST_POSITIONS,
     progress: bool = False,
 ) -> Ladder:
-    """The causal ladder of `feature`.
+    """The causal analysis of `feature`: upper bound (activation patching), necessity (ablation), sufficiency, the SAE's error, direct and indirect effect.
 
     Args:
-        layers: where the ceiling is measured; by default all of a small model, else nine spread over the depth and the
+        layers: where the upper bound is measured; by default all of a small model, else nine spread over the depth and the
             feature's own. The feature's own layer is always among them.
         positions: how many single positions from the end; 0 measures the whole suffix only.
 
@@ -174,7 +174,7 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
     stats = {rung: clustered_mean(values, *base.clusters) for rung, values in removed.items()}
     of = {"sufficiency": stats["reverse ceiling"].mean, "reverse ceiling": math.nan, "ceiling": math.nan}
     if abs(stats["necessity"].mean) > 1.05 * abs(stats["ceiling"].mean):
-        more = "ablation does more than the ceiling: it also acts on the subject's own tokens, or it damages; see resample"
+        more = "ablation does more than the upper bound: it also acts on the subject's own tokens, or it damages; see resample"
         note = "; ".join(filter(None, [note, more]))
     rows = [
         _row(rung, stat, base.bias, of.get(rung, stats["ceiling"].mean), len(base.pair_bias))
@@ -227,7 +227,7 @@ def _ceilings(exchange: Interchange, layers: Sequence[int], positions: int, prog
     rows = []
     places: list[int | None] = [None, *range(positions)]
     with tqdm(
-        total=len(layers) * len(places), desc="ceiling", unit="place", disable=not progress, leave=False
+        total=len(layers) * len(places), desc="patching", unit="place", disable=not progress, leave=False
     ) as bar:
         for layer in layers:
             for offset in places:

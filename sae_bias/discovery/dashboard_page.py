@@ -1,4 +1,4 @@
-"""A feature card as HTML: no scripts, nothing fetched, every text escaped, tokens colored by activation."""
+"""A feature dashboard as HTML: no scripts, nothing fetched, every text escaped, tokens colored by activation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def card_page(card: FeatureCard) -> str:
 
 
 def card_body(card: FeatureCard) -> str:
-    """The card alone, for a notebook or another page."""
+    """The dashboard alone, for a notebook or another page."""
     table = card.two_by_two
     acts = [a for a in ("speech", "nonspeech", "harm", "control") if a in table]
     groups = [g for g in ("ai", "human", "animal", "object") if g in table.index]

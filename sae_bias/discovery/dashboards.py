@@ -1,4 +1,4 @@
-"""Feature cards: everything that lets a person see what one feature means, in one page.
+"""Feature dashboards: everything that lets a person see what one feature means, in one page.
 
     where it fires   strongest passages and tokens of a text collection (streamed), a histogram of its activation
     what it writes   the words its decoder row promotes and demotes (`logit_lens`)
@@ -194,7 +194,7 @@ def feature_card(
     table: ActivationTable | None = None,
     progress: bool = False,
 ) -> FeatureCard:
-    """The card of one feature.
+    """The dashboard of one feature.
 
     Args:
         texts: a .txt, .jsonl or .json file, or any iterable of texts, read as a stream (millions of tokens work); None is a

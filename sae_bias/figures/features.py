@@ -1,4 +1,4 @@
-"""Figures of the search for features: rankings, the causal ladder, resolved candidates, matches.
+"""Figures of the search for features: rankings, the causal analysis, resolved candidates, matches.
 
 As in `plots`: data frames in, a plotly Figure out; nothing is read, written or measured here, and a NaN is a gap.
 """
@@ -163,15 +163,15 @@ def cumulative_ablation(cumulative: pd.DataFrame) -> go.Figure:
 
 
 def ladder(frame: pd.DataFrame, bias: float | None = None) -> go.Figure:
-    """The causal ladder: one row a rung, ceiling on top, with intervals; the dashed line is the whole bias."""
+    """The causal analysis: one row an effect, the upper bound on top, with intervals; the dashed line is the whole bias."""
     rows = frame.iloc[::-1].reset_index(drop=True)
     hover = [
         f"<b>{plain(r)}</b><br>{number(v)} nats<br>{wrapped(m)}"
         for r, v, m in zip(rows["rung"], rows["effect"], rows["meaning"].fillna(""))
     ]
-    fig = style.figure("The causal ladder", "bias in nats", height=140 + 34 * len(rows))
+    fig = style.figure("The causal analysis", "bias in nats", height=140 + 34 * len(rows))
     ends = rows["effect"], rows["ci_low"], rows["ci_high"]
-    style.forest(fig, *ends, name="rung", color=PURPLE, symbol="diamond", hover=hover)
+    style.forest(fig, *ends, name="effect", color=PURPLE, symbol="diamond", hover=hover)
     fig.update_layout(showlegend=False)
     if bias is not None and np.isfinite(bias):
         label = {"text": "the whole bias", "yanchor": "bottom", "xanchor": "center"}
@@ -256,11 +256,11 @@ _COLORS = {
     "mediated": PURPLE,
 }
 _LABELS = {
-    "ceiling": "ceiling of any edit here",
+    "ceiling": "upper bound: any edit here",
     "necessity": "necessity: ablated",
     "resample": "given its human value",
     "sufficiency": "sufficiency: human prompts, AI value",
-    "reverse ceiling": "ceiling the other way",
+    "reverse ceiling": "upper bound the other way",
     "all features": "all features of this SAE",
     "error": "SAE error alone",
     "direct": "direct: what W_dec writes",
@@ -271,18 +271,18 @@ _LABELS = {
 def ladder_figure(
     rungs: pd.DataFrame, ceilings: pd.DataFrame, feature: str, layer: int, bias: float
 ) -> go.Figure:
-    """The rungs with their intervals, beside the share of the bias that interchange removes at each layer and position."""
+    """The effects with their intervals, beside the share of the bias that interchange removes at each layer and position."""
     fig = make_subplots(
         rows=1, cols=2, column_widths=[0.52, 0.48], horizontal_spacing=0.12,
-        subplot_titles=("bias removed or brought about, nats", "ceiling: share of the bias removed"),
+        subplot_titles=("bias removed or brought about, nats", "upper bound: share of the bias removed"),
     )  # fmt: skip
-    heading = style.figure(f"The causal ladder of {short(feature, 70)}").to_dict()["layout"]
+    heading = style.figure(f"The causal analysis of {short(feature, 70)}").to_dict()["layout"]
     fig.update_layout(template=style.TEMPLATE, title=heading["title"], height=200 + 34 * len(rungs), margin={"t": 96, "r": 56})  # fmt: skip
     fig.update_annotations(font={"size": 13, "color": style.INK})
     rows = rungs.iloc[::-1].reset_index(drop=True)
     for place, row in rows.iterrows():
         of = row["share_of_ceiling"]
-        ceiling = f"<br>{of:.0%} of its ceiling" if math.isfinite(of) else ""
+        ceiling = f"<br>{of:.0%} of its upper bound" if math.isfinite(of) else ""
         hover = f"<b>{plain(_LABELS[row['rung']])}</b><br>{number(row['effect'])} nats, {row['share_of_bias']:.0%} of the bias{ceiling}<br>{style.wrapped(row['meaning'])}"
         style.forest(
             fig, [row["effect"]], [row["ci_low"]], [row["ci_high"]], name=row["rung"], color=_COLORS.get(row["rung"], AI),

@@ -252,7 +252,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ]
     facts += [(f"{split} split", f"{len(ids)} templates") for split, ids in (m.get("split") or {}).items()]
     cards = sorted(p.name for p in (run.folder / "cards").glob("*.html"))
-    facts.append(("feature cards", cards and f"{', '.join(cards)} (in cards/ of the run folder)"))
+    facts.append(("feature dashboards", cards and f"{', '.join(cards)} (in cards/ of the run folder)"))
     if gate:
         error, fvu, l0, label = (
             fmt.number(gate.get(k)) for k in ("residual_max_rel_error", "fvu", "l0", "label_l0")

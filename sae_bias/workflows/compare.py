@@ -18,6 +18,7 @@ removed. The curve is walked from s = 0; where it never reaches the cost, the be
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -210,6 +211,7 @@ _PROMPT_FACTS: dict[str, Any] = {
 # --- the methods ---
 Steps = Callable[[Sequence[float], str], list[tuple[float, Intervention]]]
 """A method as a function of the shares taken out and the positions it acts at: each share with its edit."""
+Fitted = FeatureSet | GatedCounterfactual
 
 
 def _taken_out(target: Feature | Direction, sign: float = 1.0) -> Steps:
@@ -221,27 +223,31 @@ def _taken_out(target: Feature | Direction, sign: float = 1.0) -> Steps:
 def _fitted(
     model: Model, feature: Feature, pairs: PromptPairs, probe: Probe, steps: int, seed: int, progress: bool
 ) -> dict[str, Steps]:
-    """Edits fitted on `pairs` to be specific, each taken by shares of the way from no edit."""
+    """Edits fitted on `pairs` to be specific, each taken by shares of the way from no edit; one that cannot be fitted is left out, with a warning."""
     options: dict[str, Any] = {"probe": probe, "steps": steps, "seed": seed, "progress": progress}
-    own = fit_feature_set(model, feature.ref.sae, pairs, discover=pairs.templates, **options)
-    gated = fit_feature_set(model, feature.ref.sae, pairs, kind="gated", discover=pairs.templates, **options)
+    found: dict[str, Steps] = {}
+    for kind in ("scales", "gated"):
+        try:
+            edit = fit_feature_set(
+                model, feature.ref.sae, pairs, kind=kind, discover=pairs.templates, **options
+            )
+        except RequestError as error:
+            warnings.warn(f"the comparison has no {kind} edit: {error}", stacklevel=3)
+            continue
+        name = f"learned set of {len(edit.features)}" if kind == "scales" else "gated counterfactual"
+        found[name] = lambda shares, _, edit=edit: [(s, _part(edit, s)) for s in shares]
     directions = {at: fit_direction(model, feature.site, pairs, positions=at, **options) for at in POSITIONS}
-    assert isinstance(own, FeatureSet) and isinstance(gated, GatedCounterfactual)
-    return {
-        f"learned set of {len(own.features)}": lambda shares, _: [
-            (s, replace(own, scales=tuple(1 + s * (k - 1) for k in own.scales))) for s in shares
-        ],
-        "gated counterfactual": lambda shares, _: [(s, _part(gated, s)) for s in shares],
-        "learned direction (DAS, rank 1)": lambda shares, where: [
-            (s, ProjectOut(directions[where], share=s)) for s in shares
-        ],
-    }
+    found["learned direction (DAS, rank 1)"] = lambda shares, where: [
+        (s, ProjectOut(directions[where], share=s)) for s in shares
+    ]
+    return found
 
 
-def _part(edit: GatedCounterfactual, share: float) -> GatedCounterfactual:
-    """A share of the way from the activations to those predicted."""
-    stay = (1 - share) * np.eye(len(edit.gate))
-    weights = stay + share * np.array(edit.weights)
+def _part(edit: Fitted, share: float) -> Fitted:
+    """A share of the way from the activations to those that the edit writes."""
+    if isinstance(edit, FeatureSet):
+        return replace(edit, scales=tuple(1 + share * (k - 1) for k in edit.scales))
+    weights = (1 - share) * np.eye(len(edit.gate)) + share * np.array(edit.weights)
     return replace(
         edit,
         weights=tuple(map(tuple, weights.tolist())),

@@ -41,7 +41,7 @@ class Study(BaseModel):
     """Clamp values in units of the feature's largest activation on the discover prompts."""
     controls: Annotated[int, Field(ge=0, le=9999)] = 99
     checks: bool = True
-    """Measure the probe's checks, and for the chosen feature the causal ladder, other questions' biases and its card."""
+    """Measure the probe's checks, and for the chosen feature the causal analysis, other questions' biases and its dashboard."""
     profile: Literal["standard", "as_published"] = "standard"
     """`as_published` adds how each choice the published study leaves open moves the figures; ours stay the headline."""
     scenarios: str | None = None

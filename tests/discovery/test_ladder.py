@@ -1,4 +1,4 @@
-"""The causal ladder: interchange, necessity, sufficiency, error and the direct path on small random models."""
+"""The causal analysis: interchange, necessity, sufficiency, error and the direct path on small random models."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_picture_shows_every_rung(climbed):
     figure = climbed.plot()
     assert len([t for t in figure.data if t.type == "scatter"]) == len(RUNGS)
     assert len([t for t in figure.data if t.type == "heatmap"]) == 1
-    assert "Ladder of" in repr(climbed)
+    assert "Causal analysis of" in repr(climbed)
 
 
 def test_bad_requests_are_refused(gemma3, pairs, probe):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import sae_bias as sb
 from sae_bias.measures.costs import CostEngine
 from sae_bias.models.catalog import organism_folder
+from sae_bias.workflows import compare
 from sae_bias.workflows.compare import Curve, _part, compare_methods
 from sae_bias.workflows.prompting import prompted_cell
 
@@ -220,6 +221,19 @@ def test_half_of_a_gated_counterfactual_is_half_the_way(setting):
     assert whole.new_acts(acts).item() == pytest.approx(1.3)
     assert _part(whole, 0.5).new_acts(acts).item() == pytest.approx((4.0 + 1.3) / 2)
     assert _part(whole, 1.0).new_acts(acts).item() == pytest.approx(1.3)
+    assert _part(sb.FeatureSet("s", names, (3.0,)), 0.5) == sb.FeatureSet("s", names, (2.0,))
+
+
+def test_an_edit_that_cannot_be_fitted_is_left_out_and_said(setting, monkeypatch):
+    def nothing(*args, **options):
+        raise sb.RequestError("no feature fires")
+
+    monkeypatch.setattr(compare, "fit_feature_set", nothing)
+    model, feature, pairs, splits = setting
+    found_on = pairs.select(templates=splits["discover"][:3])
+    with pytest.warns(UserWarning, match="no gated edit: no feature fires"):
+        found = compare._fitted(model, feature, found_on, sb.Probe(), 1, 0, False)
+    assert list(found) == ["learned direction (DAS, rank 1)"]
 
 
 def test_a_comparison_prints_and_draws(comparison):

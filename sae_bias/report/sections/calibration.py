@@ -131,7 +131,7 @@ def trained_section(run: Run) -> Section:
     frame = run.tables["trained_saes"]
     top, removed = frame["first_place"] <= 3, frame["joint_report"] >= 0.6
     columns = {
-        "organism_seed": "seed", "sae": "SAE", "fvu": "unexplained", "l0": "L0", "bias": "bias, nats", "ceiling": "ceiling, last token",
+        "organism_seed": "seed", "sae": "SAE", "fvu": "unexplained", "l0": "L0", "bias": "bias, nats", "ceiling": "upper bound, last token",
         "live": "features that fire", "called": "called AI-speech", "first_exact": "most causal removes", "first_place": "its place",
         "joint_report": "ten best remove", "joint_low": "from", "joint_high": "to", "rho": "ρ", "slope": "slope", "n_matter": "features compared",
     }  # fmt: skip

@@ -192,8 +192,8 @@ def ladder_section(run: Run) -> Section:
         if key in rung.index
     ]
     columns = {
-        "rung": "rung", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
-        "share_of_ceiling": "share of the ceiling", "n_pairs": "pairs", "meaning": "meaning",
+        "rung": "effect of", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
+        "share_of_ceiling": "share of the upper bound", "n_pairs": "pairs", "meaning": "meaning",
     }  # fmt: skip
     return Section(
         "ladder",
