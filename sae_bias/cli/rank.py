@@ -65,7 +65,7 @@ By = Annotated[
     str | None,
     option(
         "--by",
-        help="separation, interaction, attribution or ablation; by default interaction with effects, or attribution where --pairs comes without --grid.",
+        help="separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.",
     ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
@@ -184,7 +184,7 @@ def rank(
     texts = _contrast(positive, negative, contrast)
     at_hand = run.given["grid"] is not None or run.given["pairs"] is None
     effects = by is None and texts is None and at_hand
-    by = by or ("interaction" if effects else "attribution")
+    by = by or ("interaction" if effects else "separation")
     if by not in BY:
         raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
     on_grid = by == "interaction"
