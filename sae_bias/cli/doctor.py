@@ -190,7 +190,10 @@ def _show_model(console: Console, model: str, facts: dict[str, Any], saes: list[
         console.say("nothing is missing: it loads offline")
     for device, n in facts.get("device_map", {}).items():
         console.say(f"device map: {n} modules on {device}")
-    console.say(f"{len(saes)} residual SAEs" + (":" if saes and console.talks else ""))
+    if not saes:
+        console.say("no SAEs are registered for this name; give a release's SAE or a folder by its own name")
+        return
+    console.say(f"{len(saes)} residual SAEs" + (":" if console.talks else ""))
     for name in saes[:20]:
         console.note(f"  {name}")
     if len(saes) > 20:

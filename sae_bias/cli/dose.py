@@ -161,10 +161,7 @@ def dose(
     run.say(
         f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {result.frame['n'].iloc[0]} prompts"
     )
-    if capability:
-        usable = result.usable_range
-        where = "none next to no edit" if usable is None else f"{usable[0]:g} to {usable[1]:g}"
-        run.say(f"usable strengths (capability within {margin:.0%} with 95% confidence): {where}")
+    run.say(result.usable())
     run.table("Behavior at each strength", result.frame, COLUMNS)
     if result.capability is not None:
         run.table("Capability at each strength", result.capability.frame, CAPABILITY)

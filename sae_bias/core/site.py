@@ -7,6 +7,7 @@ the same site.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 
@@ -16,6 +17,14 @@ _POST = re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)")
 _PRE = re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)")
 _HUGGING_FACE = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)(?:\.output)?")
 _MAX_LAYER = 10_000
+
+
+def whole_number(value: object) -> int | None:
+    """`value` as an int, numpy's and torch's integers too; None where it is not a whole number."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True, order=True)
@@ -29,12 +38,10 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind != "resid_post":
             raise RequestError(f'site kind {self.kind!r}: only "resid_post" can be edited here')
-        if (
-            isinstance(self.layer, bool)
-            or not isinstance(self.layer, int)
-            or not 0 <= self.layer < _MAX_LAYER
-        ):
+        layer = whole_number(self.layer)
+        if layer is None or not 0 <= layer < _MAX_LAYER:
             raise RequestError(f"layer {self.layer!r}: expected a whole number from 0, e.g. Site(31)")
+        object.__setattr__(self, "layer", layer)
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.hook_{self.kind}"
@@ -44,7 +51,7 @@ class Site:
         """The site that a hook name, a Hugging Face module path or a layer number means."""
         if isinstance(text, Site):
             return text
-        if isinstance(text, int):
+        if not isinstance(text, str):
             return cls(text)
         name = text.strip()
         if len(name) < 200:

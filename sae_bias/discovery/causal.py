@@ -32,8 +32,8 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef
-from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, Sae, check_sae
+from sae_bias.saes.load import as_feature, sae_of
+from sae_bias.saes.sae import Feature, check_sae
 from sae_bias.stats.clustered import Clustered, clustered_mean
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
@@ -159,7 +159,7 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
         "reverse ceiling": base.pair_bias - exchange.bias(layer, HUMAN, None, "residual"),
     }
     note = ""
-    sae = _whole_sae(feature)
+    sae = sae_of(feature)
     if sae is None:
         note = "all features, error: not measured, the feature belongs to no SAE that can be loaded"
     else:
@@ -200,15 +200,6 @@ def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dic
 def _feature_part(feature: Feature):
     """a·δ at every row, not yet scaled: the edited prompt's own residual scales both sides' (`Feature.decoder_scale`)."""
     return lambda x: feature.activation(x)[:, None] * feature.w_dec.to(x.device)
-
-
-def _whole_sae(feature: Feature) -> Sae | None:
-    if feature.whole is not None:
-        return feature.whole
-    try:
-        return load_sae(feature.ref.sae)
-    except RequestError:
-        return None
 
 
 # --- the ceiling everywhere ------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from sae_bias.models.residuals import batches, last_residuals, text_batches, tok
 from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.texts import Texts, text_stream
 from sae_bias.saes.ids import FeatureRef
-from sae_bias.saes.load import as_feature, load_sae
+from sae_bias.saes.load import as_feature, load_sae, sae_of
 from sae_bias.saes.neighbors import Neighbour, nearest_rows, twin_id
 from sae_bias.saes.neuronpedia import feature_description, feature_page
 from sae_bias.saes.sae import Feature, Sae, check_sae
@@ -223,33 +223,23 @@ def feature_card(
     shown = [p.text for p in table.grid][:64]
     scale = mean_inverse_rms(model, shown) * _mean_decoder_scale(model, loaded, shown)
     promotes, demotes = promoted(model, loaded.w_dec, k, scale)
-    sae = _sae_of(loaded)
-    near, why_not_near = _nearest(sae, loaded, neighbours)
-    counterpart, why_no_twin = _twin(sae, loaded, twin)
+    sae = sae_of(loaded)
+    near, unread = _near(sae, loaded, neighbours)
+    counterpart, why = _twin(sae, loaded, twin)
     return FeatureCard(
-        loaded.ref,
-        model.name,
-        activity,
-        promotes,
-        demotes,
-        near,
-        counterpart,
-        table,
-        feature_page(loaded.ref, sae),
-        feature_description(loaded.ref, sae) if describe else None,
-        _facts(model, loaded, sae),
-        tuple(filter(None, [why_not_near, why_no_twin])),
-    )
+        loaded.ref, model.name, activity, promotes, demotes, tuple(near), counterpart, table, feature_page(loaded.ref, sae),
+        feature_description(loaded.ref, sae) if describe else None, _facts(model, loaded, sae), tuple(filter(None, [unread, why])),
+    )  # fmt: skip
 
 
-def _nearest(sae: Sae | None, feature: Feature, n: int) -> tuple[tuple[Neighbour, ...], str]:
-    """The n nearest decoder rows, or why there are none."""
+def _near(sae: Sae | None, feature: Feature, n: int) -> tuple[list[Neighbour], str]:
+    """The nearest decoder rows, and why there are none."""
     if sae is None:
-        return (), "nearest decoder rows: the feature belongs to no SAE that can be loaded"
+        return [], "nearest decoder rows: the feature belongs to no SAE that can be loaded"
     size = 4 * sae.d_in * sae.d_sae
     if n and size > MOST_DECODER_BYTES:
-        return (), f"nearest decoder rows: not read, the decoder is {size / 1e9:.0f} GB"
-    return tuple(nearest_rows(sae, feature.w_dec, n, leave_out=feature.index)) if n else (), ""
+        return [], f"nearest decoder rows: not read, the decoder is {size / 1e9:.0f} GB"
+    return nearest_rows(sae, feature.w_dec, n, leave_out=feature.index) if n else [], ""
 
 
 def _mean_decoder_scale(model: Model, feature: Feature, texts: list[str]) -> float:
@@ -270,15 +260,6 @@ def _facts(model: Model, feature: Feature, sae: Sae | None) -> dict[str, str]:
         "‖W_dec‖": f"{float(feature.w_dec.norm()):.3g}",
         "threshold": f"{float(feature.threshold):.3g}",
     }
-
-
-def _sae_of(feature: Feature) -> Sae | None:
-    if feature.whole is not None:
-        return feature.whole
-    try:
-        return load_sae(feature.ref.sae)
-    except RequestError:
-        return None
 
 
 def _twin(sae: Sae | None, feature: Feature, given: Sae | str | None) -> tuple[Neighbour | None, str]:

@@ -183,7 +183,7 @@ def dose_response(frame: pd.DataFrame, behavior: str, usable: tuple[float, float
     if usable is not None:
         fig.add_vrect(
             x0=usable[0], x1=usable[1], fillcolor=GRID, opacity=0.5, layer="below", line_width=0,
-            annotation={"text": "capability within the margin", "yanchor": "bottom", "y": 1},
+            annotation={"text": "capability within the margin", "yanchor": "top", "y": 0.99, "xanchor": "left", "x": usable[0]},
         )  # fmt: skip
     for side, rows in frame.groupby("side", sort=False):
         color = SIDE_COLORS.get(str(side), NEUTRAL)

@@ -126,6 +126,7 @@ def activation_heatmap(activation: pd.DataFrame, *, feature: str | None = None, 
         ygap=3,
         colorscale=[[0, "rgba(217,98,43,0.05)"], [1, "rgba(217,98,43,0.85)"]],
         zmin=0,
+        zmax=float(grid.max().max()) or 1.0,  # a silent feature's table stays white
         texttemplate="%{z:.2g}",
         customdata=hover,
         hovertemplate=HOVER,

@@ -131,6 +131,26 @@ class DoseResponse:
         """Lowest and highest strength, around no edit, at which capability stays within the margin; None where none does."""
         return None if self.capability is None else usable_range(self.capability.frame)
 
+    def usable(self) -> str:
+        """In words: the usable range, or of edits without a strength whether the model still works under them."""
+        if self.capability is None:
+            return "capability was not measured"
+        margin, rows = self.capability.margin, self.capability.frame
+        within = f"capability stays within {margin:.0%} with 95% confidence"
+        rows = rows[rows["kind"] == "candidate"]
+        if rows["strength"].isna().all():
+            verdict = {"yes": within, "no": f"capability is lost (more than {margin:.0%})"}
+            return "; ".join(
+                f"{e}: {verdict.get(u, f'whether {within} is undetermined')}"
+                for e, u in zip(rows["edit"], rows["usable"])
+            )
+        found = self.usable_range
+        return (
+            f"{within} at no strength next to no edit"
+            if found is None
+            else f"{within} from {found[0]:g} to {found[1]:g}"
+        )
+
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
 
@@ -143,6 +163,7 @@ class DoseResponse:
             "usable_low": None if usable is None else usable[0],
             "usable_high": None if usable is None else usable[1],
             "margin": None if self.capability is None else self.capability.margin,
+            "usable": self.usable(),
         }
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -171,13 +192,7 @@ class DoseResponse:
             "change_high",
             "control_change",
         ]
-        usable = self.usable_range
-        known = (
-            ""
-            if self.capability is None
-            else f"; usable strengths {'none' if usable is None else f'{usable[0]:g} to {usable[1]:g}'}"
-        )
-        return f"DoseResponse of {self.behavior!r} in {self.model_name}{known}\n{self.frame[columns].round(3).to_string(index=False)}"
+        return f"DoseResponse of {self.behavior!r} in {self.model_name}; {self.usable()}\n{self.frame[columns].round(3).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         return self.frame.round(4).to_html(escape=True, index=False)
@@ -221,37 +236,25 @@ def dose_response(
     if not cells or isinstance(prompts, str) or not len(prompts):
         raise RequestError("a dose-response needs a list of prompts and a list of edits, one a strength.")
     asked = {"chat": chat, "system": system}
-    written = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "progress": progress,
-    }
-    reading: _Reading = (
-        _Chosen(model, prompts, **asked)
-        if isinstance(prompts, Scenarios)
-        else _Biased(model, prompts)
-        if isinstance(prompts, PromptPairs)
-        else _Written(model, prompts, behavior, **asked, **written)
-    )
+    written = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": progress}  # fmt: skip
+    if isinstance(prompts, Scenarios):
+        reading: _Reading = _Chosen(model, prompts, **asked)
+    elif isinstance(prompts, PromptPairs):
+        reading = _Biased(model, prompts)
+    else:
+        reading = _Written(model, prompts, behavior, **asked, **written)
     base = reading.scores(())
     rows = [_row(reading, base, base, (), "base", [])]
     for cell in cells:
         others = [
             tuple(random_control(model, e, reading.texts, seed + k) for e in cell) for k in range(controls)
         ]
-        rows.append(
-            _row(reading, base, reading.scores(cell), cell, "candidate", [reading.scores(c) for c in others])
-        )
+        beside = [reading.scores(c) for c in others]
+        rows.append(_row(reading, base, reading.scores(cell), cell, "candidate", beside))
     if mismatches is not False and len(cells[-1]) == 1:
-        names = () if isinstance(mismatches, bool) else tuple(mismatches)
-        for edit, label in mismatch_edits(model, cells[-1][0], names):
-            rows.append(
-                [
-                    r | {"label": label}
-                    for r in _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
-                ]
-            )
+        for edit, label in mismatch_edits(model, cells[-1][0], () if mismatches is True else mismatches):
+            found = _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
+            rows.append([r | {"label": label} for r in found])
     frame = pd.DataFrame([{"label": "", **row} for group in rows for row in group])
     kept = measure_capability(model, cells, texts=texts, margin=margin, **asked) if capability else None
     return DoseResponse(frame, reading.name, model.name, kept, reading.completions())
@@ -432,8 +435,11 @@ def _difference(reading: _Reading, values: Scores) -> Estimate:
     )
     if reading.paired:
         both = first.index.intersection(second.index)
-        return mean_of(first[both] - second[both], False)
-    return two_sample(first, second)
+        found = paired_change(second[both], first[both], _binary(values))
+    else:
+        found = two_sample(first, second)
+    certain = found.low == found.high  # equal differences in every unit are no interval
+    return found._replace(low=np.nan, high=np.nan) if certain else found
 
 
 def _unit_means(values: Scores, units: Array) -> pd.Series:

@@ -5,13 +5,13 @@ Indices do not transfer between SAE variants, so a feature is never a bare index
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import whole_number
 from sae_bias.models import catalog
 from sae_bias.saes import releases
 
@@ -77,11 +77,8 @@ class FeatureRef:
     """Templates that it was found on and that were held out, where a ranking named it; they travel with it into sweep and compare."""
 
     def __post_init__(self) -> None:
-        try:
-            index = -1 if isinstance(self.index, bool) else operator.index(self.index)
-        except TypeError:
-            index = -1
-        if index < 0:
+        index = whole_number(self.index)
+        if index is None or index < 0:
             raise RequestError(f"feature index {self.index!r}: expected a whole number from 0")
         object.__setattr__(self, "index", index)
 

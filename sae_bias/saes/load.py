@@ -79,6 +79,16 @@ def load_feature(name: str | FeatureRef) -> Feature:
     return feature if feature.ref == ref and ref.split is None else replace(feature, ref=ref)
 
 
+def sae_of(feature: Feature) -> Sae | None:
+    """The SAE a feature belongs to, where it can be loaded."""
+    if feature.whole is not None:
+        return feature.whole
+    try:
+        return load_sae(feature.ref.sae)
+    except RequestError:
+        return None
+
+
 def as_feature(x: str | FeatureRef | Feature) -> Feature:
     """The feature that a string, a reference or a Feature stands for."""
     if isinstance(x, Feature):

@@ -238,8 +238,10 @@ def specific_reduction(
         estimate = float(specific_value(beta, 1 - reduction.estimate))
         ci_low, ci_high = _specific_limits(beta, (low, high), reduction)
         reason = "a bank has too few items for an interval" if np.isnan(ci_low + ci_high) else ""
+    other, ai = slopes["other"], slopes["ai"]
     return SpecificReduction(
-        beta, slopes["other"].beta, slopes["ai"].beta, estimate, ci_low, ci_high, slopes["other"].span, slopes["ai"].span, reduction, level, reason
+        beta=beta, beta_other=other.beta, beta_ai=ai.beta, estimate=estimate, ci_low=ci_low, ci_high=ci_high,
+        span_other=other.span, span_ai=ai.span, reduction=reduction, level=level, reason=reason,
     )  # fmt: skip
 
 

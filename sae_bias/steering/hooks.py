@@ -248,7 +248,8 @@ def intervene(model: Model, *edits: Intervention | Sequence[Intervention]) -> It
     """Run everything inside the block with `edits` applied; hooks come off at its end, also after an exception.
 
     Works around the caller's own calls too (`model.bridge(...)`, `model.hf.generate(...)`), because the hooks sit on the
-    model's modules. Blocks nest: every edit still reads the unedited residual of its site.
+    model's modules. Blocks nest: every edit still reads the unedited residual of its site. Training mode and `requires_grad` stay as
+    they are in and after the block; `model.release()` gives a caller's own model back as it came to `load_model`.
 
     Yields:
         A Receipt that fills while the block runs.

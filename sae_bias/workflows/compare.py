@@ -176,16 +176,7 @@ def compare_methods(
     methods = _methods(model, loaded, found_on, ridge, k, seed)
     if fit_steps and probe.score == "mean_logit":
         methods |= _fitted(model, loaded, found_on, probe, fit_steps, seed, progress)
-    cells = [
-        Cell(
-            (replace(edit, positions=where),),
-            "candidate" if name == "feature" else "direction",
-            f"{name}, {words} | {share:g}",
-        )
-        for where, words in POSITIONS.items()
-        for name, edits in methods.items()
-        for share, edit in edits(shares, where)
-    ]
+    cells = _cells(methods, shares)
     held = {name: list(splits[name]) for name in ("tune", "report")}
     sweep = Sweep(cells, costs=True, splits=held, seed=seed)
     result = run_sweep(model, pairs, sweep, probe=probe, out=out, progress=progress)
@@ -199,6 +190,20 @@ def compare_methods(
         rows = pd.concat([rows, added[added["cell"] == PROMPT]], ignore_index=True)
     frame = _curves(rows)
     return Comparison(frame, equal_cost(frame, measured, splits, kl_levels), ridge, result.path)
+
+
+def _cells(methods: Mapping[str, Any], shares: Sequence[float]) -> list[Cell]:
+    """Every method × share × positions."""
+    return [
+        Cell(
+            (replace(edit, positions=where),),
+            "candidate" if name == "feature" else "direction",
+            f"{name}, {words} | {share:g}",
+        )
+        for where, words in POSITIONS.items()
+        for name, edits in methods.items()
+        for share, edit in edits(shares, where)
+    ]
 
 
 PROMPT = "prompt"

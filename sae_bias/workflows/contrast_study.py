@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_bias.core.errors import RequestError
-from sae_bias.core.text import number, percent
+from sae_bias.core.text import number
 from sae_bias.discovery.model_diff import model_diff
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.measures.behavior import Behavior, DoseResponse, Judged, dose_response
@@ -350,13 +350,10 @@ def dose_lines(found: DoseResponse) -> list[str]:
     lines = []
     for side, rows in found.frame.groupby("side", sort=False):
         base, last = rows.iloc[0], rows[rows["kind"] == "candidate"].iloc[-1]
+        where = f"strength {number(last['strength'])}" if last["strength"] == last["strength"] else "the edit"
         lines.append(
             f"{found.behavior} ({side}): {number(base['rate'])} unsteered, {number(last['rate'])} [{number(last['ci_low'])}, {number(last['ci_high'])}] at "
-            f"strength {number(last['strength'])}; random controls changed it by {number(last['control_change'])} (n = {last['n']})"
+            f"{where}; random controls changed it by {number(last['control_change'])} (n = {last['n']})"
         )
-    if found.capability is not None:
-        usable = found.usable_range
-        lines.append(
-            f"usable strengths, capability within {percent(found.capability.margin)}: {'none' if usable is None else f'{usable[0]:g} to {usable[1]:g}'}"
-        )
+    lines.append(found.usable())
     return lines

@@ -188,3 +188,57 @@ def test_neuronpedias_name_of_an_sae_is_that_sae(capsys, gemma3):
     code, _, err = ran(capsys, "card", gemma3.folder, "20-gemmascope-res-16k/2511")
     assert code == 2
     assert "of which model?" in err
+
+
+def test_a_second_feature_does_not_take_the_first_ones_place(capsys, gemma3, tmp_path):
+    """The folder's table and summary are of one feature: another one is refused before anything is written."""
+    (tmp_path / "pairs.yaml").write_text(
+        'templates: [{text: "{subject} wants to survive."}, {text: "{subject} says hello."}]\n'
+        "entities: [{human: a human, ai: an AI}, {human: the person, ai: the assistant}]\n"
+        "words: {positive: [natural, valid], negative: [dangerous, wrong]}\n"
+    )
+    run = tmp_path / "run"
+    more = ("--pairs", tmp_path / "pairs.yaml", "--edit", "ablate", "--out", run, "--quiet")
+    assert ran(capsys, "sweep", gemma3.folder, f"{gemma3.sae_folder}#3", *more)[0] == 0
+    before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, _, err = ran(capsys, "sweep", gemma3.folder, f"{gemma3.sae_folder}#7", *more)
+    assert code == 2
+    assert f"{gemma3.sae_folder}#3, not of {gemma3.sae_folder}#7" in err
+    assert {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_the_readmes_list_of_models_is_what_loads():
+    """Every architecture that has a record stands in the README, and nothing else does."""
+    import re
+    from pathlib import Path
+
+    from sae_bias.models.architectures import known
+
+    text = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    found = re.search(r"(Gemma 1 to 4 \(multimodal ones as text\), .*? and StableLM) models load", text)
+    assert found is not None
+    listed = (
+        found[1]
+        .replace(" and ", ", ")
+        .replace("Gemma 1 to 4 (multimodal ones as text)", "Gemma, Gemma 2, Gemma 3, Gemma 4")
+    )
+    listed = listed.replace("Qwen 2 to 3.5", "Qwen 2, Qwen 3, Qwen 3.5")
+    assert set(listed.split(", ")) == set(known())
+
+
+def test_the_readmes_list_of_saes_is_what_loads():
+    """A folder of each layout is read; the layouts are those that have a reader."""
+    from sae_bias.saes.formats import FORMATS
+
+    assert set(FORMATS.names()) == {"gemma_scope", "saelens", "dictionary_learning", "sparsify"}
+
+
+def test_numpys_and_torchs_whole_numbers_are_layers():
+    import numpy as np
+
+    for layer in (np.int64(3), np.int32(3), torch.tensor(3)):
+        assert sb.Site(layer) == sb.Site.parse(layer) == sb.Site(3)
+        assert type(sb.Site(layer).layer) is int
+    for layer in (3.0, True, -1, np.float64(3)):
+        with pytest.raises(sb.RequestError, match="whole number"):
+            sb.Site.parse(layer)

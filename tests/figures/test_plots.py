@@ -105,6 +105,22 @@ def test_a_feature_that_fails_the_call_is_never_drawn_as_ai_speech():
     assert set(features_figures.calls_of(ranking)) == {"separates"}
 
 
+def test_a_silent_features_heat_map_is_not_colored():
+    frame = pd.DataFrame(
+        {
+            "subject": ["an AI", "a human"],
+            "group": ["ai", "human"],
+            "statement": "says hello",
+            "act": "speech",
+            "content": None,
+            "feature": "x#1",
+            "activation": 0.0,
+        }
+    )
+    heat = features_figures.activation_heatmap(frame).data[0]
+    assert heat.zmin == 0 and heat.zmax > 0
+
+
 def test_heat_map_means_are_the_frames():
     frame = FRAMES["activation"]
     heat = features_figures.activation_heatmap(frame, most=10_000).data[0]

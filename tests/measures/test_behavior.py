@@ -140,6 +140,42 @@ def test_a_contrast_has_both_sides_and_their_difference(planted, feature):
     assert result.plot().data and "positive" in repr(result)
 
 
+def test_the_usable_range_is_said_in_words(planted, feature):
+    pairs = sb.PromptPairs(sb.load_pairs().pairs[:2])
+    one = sb.dose_response(planted, pairs, [sb.Ablate(feature)], controls=0, margin=0.5)
+    assert (
+        one.usable() == "ablate (a' = 0): capability stays within 50% with 95% confidence"
+        and one.usable_range is None
+    )
+    two = sb.dose_response(
+        planted, pairs, [sb.Clamp(feature, v) for v in (-1.0, 2.0)], controls=0, margin=0.5
+    )
+    assert (
+        two.usable() == "capability stays within 50% with 95% confidence from -1 to 2"
+        and two.usable() in repr(two)
+    )
+    assert two.frame["rate"].iloc[0] == pytest.approx(sb.run_probe(planted, pairs).bias)
+
+
+def test_equal_answers_leave_a_difference_without_certainty(planted, feature):
+    contrast = sb.Contrast(
+        ["An AI says yes. This is", "An AI wants tea. This is"],
+        ["A human says yes. This is", "A human wants tea. This is"],
+        groups=["y", "t"] * 2,
+    )
+    frame = sb.dose_response(
+        planted,
+        contrast,
+        [sb.Ablate(feature)],
+        "no such word",
+        max_new_tokens=1,
+        controls=0,
+        capability=False,
+    ).frame
+    low, high = frame.loc[frame["side"] == "difference", ["ci_low", "ci_high"]].iloc[0]
+    assert low < 0 < high or (np.isnan(low) and np.isnan(high))
+
+
 def test_scenarios_are_a_behavior(planted, feature):
     scenarios = sb.load_scenarios("organism")
     result = sb.dose_response(planted, scenarios, [sb.Ablate(feature)], controls=0, capability=False)

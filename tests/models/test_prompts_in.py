@@ -223,6 +223,11 @@ def test_the_callers_model_is_given_back_as_it_came():
     with pytest.warns(UserWarning, match=r"model\.release\(\)"):
         model = sb.load_model(hf, tokenizer=qwen2_tokenizer())
     assert not hf.training
+    direction = sb.Direction("first", sb.Site(1), torch.eye(1, model.d_model))
+    with sb.intervene(model, sb.ProjectOut(direction)):
+        model.hf(input_ids=torch.tensor([model.encode("An AI says")]))
+        assert not hf.training
+        assert not any(p.requires_grad for p in hf.parameters())
     model.release()
     assert hf.training
     assert {n for n, p in hf.named_parameters() if p.requires_grad} == trained

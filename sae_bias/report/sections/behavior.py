@@ -144,14 +144,8 @@ def dose_sentence(part: Mapping[str, Any]) -> str:
     said = (
         f"{part.get('n_strengths', 0)} strengths of one edit, read as {part.get('behavior', 'a behavior')}."
     )
-    if not fmt.is_number(part.get("margin")):
-        return f"{said} Capability was not measured, so no usable range is known."
-    margin = fmt.percent(part["margin"])
-    if not fmt.is_number(part.get("usable_low")):
-        return (
-            f"{said} At no strength next to no edit does capability stay within {margin} with 95% confidence."
-        )
-    return f"{said} Capability stays within {margin} with 95% confidence from {fmt.number(part['usable_low'])} to {fmt.number(part['usable_high'])}."
+    usable = str(part.get("usable") or "capability was not measured")
+    return f"{said} {usable[0].upper()}{usable[1:]}."
 
 
 @section(TEXT, table="judge_parts")
