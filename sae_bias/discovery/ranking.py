@@ -275,7 +275,10 @@ class _Work:
         """Effects on the pairs that discover; the joint ablation curve on those of report."""
         pairs, held = self.of_pairs("discover"), self.of_pairs("report")
         assert pairs is not None
-        engine = ProbeEngine(self.model, pairs, self.probe or default_probe(pairs), controls=True)
+        sites = [sae.site for sae in self.saes]
+        engine = ProbeEngine(
+            self.model, pairs, self.probe or default_probe(pairs), controls=True, sites=sites
+        )
         found, joint = predict_effects(frame, engine, self.saes), None
         frame["dead"] &= frame["attribution"] == 0  # silent at the last token, yet read elsewhere
         if self.by != "attribution":

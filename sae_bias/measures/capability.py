@@ -16,14 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
-from sae_bias.measures.continuations import Ask, ContinuationPlan, Phrasing
-from sae_bias.measures.text import nll_at
-from sae_bias.models.forward import forward, plan_batches
+from sae_bias.measures.continuations import Ask, Continuations, Phrasing
 from sae_bias.models.model import Model
+from sae_bias.probe.checks_subjects import log_likelihoods
 from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.texts import load_texts
 from sae_bias.stats.rates import mean_of, paired_change
@@ -79,28 +77,21 @@ def measure_capability(
     texts = load_texts("neutral") if texts is None else list(texts)
     questions = load_questions() if questions is None else questions
     asks = _asks(Phrasing(model, chat=chat, system=system), questions)
-    plan = ContinuationPlan(model, asks)
     rows = []
     base: tuple[pd.Series, pd.Series] | None = None
     for edits in ((), *cells):
         with intervene(model, *edits):
-            nll, right = pd.Series(text_nll(model, texts)), pd.Series(_right(plan))
+            nll, right = pd.Series(text_nll(model, texts)), pd.Series(_right(model, asks))
         base = base or (nll, right)
         rows.append(_row(edits, nll, right, base, margin))
     return Capability(pd.DataFrame(rows), margin)
 
 
-@torch.no_grad()
 def text_nll(model: Model, texts: Sequence[str]) -> Float[np.ndarray, "n_texts"]:
     """Mean NLL of each text's tokens after its first, nats a token, under whatever is open on `model`."""
     ids = [model.encode(t) for t in texts]
-    out = np.full(len(ids), np.nan)
-    for batch in plan_batches(ids, model.device):
-        final = forward(model, batch.tokens)
-        for row, i in enumerate(batch.index):
-            if len(ids[i]) > 1:
-                out[i] = nll_at(final, row, 1, ids[i][1:]).mean()
-    return out
+    total = -log_likelihoods(model, ids)
+    return np.array([value / (len(s) - 1) if len(s) > 1 else np.nan for value, s in zip(total, ids)])
 
 
 def usable_range(frame: pd.DataFrame) -> tuple[float, float] | None:
@@ -130,10 +121,9 @@ def _asks(phrasing: Phrasing, questions: Sequence[Question]) -> list[Ask]:
     return asks
 
 
-def _right(plan: ContinuationPlan) -> np.ndarray:
-    return np.array(
-        [float(values.argmax() == 0 and (values == values[0]).sum() == 1) for values in plan.run()]
-    )
+def _right(model: Model, asks: Sequence[Ask]) -> np.ndarray:
+    read = Continuations(asks).read(model) if asks else []
+    return np.array([float(values.argmax() == 0 and (values == values[0]).sum() == 1) for values in read])
 
 
 def _row(

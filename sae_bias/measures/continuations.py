@@ -1,28 +1,25 @@
 """Log-probabilities of continuations: how a scenario reaches the model, and what the model gives each option after it.
 
 log p(continuation | prompt) = Σ_j log p(token_j | prompt, tokens before j), each read at its own position, unembedded there alone.
-Every order of the options is a prompt of its own; single-token continuations of one prompt share one pass.
+What the orders and the options of a scenario share is computed once (`models.tree`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.chat import takes_system
-from sae_bias.models.forward import Batch, Final, forward, plan_batches, row_positions
+from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
-from sae_bias.models.placement import widest_float
+from sae_bias.models.tree import Reader, Spot, read_together
 from sae_bias.prompts.scenarios import LETTERS, Scenario, Scenarios
 
-BLOCK = 64  # positions whose full log-probabilities are held at once
 FORMS = ("free", "lettered")
 
 
@@ -128,92 +125,51 @@ def _lettered(phrasing: Phrasing, i: int, scenario: Scenario) -> Iterator[Ask]:
 
 
 # ── running
-@dataclass(frozen=True)
-class _Target:
-    """Where one continuation is read: tokens `ids`, the first of them predicted at position `start` of a sequence."""
+class Continuations(Reader):
+    """Log-probabilities of every ask's continuations, as they come in; single-token continuations of one prompt share one sequence."""
 
-    sequence: int
-    start: int
-    ids: tuple[int, ...]
-
-
-class ContinuationPlan:
-    """The sequences behind some asks; single-token continuations of one prompt share one sequence."""
-
-    def __init__(self, model: Model, asks: Sequence[Ask], *, batch_size: int | None = None):
-        self.model, self.asks = model, list(asks)
+    def __init__(self, asks: Sequence[Ask]):
+        self.asks = list(asks)
         places: dict[tuple[int, tuple[int, ...]], int] = {}
-        self.targets: list[tuple[_Target, ...]] = []
+        self._tokens: dict[Spot, list[tuple[int, int]]] = {}
+        """Of each spot, the (place in `found`, token) it predicts."""
+        self._sizes: list[list[int]] = []
+        n = 0
         for ask in asks:
-            n = len(ask.prompt)
-            self.targets.append(
-                tuple(
-                    _Target(places.setdefault((n, (*ask.prompt, *c[:-1])), len(places)), n - 1, c)
-                    for c in ask.continuations
-                )
-            )
-        self.prompt_len = [n for n, _ in places]
-        self.batches = plan_batches([ids for _, ids in places], model.device, batch_size=batch_size)
-        self._of_sequence: dict[int, list[tuple[int, int]]] = {}
-        for a, targets in enumerate(self.targets):
-            for o, target in enumerate(targets):
-                self._of_sequence.setdefault(target.sequence, []).append((a, o))
+            start = len(ask.prompt)
+            for ids in ask.continuations:
+                sequence = places.setdefault((start, (*ask.prompt, *ids[:-1])), len(places))
+                for j, token in enumerate(ids):
+                    self._tokens.setdefault((sequence, start - 1 + j), []).append((n + j, token))
+                n += len(ids)
+            self._sizes.append([len(ids) for ids in ask.continuations])
+        self.sequences = [ids for _, ids in places]
+        self.positions = [range(start - 1, len(ids)) for start, ids in places]
+        self.ends, self.starts = [start for start, _ in places], [0] * len(places)
+        self.partners = [None] * len(places)
+        self.found = np.full(n, np.nan)
 
-    @property
-    def n_sequences(self) -> int:
-        return len(self.prompt_len)
+    def copy(self) -> Continuations:
+        """The same figures, to be replaced where an edit changes them."""
+        other = copy(self)
+        other.found = self.found.copy()
+        return other
 
-    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Prompt lengths and subject starts of a batch's rows."""
-        return torch.tensor([self.prompt_len[i] for i in batch.index]), torch.zeros(batch.n, dtype=torch.long)
+    def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        for rows, z in final.blocks():
+            norm = log_sum_exp(z)
+            reads = [(row, *read) for row, spots in enumerate(wanted[rows]) for spot in spots for read in self._tokens.get(spot, ())]  # fmt: skip
+            if reads:
+                row, place, token = map(list, zip(*reads))
+                self.found[place] = (z[row, token] - norm[row]).cpu().numpy()
 
-    def empty(self) -> list[np.ndarray]:
-        """One array [n_options] an ask."""
-        return [np.full(len(t), np.nan) for t in self.targets]
+    def values(self) -> list[Float[np.ndarray, "n_options"]]:
+        """Σ log p of each ask's options."""
+        sizes = [n for of_ask in self._sizes for n in of_ask]
+        sums = np.add.reduceat(self.found, np.cumsum([0, *sizes])[:-1]) if sizes else np.empty(0)
+        return np.split(sums, np.cumsum([len(s) for s in self._sizes])[:-1])
 
-    @torch.no_grad()
-    def read(self, batch: Batch, rows: Tensor, final: Final, into: list[np.ndarray]) -> None:
-        """Σ log p of every continuation on the batch's `rows`, which `final` holds in order."""
-        reads = [
-            (place, target.start + j, token, a, o)
-            for place, i in enumerate(i for i, row in zip(batch.index, rows.tolist()) if row)
-            for a, o in self._of_sequence[i]
-            for target in (self.targets[a][o],)
-            for j, token in enumerate(target.ids)
-        ]
-        for *_, a, o in reads:
-            into[a][o] = 0.0
-        spots = sorted({(place, position) for place, position, *_ in reads})
-        block_of = {spot: n // BLOCK for n, spot in enumerate(spots)}
-        reads.sort(key=lambda read: block_of[read[:2]])
-        for number, group in itertools.groupby(reads, key=lambda read: block_of[read[:2]]):
-            block, wanted = spots[number * BLOCK : (number + 1) * BLOCK], list(group)
-            logits = _picked(final, block).logits()[0]
-            logp = logits.to(widest_float(logits.device)).log_softmax(-1)
-            line = {spot: n for n, spot in enumerate(block)}
-            picked = logp[[line[r[:2]] for r in wanted], [r[2] for r in wanted]].tolist()
-            for (*_, a, o), value in zip(wanted, picked):
-                into[a][o] += value
-
-    def run(self, *, progress: bool = False) -> list[np.ndarray]:
+    def read(self, model: Model, *, progress: bool = False, batch_size: int | None = None) -> list[Float[np.ndarray, "n_options"]]:  # fmt: skip
         """Every ask's option log-probabilities, under whatever interventions are open."""
-        out = self.empty()
-        with tqdm(
-            total=self.n_sequences, desc="scenarios", unit="prompt", disable=not progress, leave=False
-        ) as bar:
-            for batch in self.batches:
-                with row_positions(self.model, *self.rows(batch)):
-                    final = forward(self.model, batch.tokens)
-                self.read(batch, torch.ones(batch.n, dtype=torch.bool), final, out)
-                bar.update(batch.n)
-        return out
-
-
-def _picked(final: Final, spots: Sequence[tuple[int, int]]) -> Final:
-    """Only some (row, position) spots, as one row."""
-    rows, positions = ([s[k] for s in spots] for k in (0, 1))
-    return Final(
-        final.model,
-        None if final.resid is None else final.resid[rows, positions][None],
-        None if final.full is None else final.full[rows, positions][None],
-    )
+        read_together(model, [self], progress=progress, describe="scenarios", batch_size=batch_size)
+        return self.values()

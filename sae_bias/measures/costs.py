@@ -31,8 +31,8 @@ from sae_bias.models.forward import Batch, Final, forward, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, word_tokens
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
-from sae_bias.steering.engine import CellRunner
 from sae_bias.steering.intervention import Intervention
+from sae_bias.steering.runner import CellRunner
 
 AT_EVALUATION = "valence"
 """The kind of text whose cost is read at the evaluation position, not before it."""

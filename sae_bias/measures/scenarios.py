@@ -17,18 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from sae_bias.core.errors import RequestError
-from sae_bias.measures.continuations import Ask, ContinuationPlan, Phrasing, make_asks
-from sae_bias.models.forward import Final
+from sae_bias.core.site import Site
+from sae_bias.measures.continuations import Ask, Continuations, Phrasing, make_asks
 from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import RolePair, Scenario, Scenarios
 from sae_bias.stats.design import mcnemar_exact, sign_test
-from sae_bias.steering.engine import CellRunner
 from sae_bias.steering.hooks import intervene
 from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import Receipt
+from sae_bias.steering.shared import SharedRunner
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -54,30 +53,24 @@ class ScenarioEngine:
         forms: Sequence[str] | None = None,
         batch_size: int | None = None,
         progress: bool = False,
+        sites: Sequence[Site] = (),
     ):
+        """`sites`: where the edits will be; the base run keeps the residual there."""
         self.scenarios = scenarios
-        self.plan = ContinuationPlan(
-            model,
-            make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms),
-            batch_size=batch_size,
-        )
-        self.runner = CellRunner(model, self.plan.batches, self.plan.rows)
+        self._base = Continuations(make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms))
+        self.runner = SharedRunner(model, self._base, batch_size=batch_size)
         self.arm = {"chat": chat, "system": system, "model_name": model.name}
-        self._base = self.plan.run(progress=progress)
+        self.runner.base(sorted({s.layer for s in sites}), progress=progress, describe="scenarios")
         self.base = self._result(self._base, ())
 
     def run(self, edits: Sequence[Intervention]) -> tuple[ScenarioResult, Receipt]:
         """The scenarios under `edits`, and what they did; options on which nothing changed keep their bits."""
-        values = [v.copy() for v in self._base]
+        after = self._base.copy()
+        (receipt,) = self.runner.run_many([edits], lambda cell, wanted, final: after.take(wanted, final))
+        return self._result(after, edits), receipt
 
-        def visit(k: int, rows: Tensor, final: Final) -> None:
-            self.plan.read(self.plan.batches[k], rows, final, values)
-
-        receipt = self.runner.run(edits, visit)
-        return self._result(values, edits), receipt
-
-    def _result(self, values: list[np.ndarray], edits: Sequence[Intervention]) -> ScenarioResult:
-        return _result(self.scenarios, self.plan.asks, values, edits, **self.arm)
+    def _result(self, read: Continuations, edits: Sequence[Intervention]) -> ScenarioResult:
+        return _result(self.scenarios, read.asks, read.values(), edits, **self.arm)
 
 
 def score_scenarios(
@@ -101,13 +94,11 @@ def score_scenarios(
     Raises:
         RequestError: a scenario longer than the context, chat on a model without a chat template; the scenario is named.
     """
-    plan = ContinuationPlan(
-        model, make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms), batch_size=batch_size
-    )
+    read = Continuations(make_asks(Phrasing(model, chat=chat, system=system), scenarios, forms))
     with intervene(model, *interventions) if interventions else nullcontext():
-        values = plan.run(progress=progress)
+        values = read.read(model, progress=progress, batch_size=batch_size)
     return _result(
-        scenarios, plan.asks, values, interventions, chat=chat, system=system, model_name=model.name
+        scenarios, read.asks, values, interventions, chat=chat, system=system, model_name=model.name
     )
 
 
@@ -391,9 +382,8 @@ def score_roles(
         for i, pair in enumerate(roles)
         for role in ("deployed", "candidate")
     ]
-    plan = ContinuationPlan(model, asks)
     with intervene(model, *interventions) if interventions else nullcontext():
-        values = plan.run()
+        values = Continuations(asks).read(model)
     rows = []
     for i, pair in enumerate(roles):
         odds = []

@@ -13,19 +13,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.tables import token_texts
+from sae_bias.measures.continuations import Ask, Continuations
 from sae_bias.models.chat import opening_ids
-from sae_bias.models.forward import Final, forward, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.placement import widest_float
+from sae_bias.models.tree import read_together
 from sae_bias.steering.generate import Completion
 
 REPEAT_N = 4
-BLOCK = 64  # positions whose full log-probabilities are held at once
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able|afraid i can)|i (?:can(?:no|')?t|cannot|won't|will not|must decline|am not comfortable)"
     r"(?! (?:help (?:but|feeling|thinking)|wait|stop|believe|imagine|remember|say (?:for|whether)))"
@@ -74,7 +72,6 @@ def default_negativity(text: str) -> bool:
     return any(not _NEGATED.search(found.group()) for found in _NEGATIVE.finditer(_straight(text)))
 
 
-@torch.no_grad()
 def token_nll(
     model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
 ) -> list[Float[np.ndarray, "n_tokens"]]:
@@ -87,25 +84,17 @@ def token_nll(
             "an intervene block is open; the likelihood is of the unsteered model, so measure it outside."
         )
     prompts = [opening_ids(model, c.prompt, chat=chat, system=system) for c in completions]
+    asks = [Ask((i, "text", ()), tuple(p), (c.tokens,)) for i, (p, c) in enumerate(zip(prompts, completions)) if c.tokens]  # fmt: skip
     values = [np.empty(0) for _ in completions]
-    kept = [i for i, c in enumerate(completions) if c.tokens]
-    for batch in plan_batches([[*prompts[i], *completions[i].tokens] for i in kept], model.device):
-        final = forward(model, batch.tokens)
-        for row, place in enumerate(batch.index):
-            i = kept[place]
-            values[i] = nll_at(final, row, len(prompts[i]), completions[i].tokens)
+    if not asks:
+        return values
+    read = Continuations(asks)
+    read_together(model, [read], describe="likelihood of the texts")
+    for ask, logp in zip(
+        asks, np.split(-read.found, np.cumsum([len(a.continuations[0]) for a in asks])[:-1])
+    ):
+        values[ask.key[0]] = logp
     return values
-
-
-def nll_at(final: Final, row: int, start: int, tokens: Sequence[int]) -> Float[np.ndarray, "n_tokens"]:
-    """NLL of `tokens`, the first of them at position `start`; full logits of 64 positions at a time."""
-    parts = []
-    for at in range(0, len(tokens), BLOCK):
-        wanted = list(tokens[at : at + BLOCK])
-        logits = final.at(row, start - 1 + at, len(wanted)).logits()[0]
-        logp = logits.to(widest_float(logits.device)).log_softmax(-1)
-        parts.append(-logp[torch.arange(len(wanted)), wanted].cpu().numpy())
-    return np.concatenate(parts)
 
 
 def nll_under(

@@ -103,8 +103,20 @@ class Architecture:
     """Why a text config of this family is not supported; empty where it is."""
     bridge: bool = True
     """Whether the TransformerLens that is installed runs it."""
+    masks: str = ""
+    """How its decoder takes masks of a tree's own (`models.tree`): "one" for all layers (with the config's window), "by_type" of the
+    layer; empty where that is not known, and sequences then run as they are."""
     shared_kv: Callable[[Any], int] = lambda config: -1
     """The lowest layer whose keys and values layers further up read again (Gemma 4); -1 where each has its own."""
+
+    def packs(self, config: Any) -> bool:
+        """Whether a model of this config runs a packed tree: not where positions are read off the mask (ALiBi) or frequencies off
+        the longest sequence, attention looks ahead, or its kernel takes no mask."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = {r.get("rope_type") for r in [rope, *rope.values()] if isinstance(r, dict)}
+        bound = getattr(config, "alibi", False) or getattr(config, "use_bidirectional_attention", None) in (True, "all")  # fmt: skip
+        kernel = getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
+        return bool(self.masks) and kernel and not bound and not kinds & {"dynamic", "longrope"}
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("model architecture")
@@ -167,35 +179,37 @@ def _gemma4_shared(config: Any) -> int:
 
 
 for _record in (
-    Architecture("Gemma", ("gemma",)),
-    Architecture("Gemma 2", ("gemma2",), softcap="final_logit_softcapping"),
-    Architecture("Gemma 3", ("gemma3_text",), softcap="final_logit_softcapping"),
+    Architecture("Gemma", ("gemma",), masks="one"),
+    Architecture("Gemma 2", ("gemma2",), masks="by_type", softcap="final_logit_softcapping"),
+    Architecture("Gemma 3", ("gemma3_text",), masks="by_type", softcap="final_logit_softcapping"),
     Architecture(
         "Gemma 3", ("gemma3",), graft=Graft("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"), softcap="final_logit_softcapping"
     ),
     Architecture(
-        "Gemma 4", ("gemma4_text",), softcap="final_logit_softcapping", shared_kv=_gemma4_shared
+        "Gemma 4", ("gemma4_text",), masks="by_type", softcap="final_logit_softcapping", shared_kv=_gemma4_shared
     ),
     Architecture(
         "Gemma 4", ("gemma4",), graft=Graft("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"), softcap="final_logit_softcapping", shared_kv=_gemma4_shared
     ),
-    Architecture("Llama", ("llama",)),
-    Architecture("Mistral", ("mistral",)),
-    Architecture("Mixtral", ("mixtral",)),
-    Architecture("Qwen 2", ("qwen2",)),
-    Architecture("Qwen 3", ("qwen3", "qwen3_moe")),
+    Architecture("Llama", ("llama",), masks="one"),
+    Architecture("Mistral", ("mistral",), masks="one"),
+    Architecture("Mixtral", ("mixtral",), masks="one"),
+    Architecture("Qwen 2", ("qwen2",), masks="by_type"),
+    Architecture("Qwen 3", ("qwen3",), masks="by_type"),
+    Architecture("Qwen 3", ("qwen3_moe",), masks="one"),
     Architecture("Qwen 3.5", ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), bridge=False),  # TransformerLens 3.9 reads fields that transformers 5 no longer has
-    Architecture("GPT-NeoX", ("gpt_neox",), final_norm="final_layer_norm", norm=LAYER_NORM),
-    Architecture("GPT-2", ("gpt2",), layers="h", final_norm="ln_f", norm=LAYER_NORM),
-    Architecture("GPT-J", ("gptj",), layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
-    Architecture("GPT-OSS", ("gpt_oss",)),
-    Architecture("OPT", ("opt",), decoder="decoder", final_norm="final_layer_norm", norm=LAYER_NORM, refuse=_opt),
-    Architecture("Falcon", ("falcon",), layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
-    Architecture("Phi", ("phi",), final_norm="final_layernorm", norm=LAYER_NORM),
-    Architecture("Phi-3", ("phi3",)),
-    Architecture("OLMo 2", ("olmo2", "olmo3")),
-    Architecture("SmolLM 3", ("smollm3",)),
-    Architecture("StarCoder 2", ("starcoder2",), norm=LAYER_NORM),
-    Architecture("StableLM", ("stablelm",), norm=LAYER_NORM),
+    Architecture("GPT-NeoX", ("gpt_neox",), masks="one", final_norm="final_layer_norm", norm=LAYER_NORM),
+    Architecture("GPT-2", ("gpt2",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM),
+    Architecture("GPT-J", ("gptj",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
+    Architecture("GPT-OSS", ("gpt_oss",), masks="by_type"),
+    Architecture("OPT", ("opt",), masks="one", decoder="decoder", final_norm="final_layer_norm", norm=LAYER_NORM, refuse=_opt),
+    Architecture("Falcon", ("falcon",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
+    Architecture("Phi", ("phi",), masks="one", final_norm="final_layernorm", norm=LAYER_NORM),
+    Architecture("Phi-3", ("phi3",), masks="one"),
+    Architecture("OLMo 2", ("olmo2",), masks="one"),
+    Architecture("OLMo 2", ("olmo3",), masks="by_type"),
+    Architecture("SmolLM 3", ("smollm3",), masks="by_type"),
+    Architecture("StarCoder 2", ("starcoder2",), masks="one", norm=LAYER_NORM),
+    Architecture("StableLM", ("stablelm",), masks="one", norm=LAYER_NORM),
 ):  # fmt: skip
     register(_record)

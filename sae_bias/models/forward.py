@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,12 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Resid, Tokens
 from sae_bias.models.model import Model, ours
+from sae_bias.models.placement import widest_float
 
+if TYPE_CHECKING:
+    from sae_bias.models.tree import Packed
+
+ROWS = 64  # positions whose full logits are held at once
 BATCH_TOKENS = {
     "cpu": 4096,
     "cuda": 32768,
@@ -87,6 +92,14 @@ class Final:
             None if self.full is None else self.full[rows, places],
         )
 
+    def spots(self, rows: Sequence[int], places: Sequence[int]) -> Final:
+        """Some (row, position) spots, each as a row of one position."""
+        return Final(
+            self.model,
+            None if self.resid is None else self.resid[rows, places][:, None],
+            None if self.full is None else self.full[rows, places][:, None],
+        )
+
     def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
         """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
         if self.full is not None:
@@ -109,14 +122,31 @@ class Final:
         b = self.model.b_unembed
         return self.model.w_unembed.float(), None if b is None else b.float()
 
-    def log_normaliser(self, *, softcap: bool = True, block: int = 64) -> Float[Tensor, "batch pos"]:
-        """log Σ exp of all logits, in blocks of rows so that full logits are never kept."""
-        if self.full is not None:
-            return self.logits(softcap=softcap).logsumexp(-1)
-        assert self.resid is not None
-        flat = self.resid.reshape(-1, 1, self.resid.shape[-1])
-        parts = [Final(self.model, rows).logits(softcap=softcap).logsumexp(-1) for rows in flat.split(block)]
-        return torch.cat(parts).reshape(self.resid.shape[:2])
+    def blocks(self, *, softcap: bool = True) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
+        """All logits of the positions, flattened, a few rows at a time so that they are never kept."""
+        whole = self.full if self.resid is None else self.resid
+        assert whole is not None
+        flat = whole.reshape(-1, 1, whole.shape[-1])
+        for start in range(0, len(flat), ROWS):
+            rows = slice(start, start + ROWS)
+            part = Final(self.model, flat[rows]) if self.full is None else Final(self.model, None, flat[rows])
+            yield rows, part.logits(softcap=softcap)[:, 0]
+
+    def log_normaliser(self, *, softcap: bool = True) -> Float[Tensor, "batch pos"]:
+        """log Σ exp of all logits."""
+        whole = self.full if self.resid is None else self.resid
+        assert whole is not None
+        parts = [log_sum_exp(z) for _, z in self.blocks(softcap=softcap)]
+        return torch.cat(parts).reshape(whole.shape[:2])
+
+
+def log_sum_exp(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
+    """log Σ exp of each row in the widest float, a few rows at a time: the exponentials take as much memory as the logits."""
+    wide, out = widest_float(logits.device), []
+    for z in logits.split(16):
+        top = z.amax(-1)
+        out.append(top.to(wide) + (z - top[:, None]).exp_().sum(-1).to(wide).log())
+    return torch.cat(out)
 
 
 @dataclass(frozen=True)
@@ -140,9 +170,15 @@ def forward(model: Model, tokens: Tokens, *, resume: Kept | None = None) -> Fina
     return forward_with_grad(model, tokens, resume=resume)
 
 
-def forward_with_grad(model: Model, tokens: Tokens, *, resume: Kept | None = None) -> Final:
-    """`forward`, recording gradients with respect to a kept residual that asks for them."""
+def forward_with_grad(
+    model: Model, tokens: Tokens, *, resume: Kept | None = None, packed: Packed | None = None
+) -> Final:
+    """`forward`, recording gradients with respect to a kept residual that asks for them.
+
+    packed: where the tokens are a tree's, its positions and masks.
+    """
     captured: list[Tensor] = []
+    more = {} if packed is None else packed.arguments(model)
 
     @ours
     def capture(module: nn.Module, args: Any, output: Any) -> None:
@@ -151,12 +187,12 @@ def forward_with_grad(model: Model, tokens: Tokens, *, resume: Kept | None = Non
     handle = model.layer(model.n_layers - 1).register_forward_hook(capture)
     try:
         if resume is None:
-            model.base(input_ids=tokens, use_cache=False)
+            model.base(input_ids=tokens, use_cache=False, **more)
         elif resume.layer == model.n_layers - 1:
             return Final(model, resume.resid)
         else:
             with _resumed(model, resume):
-                model.base(input_ids=tokens, use_cache=False)
+                model.base(input_ids=tokens, use_cache=False, **more)
     finally:
         handle.remove()
     return Final(model, captured[-1])
@@ -168,7 +204,7 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def capture_layers(
-    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False
+    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False, packed: Packed | None = None
 ) -> dict[int, Resid]:
     """resid_post at each of `layers`; layers above the highest are not run unless `to_end`.
 
@@ -189,7 +225,7 @@ def capture_layers(
 
     handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
     try:
-        model.base(input_ids=tokens, use_cache=False)
+        model.base(input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model)))
     except _Stop:
         pass
     finally:
@@ -203,6 +239,22 @@ def capture_layers(
                 f"the residual of {model.name} after layer {layer} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
             )
     return kept
+
+
+@contextmanager
+def keeping(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Keeps resid_post at `layers` of the pass inside."""
+    seen: dict[int, Tensor] = {}
+
+    def make(layer: int) -> Any:
+        return ours(lambda module, args, output: seen.__setitem__(layer, hidden(output).detach()))
+
+    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -220,14 +272,20 @@ def row_positions(
     prompt_len: Tensor | None,
     subject_start: Tensor | None = None,
     partners: Partners | None = None,
+    *,
+    packed: Packed | None = None,
 ) -> Iterator[None]:
-    """Tell open interventions where each row's prompt ends, its subject begins and what it is paired with."""
-    before = model.row_positions, model.row_partners
+    """Tell open interventions where each row's prompt ends, its subject begins and what it is paired with.
+
+    packed: the pass is a tree's, and these positions are each token's.
+    """
+    before = model.row_positions, model.row_partners, model.row_tree
     model.row_positions, model.row_partners = (prompt_len, subject_start), partners
+    model.row_tree = packed
     try:
         yield
     finally:
-        model.row_positions, model.row_partners = before
+        model.row_positions, model.row_partners, model.row_tree = before
 
 
 def check_site(model: Model, site: Site | str | int) -> Site:

@@ -57,6 +57,7 @@ class Model:
             None,
         )  # see activations.row_positions
         self.row_partners: Any = None  # likewise
+        self.row_tree: Any = None  # the packed pass that runs (tree.Packed)
         self._norm32: nn.Module | None = None
         self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
         self.device_map: Any = None

@@ -1,29 +1,35 @@
 """Sensitivity analyses of a bias figure, in one call (docs/method.md#sensitivity-analyses).
 
 `run_checks` gathers what `checks_words` (which words, which score, which stem), `checks_subjects` (which subject, which wording),
-`random_words`, `multiverse` and `choices` measure one at a time; each model pass is made once, and its progress bar says what it is for.
+`random_words`, `multiverse` and `choices` measure one at a time; what they read off the model is read together (`models.tree`): a sentence that ten stems follow passes the model once.
 A check that these pairs or this model cannot have is listed with the reason, never filled in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
+from sae_bias.models.tree import Asked, read_together
 from sae_bias.probe.checks_subjects import (
     Decomposition,
     Nuisances,
+    ask_decomposition,
+    ask_nuisances,
     decompose,
     log_likelihoods,
     nuisance_table,
 )
 from sae_bias.probe.checks_words import (
     WordBootstrap,
+    ask_scores,
+    ask_stems,
     audit_words,
     bootstrap_words,
     carriers,
@@ -31,7 +37,7 @@ from sae_bias.probe.checks_words import (
     read_stems,
     scores_side_by_side,
 )
-from sae_bias.probe.choices import ForcedChoice, forced_choice
+from sae_bias.probe.choices import ForcedChoice, ask_choices, forced_choice
 from sae_bias.probe.multiverse import (
     Multiverse,
     multiverse,
@@ -125,18 +131,47 @@ def run_checks(
     if base is None or not whole or twins != (base.control is not None):
         probe = probe or (base.probe if base is not None else default_probe(pairs))
         base = run_probe(model, pairs, probe, random_words=True, progress=progress)
+    given = base
+    asks: dict[str, Callable[[], Asked[Any]]] = {
+        "stems": lambda: ask_stems(model, pairs, given),
+        "scores": lambda: ask_scores(model, pairs, given),
+        "forced choice": lambda: ask_choices(model, pairs),
+        "neutral subjects": lambda: ask_decomposition(model, pairs, given),
+        "nuisances": lambda: ask_nuisances(model, given),
+    }
+    read = _read_checks(model, asks, progress)
     run = _Checking(base)
     run.primary()
     run.add("probability mass", lambda: _mass(run))
     run.add("words", lambda: _words(run, n_boot, seed))
     run.add("random words", lambda: _random(run, random_word_null(base, n_random, seed)))
-    run.add("stems", lambda: _stems(run, read_stems(model, pairs, base, progress=progress), seed))
-    run.add("scores", lambda: run.table("scores", scores_side_by_side(model, pairs, base, progress=progress)))
-    run.add("forced choice", lambda: _choice(run, forced_choice(model, pairs, progress=progress)))
-    run.add("neutral subjects", lambda: _subjects(run, decompose(model, pairs, base=base, progress=progress)))
-    run.add("nuisances", lambda: _nuisances(run, nuisance_table(model, base, progress=progress)))
+    run.add("stems", lambda: _stems(run, read["stems"](), seed))
+    run.add("scores", lambda: run.table("scores", read["scores"]()))
+    run.add("forced choice", lambda: _choice(run, read["forced choice"]()))
+    run.add("neutral subjects", lambda: _subjects(run, read["neutral subjects"]()))
+    run.add("nuisances", lambda: _nuisances(run, read["nuisances"]()))
     run.table("audit", audit_words(model, pairs, base.probe))
     return Checks(base, pd.DataFrame(run.rows), run.tables, run.skipped, tuple(run.warnings), run.facts)
+
+
+def _read_checks(
+    model: Model, asks: Mapping[str, Callable[[], Asked[Any]]], progress: bool
+) -> dict[str, Callable[[], Any]]:
+    """Everything the checks need from the model, read in one go; what a check that cannot be had raises, it raises when it is asked for."""
+    asked, finish = {}, {}
+    for name, ask in asks.items():
+        try:
+            asked[name] = ask()
+            finish[name] = asked[name].finish
+        except RequestError as error:
+            finish[name] = partial(_raise, error)
+    readers = [reader for a in asked.values() for reader in a.readers]
+    read_together(model, readers, progress=progress, describe=f"checks ({', '.join(asked)})")
+    return finish
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class _Checking:

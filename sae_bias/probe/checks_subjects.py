@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import Final, forward, plan_batches
+from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
-from sae_bias.probe.reading import PromptIds, ReadingPlan, common_prefix
+from sae_bias.models.tree import Asked, Reader, Spot, read_together
+from sae_bias.probe.reading import PlanReader, PromptIds, Reading, ReadingPlan, common_prefix
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe
@@ -81,13 +80,31 @@ def decompose(
     Raises:
         RequestError: the pairs have no neutral subjects, or a template lacks them.
     """
+    result = base or run_probe(model, pairs, probe or default_probe(pairs), controls=False)
+    asked = ask_decomposition(model, pairs, result)
+    return asked.read(model, progress=progress, describe="neutral subjects")
+
+
+def ask_decomposition(model: Model, pairs: PromptPairs, result: ProbeResult) -> Asked[Decomposition]:
+    """What `decompose` reads beside the probe's result, to be read together with other things."""
     if not pairs.neutral_prompts:
         raise RequestError(
             "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
         )
-    result = base or run_probe(model, pairs, probe or default_probe(pairs), controls=False)
+    human = {p.template: model.encode(p.human) for p in reversed(pairs)}
+    prompts = []
+    for n in pairs.neutral_prompts:
+        ids = model.encode(n.text)
+        prompts.append(PromptIds(n.text, tuple(ids), common_prefix(ids, human.get(n.template, ids))))
+    words = [w.tokens for w in result.vocabulary.kept]
+    plan = ReadingPlan(model, prompts, words, normalise=True, softcap=result.probe.softcap)
+    reader = PlanReader(plan)
+    return Asked((reader,), lambda: _decomposition(pairs, result, reader.reading()))
+
+
+def _decomposition(pairs: PromptPairs, result: ProbeResult, reading: Reading) -> Decomposition:
     templates, entities = result.clusters
-    neutral = _neutral_scores(model, pairs, result, progress)
+    neutral = _neutral_scores(pairs, result, reading)
     lacking = sorted(set(templates) - set(neutral["template"]))
     if lacking:
         raise RequestError(f"template {lacking[0]!r} has no neutral prompt.")
@@ -132,21 +149,8 @@ def _side_scores(result: ProbeResult) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult, progress: bool) -> pd.DataFrame:
+def _neutral_scores(pairs: PromptPairs, result: ProbeResult, reading: Reading) -> pd.DataFrame:
     """Score and levels of each neutral prompt, read as the pairs are."""
-    human = {p.template: model.encode(p.human) for p in reversed(pairs)}
-    prompts = []
-    for n in pairs.neutral_prompts:
-        ids = model.encode(n.text)
-        prompts.append(PromptIds(n.text, tuple(ids), common_prefix(ids, human.get(n.template, ids))))
-    plan = ReadingPlan(
-        model,
-        prompts,
-        [w.tokens for w in result.vocabulary.kept],
-        normalise=True,
-        softcap=result.probe.softcap,
-    )
-    reading = plan.run(progress=progress, describe="neutral subjects")
     assert reading.log_normaliser is not None
     logp = reading.values - reading.log_normaliser[:, None] if result.single_tokens else reading.values
     return pd.DataFrame(
@@ -162,7 +166,6 @@ def _neutral_scores(model: Model, pairs: PromptPairs, result: ProbeResult, progr
 
 
 # ── nuisances
-ROWS = 4  # prompts whose full logits are held at once
 NUISANCES = ("subject_tokens", "an", "log_likelihood")
 
 
@@ -190,14 +193,24 @@ class Nuisances:
 
 def nuisance_table(model: Model, result: ProbeResult, *, progress: bool = False) -> Nuisances:
     """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
-    pairs = result.pairs
+    return ask_nuisances(model, result).read(model, progress=progress, describe="likelihood of the prompts")
+
+
+def ask_nuisances(model: Model, result: ProbeResult) -> Asked[Nuisances]:
+    """What `nuisance_table` reads, to be read together with other things."""
+    ids = [(model.encode(p.human), model.encode(p.ai)) for p in result.pairs]
+    reader = LikelihoodReader([side for both in ids for side in both])
+    return Asked((reader,), lambda: _nuisances(result, ids, reader.values.reshape(-1, 2)))
+
+
+def _nuisances(
+    result: ProbeResult, ids: Sequence[tuple[list[int], list[int]]], logp: Float[np.ndarray, "n_pairs 2"]
+) -> Nuisances:
     frame = pd.DataFrame(
         {"template": result.clusters[0], "entity": result.clusters[1], "bias": result.pair_bias}
     )
-    ids = [(model.encode(p.human), model.encode(p.ai)) for p in pairs]
     lengths = [_subject_lengths(human, ai) for human, ai in ids]
-    articles = [_articles(p.human, p.ai) for p in pairs]
-    logp = log_likelihoods(model, [side for both in ids for side in both], progress=progress).reshape(-1, 2)
+    articles = [_articles(p.human, p.ai) for p in result.pairs]
     for name, values in zip(NUISANCES, (np.array(lengths, float), np.array(articles, float), logp)):
         frame[f"{name}_human"], frame[f"{name}_ai"] = values.T
         frame[f"{name}_diff"] = values[:, 0] - values[:, 1]
@@ -238,27 +251,31 @@ def adjusted_mean(
     return clustered_mean(beta[0] + influence, templates, entities)
 
 
-@torch.no_grad()
+class LikelihoodReader(Reader):
+    """Σ log p of every token after the first of some sequences, as their positions come in."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]):
+        self.sequences = sequences
+        self.positions = [range(len(s) - 1) for s in sequences]
+        self.ends, self.starts = [len(s) for s in sequences], [0] * len(sequences)
+        self.partners = [None] * len(sequences)
+        self.values = np.zeros(len(sequences))
+
+    def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        for rows, z in final.blocks():
+            norm = log_sum_exp(z)
+            spots = [(row, i, self.sequences[i][p + 1]) for row, mine in enumerate(wanted[rows]) for i, p in mine]  # fmt: skip
+            row, sequence, token = map(list, zip(*spots))
+            np.add.at(self.values, sequence, (z[row, token] - norm[row]).cpu().double().numpy())
+
+
 def log_likelihoods(
     model: Model, sequences: Sequence[Sequence[int]], *, progress: bool = False
 ) -> Float[np.ndarray, "n"]:
     """Σ log p of every token after the first, in nats; full logits of a few prompts at a time, never kept."""
-    out = np.empty(len(sequences))
-    batches = plan_batches(sequences, model.device)
-    for batch in tqdm(batches, desc="likelihood of the prompts", disable=not progress, leave=False):
-        final = forward(model, batch.tokens)
-        for start in range(0, batch.n, ROWS):
-            rows = slice(start, start + ROWS)
-            part = Final(
-                model,
-                None if final.resid is None else final.resid[rows, :-1],
-                None if final.full is None else final.full[rows, :-1],
-            )
-            logits = part.logits()
-            chosen = logits.gather(2, batch.tokens[rows, 1:, None].to(logits.device))[..., 0]
-            logp = (chosen - logits.logsumexp(-1)).cpu().double().sum(1)
-            out[list(batch.index[rows])] = logp.cpu().numpy()
-    return out
+    reader = LikelihoodReader(sequences)
+    read_together(model, [reader], progress=progress, describe="likelihood of the prompts")
+    return reader.values
 
 
 def _subject_lengths(human: Sequence[int], ai: Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from scipy.special import logsumexp
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
+from sae_bias.models.tree import Asked
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.run import run_probe
+from sae_bias.probe.run import ask_probe
 from sae_bias.probe.words import SCORES, Probe, default_probe, tokens_alone, word_tokens
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.reduction import crossed_weights
@@ -200,23 +201,41 @@ def scores_side_by_side(
     The same words everywhere; a further logodds row reads the words of several tokens too, where some were left out. `bias` is the
     bias, `primary` the difference in differences where there are mundane twins. What `base` holds is not run again.
     """
-    probe = base.probe
-    options: dict[str, Any] = {"controls": base.control is not None, "levels": False, "progress": progress}
+    return ask_scores(model, pairs, base).read(model, progress=progress, describe="scores")
+
+
+def ask_scores(model: Model, pairs: PromptPairs, base: ProbeResult) -> Asked[pd.DataFrame]:
+    """What `scores_side_by_side` reads beside `base`, to be read together with other things."""
+    asked: dict[tuple[bool, str], Asked[ProbeResult]] = {}
+    caps = (True, False) if model.softcap is not None else (True,)
+    options: dict[str, Any] = {"controls": base.control is not None, "levels": False}
+    for softcap in caps:
+        probe = base.probe.with_options(softcap=softcap)
+        if softcap != base.probe.softcap:
+            asked[softcap, "same"] = ask_probe(model, pairs, probe, **options)
+        if base.vocabulary.excluded and base.probe.score == "mean_logit":
+            every = probe.with_options(score="logodds")
+            asked[softcap, "every"] = ask_probe(model, pairs, every, **options)
+    readers = tuple(reader for a in asked.values() for reader in a.readers)
+
+    def finish() -> pd.DataFrame:
+        read = {key: a.finish() for key, a in asked.items()}
+        return _scores(model, base, caps, read)
+
+    return Asked(readers, finish)
+
+
+def _scores(
+    model: Model, base: ProbeResult, caps: Sequence[bool], read: Mapping[tuple[bool, str], ProbeResult]
+) -> pd.DataFrame:
     rows = []
-    for softcap in (True, False) if model.softcap is not None else (True,):
-        one = base
-        if softcap != probe.softcap:
-            other = probe.with_options(softcap=softcap)
-            one = run_probe(model, pairs, other, describe=f"softcap {'on' if softcap else 'off'}", **options)
+    for softcap in caps:
+        one = read.get((softcap, "same"), base)
+        words = "words of one token" if one.single_tokens else "all words"
         modes = [m for m in SCORES if m != "mean_logit" or one.single_tokens]
-        found = [
-            (mode, "words of one token" if one.single_tokens else "all words", one.rescored(mode))
-            for mode in modes
-        ]
-        if one.vocabulary.excluded and one.probe.score == "mean_logit":
-            every = probe.with_options(score="logodds", softcap=softcap)
-            whole = run_probe(model, pairs, every, describe="words of several tokens", **options)
-            found.append(("logodds", "all words", whole))
+        found = [(mode, words, one.rescored(mode)) for mode in modes]
+        if (softcap, "every") in read:
+            found.append(("logodds", "all words", read[softcap, "every"]))
         for mode, words, result in found:
             sizes = result.effect_sizes()
             rows.append(
@@ -252,15 +271,26 @@ def read_stems(
     Raises:
         RequestError: the pairs offer no stems, or their own stem is not known.
     """
+    return ask_stems(model, pairs, base, stems).read(model, progress=progress, describe="stems")
+
+
+def ask_stems(
+    model: Model, pairs: PromptPairs, base: ProbeResult, stems: Sequence[str] | None = None
+) -> Asked[dict[str, ProbeResult]]:
+    """What `read_stems` reads beside `base`, to be read together with other things."""
     stems = tuple(stems) if stems is not None else pairs.stems
     if not stems:
         raise RequestError("these pairs offer no stems; give stems=['This is', 'That seems'].")
     own = pairs[0].stem
-    results = {own: base} if own in stems else {}
-    for stem in stems:
-        if stem not in results:
-            results[stem] = run_probe(
-                model, pairs.with_stem(stem), base.probe, controls=base.control is not None,
-                random_words=base.random_words is not None, progress=progress, describe=f"stem {stem!r}",
-            )  # fmt: skip
-    return results
+    options: dict[str, Any] = {
+        "controls": base.control is not None,
+        "random_words": base.random_words is not None,
+    }
+    asked = {
+        stem: ask_probe(model, pairs.with_stem(stem), base.probe, **options)
+        for stem in dict.fromkeys(stems)
+        if stem != own
+    }
+    known = {own: base} if own in stems else {}
+    readers = tuple(reader for a in asked.values() for reader in a.readers)
+    return Asked(readers, lambda: known | {stem: a.finish() for stem, a in asked.items()})

@@ -14,8 +14,9 @@ import pandas as pd
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
+from sae_bias.models.tree import Asked
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.run import run_probe
+from sae_bias.probe.run import ask_probe
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered, clustered_mean
@@ -54,20 +55,28 @@ def forced_choice(model: Model, pairs: PromptPairs, *, progress: bool = False) -
     Raises:
         RequestError: the pairs offer none, an option is not readable, or the pairs' stem is not known.
     """
+    return ask_choices(model, pairs).read(model, progress=progress, describe="forced choice")
+
+
+def ask_choices(model: Model, pairs: PromptPairs) -> Asked[ForcedChoice]:
+    """What `forced_choice` reads, to be read together with other things."""
     if not pairs.choices:
         raise RequestError("these pairs offer no forced choice; add `choices:` to their file.")
-    rows, values, result = [], [], None
+    asked = []
     for choice in pairs.choices:
         probe = Probe([choice.positive], [choice.negative], "logodds", join=pairs.join)
-        result = run_probe(
-            model,
-            pairs.with_stem(choice.stem),
-            probe,
-            progress=progress,
-            describe=f"forced choice {choice.stem!r}",
-        )
+        asked.append(ask_probe(model, pairs.with_stem(choice.stem), probe))
+    readers = tuple(reader for a in asked for reader in a.readers)
+    return Asked(readers, lambda: _forced_choice(pairs, [a.finish() for a in asked]))
+
+
+def _forced_choice(pairs: PromptPairs, results: list[ProbeResult]) -> ForcedChoice:
+    rows, values = [], []
+    templates, entities = results[0].clusters
+    for choice, result in zip(pairs.choices, results):
         own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
-        values.append(result.primary_values(own)[0])
+        of_pairs, templates, entities = result.primary_values(own)
+        values.append(of_pairs)
         stat = result.primary
         rows.append(
             {
@@ -81,8 +90,5 @@ def forced_choice(model: Model, pairs: PromptPairs, *, progress: bool = False) -
                 "mass": result.mass.total,
             }
         )
-    assert isinstance(result, ProbeResult)
-    own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
-    _, templates, entities = result.primary_values(own)
     stat = clustered_mean(np.mean(values, axis=0), templates, entities)
-    return ForcedChoice(pd.DataFrame(rows), stat, result.estimand)
+    return ForcedChoice(pd.DataFrame(rows), stat, results[-1].estimand)

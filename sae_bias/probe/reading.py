@@ -3,24 +3,26 @@
 A word is never encoded alone: its tokens are what `prompt + " " + word` adds to `prompt`, whose own tokens must not change
 (Mistral's SentencePiece gives `["▁", "▁natural"]` for `" natural"` alone, so a first-token probe would read the same `▁` for
 every word). A word of several tokens scores the sum of its token log-probabilities, each read after `prompt + its tokens so far`;
-so a reading is a list of sequences, each read at its last position, whatever the words are.
+so a reading is a list of sequences, each read at its last position, whatever the words are; `models.tree` computes what they share once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import Batch, Final, Partners, forward, plan_batches, row_positions
+from sae_bias.models.forward import Batch, Final, Partners, log_sum_exp, plan_batches
 from sae_bias.models.model import Model
+from sae_bias.models.tree import Partner, Reader, Spot, read_together
 from sae_bias.probe.random_words import RandomWords, candidate_words
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
@@ -172,12 +174,17 @@ class ReadingPlan:
         prefixes = sorted({w[:j] for w in words for j in range(len(w))}, key=lambda p: (len(p), p))
         self.prefixes = {prefix: k for k, prefix in enumerate(prefixes)}
         self.row_ids = sorted({t for w in words for t in w})
-        sequences = [(*p.ids, *prefix) for p in self.prompts for prefix in prefixes]
-        self.batches = plan_batches(sequences, model.device, batch_size=batch_size)
+        self.sequences = [(*p.ids, *prefix) for p in self.prompts for prefix in prefixes]
+        self.batch_size = batch_size
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The sequences as they are, those of one length together."""
+        return plan_batches(self.sequences, self.model.device, batch_size=self.batch_size)
 
     @property
     def n_sequences(self) -> int:
-        return len(self.prompts) * len(self.prefixes)
+        return len(self.sequences)
 
     def prompt_of(self, sequence: int) -> PromptIds:
         return self.prompts[sequence // len(self.prefixes)]
@@ -189,13 +196,17 @@ class ReadingPlan:
 
     def partners(self, batch: Batch) -> Partners | None:
         """The paired prompts of the batch's rows, word pieces included; None where a row has none."""
-        prompts = [self.prompt_of(i) for i in batch.index]
-        if not all(p.partner for p in prompts):
+        found = [p for i in batch.index if (p := self.partner(i)) is not None]
+        if len(found) < batch.n:
             return None
-        prefixes = list(self.prefixes)
-        tails = [prefixes[i % len(prefixes)] for i in batch.index]
-        suffix = [p.suffix + len(tail) if p.suffix else 0 for p, tail in zip(prompts, tails)]
-        return Partners(tuple((*p.partner, *tail) for p, tail in zip(prompts, tails)), torch.tensor(suffix))
+        return Partners(tuple(tuple(ids) for ids, _ in found), torch.tensor([suffix for _, suffix in found]))
+
+    def partner(self, sequence: int) -> Partner | None:
+        """The paired prompt of one sequence."""
+        prompt, tail = self.prompt_of(sequence), list(self.prefixes)[sequence % len(self.prefixes)]
+        if not prompt.partner:
+            return None
+        return (*prompt.partner, *tail), prompt.suffix + len(tail) if prompt.suffix else 0
 
     @torch.no_grad()
     def read(self, final: Final) -> Read:
@@ -214,45 +225,16 @@ class ReadingPlan:
 
     def run(self, *, progress: bool = False, describe: str = "probe") -> Reading:
         """Read every prompt, under whatever interventions are open on the model."""
-        bar = tqdm(total=self.n_sequences, desc=describe, unit="prompt", disable=not progress, leave=False)
-        with bar:
-
-            def one(batch: Batch) -> Read:
-                with row_positions(self.model, *self.rows(batch), self.partners(batch)):
-                    read = self.read(forward(self.model, batch.tokens))
-                bar.update(batch.n)
-                return read
-
-            return self.assemble(one)
+        reader = PlanReader(self)
+        read_together(self.model, [reader], progress=progress, describe=describe, batch_size=self.batch_size)
+        return reader.reading()
 
     def assemble(self, read_batch: Callable[[Batch], Read]) -> Reading:
         """Word scores from each batch's rows."""
-        column = {t: j for j, t in enumerate(self.row_ids)}
-        z = np.empty((self.n_sequences, len(self.row_ids) + len(self.beside)))
-        norm = np.empty(self.n_sequences) if self.normalise else None
-        ranks = np.zeros((self.n_sequences, len(self.rank)), dtype=np.int64) if self.rank else None
+        reader = PlanReader(self)
         for batch in self.batches:
-            read = read_batch(batch)
-            z[list(batch.index)] = read.z.numpy()
-            if norm is not None and read.log_normaliser is not None:
-                norm[list(batch.index)] = read.log_normaliser.numpy()
-            if ranks is not None and read.ranks is not None:
-                ranks[list(batch.index)] = read.ranks.numpy()
-        bad = ~np.isfinite(z).all(1)
-        if norm is not None:
-            bad |= ~np.isfinite(norm)
-        if bad.any():
-            prompt = self.prompt_of(int(np.flatnonzero(bad)[0]))
-            raise RequestError(
-                f"{self.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {len(z)} sequences)"
-                f"{self.model.why_not_finite()}."
-            )
-        k = len(self.prefixes)
-        return Reading(
-            self._word_values(z, norm, column),
-            None if norm is None else norm[::k].copy(),
-            None if ranks is None else ranks[::k].copy(),
-        )
+            reader.put(list(batch.index), read_batch(batch))
+        return reader.reading()
 
     def _word_values(self, z: np.ndarray, norm: np.ndarray | None, column: dict[int, int]) -> np.ndarray:
         n, k = len(self.prompts), len(self.prefixes)
@@ -272,26 +254,83 @@ class ReadingPlan:
         )
 
 
-RANKED_ROWS = 16  # prompts whose full logits are held at once
+class PlanReader(Reader):
+    """One reading of a plan, as its rows come in."""
+
+    def __init__(self, plan: ReadingPlan):
+        self.plan = plan
+        self.sequences = plan.sequences
+        self.positions = [[len(s) - 1] for s in plan.sequences]
+        prompts = [plan.prompt_of(i) for i in range(plan.n_sequences)]
+        self.ends, self.starts = [len(p.ids) for p in prompts], [p.subject_start for p in prompts]
+        self.partners = [plan.partner(i) for i in range(plan.n_sequences)]
+        self.z = np.full((plan.n_sequences, len(plan.row_ids) + len(plan.beside)), np.nan)
+        self.norm = np.full(plan.n_sequences, np.nan) if plan.normalise else None
+        self.ranks = np.zeros((plan.n_sequences, len(plan.rank)), dtype=np.int64) if plan.rank else None
+
+    def copy(self) -> PlanReader:
+        """The same scores, to be replaced where a cell changes them."""
+        other = copy(self)
+        other.z = self.z.copy()
+        other.norm = None if self.norm is None else self.norm.copy()
+        other.ranks = None if self.ranks is None else self.ranks.copy()
+        return other
+
+    def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        rows = [row for row, spots in enumerate(wanted) for _ in spots]
+        self.put([i for spots in wanted for i, _ in spots], self.plan.read(final), rows)
+
+    def put(self, sequences: list[int], read: Read, rows: list[int] | None = None) -> None:
+        """The scores of some sequences, from these rows of what was read (all in order by default)."""
+        at: Any = slice(None) if rows is None else rows
+        self.z[sequences] = read.z.numpy()[at]
+        if self.norm is not None and read.log_normaliser is not None:
+            self.norm[sequences] = read.log_normaliser.numpy()[at]
+        if self.ranks is not None and read.ranks is not None:
+            self.ranks[sequences] = read.ranks.numpy()[at]
+
+    def reading(self) -> Reading:
+        """Word scores of every prompt.
+
+        Raises:
+            RequestError: NaN or infinite logits; the prompt is named.
+        """
+        plan, norm, k = self.plan, self.norm, len(self.plan.prefixes)
+        bad = ~np.isfinite(self.z).all(1)
+        if norm is not None:
+            bad |= ~np.isfinite(norm)
+        if bad.any():
+            prompt = plan.prompt_of(int(np.flatnonzero(bad)[0]))
+            raise RequestError(
+                f"{plan.model.name} gives NaN or infinite logits after {prompt.text!r} ({int(bad.sum())} of {plan.n_sequences} sequences)"
+                f"{plan.model.why_not_finite()}."
+            )
+        return Reading(
+            plan._word_values(self.z, norm, {t: j for j, t in enumerate(plan.row_ids)}),
+            None if norm is None else norm[::k].copy(),
+            None if self.ranks is None else self.ranks[::k].copy(),
+        )
 
 
 def _normaliser_and_ranks(
     last: Final, tokens: Sequence[int], softcap: bool
 ) -> tuple[Float[Tensor, "batch"], Int[Tensor, "batch n"]]:
     """log Σ exp of all logits at one position, and how many tokens are more likely than each of `tokens`, plus 1."""
-    n = len(last.full if last.full is not None else last.resid)  # pyright: ignore[reportArgumentType]
     norms, ranks = [], []
-    for row in range(0, n, RANKED_ROWS):
-        rows = slice(row, row + RANKED_ROWS)
-        part = Final(
-            last.model,
-            None if last.resid is None else last.resid[rows],
-            None if last.full is None else last.full[rows],
-        )
-        logits = part.logits(softcap=softcap)[:, 0]
-        norms.append(logits.logsumexp(-1))
-        ranks.append(torch.stack([(logits > logits[:, t, None]).sum(-1) + 1 for t in tokens], dim=1))
+    for _, z in last.blocks(softcap=softcap):
+        norms.append(log_sum_exp(z))
+        ranks.append(_ranks(z, tokens))
     return torch.cat(norms), torch.cat(ranks)
+
+
+def _ranks(z: Float[Tensor, "n d_vocab"], tokens: Sequence[int]) -> Int[Tensor, "n k"]:
+    """How many tokens are more likely than each of `tokens`, plus 1."""
+    if z.device.type != "cpu":
+        return torch.stack([(z > z[:, t, None]).sum(-1) + 1 for t in tokens], dim=1)
+    above = [
+        [np.count_nonzero(row > row[t]) + 1 for t in tokens] for row in z.numpy()
+    ]  # torch takes seven times as long
+    return torch.tensor(above)
 
 
 def prompt_scores(model: Model, texts: Sequence[str], probe: Probe) -> Float[np.ndarray, "n_prompts"]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
-from sae_bias.probe.reading import PairReading
+from sae_bias.models.tree import Asked
+from sae_bias.probe.reading import PairReading, PlanReader
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
@@ -39,6 +39,23 @@ def run_probe(
     Raises:
         RequestError: no pairs, a word that cannot be read, NaN logits (the prompt is named), chat without a chat template.
     """
+    asked = ask_probe(
+        model, pairs, probe, controls=controls, levels=levels, random_words=random_words, chat=chat
+    )
+    return asked.read(model, progress=progress, describe=describe, batch_size=batch_size)
+
+
+def ask_probe(
+    model: Model,
+    pairs: PromptPairs | Sequence[PromptPair],
+    probe: Probe | None = None,
+    *,
+    controls: bool | None = None,
+    levels: bool = True,
+    random_words: bool = False,
+    chat: bool = False,
+) -> Asked[ProbeResult]:
+    """What `run_probe` reads, to be read together with other things."""
     pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(tuple(pairs))
     if not len(pairs):
         raise RequestError("there are no pairs to probe.")
@@ -50,12 +67,13 @@ def run_probe(
     twins = pairs.controls()
     if controls and not len(twins):
         raise RequestError("these pairs have no mundane twins; controls=True needs them.")
-
-    options: dict[str, Any] = {"levels": levels, "batch_size": batch_size}
-    own = PairReading(model, pairs, probe, random_words=random_words, **options)
-    result = own.result(own.plan.run(progress=progress, describe=describe))
+    own = PairReading(model, pairs, probe, levels=levels, random_words=random_words)
+    first = PlanReader(own.plan)
     if controls is False or not len(twins):
-        return result
-    mundane = PairReading(model, twins, probe, random_words=own.candidates, **options)
-    describe = f"{describe}, mundane twins"
-    return replace(result, control=mundane.result(mundane.plan.run(progress=progress, describe=describe)))
+        return Asked((first,), lambda: own.result(first.reading()))
+    mundane = PairReading(model, twins, probe, levels=levels, random_words=own.candidates)
+    second = PlanReader(mundane.plan)
+    return Asked(
+        (first, second),
+        lambda: replace(own.result(first.reading()), control=mundane.result(second.reading())),
+    )

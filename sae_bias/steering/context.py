@@ -30,22 +30,28 @@ class PassInfo:
     """Tokens already in the KV cache."""
     attention_mask: Tensor | None = None
     prompt_len: Tensor | None = None
-    """[batch] end of each row's prompt, counted from the start of the sequence (left padding included)."""
+    """[batch] end of each row's prompt, counted from the start of the sequence (left padding included); [batch, pos] in a packed pass."""
     subject_start: Tensor | None = None
     """[batch] first position of each row's subject, counted likewise."""
     sources: Sources | None = None
     """What edits may read beside the residual: the paired prompts, another model."""
+    place: Tensor | None = None
+    """[batch, pos] position of each token in its own sequence, in a packed pass (`models.tree`)."""
+    weight: Tensor | None = None
+    """[batch, pos] sequences that each token stands for there; 0 where padded."""
 
 
 def position_mask(info: PassInfo, positions: str, special_ids: frozenset[int]) -> PositionMask:
     """Which positions of this pass an edit may change: the named ones, without special and padded tokens."""
     n = info.tokens.shape[1]
     device = info.tokens.device
-    place = info.past + torch.arange(n, device=device)
+    place = info.past + torch.arange(n, device=device) if info.place is None else info.place
     special = torch.tensor(sorted(special_ids), device=device, dtype=info.tokens.dtype)
     mask = ~torch.isin(info.tokens, special)
     if info.attention_mask is not None and info.attention_mask.ndim == 2:
         mask &= info.attention_mask[:, -n:].to(device).bool()
+    if info.weight is not None:
+        mask &= info.weight > 0
     if positions == "all":
         return mask
     if positions == "subject":
@@ -53,12 +59,17 @@ def position_mask(info: PassInfo, positions: str, special_ids: frozenset[int]) -
             raise RequestError(
                 'positions="subject" needs prompts with a known subject, such as a probe on pairs.'
             )
-        return mask & (place >= info.subject_start.to(device)[:, None])
+        return mask & (place >= _column(info.subject_start.to(device)))
     assert info.prompt_len is not None
-    end = info.prompt_len.to(device)[:, None]
+    end = _column(info.prompt_len.to(device))
     if positions == "last":
         return mask & (place == end - 1)
     return mask & ((place < end) if positions == "prompt" else (place >= end))
+
+
+def _column(of_rows: Tensor) -> Tensor:
+    """What is said of rows, beside every position of them."""
+    return of_rows[:, None] if of_rows.ndim == 1 else of_rows
 
 
 @dataclass(frozen=True)

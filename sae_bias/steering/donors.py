@@ -15,6 +15,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.types import PositionMask, Resid, Tokens
 from sae_bias.models.forward import Partners, capture_layers, hidden
 from sae_bias.models.model import Model, ours
+from sae_bias.models.tree import Packed
 
 
 class Sources:
@@ -26,8 +27,11 @@ class Sources:
         tokens: Tokens,
         partners: Partners | None = None,
         attention_mask: Tensor | None = None,
+        packed: Packed | None = None,
     ):
+        """`packed`: the tokens are a tree's (`models.tree`)."""
         self.model, self.tokens, self.partners, self.attention_mask = model, tokens, partners, attention_mask
+        self.packed = packed
         self._paired: dict[int, tuple[Tensor, Tensor]] = {}
         self._other: dict[tuple[int, int], Tensor] = {}
 
@@ -47,9 +51,9 @@ class Sources:
         key = (id(source), layer)
         if key not in self._other:
             _check_twin(self.model, source)
-            self._other[key] = _capture(source, self.tokens.to(source.device), layer, self.attention_mask).to(
-                self.tokens.device
-            )
+            tokens = self.tokens.to(source.device)
+            x = _capture(source, tokens, layer, self.attention_mask, self.packed)
+            self._other[key] = x.to(self.tokens.device)
         return self._other[key]
 
     def _run_partners(self, partners: Partners, layer: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +88,12 @@ def _check_twin(model: Model, source: Model) -> None:
 
 
 @torch.no_grad()
-def _capture(model: Model, tokens: Tokens, layer: int, attention_mask: Tensor | None) -> Tensor:
+def _capture(
+    model: Model, tokens: Tokens, layer: int, attention_mask: Tensor | None, packed: Packed | None
+) -> Tensor:
     """resid_post at `layer` of a whole pass, left padding allowed."""
     if attention_mask is None:
-        return capture_layers(model, tokens, [layer])[layer]
+        return capture_layers(model, tokens, [layer], packed=packed)[layer]
     seen: list[Tensor] = []
 
     @ours

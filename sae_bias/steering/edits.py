@@ -42,6 +42,7 @@ from sae_bias.core.types import Resid
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.forward import check_fits, check_site
 from sae_bias.models.model import Model
+from sae_bias.models.tree import packs
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae, sae_facts
@@ -197,6 +198,7 @@ class _AlongEdit(Intervention):
     """An edit along a feature's decoder row or a direction."""
 
     along: FeatureLike | Direction
+    by_position: ClassVar[bool] = True
     at: Site | None = field(default=None, kw_only=True)
     """Where it acts instead of its own site: a mismatch control (a string or a layer is read as a site)."""
     of_feature: ClassVar[bool] = True
@@ -337,6 +339,11 @@ class Patch(Intervention):
     def looks_elsewhere(self) -> bool:
         return True
 
+    @property
+    def by_position(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The other model reads the same tree, where it can."""
+        return packs(self.source)
+
     def bind(self, model: Model) -> Self:
         check_fits(model, self.target, Site.parse(self.site), self.source.d_model)
         return self
@@ -369,6 +376,7 @@ class Reconstruct(Intervention):
     """x' = decode(encode(x)): throws the SAE error away. A control that shows what that costs, never a default."""
 
     sae: SaeId | Sae | str
+    by_position: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

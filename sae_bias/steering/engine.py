@@ -1,206 +1,21 @@
-"""The sweep's engine: layers up to the site run once per prompt, later layers once per cell.
-
-The residual at the site is kept for every prompt. A cell computes its delta on it and runs only the later layers; a prompt
-on which no position changes is not run again. Cells that edit the same one site are stacked: their changed rows go through the
-later layers together, up to a budget of tokens. Which cells are stacked is decided by the list of cells alone, never by
-what is left to do. The numbers are those of a plain hooked forward pass (tested to float32 rounding on every architecture). Where
-the model carries hooks that are not ours, the whole pass runs, so that they fire.
-"""
+"""A probe under any number of interventions, each for the price of the later layers over the prefixes it changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Batch, Final, Kept, capture_layers, forward, hidden, row_positions
-from sae_bias.models.model import Model, ours
-from sae_bias.probe.reading import PairReading, Read, Reading, ReadingPlan
+from sae_bias.models.forward import Final
+from sae_bias.models.model import Model
+from sae_bias.models.tree import Spot
+from sae_bias.probe.reading import PairReading, PlanReader, Reading, ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.steering.context import PassInfo
-from sae_bias.steering.donors import Sources
-from sae_bias.steering.hooks import (
-    SiteEdit,
-    add_delta,
-    compile_edits,
-    intervene,
-    warn_written_inactive,
-)
 from sae_bias.steering.intervention import Intervention
-from sae_bias.steering.receipt import EditReceipt, Receipt
-
-RowsOf = Callable[[Batch], tuple[Tensor, Tensor]]
-PartnersOf = Callable[[Batch], Any]
-Visit = Callable[[int, Tensor, Final], None]
-VisitCell = Callable[[int, int, Tensor, Final], None]
-STACK = 8  # cells whose rows may share a pass; a sweep's cells are run and kept in groups of so many
-STACK_TOKENS = {
-    "cpu": 1024,
-    "cuda": 32768,
-}  # memory budget of a shared pass; on a CPU larger ones are slower (7 % at 4,032)
-
-
-@dataclass
-class _Cell:
-    """One cell of a stack: its edits at the one site, and what they did."""
-
-    number: int
-    site_edit: SiteEdit
-    receipts: list[EditReceipt]
-
-
-@dataclass
-class _Rows:
-    """The rows of one batch that a cell changes."""
-
-    cell: _Cell
-    changed: Tensor
-    tokens: Tensor
-    resid: Tensor
-
-
-class CellRunner:
-    """Batches of prompts whose upstream layers run once, for any number of interventions."""
-
-    def __init__(
-        self, model: Model, batches: Sequence[Batch], rows_of: RowsOf, partners_of: PartnersOf | None = None
-    ):
-        _refuse_open_block(model)
-        self.model, self.batches, self.rows_of = model, list(batches), rows_of
-        self.partners_of: PartnersOf = partners_of or (lambda batch: None)
-        self._kept: dict[int, list[Tensor]] = {}
-        self._sources: dict[int, Sources] = {}
-
-    def kept(self, layer: int) -> list[Tensor]:
-        """resid_post at `layer` of every batch, run once."""
-        if layer not in self._kept:
-            self._kept[layer] = [capture_layers(self.model, b.tokens, [layer])[layer] for b in self.batches]
-        return self._kept[layer]
-
-    def base(self, layers: Sequence[int] = ()) -> list[Final]:
-        """Every batch without edits; resid_post at `layers` is kept on the way, so that no cell runs it again."""
-        finals, kept = [], {layer: [] for layer in layers}
-        for batch in self.batches:
-            with _keeping(self.model, layers) as seen:
-                finals.append(forward(self.model, batch.tokens))
-            for layer in layers:
-                kept[layer].append(seen[layer])
-        self._kept |= kept
-        return finals
-
-    def run(self, edits: Sequence[Intervention], visit: Visit) -> Receipt:
-        """Run the rows that `edits` change; `visit(batch number, changed rows [batch], Final)` sees each batch's."""
-        return self.run_many([edits], lambda cell, k, rows, final: visit(k, rows, final))[0]
-
-    def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitCell) -> list[Receipt]:
-        """Run several cells; `visit(cell, batch number, changed rows [batch], Final)` sees what each of them changes.
-
-        Cells of one site are stacked, at most `STACK` of those that follow each other; the others run alone.
-        """
-        _refuse_open_block(self.model)
-        receipts: list[Receipt] = []
-        whole = self.model.foreign_hooks()
-        compiled = [compile_edits(self.model, edits) for edits in cells]
-        for group in _stacks(compiled, cells, whole):
-            first = group[0]
-            if not cells[first]:
-                receipts.append(Receipt())
-            elif whole or _reads_pairs_later(compiled[first]):
-                receipts.append(self._whole(first, cells[first], visit))
-            elif len(compiled[first]) > 1:
-                receipts.append(self._two_sites(first, compiled[first], visit))
-            else:
-                receipts += self._stack(group, [next(iter(compiled[i].values())) for i in group], visit)
-        return receipts
-
-    def _whole(self, number: int, edits: Sequence[Intervention], visit: VisitCell) -> Receipt:
-        """The plain hooked pass, layer 0 to the end."""
-        with intervene(self.model, *edits) as receipt:
-            for k, batch in enumerate(self.batches):
-                with row_positions(self.model, *self.rows_of(batch), self.partners_of(batch)):
-                    visit(number, k, torch.ones(batch.n, dtype=torch.bool), forward(self.model, batch.tokens))
-        return receipt
-
-    def _two_sites(self, number: int, sites: dict[Site, SiteEdit], visit: VisitCell) -> Receipt:
-        """The first site's delta on the kept residual, the later sites' by hooks on the way."""
-        first = sites[min(sites)]
-        later = [e for site_edit in sites.values() if site_edit is not first for e in site_edit.edits]
-        cell = _Cell(number, first, first.receipts())
-        with intervene(self.model, *later) as live:
-            for k in range(len(self.batches)):
-                rows = self._changed(cell, k, every=True)
-                assert rows is not None
-                self._forward(k, [rows], visit)
-        warn_written_inactive(Receipt(cell.receipts))
-        return Receipt([*cell.receipts, *live.edits], hook_calls=len(self.batches))
-
-    def _stack(self, numbers: Sequence[int], edits: Sequence[SiteEdit], visit: VisitCell) -> list[Receipt]:
-        """Cells of one site, their changed rows through the later layers together."""
-        stack = [_Cell(n, s, s.receipts()) for n, s in zip(numbers, edits)]
-        budget = STACK_TOKENS.get(self.model.device.type, STACK_TOKENS["cpu"])
-        for k in range(len(self.batches)):
-            waiting: list[_Rows] = []
-            for cell in stack:
-                rows = self._changed(cell, k)
-                if rows is None:
-                    continue
-                if sum(r.tokens.numel() for r in waiting) + rows.tokens.numel() > budget and waiting:
-                    self._forward(k, waiting, visit)
-                    waiting = []
-                waiting.append(rows)
-            if waiting:
-                self._forward(k, waiting, visit)
-        receipts = [Receipt(cell.receipts, hook_calls=len(self.batches)) for cell in stack]
-        for receipt in receipts:
-            warn_written_inactive(receipt)
-        return receipts
-
-    def _changed(self, cell: _Cell, k: int, *, every: bool = False) -> _Rows | None:
-        """The rows of batch k that a cell changes (or every one), edited; None where it changes none."""
-        batch, layer = self.batches[k], cell.site_edit.site.layer
-        x = self.kept(layer)[k]
-        prompt_len, subject_start = self.rows_of(batch)
-        sources = self._source(k, cell.site_edit)
-        info = PassInfo(batch.tokens, prompt_len=prompt_len, subject_start=subject_start, sources=sources)
-        delta = cell.site_edit.delta(x, info, cell.receipts)
-        if delta is None and not every:
-            return None
-        changed = torch.ones(batch.n, dtype=torch.bool, device=x.device)
-        if delta is not None:
-            if not every:
-                changed = (delta != 0).any(-1).any(-1)
-            x = add_delta(x[changed], delta[changed])
-        rows = changed.cpu()
-        return _Rows(cell, rows, batch.tokens[rows.to(batch.tokens.device)], x)
-
-    def _source(self, k: int, site_edit: SiteEdit) -> Sources:
-        """What the edits read from elsewhere, kept for all cells."""
-        if k not in self._sources:
-            batch = self.batches[k]
-            self._sources[k] = Sources(self.model, batch.tokens, self.partners_of(batch))
-        return self._sources[k]
-
-    def _forward(self, k: int, parts: Sequence[_Rows], visit: VisitCell) -> None:
-        """Run the later layers over the rows of several cells, and hand each cell its own."""
-        prompt_len, subject_start = self.rows_of(self.batches[k])
-        changed = [p.changed for p in parts]
-        lens, starts = (torch.cat([v[c] for c in changed]) for v in (prompt_len, subject_start))
-        tokens, resid = (torch.cat(list(ts)) for ts in zip(*[(p.tokens, p.resid) for p in parts]))
-        with row_positions(self.model, lens, starts):
-            final = forward(self.model, tokens, resume=Kept(parts[0].cell.site_edit.site.layer, resid))
-        start = 0
-        for part in parts:
-            stop = start + len(part.tokens)
-            visit(part.cell.number, k, part.changed, _row_slice(final, start, stop))
-            start = stop
+from sae_bias.steering.receipt import Receipt
+from sae_bias.steering.shared import SharedRunner
 
 
 class ReadingEngine:
@@ -209,9 +24,10 @@ class ReadingEngine:
     def __init__(self, model: Model, plan: ReadingPlan, *, sites: Sequence[Site] = ()):
         """`sites`: where the cells will edit; the base run keeps the residual there."""
         self.plan = plan
-        self.runner = CellRunner(model, plan.batches, plan.rows, plan.partners)
-        self._reads = [plan.read(final) for final in self.runner.base(sorted({s.layer for s in sites}))]
-        self.base = self._assemble(self._reads)
+        self._base = PlanReader(plan)
+        self.runner = SharedRunner(model, self._base, batch_size=plan.batch_size)
+        self.runner.base(sorted({s.layer for s in sites}))
+        self.base = self._base.reading()
 
     def run(self, edits: Sequence[Intervention]) -> tuple[Reading, Receipt]:
         """The reading under `edits` (the base one itself where nothing changed), and what they did."""
@@ -219,21 +35,18 @@ class ReadingEngine:
 
     def run_many(self, cells: Sequence[Sequence[Intervention]]) -> list[tuple[Reading, Receipt]]:
         """`run` for several cells at once."""
-        reads = [list(self._reads) for _ in cells]
+        readers: dict[int, PlanReader] = {}
 
-        def visit(cell: int, k: int, rows: Tensor, final: Final) -> None:
-            reads[cell][k] = _replaced(self._reads[k], rows, self.plan.read(final))
+        def visit(cell: int, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+            if cell not in readers:
+                readers[cell] = self._base.copy()
+            readers[cell].take(wanted, final)
 
         receipts = self.runner.run_many(cells, visit)
-        return [(self._reading(read), receipt) for read, receipt in zip(reads, receipts)]
-
-    def _reading(self, reads: list[Read]) -> Reading:
-        same = all(new is old for new, old in zip(reads, self._reads))
-        return self.base if same else self._assemble(reads)
-
-    def _assemble(self, reads: list[Read]) -> Reading:
-        place = {batch.index: read for batch, read in zip(self.plan.batches, reads)}
-        return self.plan.assemble(lambda batch: place[batch.index])
+        return [
+            (readers[i].reading() if i in readers else self.base, receipt)
+            for i, receipt in enumerate(receipts)
+        ]
 
 
 class ProbeEngine:
@@ -282,65 +95,3 @@ class ProbeEngine:
             (after if after.control is control else replace(after, control=control), receipt)
             for (after, receipt), control in zip(own, mundane)
         ]
-
-
-def _stacks(
-    compiled: Sequence[dict[Site, SiteEdit]], cells: Sequence[Sequence[Intervention]], whole: bool
-) -> list[list[int]]:
-    """Runs of neighboring cells that edit the same one site, at most STACK long; other cells alone."""
-    groups: list[list[int]] = []
-    for i, sites in enumerate(compiled):
-        before = groups[-1] if groups else []
-        same = before and list(compiled[before[-1]]) == list(sites)
-        if not whole and len(sites) == 1 and same and len(before) < STACK:
-            before.append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _reads_pairs_later(sites: dict[Site, SiteEdit]) -> bool:
-    """Whether an edit reads from elsewhere at a site that is not the first: then the whole pass runs."""
-    later = [s for site, s in sites.items() if site != min(sites)]
-    return any(e.looks_elsewhere for s in later for e in s.edits)
-
-
-@contextmanager
-def _keeping(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Keeps resid_post at `layers` of the pass inside."""
-    seen: dict[int, Tensor] = {}
-
-    def make(layer: int) -> Any:
-        return ours(lambda module, args, output: seen.__setitem__(layer, hidden(output).detach()))
-
-    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _row_slice(final: Final, start: int, stop: int) -> Final:
-    return Final(
-        final.model,
-        None if final.resid is None else final.resid[start:stop],
-        None if final.full is None else final.full[start:stop],
-    )
-
-
-def _refuse_open_block(model: Model) -> None:
-    if model._edits is not None:
-        raise RequestError("an intervene block is open on this model; run sweeps and rankings outside it.")
-
-
-def _replaced(base: Read, rows: Tensor, new: Read) -> Read:
-    """`base` with some rows read anew."""
-    if bool(rows.all()):
-        return new
-    z, norm = base.z.clone(), base.log_normaliser
-    z[rows] = new.z
-    if norm is not None and new.log_normaliser is not None:
-        norm = norm.clone()
-        norm[rows] = new.log_normaliser
-    return Read(z, norm)

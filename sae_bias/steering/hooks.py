@@ -74,13 +74,18 @@ class SiteEdit:
         )
         marked = changed & torch.isin(info.tokens, markers).to(changed.device)
         size = x.norm(dim=-1).clamp(min=1e-30)
+        times = 1 if info.weight is None else info.weight.to(x.device)
         relative = torch.where(changed, change.delta.norm(dim=-1) / size, torch.zeros_like(size))
-        sums = [mask.sum(), changed.sum(), marked.sum(), relative.sum()]
+        sums = [(v * times).sum() for v in (mask, changed, marked, relative)]
         if change.before is not None and change.after is not None:
             before, after, zero = change.before, change.after, torch.zeros_like(change.before)
             active = mask & (before > 0)
-            sums += [active.sum(), (changed & ~active).sum(), torch.where(active, before, zero).max()]
-            sums += [torch.where(changed, a, zero).sum() for a in (before, after)]
+            sums += [
+                (active * times).sum(),
+                (changed & ~active).mul(times).sum(),
+                torch.where(active, before, zero).max(),
+            ]
+            sums += [(torch.where(changed, a, zero) * times).sum() for a in (before, after)]
         seen, n, marks, moved, *acts = torch.stack([v.to(widest_float(v.device)) for v in sums]).tolist()
         receipt.positions_seen += int(seen)
         receipt.positions_active += int(acts[0] if acts else seen)
@@ -150,6 +155,14 @@ class _State:
         self._history: Tensor | None = None
         self._looking = False  # while residuals are read from elsewhere, nothing is edited
 
+    @property
+    def roles(self) -> frozenset[str] | None:
+        """Positions other than all at which the open edits act; None where one of them needs whole sequences (`models.tree`)."""
+        edits = [edit for context in self.contexts for edit in context.edits]
+        if any(edit.needs_pairs or not edit.by_position for edit in edits):
+            return None
+        return frozenset(edit.positions for edit in edits) - {"all"}
+
     def rebuild(self) -> None:
         """One pre-hook on the decoder and one hook a site, for whatever blocks are open now."""
         for handle in self.handles:
@@ -181,8 +194,9 @@ class _State:
             if past == 0 or self._prompt_len is None or len(self._prompt_len) != len(tokens):
                 self._prompt_len = _prompt_ends(tokens, past, mask)
             prompt_len = self._prompt_len
-        sources = self._look(tokens, past, mask)
-        self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources)
+        sources, tree = self._look(tokens, past, mask), self.model.row_tree
+        place, weight = (None, None) if tree is None else (tree.place, tree.weight)
+        self.info = PassInfo(tokens, past, mask, prompt_len, subject_start, sources, place, weight)
         return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") else None
 
     def _look(self, tokens: Tensor, past: int, mask: Tensor | None) -> Sources | None:
@@ -198,7 +212,11 @@ class _State:
             )
         partners = self.model.row_partners if not past else None
         sources = Sources(
-            self.model, self._history, partners, mask if mask is None or mask.ndim == 2 else None
+            self.model,
+            self._history,
+            partners,
+            mask if mask is None or mask.ndim == 2 else None,
+            self.model.row_tree,
         )
         self._looking = True
         try:

@@ -73,6 +73,8 @@ class Intervention:
 
     kind: ClassVar[str] = ""
     """Its name in files, tables and on the command line; `register_edit` sets it."""
+    by_position: ClassVar[bool] = False
+    """Whether its delta at a position hangs on that position's residual alone: then prompts that begin alike share it (`models.tree`)."""
     of_feature: ClassVar[bool] = False
     """Whether its first field is a feature: then a sweep and the command line can make it."""
     strength_field: ClassVar[str | None] = None
@@ -206,6 +208,7 @@ class FeatureEdit(Intervention):
     """An edit of one SAE feature's activation."""
 
     feature: FeatureLike
+    by_position: ClassVar[bool] = True
     at: Site | None = field(default=None, kw_only=True)
     """Where it acts instead of its SAE's own site: a mismatch control (a string or a layer is read as a site)."""
     of_feature: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class _ManyFeatures(Intervention):
 
     name: str
     features: tuple[FeatureLike, ...]
+    by_position: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

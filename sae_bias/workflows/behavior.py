@@ -21,6 +21,7 @@ from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import Scenarios
 from sae_bias.runs.summary import IdentityFigures, ScenarioFigures
 from sae_bias.steering.generate import generate
+from sae_bias.steering.hooks import flat
 from sae_bias.steering.intervention import Intervention
 
 Tables = dict[str, pd.DataFrame]
@@ -37,7 +38,8 @@ def run_scenarios(
     progress: bool = False,
 ) -> tuple[Tables, ScenarioFigures]:
     """Tables (scenarios, scenario_options, scenario_categories, roles) and summary of the scenarios before and after `edits`."""
-    engine = ScenarioEngine(model, scenarios, chat=chat, system=system, progress=progress)
+    sites = sorted({e.site for e in flat(edits)})[:1]
+    engine = ScenarioEngine(model, scenarios, chat=chat, system=system, sites=sites, progress=progress)
     after, receipt = engine.run(edits)
     arms: dict[str, Sequence[Intervention]] = {"before": (), "after": edits} if edits else {"before": ()}
     both = {

@@ -19,7 +19,6 @@ from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, control_edits, mismatch_edits, set_controls
 from sae_bias.steering.edits import EditSet, ProjectOut
-from sae_bias.steering.engine import STACK
 from sae_bias.steering.intervention import (
     EDITS,
     FeatureEdit,
@@ -29,6 +28,7 @@ from sae_bias.steering.intervention import (
     feature_digest,
     feature_edits,
 )
+from sae_bias.steering.runner import STACK
 
 
 @dataclass(frozen=True)

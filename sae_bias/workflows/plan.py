@@ -31,7 +31,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.stats.design import split_templates
 from sae_bias.steering.banks import bank_items
-from sae_bias.steering.engine import STACK, STACK_TOKENS
+from sae_bias.steering.runner import STACK, STACK_TOKENS
 from sae_bias.workflows.contrast_study import ContrastStudy
 from sae_bias.workflows.hardware import STREAMING, Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate

@@ -9,12 +9,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from passes import layer_tokens
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 
 import sae_bias as sb
 from sae_bias.cli.main import main
-from sae_bias.measures.continuations import ContinuationPlan, Phrasing, make_asks
+from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.scenarios import ScenarioEngine, compare, score_roles, score_scenarios
 from sae_bias.prompts.scenarios import Scenarios, load_scenarios
 
@@ -195,7 +196,7 @@ def test_option_scores_are_the_models_own_log_probabilities(tiny, short):
     """Sum of next-token log-probabilities by a plain Hugging Face pass, on every architecture."""
     model = tiny.model
     asks = make_asks(Phrasing(model), short)
-    for ask, values in zip(asks, ContinuationPlan(model, asks).run()):
+    for ask, values in zip(asks, Continuations(asks).read(model)):
         for continuation, value in zip(ask.continuations, values):
             ids = torch.tensor([[*ask.prompt, *continuation]])
             with torch.no_grad():
@@ -203,6 +204,22 @@ def test_option_scores_are_the_models_own_log_probabilities(tiny, short):
             n = len(ask.prompt)
             expected = sum(float(logp[n - 1 + j, t]) for j, t in enumerate(continuation))
             assert value == pytest.approx(expected, abs=1e-3)
+
+
+def test_orders_and_options_share_what_they_begin_with(gemma3, short):
+    """Each distinct prefix passes once; an edit runs the later layers over the prefixes of the sequences it changes, the lower ones never again."""
+    model, feature = gemma3.model, gemma3.feature(3)
+    asks = make_asks(Phrasing(model), short)
+    read = {(*a.prompt, *c[:k]) for a in asks for c in a.continuations for k in range(len(c))}
+    distinct = {s[: k + 1] for s in read for k in range(len(s))}
+    with layer_tokens(model, (0, 1, 2, 3)) as count:
+        engine = ScenarioEngine(model, short, sites=[feature.site])
+    (n,) = set(count.by_layer.values())
+    assert len(distinct) <= n <= 1.15 * len(distinct)
+    assert n < 0.5 * sum(map(len, read))
+    with layer_tokens(model, (0, 1, 2, 3)) as count:
+        engine.run([sb.Steer(feature, 8.0)])
+    assert count.by_layer == {2: n, 3: n}
 
 
 def test_every_order_is_asked_and_place_cancels(gemma3, short):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 from architectures import NEGATIVE, PAIRS, POSITIVE
+from passes import layer_tokens
 
 import sae_bias as sb
-from sae_bias.probe import checks, reading
+from sae_bias.probe import checks
 from sae_bias.probe.checks_subjects import adjusted_mean, nuisance_table
 from sae_bias.probe.checks_words import _weighted_scores
 from sae_bias.probe.estimates import word_mass
@@ -143,9 +143,9 @@ def test_custom_sides_are_named(make_tiny, pairs, probe):
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, pairs, result):
+def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, full_pairs, result):
     left = checks.leave_one_word_out(result).set_index("word")
-    without = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[1:], NEGATIVE))
+    without = sb.run_probe(make_tiny("gemma3").model, full_pairs, sb.Probe(POSITIVE[1:], NEGATIVE))
     assert left.loc[POSITIVE[0], "bias"] == pytest.approx(without.bias)
     assert left.loc[POSITIVE[0], "change"] == pytest.approx(without.bias - result.bias)
 
@@ -387,7 +387,7 @@ def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
     for choice in choices:
         probe = sb.Probe([choice.positive], [choice.negative])
         by_hand.append(sb.run_probe(model, full_pairs.with_stem(choice.stem), probe).did.mean)
-    assert found.frame["estimate"].to_list() == pytest.approx(by_hand, abs=1e-5)
+    assert found.frame["estimate"].to_list() == pytest.approx(by_hand, abs=1e-5, rel=1e-5)
     assert found.stat.mean == pytest.approx(np.mean(by_hand), abs=1e-5)
     assert found.of == "difference in differences"
     assert 0 < found.mass < 1
@@ -395,27 +395,21 @@ def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
         checks.forced_choice(model, full_pairs)
 
 
-def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, monkeypatch, capsys):
-    """Every prompt passes the model once for each stem and once for its likelihood; the base result is taken as it is."""
+def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, capsys):
+    """Each distinct prefix of all checks passes the model once, and the base result is taken as it is."""
     model = make_tiny("gemma3").model
     base = sb.run_probe(model, full_pairs, probe, random_words=True)
-    seen = Counter()
-    real = reading.forward
-
-    def counting(model, tokens, **options):
-        seen.update(tuple(row) for row in tokens.tolist())
-        return real(model, tokens, **options)
-
-    monkeypatch.setattr(reading, "forward", counting)
-    found = checks.run_checks(model, full_pairs, base=base, n_random=19, n_boot=50, progress=True)
+    with layer_tokens(model) as count:
+        found = checks.run_checks(model, full_pairs, base=base, n_random=19, n_boot=50, progress=True)
     assert found.result is base
-    assert seen
-    assert max(seen.values()) == 1
-    assert not {tuple(model.encode(p.ai)) for p in full_pairs} & set(seen)
-    said = capsys.readouterr().err
-    assert all(
-        name in said for name in ("stem 'That seems'", "neutral subjects", "likelihood of the prompts")
-    )
+    stem = full_pairs.with_stem("That seems")
+    texts = [t for pairs in (stem, stem.controls()) for p in pairs for t in (p.human, p.ai)]
+    texts += [n.text for n in full_pairs.neutral_prompts]
+    read = [tuple(model.encode(t)) for t in texts]
+    read += [tuple(model.encode(t)) for p in full_pairs for t in (p.human, p.ai)]  # their likelihood
+    distinct = len({s[: k + 1] for s in read for k in range(len(s))})
+    assert distinct <= count.tokens <= 1.1 * distinct
+    assert "checks (stems, scores, neutral subjects, nuisances)" in capsys.readouterr().err
 
 
 # ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -472,7 +466,7 @@ def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
 
 
 def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, result):
-    found = checks.decompose(make_tiny("gemma3").model, full_pairs, probe)
+    found = checks.decompose(make_tiny("gemma3").model, full_pairs, probe, base=result)
     assert found.human_bonus.mean + found.ai_penalty.mean == pytest.approx(result.bias)
     frame = found.to_frame().set_index("subject")
     assert list(frame["kind"]) == ["human", "ai", "neutral", "neutral"]
@@ -480,7 +474,7 @@ def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, resu
     assert np.allclose(frame["positive"] - frame["negative"], frame["score"])
     same = [p for p in full_pairs if p.entity == "person"]
     first = sb.run_probe(make_tiny("gemma3").model, same, probe)
-    assert frame.loc["person", "score"] == pytest.approx(first.score_human.mean()), (
+    assert frame.loc["person", "score"] == pytest.approx(first.score_human.mean(), rel=1e-5), (
         "neutral prompts are read as pairs are"
     )
     assert found.plot().data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,7 +68,9 @@ def _by_hand(tiny, pair, feature, words):
 
 def test_resample_gives_ai_prompts_the_human_value_after_the_subject(tiny, subject_pairs, probe):
     model, feature = tiny.model, tiny.feature(F)
-    base = sb.run_probe(model, subject_pairs, probe)
+    silent = replace(feature, threshold=torch.tensor(1e9))
+    with sb.intervene(model, sb.Resample(silent)):  # read as the edit is, without any change
+        base = sb.run_probe(model, subject_pairs, probe)
     with sb.intervene(model, sb.Resample(feature)) as receipt:
         after = sb.run_probe(model, subject_pairs, probe)
     words = [w.tokens[0] for w in after.vocabulary.kept]

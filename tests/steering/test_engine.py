@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from architectures import NEGATIVE, POSITIVE, needs_bridge
+from architectures import NEGATIVE, POSITIVE, SEVERAL_TOKENS, needs_bridge
+from passes import layer_tokens
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -109,22 +110,48 @@ def test_where_nothing_changes_the_base_result_is_returned(gemma3, pairs, probe,
     assert engine.run([])[0] is engine.base
 
 
-def test_layers_up_to_the_site_run_once(gemma3, pairs, probe, monkeypatch):
-    model = gemma3.fresh()
+def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_prefix(gemma3, pairs, probe):
+    model = gemma3.model
     engine = ProbeEngine(model, pairs, probe)
     engine.run([sb.Steer(gemma3.feature(F), 1.0)])
-    ran = {0: 0, 1: 0, 2: 0}
-    for i in ran:
-        layer = model.layer(i)
+    ids = [model.encode(t) for p in pairs for t in (p.human, p.ai)]
+    distinct = len({tuple(s[: k + 1]) for s in ids for k in range(len(s))})
+    assert distinct < sum(map(len, ids))
+    with layer_tokens(model, (0, 1, 2)) as count:
+        for alpha in (0.5, 1.0, 2.0):
+            engine.run([sb.Steer(gemma3.feature(F), alpha)])
+    assert set(count.by_layer) == {2}
+    assert distinct <= count.by_layer[2] / 3 <= 1.1 * distinct
 
-        def counted(*args, i=i, forward=layer.forward, **kwargs):
-            ran[i] += 1
-            return forward(*args, **kwargs)
 
-        monkeypatch.setattr(layer, "forward", counted)
-    for alpha in (0.5, 1.0, 2.0):
-        engine.run([sb.Steer(gemma3.feature(F), alpha)])
-    assert ran == {0: 0, 1: 0, 2: 3 * len(engine.reading.plan.batches)}
+@pytest.mark.parametrize("at", ["last", "subject", "prompt", "generated"])
+def test_edits_at_some_positions_are_those_of_the_hooked_pass(tiny, pairs, at):
+    """With words of several tokens, whose pieces come after the prompt's end."""
+    probe = sb.Probe((*POSITIVE, SEVERAL_TOKENS[0]), (*NEGATIVE, SEVERAL_TOKENS[1]), "logodds")
+    edits = [sb.Steer(tiny.feature(F), 2.0, positions=at)]
+    resumed, receipt = ProbeEngine(tiny.model, pairs, probe).run(edits)
+    whole, expected = hooked(tiny.model, pairs, probe, edits, levels=False)
+    np.testing.assert_allclose(resumed.values_ai, whole.values_ai, atol=CLOSE, rtol=3e-5)
+    assert receipt.positions_changed == expected.positions_changed > 0
+
+
+def test_only_prompts_that_a_feature_changes_run_again(gemma3, pairs, probe):
+    """Ablating a feature that fires in one prompt alone costs that prompt's tokens."""
+    model = gemma3.model
+    texts = [t for p in pairs for t in (p.human, p.ai)]
+    acts = [
+        float(gemma3.feature(F).activation(x[1:]).max())
+        for x in sb.residuals(model, texts, 1, positions="all")
+    ]
+    top = sorted(acts)
+    rare = replace(
+        gemma3.feature(F), threshold=torch.tensor((top[-1] + max(a for a in acts if a < top[-1])) / 2)
+    )
+    hit = [model.encode(t) for t, a in zip(texts, acts) if a == top[-1]]
+    engine = ProbeEngine(model, pairs, probe, sites=[rare.site])
+    with layer_tokens(model, (0, 2)) as count:
+        engine.run([sb.Ablate(rare)])
+    assert count.by_layer == {2: len({tuple(s[: k + 1]) for s in hit for k in range(len(s))})}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

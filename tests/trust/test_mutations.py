@@ -34,6 +34,7 @@ import test_model
 import test_probe
 import test_sae
 import test_stats
+import test_tree
 import test_verify
 import torch
 from architectures import ARCHITECTURES
@@ -48,13 +49,13 @@ from sae_bias.discovery import tables as features
 from sae_bias.measures import fidelity as gate
 from sae_bias.measures import judge_replies
 from sae_bias.models import forward as activations
-from sae_bias.models import hub, load, model
+from sae_bias.models import hub, load, model, tree
 from sae_bias.probe import reading, words
 from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
 from sae_bias.stats import clustered, reduction
-from sae_bias.steering import controls, directions, engine, hooks, intervention
+from sae_bias.steering import controls, directions, hooks, intervention, runner, shared
 from sae_bias.steering import generate as generation
 from sae_bias.workflows import sweep_rows
 
@@ -433,32 +434,24 @@ def uncapped(real, self, token_ids=None, *, softcap=True):
     return real(self, token_ids, softcap=False)
 
 
-def nan_is_zero(real, self, read_batch):
+def nan_is_zero(real, self):
     """What is not finite is read as 0."""
-
-    def finite(batch):
-        read = read_batch(batch)
-        norm = read.log_normaliser
-        return replace(
-            read, z=torch.nan_to_num(read.z), log_normaliser=None if norm is None else torch.nan_to_num(norm)
-        )
-
-    return real(self, finite)
+    self.z = np.nan_to_num(self.z)
+    self.norm = None if self.norm is None else np.nan_to_num(self.norm)
+    return real(self)
 
 
-def only_rows_changed_at_the_end(real, self, cell, k, *, every=False):
-    """A row counts as changed only where its last position is."""
-    if every:
-        return real(self, cell, k, every=True)
-    dropping = copy.copy(cell.site_edit)
-    whole = cell.site_edit.delta
+def only_changed_at_the_end(real, self, changed):
+    """A sequence counts as changed only where its last token is."""
+    last = np.zeros_like(changed)
+    last[[path[-1] for path in self.tree.paths]] = True
+    return real(self, changed & last)
 
-    def delta(*args):
-        found = whole(*args)
-        return None if found is None else found * (found[:, -1:] != 0).any(-1, keepdim=True)
 
-    dropping.delta = delta
-    return real(self, replace(cell, site_edit=dropping), k)
+def window_in_columns(real, self, model):
+    """A sliding window measured in columns of the row, not in positions of the sequence."""
+    columns = torch.arange(self.place.shape[1]).expand_as(self.place)
+    return real(self, model) | {"attention_mask": real(replace(self, place=columns), model)["attention_mask"]}
 
 
 def norm_ignored(real, self, x, context):
@@ -739,14 +732,26 @@ MUTANTS = [
     ),
     Mutant(
         "NaN logits pass",
-        around(reading.ReadingPlan, "assemble", nan_is_zero),
+        around(reading.PlanReader, "reading", nan_is_zero),
         test_probe.test_nan_logits_name_the_prompt,
     ),
     Mutant(
         "the resumed pass drops rows that changed",
-        around(engine.CellRunner, "_changed", only_rows_changed_at_the_end),
+        around(shared.View, "changed_rows", only_changed_at_the_end),
         test_engine.test_a_cell_equals_the_hooked_pass,
         G,
+    ),
+    Mutant(
+        "a packed row's window counts columns",
+        around(tree.Packed, "arguments", window_in_columns),
+        test_tree.test_each_position_is_that_of_its_sequence_alone,
+        {"name": "gemma3"},
+    ),
+    Mutant(
+        "prompts that end apart share their last token's edit",
+        lambda patch: patch.setattr(hooks._State, "roles", frozenset()),
+        test_tree.test_edits_act_where_they_would_on_each_sequence_alone,
+        {"name": "gemma3", "at": "last"},
     ),
     Mutant(
         "the users' hooks are passed over",
@@ -756,7 +761,7 @@ MUTANTS = [
     ),
     Mutant(
         "an open block leaks into the engine",
-        lambda patch: patch.setattr(engine, "_refuse_open_block", lambda model: None),
+        lambda patch: patch.setattr(runner, "refuse_open_block", lambda model: None),
         test_engine.test_an_open_block_is_refused,
     ),
     Mutant(

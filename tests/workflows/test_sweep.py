@@ -6,11 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from passes import layer_tokens
 
 import sae_bias as sb
 from sae_bias.runs.folder import RunFolder
 from sae_bias.stats.reduction import NOT_DISTINGUISHABLE
-from sae_bias.steering import engine as engine_module
+from sae_bias.steering import runner as runner_module
+from sae_bias.steering import shared as shared_module
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell
@@ -64,7 +66,7 @@ def test_several_strengths_in_one_pass_equal_one_at_a_time(tiny, pairs, probe, m
     ]
     cells.insert(2, [])
     together = ProbeEngine(tiny.model, pairs, probe).run_many(cells)
-    monkeypatch.setattr(engine_module, "STACK", 1)
+    monkeypatch.setattr(runner_module, "STACK", 1)
     alone = ProbeEngine(tiny.model, pairs, probe).run_many(cells)
     for (a, receipt_a), (b, receipt_b) in zip(together, alone):
         np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-4, atol=2e-4)
@@ -73,20 +75,18 @@ def test_several_strengths_in_one_pass_equal_one_at_a_time(tiny, pairs, probe, m
 
 def test_stacked_passes_stay_within_the_token_budget(gemma3, pairs, probe, monkeypatch):
     seen: list[int] = []
-    plain = engine_module.forward
+    plain = shared_module.run_packed
     monkeypatch.setattr(
-        engine_module,
-        "forward",
-        lambda model, tokens, **kw: (seen.append(tokens.numel()), plain(model, tokens, **kw))[1],
+        shared_module,
+        "run_packed",
+        lambda model, packed, kept: (seen.append(packed.tokens.numel()), plain(model, packed, kept))[1],
     )
-    runner = ProbeEngine(gemma3.model, pairs, probe)
-    largest = max(b.tokens.numel() for b in runner.reading.plan.batches)
-    budget = 2 * largest
-    monkeypatch.setattr(engine_module, "STACK_TOKENS", {"cpu": budget})
-    seen.clear()
-    runner.run_many([[sb.Steer(gemma3.feature(F), float(v))] for v in range(1, 8)])
-    assert max(seen) <= budget
-    assert max(seen) > largest
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    one = engine.engine.runner.reads.n_tokens
+    monkeypatch.setattr(runner_module, "STACK_TOKENS", {"cpu": 2 * one})
+    engine.run_many([[sb.Steer(gemma3.feature(F), float(v))] for v in range(1, 8)])
+    assert one < max(seen) <= 2 * one
+    assert 7 * len(engine.engine.runner.reads.tree) <= sum(seen) <= 1.1 * 7 * one
 
 
 def _table(rows):
@@ -372,10 +372,9 @@ def test_costs_and_collapse_of_a_tiny_model(gemma3, pairs):
 
 
 @torch.no_grad()
-def test_the_base_run_keeps_the_site(gemma3, pairs, probe, monkeypatch):
+def test_the_base_run_keeps_the_site(gemma3, pairs, probe):
     """With the sites known, no layer runs twice for the base."""
     runner = ProbeEngine(gemma3.model, pairs, probe, sites=[gemma3.feature(F).site])
-    monkeypatch.setattr(
-        engine_module, "capture_layers", lambda *a: pytest.fail("the upstream layers ran again")
-    )
-    runner.run([sb.Ablate(gemma3.feature(F))])
+    with layer_tokens(gemma3.model, (0, 1)) as count:
+        runner.run([sb.Ablate(gemma3.feature(F))])
+    assert not count.by_layer, "the upstream layers ran again"

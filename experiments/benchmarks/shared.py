@@ -1,0 +1,162 @@
+"""What the probe, its checks, scenarios and exact ablation cost, against the least that any exact method computes; the rows of README.md.
+
+    python experiments/benchmarks/shared.py [--model FOLDER] [--repeats R] [--old TREE]
+
+    floor = layers over the distinct prefixes + full logits of the distinct positions whose law is read
+
+Both parts of the floor are timed on this machine: plain decoder passes of 32 tokens, 4,096 at a time, and one bare matrix product with the
+unembedding, 128 rows at a time, each multiplied by its count (counted from the token ids, not from what the code ran). CPU seconds of
+this process (`time.process_time`, one thread), the median of the repeats after a warm-up of the first steps, everything taken in
+turn. `--old` names a checkout of an earlier version, which runs the same steps in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+import sae_bias as sb
+from sae_bias.measures.continuations import Phrasing, make_asks
+from sae_bias.measures.scenarios import score_scenarios
+from sae_bias.models.model import Model
+from sae_bias.probe.checks import run_checks
+from sae_bias.probe.run import run_probe
+from sae_bias.prompts.load import load_pairs
+from sae_bias.prompts.scenarios import load_scenarios
+
+Ids = tuple[int, ...]
+
+
+def distinct(sequences: Iterable[Sequence[int]]) -> int:
+    """Distinct prefixes."""
+    return len({hash(tuple(s[: k + 1])) for s in set(map(tuple, sequences)) for k in range(len(s))})
+
+
+def ids_of(model: Model, *pairs: Any) -> list[Ids]:
+    return [tuple(model.encode(t)) for group in pairs for p in group for t in (p.human, p.ai)]
+
+
+def probe_counts(model: Model, pairs: Any) -> tuple[int, int]:
+    """(distinct prefixes, positions whose whole law is read) of the probe with its twins."""
+    read = ids_of(model, pairs, pairs.controls())
+    return distinct(read), len(set(read))
+
+
+def check_counts(model: Model, pairs: Any) -> tuple[int, int]:
+    """Of the checks beside the probe: other stems, forced choices, neutral subjects, words of several tokens, likelihoods."""
+    stems = [s for s in pairs.stems if s != pairs[0].stem] + [c.stem for c in pairs.choices]
+    other = [
+        ids for stem in stems for q in (pairs.with_stem(stem),) for ids in ids_of(model, q, q.controls())
+    ]
+    other += [tuple(model.encode(n.text)) for n in pairs.neutral_prompts]
+    own = ids_of(model, pairs, pairs.controls())
+    words = sb.Probe().with_options(score="logodds").vocabulary(model, [pairs[0].human]).kept
+    pieces = {w.tokens[:j] for w in words for j in range(1, len(w.tokens))}
+    several = [(*ids, *piece) for ids in own for piece in pieces] if pieces else []
+    laws = set(other) | set(several) | (set(own) if pieces else set())
+    laws |= {s[: k + 1] for s in ids_of(model, pairs) for k in range(len(s) - 1)}
+    return distinct([*other, *several, *ids_of(model, pairs)]), len(laws)
+
+
+def scenario_counts(model: Model, scenarios: Any) -> tuple[int, int]:
+    asks = make_asks(Phrasing(model), scenarios)
+    read = {(*a.prompt, *c[:k]) for a in asks for c in a.continuations for k in range(len(c))}
+    return distinct(read), len(read)
+
+
+def steps(model: Model, pairs: Any, scenarios: Any) -> dict[str, Callable[[], Any]]:
+    """What is timed; the checks take the probe's result as it is."""
+    known: list[Any] = []
+
+    def base() -> Any:
+        if not known:
+            known.append(run_probe(model, pairs, random_words=True))
+        return known[0]
+
+    base()
+    return {
+        "probe": lambda: run_probe(model, pairs),
+        "checks": lambda: run_checks(model, pairs, base=base()),
+        "scenarios": lambda: score_scenarios(model, scenarios),
+    }
+
+
+@torch.no_grad()
+def unit_costs(model: Model) -> tuple[float, float]:
+    """CPU seconds of a token through all layers, and of a row of full logits."""
+    tokens = torch.randint(10, model.d_vocab - 10, (128, 32))
+    rows, w = torch.randn(128, model.d_model), model.w_unembed.float()
+    token = seconds(lambda: model.base(input_ids=tokens, use_cache=False), 3) / tokens.numel()
+    return token, seconds(lambda: rows @ w.T, 5) / len(rows)
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median CPU seconds after one warm-up."""
+    run()
+    return statistics.median(timed(run) for _ in range(repeats))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    model = sb.load_model(args.model)
+    pairs, scenarios = load_pairs(), load_scenarios()
+    found = {name: [] for name in ("probe", "checks", "scenarios") if name in args.steps}
+    runs = steps(model, pairs, scenarios)
+    units: list[tuple[float, float]] = []
+    for _ in range(args.repeats):
+        units.append(unit_costs(model))
+        for name, times in found.items():
+            times.append(timed(runs[name]))
+    token, row = (statistics.median(v) for v in zip(*units))
+    counts = {"probe": probe_counts(model, pairs), "checks": check_counts(model, pairs), "scenarios": scenario_counts(model, scenarios)}  # fmt: skip
+    for name, times in found.items():
+        n, rows = counts[name]
+        times += [n, rows, n * token + rows * row]
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--model", default="gemma-3-270m-q4")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--steps", nargs="*", default=["probe", "checks", "scenarios"])
+    options.add_argument("--old", help="a checkout of an earlier version")
+    options.add_argument("--json", action="store_true")
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    ours = measure(args)
+    if args.json:
+        print(json.dumps(ours))
+        return
+    old: dict[str, list[float]] = {}
+    if args.old:
+        command = [sys.executable, __file__, "--json", "--model", args.model, "--repeats", str(args.repeats), "--steps", *args.steps]  # fmt: skip
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": args.old}, capture_output=True, text=True, check=True)  # fmt: skip
+        old = json.loads(done.stdout.splitlines()[-1])
+    print("| step | distinct prefixes | laws read | floor CPU s | CPU s | x floor | before | x faster |\n|---|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
+    for name, (*times, n, rows, floor) in ours.items():
+        now = statistics.median(times)
+        before = statistics.median(old[name][:-3]) if name in old else float("nan")
+        print(f"| {name} | {n:,} | {rows:,} | {floor:.1f} | {now:.1f} | {now / floor:.2f} | {before:.1f} | {before / now:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

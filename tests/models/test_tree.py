@@ -1,0 +1,235 @@
+"""One tree of prefixes, each computed once: the numbers of one sequence at a time, on every architecture.
+
+Logits here are tens, and the random weights make rounding grow to some 1e-4; a token too many or too few in sight moves them by 1e-1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES as TINY
+from architectures import D_MODEL, VOCAB, qwen2_tokenizer, randomise
+from passes import layer_tokens
+from test_architectures import OTHERS
+
+import sae_bias as sb
+from sae_bias.models.architectures import ARCHITECTURES as RECORDS
+from sae_bias.models.tree import Packed, Reads, Tree, packs
+from sae_bias.steering.intervention import Intervention, register_edit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is used in place")
+CLOSE = 1e-3
+PLAIN = {"qwen3_5", "qwen3_5_moe", "falcon_alibi"}
+"""Run as they are: a state that is carried along, positions read off the mask."""
+WINDOWED = {
+    "mixtral": {"sliding_window": 6},
+    "qwen3_moe": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0},
+    "starcoder2": {"sliding_window": 6},
+    "smollm3": {"sliding_window": 6, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}  # fmt: skip
+
+
+@functools.cache
+def model_of(name: str):
+    """Shared: a test leaves it as it found it."""
+    if name in TINY:
+        return sb.load_model(TINY[name].make(), tokenizer=TINY[name].tokenizer())
+    stem, options = OTHERS[name]
+    config = getattr(transformers, f"{stem}TextConfig", None) or getattr(transformers, f"{stem}Config")
+    options = options | WINDOWED.get(name, {})
+    hf = randomise(getattr(transformers, f"{stem}ForCausalLM")(config(**options)))
+    return sb.load_model(hf, tokenizer=qwen2_tokenizer())
+
+
+def sequences(seed: int = 0) -> list[list[int]]:
+    """Seventeen sequences of three stems, longer than every window here; one is the beginning of another, one stands twice."""
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(10, VOCAB, n).tolist()  # noqa: E731
+    out = []
+    for stem in (draw(9), draw(5), draw(1)):
+        middle = stem + draw(4)
+        out += [middle + draw(k) for k in (1, 2, 5, 5)]
+        out.append(stem + draw(3))
+    return [*out, out[0][:6], out[3]]
+
+
+def distinct(given: list[list[int]]) -> int:
+    return len({tuple(s[: k + 1]) for s in given for k in range(len(s))})
+
+
+def plain_logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.hf(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def read(model, given, positions=None, **options):
+    """Logits at the wanted positions, by sequence, and what was run."""
+    reads = Reads(model, given, positions, **options)
+    found = {}
+    for numbers, final in reads.run():
+        found |= dict(zip(numbers, final.logits()[:, 0]))
+    assert sorted(found) == list(range(reads.n))
+    return [torch.stack([found[n] for n in slots]) for slots in reads.slots], reads
+
+
+@pytest.mark.parametrize("name", [*TINY, *OTHERS])
+def test_each_position_is_that_of_its_sequence_alone(name):
+    model, given = model_of(name), sequences()
+    assert packs(model) == (name not in PLAIN)
+    positions = [sorted({0, len(s) // 2, len(s) - 1}) for s in given]
+    with layer_tokens(model) as count:
+        found, reads = read(model, given, positions)
+    assert count.tokens == reads.n_tokens
+    if name in PLAIN:
+        assert reads.n_tokens == sum(map(len, given))
+    else:
+        assert distinct(given) <= reads.n_tokens <= 1.1 * distinct(given)
+    for s, at, z in zip(given, positions, found):
+        torch.testing.assert_close(z, plain_logits(model, s)[at], atol=CLOSE, rtol=0)
+
+
+def test_every_record_that_names_its_masks_is_checked_above():
+    checked = {m for name in [*TINY, *OTHERS] if name not in PLAIN for m in model_of(name).arch.model_types}
+    assert {m for record in RECORDS if record.masks for m in record.model_types} <= checked
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral", "opt", "gpt2"])
+@pytest.mark.parametrize("at", ["all", "last", "subject", "prompt", "generated"])
+def test_edits_act_where_they_would_on_each_sequence_alone(name, at):
+    """Ends and subjects differ between sequences that begin alike; the receipt counts sequences, not shared tokens."""
+    model, given = model_of(name), sequences()
+    ends = [max(1, len(s) - 2 * (i % 2)) for i, s in enumerate(given)]
+    starts = [min(2 + i % 2, len(s) - 1) for i, s in enumerate(given)]
+    along = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(1)) * 4
+    edit = sb.Steer(sb.Direction("d", sb.Site(1), along), 1.0, positions=at)
+    with sb.intervene(model, edit) as receipt:
+        found, reads = read(model, given, [range(len(s)) for s in given], ends=ends, starts=starts)
+    assert reads.n_tokens < sum(map(len, given))
+    seen = 0
+    for s, end, start, z in zip(given, ends, starts, found):
+        place = torch.arange(len(s))
+        acts = {"all": place >= 0, "last": place == end - 1, "subject": place >= start, "prompt": place < end, "generated": place >= end}[at]  # fmt: skip
+        acts = acts & torch.tensor([i not in model.special_ids for i in s])
+        seen += int(acts.sum())
+
+        def hook(module, args, output, acts=acts):
+            x = output[0] if isinstance(output, tuple) else output
+            return x + along * acts[None, :, None]
+
+        handle = model.layer(1).register_forward_hook(hook)
+        own = plain_logits(model, s)
+        handle.remove()
+        torch.testing.assert_close(z, own, atol=CLOSE, rtol=0)
+    assert receipt.edits[0].positions_changed == receipt.edits[0].positions_seen == seen
+
+
+def test_where_prompts_end_apart_only_what_is_edited_apart_is_computed_apart():
+    given = [[5, 6, 7, 8, k] for k in range(20, 30)] * 2
+    ends = [5] * 10 + [4] * 10
+    model = model_of("gemma3")
+    along = sb.Direction("d", sb.Site(1), torch.ones(1, D_MODEL))
+    for at, expected in (("all", 14), ("last", 25), ("subject", 14)):
+        with sb.intervene(model, sb.Steer(along, 1.0, positions=at)):
+            reads = Reads(model, given, ends=ends, starts=[0] * 20)
+            for _ in reads.run():
+                pass
+        assert len(reads.tree) == reads.n_tokens == expected, at
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt_oss"])
+def test_a_window_one_too_wide_would_be_seen(name, monkeypatch):
+    """The comparison above has teeth: tokens beyond the window move the logits."""
+    model, given = model_of(name), sequences()
+    run, window = Packed.arguments, model.config.sliding_window
+
+    def wider(packed, model):
+        monkeypatch.setattr(model.config, "sliding_window", window + 1)
+        try:
+            return run(packed, model)
+        finally:
+            monkeypatch.setattr(model.config, "sliding_window", window)
+
+    monkeypatch.setattr(Packed, "arguments", wider)
+    off = [(z[0] - plain_logits(model, s)[-1]).abs().max() for z, s in zip(read(model, given)[0], given)]
+    assert max(off) > 100 * CLOSE
+
+
+def test_rows_hold_whole_paths_and_no_row_is_longer_than_asked():
+    tree = Tree(sequences())
+    for longest in (1, 20, 30, 1000):
+        rows = tree.rows(longest)
+        assert sorted(i for r in rows for i in r.sequences) == list(range(len(tree.paths)))
+        for row in rows:
+            assert len(set(row.nodes)) == len(row.nodes) <= max(longest, max(map(len, tree.paths)))
+            assert all(set(tree.paths[i]) <= set(row.nodes) for i in row.sequences)
+    assert {v for r in tree.rows(1) for v in r.nodes} == set(range(len(tree)))
+    assert len(tree.rows(1000)[0].nodes) == len(tree) == distinct(sequences())
+
+
+def test_several_rows_and_passes(monkeypatch):
+    monkeypatch.setattr("sae_bias.models.tree.ROW_TOKENS", (24,))
+    model = model_of("gemma3")
+    found, reads = read(model, sequences(), batch_size=2)
+    assert len(reads._packed) > 1
+    for s, z in zip(sequences(), found):
+        torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
+
+
+def test_the_order_of_the_sequences_changes_no_bit():
+    given = sequences()
+    one = read(model_of("gemma3"), given)[0]
+    order = np.random.default_rng(0).permutation(len(given))
+    other = read(model_of("gemma3"), [given[i] for i in order])[0]
+    assert all(torch.equal(other[k], one[i]) for k, i in enumerate(order))
+
+
+def test_sequences_that_share_nothing_run_as_they_are():
+    given = [[k, *range(100, 120)] for k in range(10, 20)]
+    reads = Reads(model_of("gemma3"), given)
+    assert not reads._packed
+    assert reads.n_tokens == 210
+
+
+def test_hooks_that_are_not_ours_see_plain_sequences():
+    model, shapes = model_of("gemma3"), []
+    handle = model.layer(0).register_forward_hook(lambda m, a, o: shapes.append(a[0].shape[:2]))
+    found, _ = read(model, sequences())
+    handle.remove()
+    assert sorted(n for b, n in shapes for _ in range(b)) == sorted(map(len, sequences()))
+    torch.testing.assert_close(found[0][0], plain_logits(model, sequences()[0])[-1], atol=CLOSE, rtol=0)
+
+
+def test_an_edit_that_mixes_positions_sees_plain_sequences():
+    """A plugin's edit says nothing of positions: its delta here is the sum of the residuals before."""
+    from dataclasses import dataclass
+
+    from sae_bias.steering.intervention import EDITS
+
+    @register_edit("running_sum")
+    @dataclass(frozen=True)
+    class RunningSum(Intervention):
+        site = sb.Site(1)
+        target = "sum"
+
+        def bind(self, model):
+            return self
+
+        def delta(self, x, context):
+            return context.only_here(0.1 * x.cumsum(1))
+
+        def describe(self):
+            return "adds what came before"
+
+    try:
+        model = model_of("gemma3")
+        with sb.intervene(model, RunningSum()):
+            found, reads = read(model, sequences())
+            assert reads.n_tokens == sum(map(len, sequences()))
+            for s, z in zip(sequences(), found):
+                torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
+    finally:
+        del EDITS._entries["running_sum"]
