@@ -1,6 +1,6 @@
 """Run the notebooks and keep their outputs: `python notebooks/execute.py [NAME.ipynb ...]`, all of them by default.
 
-Each runs in an empty folder. Outputs are cleaned of what would differ from one run to the next (timings, progress bars, widget
+Each runs in an empty folder (`runs/` of the repository, where there is one, is linked into it). Outputs are cleaned of what would differ from one run to the next (timings, progress bars, widget
 ids), and every plotly figure gets a PNG beside it, drawn by an installed Chromium, for places such as GitHub that draw no plotly.
 """
 
@@ -23,6 +23,8 @@ def run(path: Path) -> nbformat.NotebookNode:
     """The notebook, executed in an empty folder, with clean outputs."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
+        if (runs := HERE.parent / "runs").is_dir():  # what another command trained, such as an SAE
+            (Path(folder) / "runs").symlink_to(runs)
         client = NotebookClient(
             notebook, timeout=600, kernel_name="python3", record_timing=False,
             resources={"metadata": {"path": folder}},
