@@ -47,7 +47,7 @@ Instruction = Annotated[
     "compare",
     "sae-bias compare organism:planted organism:planted/constructed#0",
     'sae-bias compare organism:planted organism:planted/constructed#0 --shares "0.5,1" --out runs/compare',
-    takes=(*FROM_FEATURE, "pairs", "words"),
+    takes=(*FROM_FEATURE, "pairs", "words", "split"),
 )
 def compare(
     run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "0.01,0.03,0.1,0.3", fit_steps: FitSteps = 60,
@@ -62,13 +62,14 @@ def compare(
     """
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, table_in_words
 
-    pairs, feature, probe = run.pairs, run.feature, run.probe
+    pairs, feature, probe, split = run.pairs, run.feature, run.probe, run.split or {}
     steps, levels = parse_numbers(shares, "--shares"), parse_numbers(kl, "--kl")
     model = run.open(feature.ref.sae)
-    facts = {"pairs": pairs, "feature": str(feature.ref)}
+    facts = {"pairs": pairs, "feature": str(feature.ref), "split": run.split}
     run.save({}, **facts)  # a stopped comparison says what it was
     result = compare_methods(
-        model, feature, pairs, probe, shares=steps, kl_levels=levels, fit_steps=fit_steps, instruction=instruction, seed=run.seed,
+        model, feature, pairs, probe, discover=split.get("discover"), tune=split.get("tune"), report=split.get("report"), shares=steps, kl_levels=levels, fit_steps=fit_steps, instruction=instruction,
+        seed=run.seed,
         out=None if run.out is None else run.out / "compare", progress=run.progress,
     )  # fmt: skip
     tables = {"compare": result.table, "compare_curves": result.frame, "ridge": result.ridge.frame}

@@ -98,6 +98,7 @@ SHARED: Mapping[str, tuple[Any, Any]] = {
     "randomized_sae": (Annotated[bool, typer.Option("--randomized-sae", help="The same in a randomized SAE too, as a control: what it finds is the search's own yield.")], False),
     "score": (Annotated[str, typer.Option("--score", help="mean_logit, logodds or auroc.")], "mean_logit"),
     "seed": (Annotated[int, typer.Option("--seed", help="Seed of every random choice.")], 0),
+    "split": (Annotated[Path | None, option("--split", metavar="RUN", help="Run folder whose split of templates is used, such as the ranking's that found the feature; by default that in --out, else --seed's.")], None),
     "device": (Device, "auto"),
     "device_map": (DeviceMap, None),
     "dtype": (Dtype, "auto"),
@@ -361,6 +362,30 @@ class Run(Console):
         words = self.given["words"]
         score = self.given.get("score", "mean_logit")
         return default_probe(self.pairs, None if words is None else load_lexicon(words), score=score)
+
+    @cached_property
+    def split(self) -> "dict[str, tuple[str, ...]] | None":
+        """Templates to discover, tune and report on (docs/method.md#splits): those of the run in --split or --out, else --seed's.
+
+        None with too few templates to hold some out. Where a run's split is not --seed's, that is said.
+        """
+        from sae_bias.runs.manifest import split_of
+        from sae_bias.stats.design import fewest_units
+
+        seeded = self.pairs.split(self.seed) if len(self.pairs.templates) >= 2 * fewest_units() else None
+        named: Path | None = self.given.get("split")
+        kept, taken = ({} if f is None else split_of(f, self.pairs) for f in (self.out, named))
+        if named is not None and not taken:
+            raise RequestError(f"--split {named}: that folder holds no split of these pairs' templates.")
+        if kept and taken and kept != taken:
+            raise RequestError(
+                f"{self.out} was made under another split than {named}: the report templates of the one were read by the other; choose another --out."
+            )
+        if (found := taken or kept) and found != seeded:
+            self.warn(
+                f"the split of {named or self.out} is used, not that of --seed {self.seed}: its report templates found nothing."
+            )
+        return found or seeded
 
     @cached_property
     def feature(self) -> "Feature":

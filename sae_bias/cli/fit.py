@@ -22,7 +22,7 @@ COLUMNS = {
 @command(
     "fit",
     "sae-bias fit organism:planted organism:planted/resid_post/layer_3_width_512_l0_small --kind gated --out runs/fit",
-    takes=(*FROM_MODEL, "pairs", "words", "randomized_sae"),
+    takes=(*FROM_MODEL, "pairs", "words", "split", "randomized_sae"),
 )
 def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
     """Fit an edit of a few features of one SAE that takes the bias and leaves the rest.
@@ -40,13 +40,20 @@ def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
     saes = {"trained": run.saes[0]}
     if run.given["randomized_sae"]:
         saes["randomized"] = randomized_control(model, run.saes[0], pairs, run.seed)
-    options = {"kind": kind, "most": most, "seed": run.seed, "progress": run.progress}
+    options = {
+        "kind": kind,
+        "most": most,
+        "seed": run.seed,
+        "discover": (run.split or {}).get("discover"),
+        "progress": run.progress,
+    }
     edits = {name: fit_feature_set(model, s, pairs, probe=probe, **options) for name, s in saes.items()}
     reports = [
-        fit_report(model, e, pairs, probe=probe, seed=run.seed).assign(sae=name) for name, e in edits.items()
+        fit_report(model, e, pairs, probe=probe, seed=run.seed, split=run.split).assign(sae=name)
+        for name, e in edits.items()
     ]
     table, edit = pd.concat(reports, ignore_index=True), edits["trained"]
-    run.save({"fit": table}, pairs=pairs)
+    run.save({"fit": table}, pairs=pairs, split=run.split or pairs.split(run.seed))
     run.write_json("edit", edit.to_dict())
     run.say(f"{edit.target}: {edit.describe()}")
     run.note_gate()

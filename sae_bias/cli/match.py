@@ -15,6 +15,8 @@ COLUMNS = {
     "class": "on in",
     "same_class": "same class",
     "removed": "bias removed",
+    "removed_low": "from",
+    "removed_high": "to",
     "same_sign": "same sign",
 }
 From = Annotated[

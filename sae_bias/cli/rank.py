@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, option, rows
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -61,10 +61,21 @@ SaeNames = Annotated[
         show_default=False,
     ),
 ]
-By = Annotated[str, typer.Option("--by", help="separation, interaction, attribution or ablation.")]
+By = Annotated[
+    str | None,
+    option(
+        "--by",
+        help="separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.",
+    ),
+]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
 Exact = Annotated[
-    int, typer.Option("--exact", min=1, help="How many features --by ablation ablates exactly.")
+    int | None,
+    option(
+        "--exact",
+        min=1,
+        help="How many features are ablated and resampled exactly: 64 by ablation, those printed by default.",
+    ),
 ]
 Controls = Annotated[
     int,
@@ -140,14 +151,14 @@ Neuronpedia = Annotated[
     "rank",
     "sae-bias rank organism:planted organism:planted/constructed --by interaction",
     "sae-bias rank organism:planted organism:planted/resid_post/layer_2_width_512_l0_small --by attribution --top 5",
-    takes=(*FROM_MODEL, "grid", "pairs", "words", "randomized_sae"),
+    takes=(*FROM_MODEL, "grid", "pairs", "words", "split", "randomized_sae"),
 )
 def rank(
     run: Run,
     sae: SaeNames,
-    by: By = "separation",
+    by: By = None,
     top: Top = 10,
-    exact: Exact = 64,
+    exact: Exact = None,
     controls: Controls = 0,
     max_view: MaxView = False,
     positive: Positive = None,
@@ -161,31 +172,35 @@ def rank(
 ) -> None:
     """Rank every feature of one or several SAEs.
 
-    separation: how well a feature tells AI from human prompts (easy, because the words differ). interaction: whether it answers to
-    AI speech more than AI and speech alone explain, on the matched grid. attribution: the bias its ablation should remove, from one
-    backward pass. ablation: the bias it does remove. p is corrected over every feature scanned; too small a design reads
-    "undetermined".
+    By default by interaction with effects: whether a feature answers to AI speech more than AI and speech alone explain (|I| on the
+    matched grid), beside what it does to the bias. separation: how well it tells AI from human prompts (easy, because the words differ).
+    attribution: the bias its ablation should remove, from one backward pass. ablation: the bias it does remove. Pairs are read on
+    discover templates, the rest is held out; p is corrected over every feature scanned; too small a design reads "undetermined".
     """
     from sae_bias.discovery.ranking import BY, rank_features
     from sae_bias.saes.load import expand_saes
     from sae_bias.steering.controls import randomized_control
 
     texts = _contrast(positive, negative, contrast)
+    at_hand = run.given["grid"] is not None or run.given["pairs"] is None
+    effects = by is None and texts is None and at_hand
+    by = by or ("interaction" if effects else "separation")
     if by not in BY:
         raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
     on_grid = by == "interaction"
     prompts: Any = texts or (run.grid if on_grid else run.pairs)
-    probe = None if on_grid or texts else run.probe
-    with_grid = not on_grid and (run.given["grid"] is not None or controls)
-    other: dict[str, Any] = {"grid": run.grid} if with_grid else {}
+    with_pairs = not texts and (effects or not on_grid)
+    probe, split = (run.probe, run.split) if with_pairs else (None, None)
+    with_grid = not texts and not on_grid and (run.given["grid"] is not None or controls)
+    other: dict[str, Any] = {"grid": run.grid} if with_grid else {"pairs": run.pairs} if effects else {}
     model = run.open(*expand_saes(sae))
     search = partial(
         rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
-        by=by, probe=probe, **other, top_k=exact, controls=controls, max_view=max_view,
+        by=by, probe=probe, **other, split=split, effects=effects, top_k=exact or (top if effects else 64), controls=controls, max_view=max_view,
         seed=run.seed, progress=run.progress,
     )  # fmt: skip
     ranking = search(run.saes)
-    used = {} if texts else {"grid": prompts} if on_grid else {"pairs": prompts, **other}
+    used = {} if texts else {"grid" if on_grid else "pairs": prompts, **other, "split": split}
     tables = {"ranking": _with_all(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
@@ -198,6 +213,10 @@ def rank(
     run.say(
         f"{ranking.family_size:,} features by {ranking.by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
     )
+    if split:
+        run.say(
+            f"ranked on {len(split['discover'])} discover templates; {len(split['tune'])} tune and {len(split['report'])} report templates were held out"
+        )
     if ranking.note:
         run.say(ranking.note)
     run.note_gate()
@@ -224,6 +243,7 @@ def rank(
             "n_units": ranking.n_units,
             "units": ranking.units,
             "note": ranking.note or None,
+            "split": split,
             "features": rows(first),
             "randomized": None if lucky is None else rows(lucky.head(top)),
             "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),

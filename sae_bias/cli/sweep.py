@@ -19,13 +19,11 @@ from sae_bias.core.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_bias.prompts.pairs import PromptPairs
     from sae_bias.saes.sae import Feature
     from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
 
-SPLIT_SHARES = {"tune": 0.4, "report": 0.6}
 COLUMNS = {
     "intervention": "intervention",
     "strength": "strength",
@@ -44,6 +42,7 @@ COLUMNS = {
     "kl_ai_speech": "KL AI speech",
     "kl_valence": "KL human deeds",
     "kl_off": "KL_off",
+    "kl_off_p95": "KL_off, 95th percentile",
 }
 More = Annotated[
     list[str] | None,
@@ -112,7 +111,7 @@ Costs = Annotated[
     'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
     "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
     "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
-    takes=(*FROM_FEATURE, "pairs", "words"),
+    takes=(*FROM_FEATURE, "pairs", "words", "split"),
 )
 def sweep(
     run: Run,
@@ -147,7 +146,8 @@ def sweep(
     named = _edits(kinds, features, where, when, None)[
         0
     ].target  # a wrong request is told before the model loads
-    probe, splits = run.probe, _splits(pairs, run.seed)
+    probe, splits = run.probe, run.split
+    held = None if splits is None else {name: splits[name] for name in ("tune", "report")}
     model = run.open(*(f.ref.sae for f in features))
     units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None
     edits = _edits(kinds, features, where, when, units)
@@ -155,7 +155,7 @@ def sweep(
         edits,
         controls=controls,
         costs=costs,
-        splits=splits,
+        splits=held,
         seed=run.seed,
         mismatches=mismatch_sae or mismatch,
     )
@@ -218,19 +218,6 @@ def _edits(
         for where in positions
         for value in values
     ]  # fmt: skip
-
-
-def _splits(pairs: "PromptPairs", seed: int) -> dict[str, tuple[str, ...]] | None:
-    """Whole templates to tune on and to report on; None where there are too few for both."""
-    from sae_bias.stats.design import fewest_units, split_templates
-
-    if len(pairs.templates) < 2 * fewest_units():
-        return None
-    held = [p.template for p in pairs if p.corpus is False]
-    families = {p.template: p.family for p in pairs}
-    return split_templates(
-        pairs.templates, SPLIT_SHARES, seed, families=families, must_report=tuple(dict.fromkeys(held))
-    )
 
 
 def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:

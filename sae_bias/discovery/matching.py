@@ -4,9 +4,9 @@
     rho       Pearson's r of two profiles' ranks (Spearman's ρ with ties)
 
 A match asks for more than the largest rho: mutual nearest neighbors (the candidate's own best partner in the first SAE is the feature
-itself), a rho beyond a permutation null over the *whole* family scanned (the prompts of the profile permuted, the largest rho over
-all features each time), the same class in the 2 × 2, an ablation effect of the same sign where pairs are given, and a margin over the
-second best. "Functionally similar" is all that can be claimed: vectors of two models cannot be compared.
+itself), a rho beyond two permutation nulls over the *whole* family scanned (the profile permuted within each subject, and within each
+statement, the largest rho over all features each time; p is the larger), the same class in the 2 × 2 with the badly judged human deeds
+(HC), an ablation effect of the same sign where pairs are given (both intervals on one side of 0), and a margin over the second best. "Functionally similar" is all that can be claimed: vectors of two models cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from sae_bias.core.errors import RequestError
+from sae_bias.discovery.contrasts import HARM
 from sae_bias.discovery.ranking import load_saes
 from sae_bias.discovery.tables import feature_acts
 from sae_bias.models.model import Model
@@ -33,7 +34,6 @@ from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import live_blocks
-from sae_bias.stats.clustered import clustered_mean
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
@@ -54,7 +54,7 @@ class Match:
 
     feature: FeatureRef
     candidates: pd.DataFrame
-    """feature, sae, index, rho, p_fwer, mutual, class, same_class, removed …, same_sign."""
+    """feature, sae, index, rho, p_fwer, mutual, class, same_class, removed … and removed_original … with intervals, same_sign."""
     best: FeatureRef | None
     """The counterpart, where one passes every test that was made."""
     margin: float
@@ -119,13 +119,13 @@ def match_features(
             f"{loaded.ref} has the same activation on all {len(texts)} prompts of the bank; nothing can be matched."
         )
     target = _ranks(acts[:, None])[:, 0]
-    null, found = _scan(model_b, saes, texts, target, k, n_permutations, seed, progress)
+    nulls, found = _scan(model_b, saes, texts, target, _groups(grid), k, n_permutations, seed, progress)
     frame = pd.DataFrame([{"feature": str(ref), "sae": str(ref.sae), "index": ref.index, "rho": rho} for rho, ref, _ in found])  # fmt: skip
     own_class = cell_class(acts, grid)
     if not len(frame):
         verdict = "none: every feature of the other SAEs is silent on the bank"
         return Match(loaded.ref, frame, None, float("nan"), own_class, verdict, len(texts), sum(s.d_sae for s in saes))  # fmt: skip
-    frame["p_fwer"] = [(1 + (null >= rho - 1e-12).sum()) / (1 + len(null)) for rho in frame["rho"]]
+    frame["p_fwer"] = [max((1 + (null >= rho - 1e-12).sum()) / (1 + len(null)) for null in nulls) for rho in frame["rho"]]  # fmt: skip
     frame["mutual"] = _mutual(model_a, loaded, texts, [profile for _, _, profile in found])
     frame["class"] = [cell_class(profile, grid) for _, _, profile in found]
     frame["same_class"] = frame["class"] == own_class
@@ -136,20 +136,38 @@ def match_features(
     return Match(loaded.ref, frame, best, margin, own_class, verdict, len(texts), sum(s.d_sae for s in saes))
 
 
+def _groups(grid: PromptGrid) -> list[list[str]]:
+    """What the profile is permuted within: subjects, and statements, where any has more than one prompt; else the whole bank."""
+    ways = [[p.subject for p in grid], [p.statement for p in grid]]
+    return [labels for labels in ways if len(set(labels)) < len(labels)] or [[""] * len(grid)]
+
+
+def _permuted(
+    target: Profile, labels: Sequence[str], n: int, rng: np.random.Generator
+) -> Float[np.ndarray, "n n_prompts"]:
+    """The profile with its values exchanged among the prompts of each label, n times."""
+    order, out = np.unique(labels, return_inverse=True)[1], np.empty((n, len(target)))
+    for group in range(order.max() + 1):
+        place = np.flatnonzero(order == group)
+        out[:, place] = rng.permuted(np.tile(target[place], (n, 1)), axis=1)
+    return out
+
+
 def _scan(
-    model: Model, saes: Sequence[Sae], texts: list[str], target: Profile, k: int, n_permutations: int, seed: int, progress: bool
-) -> tuple[Profile, list[tuple[float, FeatureRef, Profile]]]:  # fmt: skip
-    """The null's largest rho of each permutation, and the k best (rho, feature, activations)."""
+    model: Model, saes: Sequence[Sae], texts: list[str], target: Profile, groups: Sequence[Sequence[str]], k: int, n_permutations: int,
+    seed: int, progress: bool,
+) -> tuple[Float[np.ndarray, "n_ways n_permutations"], list[tuple[float, FeatureRef, Profile]]]:  # fmt: skip
+    """Each null's largest rho of each permutation, and the k best (rho, feature, activations)."""
     resid = last_residuals(model, texts, {s.site.layer for s in saes})
     rng = np.random.default_rng(seed)
-    shuffled = np.stack([rng.permutation(target) for _ in range(n_permutations)])
-    null, best = np.full(n_permutations, -np.inf), []
+    shuffled = np.stack([_permuted(target, labels, n_permutations, rng) for labels in groups])
+    null, best = np.full(shuffled.shape[:2], -np.inf), []
     for sae in saes:
         for block in live_blocks(sae, resid[sae.site.layer]):
             if not len(block.index):
                 continue
             ranks = _ranks(block.acts)
-            np.maximum(null, (shuffled @ ranks).max(1), out=null)
+            np.maximum(null, (shuffled @ ranks).max(-1), out=null)
             rho = target @ ranks
             top = np.argsort(-rho, kind="stable")[:k]
             best += [
@@ -185,13 +203,15 @@ def _ranks(acts: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
 
 
 def cell_class(acts: Profile, grid: PromptGrid) -> str:
-    """Cells of the 2 × 2 (and the dog's) in which a profile is on: "AS" is AI speech, "AS+AN" AI identity, "AS+HS+DS" speech."""
+    """Cells of the 2 × 2 (and the dog's) in which a profile is on: "AS" is AI speech, "AS+AN" AI identity, "AS+HS+DS" speech, "AS+HC" bad verdicts."""
     cells = {"AS": ("ai", "speech"), "AN": ("ai", "nonspeech"), "HS": ("human", "speech"), "HN": ("human", "nonspeech"), "DS": ("animal", "speech")}  # fmt: skip
     means = {}
     for name, cell in cells.items():
         rows = [i for i, p in enumerate(grid) if (p.group, p.act) == cell]
         if rows:
             means[name] = float(np.asarray(acts)[rows].mean())
+    if harm := [i for i, p in enumerate(grid) if p.group in HARM and p.act == "harm"]:
+        means["HC"] = float(np.asarray(acts)[harm].mean())
     top = max(means.values(), default=0.0)
     return "+".join(c for c, value in means.items() if value >= ON * top) if top > 0 else "silent"
 
@@ -199,21 +219,30 @@ def cell_class(acts: Profile, grid: PromptGrid) -> str:
 def _add_effects(
     frame: pd.DataFrame, feature: Feature, model_a: Model, model_b: Model, pairs: PromptPairs, probe: Probe
 ) -> None:
-    """Bias that ablating the feature removes in its model, and the first candidate in the other."""
-    for column in ("removed", "removed_low", "removed_high", "removed_original"):
-        frame[column] = np.nan
+    """What ablating the feature removes of the primary figure in its model, and the first candidate in the other.
+
+    `same_sign` is "undetermined" unless both intervals leave out 0.
+    """
     original = _removed(model_a, feature, pairs, probe)
     other = _removed(model_b, FeatureRef.parse(str(frame["feature"].iloc[0])), pairs, probe)
-    frame.loc[0, ["removed", "removed_low", "removed_high"]] = [other.mean, *other.ci]
-    frame.loc[0, "removed_original"] = original.mean
+    for column, stat in (("removed", other), ("removed_original", original)):
+        for name, value in ((column, stat.mean), (f"{column}_low", stat.ci_low), (f"{column}_high", stat.ci_high)):  # fmt: skip
+            frame[name] = np.nan
+            frame.loc[0, name] = value
     frame["same_sign"] = "not measured"
-    frame.loc[0, "same_sign"] = "yes" if original.mean * other.mean > 0 else "no"
+    frame.loc[0, "same_sign"] = same_sign(original, other)
+
+
+def same_sign(first: Clustered, second: Clustered) -> str:
+    """yes or no where both intervals lie on one side of 0, else undetermined."""
+    if not all(stat.ci_low > 0 or stat.ci_high < 0 for stat in (first, second)):
+        return "undetermined"
+    return "yes" if first.mean * second.mean > 0 else "no"
 
 
 def _removed(model: Model, feature: Feature | FeatureRef, pairs: PromptPairs, probe: Probe) -> Clustered:
-    engine = ProbeEngine(model, pairs, probe)
-    removed = engine.base.pair_bias - engine.run([Ablate(feature)])[0].pair_bias
-    return clustered_mean(removed, *engine.base.clusters)
+    engine = ProbeEngine(model, pairs, probe, controls=True)
+    return engine.run([Ablate(feature)])[0].reduction_from(engine.base).change
 
 
 def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str]:
@@ -228,6 +257,7 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
         )
         if fails
     ]  # fmt: skip
+    open_ = "; whether ablation moves the bias the same way is undetermined (an interval holds 0)" if first.get("same_sign") == "undetermined" else ""  # fmt: skip
     over = f"margin {margin:.2f} over the second best" if margin == margin else "the only live feature"
     if failed:
         return (
@@ -236,4 +266,4 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
         )
     return FeatureRef.parse(
         str(first["feature"])
-    ), f"{first['feature']}: functionally similar, ρ = {first['rho']:.2f}, {over}"
+    ), f"{first['feature']}: functionally similar, ρ = {first['rho']:.2f}, {over}{open_}"

@@ -13,7 +13,7 @@ an exact ablation that beats its controls, and where the design is too small a c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,9 +93,13 @@ class Ranking:
     predictions: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=FORETOLD))
     """How well attribution and integrated gradients predicted the exact effects: rank correlation, slope with its interval, n."""
 
+    templates: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Templates of the pairs that discovered, and those held out; empty where all were ranked on."""
+
     def top(self, k: int) -> list[FeatureRef]:
-        """The first k features."""
-        return [FeatureRef.parse(name) for name in self.frame["feature"].head(k)]
+        """The first k features, with the split of templates they were found under."""
+        refs = (FeatureRef.parse(name) for name in self.frame["feature"].head(k))
+        return [replace(ref, split=self.templates or None) for ref in refs]
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
@@ -216,13 +220,19 @@ class _Work:
     options: dict[str, Any]
 
     @property
+    def templates(self) -> dict[str, tuple[str, ...]]:
+        """The split, where it is one of these pairs' templates."""
+        mine = self.pairs is not None and self.split is not None and _shares(self.pairs.templates, self.split)
+        return {k: tuple(v) for k, v in (self.split or {}).items()} if mine else {}
+
+    @property
     def main(self) -> str:
         return "interaction" if self.by == "interaction" else "separation"
 
     def of_pairs(self, name: str) -> PromptPairs | None:
         """The pairs of one part of the split: all of them to discover on, none to report on, where it names no templates of theirs."""
         assert self.pairs is not None
-        if self.split is None or (self.by == "interaction" and not _shares(self.pairs.templates, self.split)):
+        if self.split is None or (self.by == "interaction" and not self.templates):
             return self.pairs if name == "discover" else None
         templates = tuple(self.split.get(name, ()))
         return self.pairs.select(templates=templates) if templates or name == "discover" else None
@@ -234,9 +244,13 @@ class _Work:
             assert discover is not None
             scans["separation"] = separation(self.model, self.saes, discover, held=held, **self.options)
         if self.grid is not None:
-            named = self.split if self.split is not None and _shares({p.match for p in self.grid}, self.split) else None  # fmt: skip
-            scans["interaction"] = interaction(self.model, self.saes, self.grid, split=named, probe=self.probe, **self.options)  # fmt: skip
+            scans["interaction"] = interaction(self.model, self.saes, self.grid, split=self._of_grid(), probe=self.probe, **self.options)  # fmt: skip
         return scans
+
+    def _of_grid(self) -> Split | None:
+        """The split, where it is one of the grid's statements."""
+        named = self.grid is not None and self.split is not None
+        return self.split if named and _shares({p.match for p in self.grid}, self.split) else None  # type: ignore[union-attr,arg-type]
 
     def ranking(self, effects: bool, top_k: int, controls: int) -> Ranking:
         scans, joint, found = self.scans(), None, None
@@ -247,13 +261,14 @@ class _Work:
         by_size = np.abs if self.by == "interaction" else None
         frame = frame.sort_values(SORT[self.by], ascending=False, kind="stable", na_position="last", ignore_index=True, key=by_size)  # fmt: skip
         _add_families(frame, self.saes)
-        frame["split"] = "all" if self.split is None else "discover"
+        apart = self.templates if self.by != "interaction" else self._of_grid()
+        frame["split"] = "discover" if apart else "all"
         main, grid_scan = scans[self.main], scans.get("interaction", scans[self.main])
         notes = [*(scan.note for scan in scans.values()), *([found.note] if found else [])]
         return Ranking(
             self.by, frame, len(frame), main.n_units, "matched statement pairs" if self.by == "interaction" else "templates",
             "; ".join(note for note in notes if note), main.held or grid_scan.held, found.agreement if found else None, joint,
-            grid_scan.pairing, *((found.parts, found.predictions) if found else ()),
+            grid_scan.pairing, *((found.parts, found.predictions) if found else ()), templates=self.templates,
         )  # fmt: skip
 
     def _effects(self, frame: pd.DataFrame, top_k: int, controls: int) -> tuple[Effects, pd.DataFrame | None]:

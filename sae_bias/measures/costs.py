@@ -62,7 +62,7 @@ class CostEngine:
         self._base = self.runner.base(sorted({site.layer for site in sites}))
 
     def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
-        """One row a kind: kl_mean, kl_p95 (over texts), kl_last, kl_off, nll_change (nats a token), changed_share, n_texts."""
+        """One row a kind: kl_mean, kl_p95 (over texts), kl_last, kl_off, kl_off_p95, nll_change (nats a token), changed_share, n_texts."""
         return self.run_many([edits])[0]
 
     def run_many(self, cells: Sequence[Sequence[Intervention]]) -> list[pd.DataFrame]:
@@ -109,13 +109,18 @@ class CostEngine:
                 "kl_p95": group["kl"].quantile(0.95),
                 "kl_last": group["last"].mean(),
                 "kl_off": group["off"].mean(),
+                "kl_off_p95": group["off"].quantile(0.95),
                 "nll_change": group["nll"].mean(),
                 "changed_share": group["changed"].mean(),
                 "n_texts": len(group),
             }
             for kind, group in frame.groupby("kind", sort=False)
         ]
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        table.attrs["kl_off_p95"] = float(
+            frame["off"].quantile(0.95)
+        )  # over all texts, as the pooled mean is
+        return table
 
 
 def pooled_kl_off(table: pd.DataFrame) -> float:

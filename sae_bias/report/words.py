@@ -202,6 +202,16 @@ def cost_sentence(costs: Mapping[str, Cost]) -> str:
     )
 
 
+def verdict_on_controls(verdict: str | None) -> str:
+    """What the two p values say together; nothing for a run that did not keep it."""
+    said = {
+        "yes": " It beats its controls.",
+        "no": " It does not beat its controls.",
+        "undetermined": " Whether it beats its controls is undetermined: 19 of a kind are the fewest whose p can reach 0.05.",
+    }
+    return said.get(verdict or "", "")
+
+
 def control_sentence(controls: ControlsFigure | None) -> str:
     """Where the feature stands among its controls."""
     if controls is None or not controls.n:
@@ -212,7 +222,7 @@ def control_sentence(controls: ControlsFigure | None) -> str:
             f"{p_text(part.p_value)} against {number(part.n)} controls ({name}{_median(part)})"
             for name, part in controls.kinds.items()
         ]
-        return f"By {what} the feature stands at {' and at '.join(parts)}."
+        return f"By {what} the feature stands at {' and at '.join(parts)}.{verdict_on_controls(controls.verdict)}"
     return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{_median(controls)}."
 
 

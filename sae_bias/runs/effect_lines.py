@@ -53,11 +53,16 @@ def control_lines(controls: Mapping[str, Any]) -> list[str]:
     share = controls["statistic"] == "specific_reduction"
     show = percent if share else lambda x: f"{signed(x)} nats"
     what = "specific reduction" if share else "bias removed"
+    verdict = {
+        "yes": "it beats its controls",
+        "no": "it does not beat its controls",
+        "undetermined": "whether it beats its controls is undetermined (19 of a kind are the fewest whose p can reach 0.05)",
+    }.get(controls.get("verdict", ""))
     return [
         f"{part['n']} controls ({kind}): {what} median {show(part['median'])}, 95th percentile {show(part['percentile95'])}, "
         f"the feature {show(controls['value'])}, {p_text(part['p_value'])}"
         for kind, part in controls["kinds"].items()
-    ]
+    ] + ([verdict] if verdict else [])
 
 
 def mismatch_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:

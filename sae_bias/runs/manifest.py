@@ -95,6 +95,22 @@ def manifest_of_several(**facts: Any) -> dict[str, Any]:
     return {**_made_by(), **facts}
 
 
+def split_of(folder: Path, pairs: PromptPairs) -> dict[str, tuple[str, ...]]:
+    """The split of templates that a run folder's manifest holds for these pairs; empty where it holds none.
+
+    Sweeps before 0.3 kept two parts only: what chose a strength stands for discover too.
+    """
+    if not (folder / "manifest.json").is_file():
+        return {}
+    facts = RunFolder(folder).read_json("manifest")
+    digests = {(part or {}).get("digest") for name, part in (facts.get("prompts") or {}).items() if name == "pairs"}  # fmt: skip
+    kept = facts.get("split")
+    if pairs.digest not in digests or not isinstance(kept, dict) or not {"tune", "report"} <= set(kept):
+        return {}
+    found = {"discover": kept["tune"], **kept}
+    return {name: tuple(str(t) for t in found[name]) for name in ("discover", "tune", "report")}
+
+
 # --- one folder, several writers ---
 def write_manifest(folder: RunFolder, new: Mapping[str, Any], *, replace: bool = False) -> None:
     """Write a manifest, joined with one that stands there already.

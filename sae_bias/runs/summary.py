@@ -203,6 +203,8 @@ class ControlsFigure(Block):
     """`specific_reduction`, or `removed_nats` where the valence banks were not run; absent in runs of version 0.1."""
     value: Number = None
     """The feature's own statistic."""
+    verdict: str | None = None
+    """Whether it beats its controls: yes, no, or undetermined; absent in runs of version 0.2 and before."""
     kinds: dict[str, ControlsFigure] | None = None
     """Matched features and random directions, each with its own p."""
 

@@ -6,7 +6,8 @@ Indices do not transfer between SAE variants, so a feature is never a bare index
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_bias.core.errors import RequestError
@@ -72,6 +73,8 @@ class FeatureRef:
 
     sae: SaeId
     index: int
+    split: Mapping[str, tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
+    """Templates that it was found on and that were held out, where a ranking named it; they travel with it into sweep and compare."""
 
     def __post_init__(self) -> None:
         index = whole_number(self.index)

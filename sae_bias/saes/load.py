@@ -76,7 +76,7 @@ def load_feature(name: str | FeatureRef) -> Feature:
     """One feature by `"<release>/<sae_id>#<index>"`, `"path/to/sae_folder#446"` or a FeatureRef."""
     ref = name if isinstance(name, FeatureRef) else FeatureRef.parse(str(name))
     feature = load_sae(ref.sae).feature(ref.index)
-    return feature if feature.ref == ref else replace(feature, ref=ref)
+    return feature if feature.ref == ref and ref.split is None else replace(feature, ref=ref)
 
 
 def sae_of(feature: Feature) -> Sae | None:

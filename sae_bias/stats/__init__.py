@@ -32,10 +32,8 @@ from sae_bias.stats.features import (
     activation_variance_floor,
     auroc,
     benjamini_hochberg,
-    firing_rate_difference,
     holm,
     lower_bound_min,
-    max_t,
     paired_t,
 )
 from sae_bias.stats.reduction import (
@@ -68,10 +66,8 @@ __all__ = [
     "equivalence_p",
     "fewest_units",
     "fieller_reduction",
-    "firing_rate_difference",
     "holm",
     "lower_bound_min",
-    "max_t",
     "mcnemar_exact",
     "needed_n",
     "paired_t",

@@ -192,22 +192,6 @@ class MaxT:
         return self.result().p_fwer
 
 
-def max_t(
-    contrasts: ArrayLike,
-    *,
-    n_flips: int = 10_000,
-    seed: int = 0,
-    variance_floor: float | ArrayLike = 0.0,
-    block: int = 512,
-    alternative: Alternative = "two-sided",
-) -> MaxTResult:
-    """`MaxT` of one array [n_units, f]."""
-    x = _contrasts(contrasts)
-    family = MaxT(len(x), n_flips, seed, alternative)
-    family.add(x, variance_floor, block=block)
-    return family.result()
-
-
 def lower_bound_min(
     contrasts: Mapping[str, ArrayLike] | list[ArrayLike], level: float = 0.95
 ) -> Float[Array, "f"]:
@@ -266,11 +250,6 @@ def _auroc_block(x: Float[Array, "f n"], n_pos: int) -> Float[Array, "f"]:
     twice_ranks = np.where(order < n_pos, first + last + 2, 0).sum(1)
     u = twice_ranks / 2 - n_pos * (n_pos + 1) / 2
     return u / (n_pos * (total - n_pos))
-
-
-def firing_rate_difference(pos: ArrayLike, neg: ArrayLike) -> Float[Array, "f"]:
-    """Share of rows with activation > 0, pos [n, f] minus neg [m, f]."""
-    return (np.asarray(pos) > 0).mean(0) - (np.asarray(neg) > 0).mean(0)
 
 
 # --- corrected p --------------------------------------------------------------------------------------

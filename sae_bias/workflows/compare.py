@@ -36,7 +36,6 @@ from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
-from sae_bias.stats.design import DEFAULT_SHARES, split_templates
 from sae_bias.stats.reduction import fieller_reduction
 from sae_bias.steering.controls import control_edits
 from sae_bias.steering.directions import (
@@ -165,6 +164,12 @@ def compare_methods(
         RequestError: templates in two lists, only one list given, or an edit that does not fit the model.
     """
     loaded, probe = as_feature(feature), probe or default_probe(pairs)
+    if (discover, tune, report) == (
+        None,
+        None,
+        None,
+    ) and loaded.ref.split:  # the split that its ranking found it under
+        discover, tune, report = (loaded.ref.split.get(name) for name in ("discover", "tune", "report"))
     splits = _splits(pairs, discover, tune, report, seed)
     found_on = pairs.select(templates=splits["discover"])
     ridge = ridge_probe(model, found_on, folds=min(5, len(found_on.templates)), seed=seed)
@@ -314,8 +319,7 @@ def _splits(
             raise RequestError(
                 f"{len(pairs.templates)} templates cannot be split into discover, tune and report; at least {FEWEST} are needed."
             )
-        families = {p.template: p.family for p in pairs}
-        return split_templates(pairs.templates, DEFAULT_SHARES, seed, families=families)
+        return pairs.split(seed)
     given = {"discover": tuple(discover), "report": tuple(report)} | ({"tune": tuple(tune)} if tune else {})
     for first, second in itertools.combinations(given, 2):
         both = sorted(set(given[first]) & set(given[second]))

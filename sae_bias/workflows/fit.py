@@ -7,7 +7,7 @@ furthest are fitted again without λ. Report templates and the other half of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,6 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
-from sae_bias.stats.design import split_templates
 from sae_bias.stats.reduction import specific_reduction
 from sae_bias.steering.directions import Direction, difference_of_means
 from sae_bias.steering.edits import Intervention
@@ -67,16 +66,17 @@ def fit_feature_set(
     probe = probe or default_probe(pairs)
     if kind not in ("scales", "gated"):
         raise RequestError(f"kind={kind!r}; expected scales or gated.")
-    found_on = pairs.select(templates=discover or fit_split(pairs, seed)["discover"])
+    found_on = pairs.select(templates=discover or pairs.split(seed)["discover"])
     with torch.inference_mode(False):
         fit = _Fit(model, sae, found_on, probe, seed, progress, kind)
         return fit.gated(most) if kind == "gated" else fit.scales(most, steps, penalty)
 
 
-def fit_split(pairs: PromptPairs, seed: int) -> dict[str, tuple[str, ...]]:
-    """The templates a fit reads (discover) and those that are held out for it (tune, report)."""
-    families = {p.template: p.family or "" for p in pairs}
-    return split_templates(list(dict.fromkeys(p.template for p in pairs)), seed=seed, families=families)
+def fit_split(
+    pairs: PromptPairs, seed: int, split: Mapping[str, Sequence[str]] | None = None
+) -> Mapping[str, Sequence[str]]:
+    """The templates a fit reads (discover) and those that are held out for it (tune, report): the split given, or the seeded one."""
+    return split or pairs.split(seed)
 
 
 def fit_direction(
@@ -122,8 +122,9 @@ def fit_direction(
 
 
 def fit_report(
-    model: Model, edit: Intervention, pairs: PromptPairs, *, probe: Probe | None = None, seed: int = 0
-) -> pd.DataFrame:
+    model: Model, edit: Intervention, pairs: PromptPairs, *, probe: Probe | None = None, seed: int = 0,
+    split: Mapping[str, Sequence[str]] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """One row a split (discover, report): bias before and after, specific reduction with β on the bank's half of that split, how far the
     human and AI scores moved, KL_off pooled over the cost texts and the largest KL over their kinds."""
     probe = probe or default_probe(pairs)
@@ -132,9 +133,9 @@ def fit_report(
     costs = CostEngine(model, sites=[edit.site], probe=probe).run([edit])
     _, names, statements = bank_items()
     rows = []
-    for split, half in (("discover", seen), ("report", ~seen)):
+    for part, half in (("discover", seen), ("report", ~seen)):
         engine = ProbeEngine(
-            model, pairs.select(templates=fit_split(pairs, seed)[split]), probe, sites=[edit.site]
+            model, pairs.select(templates=fit_split(pairs, seed, split)[part]), probe, sites=[edit.site]
         )
         base, after = engine.base, engine.run([edit])[0]
         of = {name: (np.array(names) == name) & half for name in BANKS}
@@ -144,7 +145,7 @@ def fit_report(
         )  # fmt: skip
         rows.append(
             {
-                "split": split, "n_pairs": base.n_pairs, "bias": base.bias, "bias_after": after.bias, "specific": found.estimate,
+                "split": part, "n_pairs": base.n_pairs, "bias": base.bias, "bias_after": after.bias, "specific": found.estimate,
                 "specific_low": found.ci_low, "specific_high": found.ci_high, "beta": found.beta,
                 "human_moved": float((after.score_human - base.score_human).mean()),
                 "ai_moved": float((after.score_ai - base.score_ai).mean()), "kl_max": float(costs["kl_mean"].max()),

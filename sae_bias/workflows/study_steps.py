@@ -183,7 +183,7 @@ class StudyRun:
             return self.one_shard(chosen_facts(ranking, chosen), sweep)
         summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
         if called in CHOSEN:
-            causal = "yes" if beats_controls(summary) else "no"
+            causal = beats_controls(summary)
             ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):

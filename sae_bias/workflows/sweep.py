@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,10 @@ from sae_bias.prompts.pairs import PromptPair, PromptPairs
 from sae_bias.runs.copies import directions_of, edit_facts, probe_facts
 from sae_bias.runs.folder import RunFolder, merge_shards, reading
 from sae_bias.runs.manifest import manifest, write_manifest
+from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
+from sae_bias.steering.intervention import FeatureEdit, Intervention
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 from sae_bias.workflows.cells import Cell, Plan, Sweep
 from sae_bias.workflows.sweep_rows import cell_rows
@@ -129,7 +131,7 @@ def run_sweep(
     """
     pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(tuple(pairs))
     probe = probe or default_probe(pairs)
-    runner = _Runner(model, pairs, probe, sweep)
+    runner = _Runner(model, pairs, probe, _under_split(sweep))
     if out is None:
         return runner.run(None, None, progress, executor)
     folder = RunFolder(out, shard=shard)
@@ -142,6 +144,30 @@ def run_sweep(
         result = runner.run(folder, shard, progress, executor)
         folder.write_table("sweep", result.frame)
     return result
+
+
+def _under_split(sweep: Sweep) -> Sweep:
+    """The sweep under the split that its feature was found with, where it has none of its own; a conflict is said."""
+    found = [ref.split for c in sweep.interventions for ref in _refs(c) if ref.split]
+    if not found:
+        return sweep
+    if sweep.splits is None:
+        return replace(
+            sweep, splits={name: found[0][name] for name in ("tune", "report") if name in found[0]}
+        )
+    read = set(found[0].get("discover", ())) & set(sweep.splits.get("report", ()))
+    if read:
+        warnings.warn(
+            f"{len(read)} report templates of this sweep, such as {sorted(read)[0]!r}, discovered its feature: their figure is in-sample. "
+            "Give the ranking's split, or none.",
+            stacklevel=3,
+        )
+    return sweep
+
+
+def _refs(cell: Intervention | tuple[Intervention, ...] | Cell) -> list[FeatureRef]:
+    edits = cell.edits if isinstance(cell, Cell) else cell if isinstance(cell, tuple) else (cell,)
+    return [part.ref for e in edits for part in e.parts if isinstance(part, FeatureEdit)]
 
 
 def _write_plan(folder: RunFolder, plan: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ COLLAPSE_COLUMNS = [
 ]
 COST_COLUMNS = [
     f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired") for kind in COST_TEXTS
-] + ["kl_off"]
+] + ["kl_off", "kl_off_p95"]
 
 
 def _cost_columns(facts: Mapping[Any, Any], beta: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from sae_bias.core.text import is_number
 from sae_bias.prompts.texts import COST_TEXTS
-from sae_bias.steering.controls import empirical_p
+from sae_bias.steering.controls import control_test, empirical_p
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 
 NAN = float("nan")
@@ -92,7 +92,7 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
             if is_number(row.get(f"kl_{kind}"))
         }
         if is_number(row.get("kl_off")):
-            out["costs"]["off"] = {"kl_mean": row["kl_off"]}
+            out["costs"]["off"] = {"kl_mean": row["kl_off"], "kl_p95": row.get("kl_off_p95", NAN)}
     return out
 
 
@@ -133,7 +133,8 @@ def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
     """Where the first candidate stands among its controls, matched and random apart.
 
     The statistic is the specific reduction; without the valence banks it is the change of the bias in nats. Matched features and
-    random directions each have their own p; the candidate's is the larger of the two, never one over both pooled.
+    random directions each have their own p; the candidate's is the larger of the two, never one over both pooled. `verdict` is yes, no, or
+    undetermined, such as with 1 to 18 matched features: 19 are the fewest whose p can reach .05.
     """
     specific = "specific_reduction" in controls and bool(controls["specific_reduction"].notna().all())
     statistic = (
@@ -149,6 +150,7 @@ def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
         "value": value,
         **_among(value, values),
         "p_value": max(part["p_value"] for part in kinds.values()),
+        "verdict": control_test(value, values, controls["label"]).verdict,
         "kinds": kinds,
     }
 
@@ -164,7 +166,6 @@ def _among(value: float, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def beats_controls(summary: dict[str, Any]) -> bool:
-    """Whether the edit's statistic is positive and beats each kind of its controls at 5 %."""
-    controls = summary.get("controls") or {}
-    return bool(controls.get("p_value", 1.0) <= 0.05 and controls["value"] > 0)
+def beats_controls(summary: dict[str, Any]) -> str:
+    """yes, no or undetermined: whether the edit's statistic is positive and beats each kind of its controls at 5 %."""
+    return str((summary.get("controls") or {}).get("verdict", "undetermined"))

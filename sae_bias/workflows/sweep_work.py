@@ -128,7 +128,7 @@ def cost_facts(table: pd.DataFrame) -> dict[str, float]:
         "kl": "kl_mean", "kl_p95": "kl_p95", "kl_last": "kl_last", "kl_off": "kl_off", "nll": "nll_change", "fired": "changed_share",
     }  # fmt: skip
     facts = {f"{short}_{row['kind']}": row[name] for row in table.to_dict("records") for short, name in names.items()}  # fmt: skip
-    return facts | {"kl_off": pooled_kl_off(table)}
+    return facts | {"kl_off": pooled_kl_off(table), "kl_off_p95": table.attrs["kl_off_p95"]}
 
 
 def _receipt_facts(receipt: Receipt) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def test_kl_off_is_the_kl_of_the_law_given_no_evaluation_word(tiny):
     """p(token | not an evaluation word), from full probabilities by division."""
     model, edit, probe = tiny.model, sb.Steer(tiny.feature(F), 1.0), sb.Probe(["natural"], ["wrong"])
     engine = CostEngine(model, TEXTS, probe=probe)
-    frame = engine.run([edit]).set_index("kind")
+    table = engine.run([edit])
+    frame, everything = table.set_index("kind"), []
     for kind, texts in TEXTS.items():
         found = []
         for text in texts:
@@ -61,6 +62,9 @@ def test_kl_off_is_the_kl_of_the_law_given_no_evaluation_word(tiny):
             p, q = (x[keep] / x[keep].sum() for x in (p, q))
             found.append(float((p * (p / q).log()).sum()))
         assert frame.loc[kind, "kl_off"] == pytest.approx(np.mean(found), rel=2e-3, abs=2e-4)
+        assert frame.loc[kind, "kl_off_p95"] == pytest.approx(np.quantile(found, 0.95), rel=2e-3, abs=2e-4)
+        everything += found
+    assert table.attrs["kl_off_p95"] == pytest.approx(np.quantile(everything, 0.95), rel=2e-3, abs=2e-4)
 
 
 def test_moving_the_evaluation_words_alone_costs_nothing_off_them():

@@ -20,8 +20,10 @@ import pytest
 import test_activations
 import test_attribution
 import test_calls
+import test_control_verdict
 import test_directions
 import test_engine
+import test_frontier_cost
 import test_gate
 import test_generation
 import test_hooks
@@ -53,8 +55,9 @@ from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
 from sae_bias.stats import clustered, reduction
-from sae_bias.steering import directions, hooks, intervention, runner, shared
+from sae_bias.steering import controls, directions, hooks, intervention, runner, shared
 from sae_bias.steering import generate as generation
+from sae_bias.workflows import sweep_rows
 
 TABLE: list[tuple[str, str]] = []
 
@@ -521,7 +524,30 @@ OLD_DEFINITIONS = [
 ]
 
 G = {"architecture": "gemma3"}
+
+
+def three_kinds(real: Any, facts: Any, beta: float) -> dict[str, float]:
+    """Costs as of version 0.1: no KL at the evaluation position, none of the rest of the law, nothing for what is lost of β."""
+    worst = max(float(facts[f"kl_{kind}"]) for kind in ("neutral", "ai_nonspeech", "ai_speech"))
+    return {**real(facts, beta), "kl_worst": worst, "cost": worst}
+
+
 MUTANTS = [
+    Mutant(
+        "old definition: one p over controls of both kinds",
+        around(
+            controls,
+            "control_test",
+            lambda real, own, values, kinds: real(own, values, [controls.RANDOM for _ in kinds]),
+        ),
+        test_control_verdict.test_fewer_than_nineteen_matched_controls_decide_nothing,
+        {"matched": 10},
+    ),
+    Mutant(
+        "old definition: the cost is the KL of three kinds of text",
+        around(sweep_rows, "_cost_columns", three_kinds),
+        test_frontier_cost.test_the_cost_is_the_worst_kl_or_what_is_lost_of_beta,
+    ),
     Mutant(
         "full reconstruction instead of the delta (mistake 1)",
         full_reconstruction,

@@ -52,6 +52,7 @@ def sweep_section(run: Run) -> Section:
         "kl_ai_speech": "KL AI speech",
         "kl_valence": "KL human deeds",
         "kl_off": "KL_off",
+        "kl_off_p95": "KL_off, 95th percentile",
         "outside_observed": "outside observed",
         "label": "what",
     }
