@@ -4,7 +4,7 @@
 
 - floor: the layers up to the SAE over every batch, and x · W_enc of every token's residual in the ranking's own column blocks; nothing kept or tested.
 - ranking: `rank_features(model, sae, contrast, reduce="mean")`, from the SAE's file. Mark: at most 1.3 times the floor (processor time).
-- memory: the process's peak above the loaded model, with --texts and with a quarter of them (a process each). Mark: the same within a tenth.
+- memory: a process's peak, the model included, with --texts and with a quarter of them (a process each). Mark: the same within a tenth.
 
 The SAE is random, with thresholds for about 100 live features a token; texts are the bundled neutral ones joined and cut to --tokens.
 """
@@ -95,7 +95,7 @@ def ranking(model: sb.Model, sae: sb.Sae, texts: list[str]) -> float:
 
 
 def peak_of(args: argparse.Namespace, n: int, folder: Path) -> float:
-    """Peak MB above the loaded model in a process of its own."""
+    """Peak MB of a process of its own, the loaded model included."""
     command = [
         sys.executable,
         __file__,
@@ -125,9 +125,8 @@ def main() -> None:
     model = sb.load_model(args.model)
     texts = make_texts(model, args.texts, args.tokens)
     if args.memory:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ranking(model, sb.load_sae(args.memory), texts)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as temporary:
         folder = make_sae(Path(temporary), model, model.n_layers // 2, args.width, texts)
@@ -140,7 +139,7 @@ def main() -> None:
         low, high = (statistics.median(x) for x in zip(*pairs))
         print(f"floor {low:.2f} s, ranking {high:.2f} s: {high / low:.2f}x (mark 1.3)")
         whole, quarter = peak_of(args, args.texts, folder), peak_of(args, max(8, args.texts // 4), folder)
-        print(f"peak above the model: {whole:.0f} MB, with a quarter of the texts {quarter:.0f} MB")
+        print(f"peak of the process: {whole:.0f} MB, with a quarter of the texts {quarter:.0f} MB")
 
 
 if __name__ == "__main__":
