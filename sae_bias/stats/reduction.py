@@ -16,6 +16,7 @@ from scipy.optimize import root_scalar
 from scipy.special import stdtrit
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.text import bracket, percent, signed
 from sae_bias.stats.clustered import (
     NAN,
     Array,
@@ -57,6 +58,13 @@ class Reduction:
     def ci(self) -> tuple[float, float]:
         """(low, high); NaN = undefined."""
         return self.ci_low, self.ci_high
+
+    def __repr__(self) -> str:
+        share = f"{percent(self.estimate)} {bracket(self.ci_low, self.ci_high, share=True)}" if self.bounded else f"share undefined ({self.reason})"  # fmt: skip
+        moved = f"{signed(self.change.mean)} {bracket(*self.change.ci)}"
+        return (
+            f"Reduction: {share}; {moved} nats removed, {signed(self.base_bias)} → {signed(self.after_bias)}"
+        )
 
 
 def fieller_reduction(
