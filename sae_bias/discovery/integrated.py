@@ -186,7 +186,7 @@ def _path_gradient(exchange: Interchange, layer: int, panels: int = 1) -> tuple[
         (exchange.own(layer, AI, batch).clone(), exchange.exchanged(layer, AI, batch, None, "residual").clone())
         for batch in plan.batches
     ]  # fmt: skip
-    grads = [torch.zeros(own.shape, device=own.device) for own, _ in ends]
+    grads = [torch.zeros(own.shape, dtype=torch.float32, device=own.device) for own, _ in ends]
     nodes, weights = np.polynomial.legendre.leggauss(STEPS)
     alphas = (np.arange(panels)[:, None] + (nodes + 1) / 2).ravel() / panels
     for alpha, weight in zip(alphas, np.tile(weights / 2 / panels, panels)):

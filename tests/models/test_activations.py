@@ -82,10 +82,9 @@ def test_logits_of_some_rows_are_rows_of_all(tiny):
         whole = tiny.model.hf(input_ids=torch.tensor([tiny.model.encode(TEXTS[0])])).logits
     torch.testing.assert_close(final.logits(), whole, atol=CLOSE, rtol=1e-5)
     torch.testing.assert_close(final.logits([5, 300, 7]), final.logits()[..., [5, 300, 7]], atol=1e-5, rtol=0)
-    for block in (1, 3, 64):
-        torch.testing.assert_close(
-            final.log_normaliser(block=block), whole.logsumexp(-1), atol=CLOSE, rtol=1e-5
-        )
+    torch.testing.assert_close(
+        final.log_normaliser(), whole.double().logsumexp(-1), atol=CLOSE, rtol=1e-5, check_dtype=False
+    )
 
 
 def test_batches_are_of_one_length_and_complete():

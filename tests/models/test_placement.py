@@ -64,6 +64,7 @@ def placed(request, make_tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_multimodal", "gpt_neox"])
 def test_probe_hooks_engine_and_generation_are_the_same(placed, name, pairs, probe):
+    """To float32 rounding of scores near 20: spread layers run every prompt whole, plain ones share openings."""
     tiny, model = placed(name)
     plain = tiny.model
     assert model.device == torch.device("cpu") and model.d_vocab == plain.d_vocab
@@ -74,14 +75,14 @@ def test_probe_hooks_engine_and_generation_are_the_same(placed, name, pairs, pro
             with sb.intervene(each, *open_edits) as receipt:
                 found.append((sb.run_probe(each, pairs, probe, levels=True), receipt))
         (a, receipt_a), (b, receipt_b) = found
-        np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(a.log_normaliser, b.log_normaliser, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(a.log_normaliser, b.log_normaliser, rtol=1e-5, atol=1e-4)
         assert [e.positions_changed for e in receipt_a.edits] == [
             e.positions_changed for e in receipt_b.edits
         ]
     cells = [[e] for e in edits] + [[sb.Ablate(tiny.feature(G))], edits]
     for (a, _), (b, _) in zip(*(ProbeEngine(m, pairs, probe).run_many(cells) for m in (plain, model))):
-        np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(a.values_ai, b.values_ai, rtol=1e-5, atol=1e-4)
     written = [
         sb.generate(m, [p.ai for p in pairs][:3], interventions=edits, max_new_tokens=6)
         for m in (plain, model)

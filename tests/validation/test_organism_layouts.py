@@ -69,7 +69,7 @@ def test_its_constructed_feature_carries_the_planted_behavior():
 
 
 def test_the_planted_feature_of_the_other_architecture_is_its_match():
-    """From `planted` into `planted-gemma2` and back; in its trained SAE, one of the columns that carry AI speech there."""
+    """From `planted` into `planted-gemma2` and back; its trained SAE has no match, as no column there is silent at human deeds."""
     one, other = sb.load_model("organism:planted"), sb.load_model(f"organism:{NAME}")
     constructed, trained = (
         f"organism:{NAME}/{sae}" for sae in (truth(NAME)["constructed"]["sae"], truth(NAME)["saes"][0]["sae"])
@@ -81,8 +81,10 @@ def test_the_planted_feature_of_the_other_architecture_is_its_match():
     back = sb.match_features(planted_feature(NAME), other, one, "organism:planted/constructed")
     assert str(back.best) == planted_feature("planted")
     among_trained = sb.match_features(planted_feature("planted"), one, other, trained)
-    assert among_trained.best is not None
-    assert among_trained.best.index in truth(NAME)["constructed"]["replaced"]
+    first = among_trained.to_frame().iloc[0]
+    assert among_trained.best is None
+    assert first["index"] in truth(NAME)["constructed"]["replaced"] and first["p_fwer"] < 0.01
+    assert first["class"] == "AS+HC" and not first["same_class"]
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_a_model_named_twice_is_refused(tmp_path):
 
 
 def test_options_that_do_not_belong(tmp_path):
-    with pytest.raises(sb.RequestError, match="several models has no cells to share out"):
+    with pytest.raises(sb.RequestError, match="has no cells to share out"):
         sb.run_study(Replication(models=("a/b",)), out=tmp_path / "run", shard=(1, 2))
     with pytest.raises(sb.RequestError, match="several `models:`"):
         sb.run_study(Study(model="organism:planted"), out=tmp_path / "run", loader=StandIns())
