@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_bias.core.text import signed
 from sae_bias.discovery.attribution import (
     Agreement,
     attribution,
@@ -120,7 +121,7 @@ def effect_sentence(row: Mapping[str, Any] | pd.Series) -> str:
     """The exact effects of one feature of a ranking, in words with their figures."""
     effects = {name: float(row.get(name, np.nan)) for name in EXACT}
     shown = ", ".join(
-        f"{name} removes {value:+.3f} nats" for name, value in effects.items() if value == value
+        f"{name} removes {signed(value)} nats" for name, value in effects.items() if value == value
     )
     return f"Exactly: {shown} ({CARRIES[str(row.get('carrier', 'undetermined'))]})." if shown else ""
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_bias.core.text import bracket, percent, signed
 from sae_bias.discovery.attribution import logit_coefficients, weighted_score, word_slopes
 from sae_bias.models.forward import Batch, Kept, forward, forward_with_grad
 from sae_bias.probe.reading import Read, ReadingPlan
@@ -150,8 +151,8 @@ def parts_sentence(parts: pd.DataFrame) -> str:
     def figure(name: str) -> str:
         row: Any = by_part.loc[name]
         if not math.isfinite(row["share_of_bias"]):
-            return f"{row['effect']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}] nats"
-        return f"{row['share_of_bias']:.0%} [{row['share_low']:.0%}, {row['share_high']:.0%}]"
+            return f"{signed(row['effect'])} {bracket(row['ci_low'], row['ci_high'])} nats"
+        return f"{percent(row['share_of_bias'])} {bracket(row['share_low'], row['share_high'], share=True)}"
 
     return (
         f"of the {parts['of'].iloc[0]} at layer {parts['layer'].iloc[0]}, any edit after the subject could remove {figure('after the subject')},"

@@ -71,7 +71,7 @@ class Tree:
         path: list[int] = []
         for i in self.order:
             key = keys[i]
-            n = _common(before, key)
+            n = common_prefix(before, key)
             new = range(len(self.token), len(self.token) + len(key) - n)
             self.token += sequences[i][n:]
             self.place += range(n, len(key))
@@ -479,7 +479,8 @@ def run_packed(model: Model, packed: Packed, resume: Kept | None = None) -> Fina
         return forward_with_grad(model, packed.tokens, packed=packed, resume=resume)
 
 
-def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many tokens two prompts share from the start: where the subject begins."""
     n = 0
     for x, y in zip(a, b):
         if x != y:

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Batch, Final, Partners, log_sum_exp, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Partner, Reader, Spot, read_together
+from sae_bias.models.tree import Partner, Reader, Spot, common_prefix, read_together
 from sae_bias.probe.random_words import RandomWords, candidate_words
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
@@ -94,16 +94,6 @@ class PairReading:
             ranks=None if ranks is None else np.stack([ranks[human], ranks[ai]], axis=1),
             random_words=others,
         )
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two prompts share from the start: where the subject begins."""
-    n = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def shared_after_subject(model: Model, pair: PromptPair, human: Sequence[int], ai: Sequence[int]) -> int:
