@@ -7,6 +7,7 @@ import typer
 
 from sae_bias.cli.context import Run, ask_to_send, command, once
 from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.labels import columns_of
 
 RunDir = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder with generated texts.", show_default=False)
@@ -148,10 +149,10 @@ def judge(
         kept.add_summary({"judge": result.summary()})
     for line in result.headline():
         run.say(line)
-    columns = {
-        "part": "part", "unsteered": "unsteered", "steered": "steered", "difference": "difference", "ci_low": "from", "ci_high": "to",
-        "paired_sd": "paired SD", "needed_n": "prompts needed", "alpha": "α", "repeat_sd": "repeat SD", "order_bound": "order-bound",
-    }  # fmt: skip
+    columns = columns_of(
+        "part; unsteered; steered; difference; ci_low; ci_high; paired_sd: paired SD; "
+        "needed_n: prompts needed; alpha: α; repeat_sd: repeat SD; order_bound: order-bound"
+    )
     run.table("Judged", result.to_frame(), columns)
     run.finish({"run": str(kept.path), **result.summary()})
     if result.n_unanswered:

@@ -5,16 +5,12 @@ from typing import Annotated
 import typer
 
 from sae_bias.cli.context import FROM_FEATURE, Run, command, parse_numbers, rows
+from sae_bias.core.labels import columns_of
 
-COLUMNS = {
-    "rung": "effect of",
-    "effect": "nats",
-    "ci_low": "low",
-    "ci_high": "high",
-    "share_of_bias": "of the bias",
-    "share_of_ceiling": "of its upper bound",
-    "meaning": "what it is",
-}
+COLUMNS = columns_of(
+    "rung: effect of; effect: nats; ci_low: low; ci_high: high; share_of_bias: of the bias; "
+    "share_of_ceiling: of its upper bound; meaning: what it is"
+)
 Layers = Annotated[
     str | None,
     typer.Option(

@@ -7,6 +7,7 @@ import typer
 
 from sae_bias.cli.context import Console, Run, command
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,28 +39,13 @@ DtypeChoice = Annotated[
         show_default=False,
     ),
 ]
-STEP_COLUMNS = {
-    "model": "model",
-    "step": "step",
-    "operations": "operations",
-    "time": "time",
-    "device": "on the device",
-    "parts": "beside the weights",
-    "read": "read",
-    "host": "tables",
-}
-TOTAL_COLUMNS = {
-    "model": "model",
-    "parameters": "parameters",
-    "weights": "weights",
-    "peak": "at most",
-    "step": "in step",
-    "fits": "fits",
-    "time": "time",
-    "saes": "SAEs",
-    "download": "to download",
-    "disk": "run folder",
-}
+STEP_COLUMNS = columns_of(
+    "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"
+)
+TOTAL_COLUMNS = columns_of(
+    "model; parameters; weights; peak: at most; step: in step; fits; time; saes: SAEs; "
+    "download: to download; disk: run folder"
+)
 
 
 @command(

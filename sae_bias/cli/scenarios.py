@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
+from sae_bias.core.labels import columns_of
 
 Source = Annotated[
     str | None,
@@ -31,7 +32,7 @@ Roles = Annotated[
     ),
 ]
 
-COLUMNS = {"category": "category", "n": "scenarios", "aligned_before": "aligned", "p_before": "p(aligned)"}
+COLUMNS = columns_of("category; n: scenarios; aligned_before: aligned; p_before: p(aligned)")
 AFTER = {
     "aligned_after": "after", "p_after": "p after", "improved": "improved", "worsened": "worsened",
     "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",

@@ -15,6 +15,7 @@ from sae_bias.cli.context import (
     rows,
 )
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,26 +25,12 @@ if TYPE_CHECKING:
     from sae_bias.workflows.sweep import SweepResult
 
 
-COLUMNS = {
-    "intervention": "intervention",
-    "strength": "strength",
-    "split": "split",
-    "bias": "bias",
-    "ci_low": "from",
-    "ci_high": "to",
-    "removed_nats": "nats removed",
-    "reduction": "reduction",
-    "specific_reduction": "specific",
-    "beta": "β",
-    "human_shift": "human moved",
-    "ai_shift": "AI moved",
-    "kl_neutral": "KL neutral",
-    "kl_ai_nonspeech": "KL AI, no speech",
-    "kl_ai_speech": "KL AI speech",
-    "kl_valence": "KL human deeds",
-    "kl_off": "KL_off",
-    "kl_off_p95": "KL_off, 95th percentile",
-}
+COLUMNS = columns_of(
+    "intervention; strength; split; bias; ci_low; ci_high; removed_nats; reduction: reduction; "
+    "specific_reduction; beta; human_shift; ai_shift; kl_neutral: KL neutral; "
+    "kl_ai_nonspeech: KL AI, no speech; kl_ai_speech: KL AI speech; kl_valence: KL human deeds; "
+    "kl_off: KL_off; kl_off_p95: KL_off, 95th percentile"
+)
 More = Annotated[
     list[str] | None,
     typer.Option(

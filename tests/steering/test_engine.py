@@ -106,7 +106,7 @@ def test_where_nothing_changes_the_base_result_is_returned(gemma3, pairs, probe,
     monkeypatch.setattr(gemma3.model.base, "forward", None)
     result, receipt = engine.run([sb.Ablate(silent)])
     assert result is engine.base
-    assert receipt.never_fired == [str(silent)]
+    assert [e.positions_active for e in receipt.edits] == [0]
     assert engine.run([])[0] is engine.base
 
 
