@@ -27,7 +27,9 @@ CHANGED: dict[int, dict[str, str]] = {
         "calls": "AI-speech also needs badly judged human deeds to differ, and ranks are by the size of the interaction; before: by its value, without them",
         "attribution, ablation": "of the difference in differences where the pairs have mundane twins, before: of the bias",
     },
-    3: {"compare at equal cost": "shares of the difference in differences where the pairs have mundane twins, before: of the bias"},
+    3: {
+        "compare at equal cost": "shares of the difference in differences where the pairs have mundane twins, before: of the bias"
+    },
 }
 """Of each version, the figures whose meaning it changed."""
 

@@ -44,7 +44,10 @@ class Hand:
     @property
     def words(self) -> tuple[list[int], list[int]]:
         words = load_lexicon()
-        return tuple([self.plain.word("A dog sleeps. This is", w)[0] for w in side] for side in (words.positive, words.negative))  # type: ignore[return-value]
+        return tuple(
+            [self.plain.word("A dog sleeps. This is", w)[0] for w in side]
+            for side in (words.positive, words.negative)
+        )  # type: ignore[return-value]
 
     def last(self, texts, edit=None, layer=0) -> torch.Tensor:
         """Logits at the last token of each text, BOS never edited."""
@@ -140,7 +143,10 @@ def _calls(ranking, acts, grid):
     cell = {"AS": ("ai", "speech"), "AN": ("ai", "nonspeech"), "HS": ("human", "speech"), "HN": ("human", "nonspeech"), "DS": ("animal", "speech")}  # fmt: skip
 
     def means(name, matches):
-        rows = [[i for i, p in enumerate(grid) if p.match == m and (p.group, p.act) == cell[name]] for m in matches]
+        rows = [
+            [i for i, p in enumerate(grid) if p.match == m and (p.group, p.act) == cell[name]]
+            for m in matches
+        ]
         return np.stack([acts[r].mean(0) for r in rows])
 
     d, r = ({c: means(c, ranking.split[part]) for c in cell} for part in ("discover", "report"))
@@ -188,7 +194,9 @@ def test_calls_by_hand(planted, sae):
     called = np.flatnonzero(calls == "AI-speech").tolist()
     assert called == ([PLANTED] if sae == "constructed" else [])
     assert sae == "constructed" or (calls == "negative judgement").any()
-    print(f"{sae}: AI-speech {called}, negative judgement {np.flatnonzero(calls == 'negative judgement').tolist()}")
+    print(
+        f"{sae}: AI-speech {called}, negative judgement {np.flatnonzero(calls == 'negative judgement').tolist()}"
+    )
 
 
 def test_badly_judged_deeds_are_paired_on_the_unsteered_score(planted):
@@ -327,7 +335,11 @@ def test_exchangeable_candidates_by_ranks(n_matched):
         spread = rng.gamma(2.0, 0.5)
         values = rng.normal(0.05, spread, 1 + n_matched + max(0, 99 - n_matched))
         own, matched, random = values[0], values[1 : 1 + n_matched], values[1 + n_matched :]
-        ranks = [stats.rankdata(-np.r_[own, part], method="max")[0] / (1 + len(part)) for part in (matched, random) if len(part)]
+        ranks = [
+            stats.rankdata(-np.r_[own, part], method="max")[0] / (1 + len(part))
+            for part in (matched, random)
+            if len(part)
+        ]
         by_rank = own > 0 and max(ranks) <= 0.05 and not 0 < n_matched < 19
         kinds = [MATCHED] * len(matched) + [RANDOM] * len(random)
         assert (control_test(own, values[1:], kinds).verdict == "yes") == by_rank
@@ -364,7 +376,9 @@ def test_intervals_of_small_designs_by_mean_squares(n_templates):
     assert ours["mean"] - ours["ci_low"] == pytest.approx(by_hand[:, 1], rel=1e-9)
     covered = float((np.abs(by_hand[:, 0] - 0.3) <= by_hand[:, 1]).mean())
     print(f"{n_templates} templates: {covered:.3f}")
-    assert covered >= 0.94 - 2.6 * np.sqrt(0.94 * 0.06 / 4_000)  # the mark over 20,000 studies: test_stats_simulation
+    assert covered >= 0.94 - 2.6 * np.sqrt(
+        0.94 * 0.06 / 4_000
+    )  # the mark over 20,000 studies: test_stats_simulation
     call = clustered_mean(x[0].ravel() + 50, *labels).call
     assert call == ("undetermined" if n_templates < 6 else "positive")
 

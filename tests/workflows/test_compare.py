@@ -64,13 +64,30 @@ def test_shares_are_of_the_difference_in_differences_where_there_are_twins(witho
     noise = np.random.default_rng(0).normal(0, 1e-3, 72)
 
     def cell(bias, kind, name):
-        frame = pd.DataFrame({"template": labels[0], "entity": labels[1], "bias": bias + noise - noise.mean()})
+        frame = pd.DataFrame(
+            {"template": labels[0], "entity": labels[1], "bias": bias + noise - noise.mean()}
+        )
         frame.attrs = {"kind": kind, "twins": [None] * without + [0.4] * (72 - without), "cell": name}
         return frame
 
     cells = {"base": cell(1.0, "base", "base"), "half": cell(0.5, "direction", "half")}
-    row = {"method": "m", "kind": "direction", "positions": "all", "share": 1.0, "cell": "half", "cost": 0.01, "beta": 1.0}
-    row |= {"kl_off": 0.0, "specific_reduction": 0.5, "spec_low": 0.4, "spec_high": 0.6, "red_reason": "", "rule": "r"}
+    row = {
+        "method": "m",
+        "kind": "direction",
+        "positions": "all",
+        "share": 1.0,
+        "cell": "half",
+        "cost": 0.01,
+        "beta": 1.0,
+    }
+    row |= {
+        "kl_off": 0.0,
+        "specific_reduction": 0.5,
+        "spec_low": 0.4,
+        "spec_high": 0.6,
+        "red_reason": "",
+        "rule": "r",
+    }
     row |= {"strength": 1.0, "outside_observed": False, "specific_reason": ""}
     frame = pd.DataFrame([row | {"split": s} for s in ("tune", "report")])
     splits = {"tune": [f"t{i}" for i in range(6)], "report": [f"t{i}" for i in range(6, 12)]}
@@ -140,7 +157,20 @@ def test_the_planted_feature_removes_more_than_random_at_equal_cost(comparison):
     table = comparison.table.set_index("method")
     random = max(table.loc[m, "at_0.1"] for m in table.index if str(m).startswith("random"))
     own = table.loc["feature, all positions"]
-    print(table[["at_0.01", "at_0.03", "at_0.1", "at_0.3", "specific_reduction", "beta", "kl_off", "did_reduction"]].to_string())
+    print(
+        table[
+            [
+                "at_0.01",
+                "at_0.03",
+                "at_0.1",
+                "at_0.3",
+                "specific_reduction",
+                "beta",
+                "kl_off",
+                "did_reduction",
+            ]
+        ].to_string()
+    )
     assert own["at_0.1"] >= 0.8
     assert own["low_0.1"] > random + 0.3
     assert own["specific_reduction"] >= 0.8

@@ -81,7 +81,9 @@ def test_a_learned_direction_is_more_specific_than_the_one_it_starts_from(model,
     means = sb.difference_of_means(model, found_on, site)
     cells = [[rule(learned, positions=positions)], [sb.ProjectOut(means, positions=positions)]]
     own, before = specific_reductions(engine, banks, cells)
-    print(f"specific reduction at {positions}: {rule.__name__} learned {own:.3f}, difference of means {before:.3f}")
+    print(
+        f"specific reduction at {positions}: {rule.__name__} learned {own:.3f}, difference of means {before:.3f}"
+    )
     assert own > before + 0.05
 
 

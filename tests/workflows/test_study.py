@@ -15,7 +15,6 @@ import sae_bias as sb
 from sae_bias.models.catalog import organism_folder, organism_names
 from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.study import load_study, run_study
-from sae_bias.workflows.study_steps import choose_feature, chosen_facts
 
 pytestmark = pytest.mark.skipif(
     "planted" not in organism_names(), reason="the organisms are not bundled here"
@@ -128,14 +127,11 @@ def test_nothing_is_found_where_nothing_was_planted(null_run):
     assert any("no feature is called AI-speech" in line for line in null_run.headline())
 
 
+@pytest.mark.parametrize("effects_of", ["primary", "bias"])
 def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_not_called(
-    null_run, tmp_path
+    tmp_path, effects_of
 ):
     """Nothing was planted: the feature of largest exact ablation effect on discover is suppressed, and named for that alone."""
-    ranking = pd.read_parquet(null_run.path / "tables" / "ranking.parquet")
-    exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
-    if (carriers := ranking[ranking["carrier"] == "carrier"])["ablation"].gt(0).any():
-        exact = carriers.set_index("feature")["ablation"]
     saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
     study = load_study().model_copy(
         update={
@@ -143,40 +139,30 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
             "saes": tuple(saes),
             "checks": False,
             "suppress": "most causal",
+            "effects_of": effects_of,
             "controls": 2,
             "strengths": (-1.0,),
         }
     )
     result = run_study(study, out=tmp_path, progress=False)
-    assert result.summary["feature"]["id"] == exact.idxmax()
+    ranking = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
+    exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
+    chosen = result.summary["feature"]["id"]
+    assert chosen == exact.idxmax()
+    model, pairs = sb.load_model("organism:null"), sb.load_pairs()
+    place = pd.read_parquet(tmp_path / "tables" / "pairs.parquet")
+    discover = pairs.select(templates=set(place.loc[place["split"] == "discover", "template"]))
+    base = sb.run_probe(model, discover)
+    with sb.intervene(model, sb.Ablate(chosen)):
+        after = sb.run_probe(model, discover)
+    removed = base.did.mean - after.did.mean if effects_of == "primary" else base.bias - after.bias
+    assert exact[chosen] == pytest.approx(removed, abs=1e-5)
     assert result.summary["feature"]["called"] == "most_causal"
     assert "whatever it answers to" in result.summary["feature"]["why"]
     again = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
     assert not (again["causal_ai_speech"] == "yes").any() and not (again["ai_speech"] == "yes").any()
     assert len(pd.read_parquet(tmp_path / "tables" / "sweep.parquet"))
     assert "was not shown to answer to AI speech" in result.report.read_text(encoding="utf-8")
-
-
-def test_an_ablation_effect_without_one_of_resampling_is_not_chosen_before_a_carrier():
-    """On a real model the feature of largest ablation effect showed 0.30 nats by ablation and 0.001 by resampling."""
-    ranking = pd.DataFrame(
-        {
-            "feature": [f"organism:null/x#{i}" for i in range(4)],
-            "call": ["no", "no", "AI-speech", "AI-speech"],
-            "ablation": [0.30, 0.20, 0.15, 0.10],
-            "resampling": [0.001, 0.15, 0.0, 0.1],
-            "carrier": ["damage", "carrier", "damage", "carrier"],
-        }
-    )
-    assert choose_feature(ranking).index == 3
-    nothing_called = ranking.assign(call="no")
-    assert choose_feature(nothing_called) is None
-    chosen = choose_feature(nothing_called, "most causal")
-    assert chosen.index == 1
-    assert "of a carrier" in chosen_facts(nothing_called, chosen)["why"]
-    damage = nothing_called.assign(carrier="damage")
-    assert choose_feature(damage, "most causal").index == 0
-    assert "damage" in chosen_facts(damage, choose_feature(damage, "most causal"))["why"]
 
 
 def test_the_report_says_it_is_an_organism(demo):
