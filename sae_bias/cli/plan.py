@@ -224,6 +224,7 @@ def _model_facts(m: "ModelPlan") -> dict[str, Any]:
             {
                 "step": s.name,
                 "flops": s.flops,
+                "token_layers": s.token_layers,
                 "seconds": s.seconds,
                 "parts_bytes": s.parts,
                 "read_bytes": s.read_bytes,

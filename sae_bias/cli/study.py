@@ -52,7 +52,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         min=1,
-        help="With --cluster: copies of the model; as many as fit by default.",
+        help="Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.",
         show_default=False,
     ),
 ]
@@ -100,17 +100,21 @@ def run(
     """
     from sae_bias.integrations.ray import Cluster
 
-    if cluster is None and (workers, gpus_per_worker) != (None, None):
-        raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
+    if cluster is None and gpus_per_worker is not None:
+        raise RequestError("--gpus-per-worker needs --cluster ADDRESS.")
     nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
-    if nodes is not None and shard is not None:
-        raise RequestError("--shard and --cluster both share out the cells; choose one.")
+    if shard is not None and (nodes or workers):
+        raise RequestError("--shard, --workers and --cluster all share out the cells; choose one.")
     given = {"seed": seed, "device": device, "dtype": dtype}
     options = {
         "gate": not no_gate,
         "shard": parse_shard(shard),
         "confirm": lambda cost: yes or ask_to_send(cost),
     }
+    if nodes is None and workers is not None:
+        from sae_bias.workflows.sweep_work import LocalWorkers
+
+        options["executor"] = LocalWorkers(workers).run
     _run(run, study, given, nodes=nodes, stand_ins=stand_ins, **options)
 
 

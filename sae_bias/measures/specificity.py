@@ -26,6 +26,7 @@ from sae_bias.prompts.load import load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import FEWEST_CLUSTERS, clustered_mean, equivalence_p
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.hooks import compile_edits
 from sae_bias.steering.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -153,7 +154,8 @@ def specificity(
 
     bias: the AI bias whose tenth is the margin of the equivalence tests; that of the bundled pairs where it is None.
     """
-    return SpecificityEngine(model, names, bias=bias).run(edits)
+    sites = list(compile_edits(model, edits))
+    return SpecificityEngine(model, names, bias=bias, sites=sites).run(edits)
 
 
 @register_measure("specificity")

@@ -19,9 +19,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
 from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
-from sae_bias.discovery.causal import ladder_of
+from sae_bias.discovery.causal import ladder_layers, ladder_of
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
@@ -165,7 +166,7 @@ class StudyRun:
                 self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
             self.folder.write_table("harm_pairs", interaction.pairing)
-            engine = ProbeEngine(self.model, discover, self.probe, controls=True)
+            engine = ProbeEngine(self.model, discover, self.probe, controls=True, sites=self.sites)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking, self.study.suppress)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
@@ -217,6 +218,11 @@ class StudyRun:
         self.notes += notes
 
     @property
+    def sites(self) -> list[Site]:
+        """Where the SAEs read: the first run of some prompts keeps the residuals there."""
+        return [s.site for s in self.saes]
+
+    @property
     def ranked(self) -> PromptPairs:
         """The pairs of ranking, choice and joint ablation; the probe, the sweep and the causal analysis show bias and difference in differences."""
         return self.pairs.effects_of(self.study.effects_of)
@@ -224,7 +230,9 @@ class StudyRun:
     @cached_property
     def report(self) -> ProbeEngine:
         """The report pairs, run once without edits for the causal analysis and the measures."""
-        return ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        layers = [] if self.chosen is None else ladder_layers(self.model, as_feature(self.chosen).site.layer)
+        pairs = self.pairs.select(templates=self.split["report"])
+        return ProbeEngine(self.model, pairs, self.probe, sites=[Site(layer) for layer in layers])
 
     def write_card(self, chosen: FeatureRef, table: ActivationTable) -> None:
         """cards/INDEX.html in the run folder."""
@@ -263,7 +271,8 @@ class StudyRun:
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
         pairs = self.ranked.select(templates=self.split["report"])
-        report, curves = ProbeEngine(self.model, pairs, self.probe, controls=True), []
+        report = ProbeEngine(self.model, pairs, self.probe, controls=True, sites=self.sites)
+        curves = []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
