@@ -407,7 +407,7 @@ def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRe
         if len(group):
             carries = group["carrier"] == "carrier"
             best = group[carries] if carries.any() else group
-            return FeatureRef.parse(str(best.loc[best["ablation"].idxmax(), "feature"]))
+            return FeatureRef.parse(str(best["feature"].iloc[int(best["ablation"].to_numpy().argmax())]))
     return None
 
 
