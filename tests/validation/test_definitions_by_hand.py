@@ -28,6 +28,7 @@ from sae_bias.steering.controls import MATCHED, RANDOM, control_test
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.cells import Cell
 
+pytestmark = pytest.mark.slow
 FOLDER = organism_folder("planted")
 TRUTH = json.loads((FOLDER / "truth.json").read_text())
 PLANTED, VALENCE = (TRUTH["constructed"][name] for name in ("index", "valence_index"))
@@ -307,7 +308,6 @@ def test_costs_by_hand(planted, index, dear):
 # --- 4. controls
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("index", "passes"), [(PLANTED, True), (VALENCE, False)])
 def test_random_directions_of_the_residual_covariance_by_hand(held_out, index, passes):
     """SR among 99 directions drawn from the covariance of the residuals, same gate and same ‖Δ‖: p = (1 + #≥) / 100."""
