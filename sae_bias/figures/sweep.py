@@ -174,24 +174,25 @@ def specificity(frame: pd.DataFrame) -> go.Figure:
 
 
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
-    """Bias removed against cost, a line a method (table `compare_curves`); KL alone in runs of an older sae-bias."""
+    """Share removed against cost, a line a method (table `compare_curves`), of the difference in differences where there are twins;
+    of the bias, and against KL alone, in runs of an older sae-bias."""
     colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
     x = "cost" if "cost" in frame else "kl"
-    fig = style.figure(
-        "Bias removed at its cost", AXIS[x], "share of the bias removed", height=560,
-    )  # fmt: skip
+    twins = "did_reduction" in frame and bool(frame["did_reduction"].notna().any())
+    y, of = ("did_reduction", "difference in differences") if twins else ("reduction", "bias")
+    fig = style.figure("Removed at its cost", AXIS[x], f"share of the {of} removed", height=560)
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kind = str(part["kind"].iloc[0])
         hover = [
-            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>{x} {number(getattr(r, x))}"
+            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {getattr(r, y):.1%}<br>{x} {number(getattr(r, x))}"
             for r in part.itertuples()
         ]
         lead = kind == "candidate"
         line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
         points(
-            fig, part[x].clip(lower=1e-4), part["reduction"], mode="lines+markers", name=short(method, 44), hover=hover,
+            fig, part[x].clip(lower=1e-4), part[y], mode="lines+markers", name=short(method, 44), hover=hover,
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
         )  # fmt: skip
     fig.update_xaxes(**LOG_COST)

@@ -395,17 +395,19 @@ def switch_tables(
 
 
 def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:
-    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most.
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most; carriers come first.
 
-    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to.
+    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to. An
+    ablation effect without one of resampling is damage, so such a feature is chosen only where the group has no carrier.
     """
     tried = ranking[ranking["ablation"].notna()]
     groups = [tried[tried["call"] == call] for call in CHOSEN]
     groups += [tried[tried["ablation"] > 0]] if suppress == "most causal" else []
     for group in groups:
         if len(group):
-            best = int(group["ablation"].to_numpy().argmax())
-            return FeatureRef.parse(str(group["feature"].iloc[best]))
+            carries = group["carrier"] == "carrier"
+            best = group[carries] if carries.any() else group
+            return FeatureRef.parse(str(best["feature"].iloc[int(best["ablation"].to_numpy().argmax())]))
     return None
 
 
@@ -421,13 +423,14 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
         return {"id": None, "index": None, "called": "none", "why": why}
     row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    most = f"the largest exact ablation effect on the discover split{' of a carrier' if row['carrier'] == 'carrier' else ''}"
     if row["call"] not in CHOSEN:
         why = (
-            "no feature passed the AI-speech test; this one has the largest exact ablation effect on the discover split "
-            f"({row['ablation']:+.3f} nats), whatever it answers to"
+            f"no feature passed the AI-speech test; this one has {most} ({row['ablation']:+.3f} nats), whatever it answers to. "
+            + effect_sentence(row)
         )
         return {"id": str(chosen), "index": chosen.index, "called": "most_causal", "why": why}
-    why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
+    why = f"{most} among the features called {row['call']}"
     called = "ai_speech" if row["call"] == "AI-speech" else "silent"
     return {
         "id": str(chosen),
@@ -448,7 +451,9 @@ def rejected_candidates(
     for row in ranking[ranking["feature"].isin(looked)].itertuples():
         if str(row.feature) == str(chosen):
             continue
-        if row.call == "AI-speech":
+        if row.call == "AI-speech" and row.carrier == "damage":
+            reason = f"called AI-speech, but its ablation ({row.ablation:+.3f}) is damage: taking over the human value does not move the bias"
+        elif row.call == "AI-speech":
             reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
         elif row.call != "no":
             reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"

@@ -169,8 +169,8 @@ def methods_section(run: Run) -> Section:
         run_table(run, "compare", {k: v for k, v in columns.items() if k in rows}, rows),
         open_table=True,
         how_to_read=(
-            "Share of the bias removed on templates held out, the strength chosen on others. Cost: the worst KL in nats a token, or 1 − β"
-            " where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
+            f"Share of the {frame['of'].iloc[0] if 'of' in frame else 'bias'} removed on templates held out, the strength chosen on others."
+            " Cost: the worst KL in nats a token, or 1 − β where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
         ),
     )
 
@@ -179,7 +179,7 @@ def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
     """Which method removes most at the middle cost, and what the feature removes there."""
     known = frame.dropna(subset=[column])
     if known.empty:
-        return "Shares are undefined: the unsteered bias is not distinguishable from 0."
+        return "Shares are undefined: the unsteered figure is not distinguishable from 0."
     best, own = known.iloc[int(known[column].to_numpy().argmax())], known[known["kind"] == "candidate"]
     said = f"At a cost of {level}, {best['method']} removes most: {fmt.percent(best[column])}"
     if len(own) and best["kind"] != "candidate":
