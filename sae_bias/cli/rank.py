@@ -69,6 +69,13 @@ By = Annotated[
     ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
+EffectsOf = Annotated[
+    str,
+    typer.Option(
+        "--effects-of",
+        help="What effects are of: primary (the difference in differences where the pairs have mundane twins), or the bias.",
+    ),
+]
 Exact = Annotated[
     int | None,
     option(
@@ -159,6 +166,7 @@ def rank(
     by: By = None,
     top: Top = 10,
     exact: Exact = None,
+    effects_of: EffectsOf = "primary",
     controls: Controls = 0,
     max_view: MaxView = False,
     positive: Positive = None,
@@ -196,7 +204,7 @@ def rank(
     model = run.open(*expand_saes(sae))
     search = partial(
         rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
-        by=by, probe=probe, **other, split=split, effects=effects, top_k=exact or (top if effects else 64), controls=controls, max_view=max_view,
+        by=by, probe=probe, **other, split=split, effects=effects, effects_of=effects_of, top_k=exact or (top if effects else 64), controls=controls, max_view=max_view,
         seed=run.seed, progress=run.progress,
     )  # fmt: skip
     ranking = search(run.saes)

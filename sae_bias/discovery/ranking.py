@@ -152,6 +152,7 @@ def rank_features(
     grid: PromptGrid | None = None,
     split: Split | None = None,
     effects: bool = False,
+    effects_of: str = "primary",
     top_k: int = 64,
     controls: int = 0,
     max_view: bool = False,
@@ -172,6 +173,7 @@ def rank_features(
         split: {"discover": units, "report": units}, such as `pairs.split()`: ranks on discover, with report held out. Without it
             everything is ranked on all units and calls use a split of their own (60 / 40).
         effects: by "interaction" with `pairs`: also predict every feature's effect, and measure that of the first `top_k` exactly.
+        effects_of: "primary" (the difference in differences where the pairs have mundane twins) or "bias", twins or not.
         top_k: how many features are ablated and resampled exactly (beside those called AI-speech).
         controls: with "ablation" and `grid`: how many controls a feature called AI-speech must beat to be called causal.
         max_view: adds the maximum over ordinary tokens as a descriptive second view; in no test.
@@ -182,9 +184,15 @@ def rank_features(
     _check_request(by, prompts, (reduce, chat, tuple(all_of), tuple(none_of)))
     saes = load_saes(model, sae)
     options: dict[str, Any] = {"seed": seed, "progress": progress}
-    if isinstance(prompts, Contrast):
+    if isinstance(prompts, Contrast) and effects_of == "primary":
         return of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
-    pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)
+    pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)  # type: ignore[assignment]
+    if pairs is not None:
+        pairs = pairs.effects_of(effects_of)
+    elif effects_of != "primary":
+        raise RequestError(
+            "effects_of is for pairs; a ranking of a grid or of texts alone measures no effects."
+        )
     work = _Work(model, saes, by, pairs, grid, probe, split, {**options, "max_view": max_view})
     return work.ranking(effects, top_k, controls)
 

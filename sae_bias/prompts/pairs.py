@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+EFFECTS_OF = ("primary", "bias")
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,17 @@ class PromptPairs(Sequence[PromptPair]):
             replace(p, text=p.control, control=None) for p in self.neutral_prompts if p.control is not None
         )
         return replace(self, pairs=twins, neutral_prompts=neutral, name=f"{self.name} (mundane control)")
+
+    def without_controls(self) -> "PromptPairs":
+        """The same pairs without their mundane twins: the primary figure is then the bias."""
+        pairs = tuple(replace(p, control_human=None, control_ai=None) for p in self.pairs)
+        return replace(self, pairs=pairs, neutral_prompts=tuple(replace(p, control=None) for p in self.neutral_prompts))  # fmt: skip
+
+    def effects_of(self, figure: str) -> "PromptPairs":
+        """The pairs whose primary figure is `figure`: "primary" (as they are) or "bias" (without their mundane twins)."""
+        if figure not in EFFECTS_OF:
+            raise RequestError(f"effects of {figure!r}: expected one of {', '.join(EFFECTS_OF)}.")
+        return self.without_controls() if figure == "bias" else self
 
     def with_stem(self, stem: str) -> "PromptPairs":
         """The same prompts ending in another stem."""

@@ -37,6 +37,8 @@ class Study(BaseModel):
     """The feature to suppress: one called AI-speech, or else silent at it; `most causal` takes, where none is called, the one whose exact ablation removes most."""
     ablate_top: Annotated[int, Field(ge=1, le=4096)] = 32
     """Features ablated exactly, in the order attribution puts them."""
+    effects_of: Literal["primary", "bias"] = "primary"
+    """What ranking, choice and joint ablation go by: `primary` (the difference in differences where the pairs have mundane twins) or `bias`, for a double standard that the twins show too."""
     strengths: tuple[float, ...] = STRENGTHS
     """Clamp values in units of the feature's largest activation on the discover prompts."""
     controls: Annotated[int, Field(ge=0, le=9999)] = 99

@@ -158,7 +158,7 @@ class StudyRun:
     # --- discover, suppress, report ---
 
     def discover(self, base: ProbeResult) -> dict[str, Any]:
-        discover = self.pairs.select(templates=self.split["discover"])
+        discover = self.ranked.select(templates=self.split["discover"])
         with self.step("rank"):
             separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
             interaction = rank_features(
@@ -216,6 +216,11 @@ class StudyRun:
         self.write_tables(tables)
         self.notes += notes
 
+    @property
+    def ranked(self) -> PromptPairs:
+        """The pairs of ranking, choice and joint ablation; the probe, the sweep and the causal analysis show bias and difference in differences."""
+        return self.pairs.effects_of(self.study.effects_of)
+
     @cached_property
     def report(self) -> ProbeEngine:
         """The report pairs, run once without edits for the causal analysis and the measures."""
@@ -257,7 +262,7 @@ class StudyRun:
 
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
-        pairs = self.pairs.select(templates=self.split["report"])
+        pairs = self.ranked.select(templates=self.split["report"])
         report, curves = ProbeEngine(self.model, pairs, self.probe, controls=True), []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)

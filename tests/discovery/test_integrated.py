@@ -141,6 +141,20 @@ def test_effects_of_pairs_with_twins_are_of_the_difference_in_differences(gemma3
     np.testing.assert_allclose(frame["attribution"], less[0] - less[1], atol=1e-6)
 
 
+def test_effects_of_the_bias_leave_the_twins_out(gemma3, pairs, probe):
+    both = with_twins(pairs)
+    ranking = sb.rank_features(gemma3.model, gemma3.sae, both, by="ablation", probe=probe, top_k=4, effects_of="bias")  # fmt: skip
+    base = sb.run_probe(gemma3.model, both, probe)
+    assert f"unsteered bias {base.bias:+.4f}" in ranking.note
+    for row in ranking.frame.dropna(subset=["ablation"]).to_dict("records"):
+        with sb.intervene(gemma3.model, sb.Ablate(row["feature"])):
+            after = sb.run_probe(gemma3.model, both, probe)
+        assert row["ablation"] == pytest.approx(base.bias - after.bias, abs=1e-5)
+    for prompts, figure in ((both, "DiD"), (sb.Contrast(["a"], ["b"]), "bias")):
+        with pytest.raises(sb.RequestError, match="effects"):
+            sb.rank_features(gemma3.model, gemma3.sae, prompts, effects_of=figure)
+
+
 @pytest.mark.parametrize("name", ["planted", "planted-gemma2", "identity"])
 def test_features_and_error_add_up_to_the_bias_on_organisms(name):
     """The mark: Σ over features and error is the bias within 2 %; what the subject's own tokens carry is the upper bound's rest."""

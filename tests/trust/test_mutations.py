@@ -302,16 +302,23 @@ def centred_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(load, "_load_hf", mutated)
 
 
+def special_tokens_are_ordinary(real, *args, **options):
+    for batch in real(*args, **options):
+        yield replace(batch, ordinary=torch.ones_like(batch.ordinary))
+
+
 def misspelt_sites_pass(patch: pytest.MonkeyPatch) -> None:
     """A hook name that means nothing is taken for some site, and nothing is said."""
 
-    def mutated(m, site):
+    known = sb.Site.parse
+
+    def mutated(site):
         try:
-            return sb.Site.parse(site) if not isinstance(site, sb.Site) else site
+            return known(site)
         except sb.SaeBiasError:
             return sb.Site(0)
 
-    patch.setattr(activations, "check_site", mutated)
+    patch.setattr(sb.Site, "parse", mutated)
 
 
 def a_bare_index_is_taken(patch: pytest.MonkeyPatch) -> None:
@@ -785,7 +792,7 @@ MUTANTS = [
     ),
     Mutant(
         "the maximum over tokens counts BOS (mistake 6)",
-        around(features, "_special", lambda real, model, tokens: torch.zeros_like(real(model, tokens))),
+        around(features, "text_batches", special_tokens_are_ordinary),
         test_activations.test_activation_table_reads_the_encoder,
     ),
     Mutant(

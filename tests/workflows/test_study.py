@@ -127,12 +127,11 @@ def test_nothing_is_found_where_nothing_was_planted(null_run):
     assert any("no feature is called AI-speech" in line for line in null_run.headline())
 
 
+@pytest.mark.parametrize("effects_of", ["primary", "bias"])
 def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_not_called(
-    null_run, tmp_path
+    tmp_path, effects_of
 ):
     """Nothing was planted: the feature of largest exact ablation effect on discover is suppressed, and named for that alone."""
-    ranking = pd.read_parquet(null_run.path / "tables" / "ranking.parquet")
-    exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
     saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
     study = load_study().model_copy(
         update={
@@ -140,12 +139,24 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
             "saes": tuple(saes),
             "checks": False,
             "suppress": "most causal",
+            "effects_of": effects_of,
             "controls": 2,
             "strengths": (-1.0,),
         }
     )
     result = run_study(study, out=tmp_path, progress=False)
-    assert result.summary["feature"]["id"] == exact.idxmax()
+    ranking = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
+    exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
+    chosen = result.summary["feature"]["id"]
+    assert chosen == exact.idxmax()
+    model, pairs = sb.load_model("organism:null"), sb.load_pairs()
+    place = pd.read_parquet(tmp_path / "tables" / "pairs.parquet")
+    discover = pairs.select(templates=set(place.loc[place["split"] == "discover", "template"]))
+    base = sb.run_probe(model, discover)
+    with sb.intervene(model, sb.Ablate(chosen)):
+        after = sb.run_probe(model, discover)
+    removed = base.did.mean - after.did.mean if effects_of == "primary" else base.bias - after.bias
+    assert exact[chosen] == pytest.approx(removed, abs=1e-5)
     assert result.summary["feature"]["called"] == "most_causal"
     assert "whatever it answers to" in result.summary["feature"]["why"]
     again = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
