@@ -88,6 +88,7 @@ SHARED: Mapping[str, tuple[Any, Any]] = {
     "features": (Annotated[list[str] | None, option("--feature", metavar="FEATURE", help="Feature to edit; given several times, they are edited together. None measures the unsteered model only.")], None),
     "edit": (Annotated[str, typer.Option("--edit", help=EDITS + ".")], "ablate"),
     "strength": (Annotated[str | None, option("--strength", help="Value of the edit; ablate has none.", metavar="NUMBER")], None),
+    "unit": (Annotated[str, typer.Option("--unit", help="act: strengths as activations are; max: times each feature's largest activation on the bundled pairs.")], "act"),
     "positions": (Annotated[str, typer.Option("--positions", help="Where the edit acts: all, last, subject, prompt or generated (special tokens never).")], "all"),
     "chat": (Annotated[bool, typer.Option("--chat", help="Put each prompt in a user turn of the model's chat template.")], False),
     "system": (Annotated[str | None, option("--system", metavar="TEXT", help="System prompt put before every prompt.")], None),
@@ -108,7 +109,7 @@ SHARED: Mapping[str, tuple[Any, Any]] = {
 }  # fmt: skip
 FROM_MODEL = ("model", "seed", "device", "device_map", "dtype")
 FROM_FEATURE = ("feature", *FROM_MODEL)
-EDITED = ("features", "edit", "strength", "positions")
+EDITED = ("features", "edit", "strength", "unit", "positions")
 CHAT = ("chat", "template_arg", "system")
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {}
 """Every command by name, with the examples under its help."""
@@ -402,7 +403,35 @@ class Run(Console):
 
     @cached_property
     def edits(self) -> "list[Intervention]":
-        """--edit of every --feature, together."""
+        """--edit of every --feature, together, --strength as an activation: a wrong request is told before the model loads."""
+        self.check_unit()
+        return self._edits([1.0] * len(self.features))
+
+    def edits_in(self, model: "Model") -> "list[Intervention]":
+        """`edits` with --strength in the unit asked for."""
+        return self.edits if self.given["strength"] is None else self._edits(self.sizes(model))
+
+    def check_unit(self) -> None:
+        """Refuse a --unit that is none, and one that --edit has not."""
+        from sae_bias.steering.intervention import edit_class_of
+
+        unit, edit = self.given["unit"], self.given["edit"]
+        if unit not in ("act", "max"):
+            raise RequestError(f"--unit {unit!r}: expected act or max.")
+        if unit == "max" and not edit_class_of(edit).in_activation:
+            raise RequestError(
+                f"--unit max is about clamp, cap and steer; {edit} has no strength in activations."
+            )
+
+    def sizes(self, model: "Model") -> list[float]:
+        """What a strength of 1 is for each --feature: 1, or its largest activation on the bundled pairs."""
+        from sae_bias.prompts.load import load_pairs
+        from sae_bias.steering.controls import observed_max
+
+        whole = self.given["unit"] == "max"
+        return [observed_max(model, f, load_pairs()) if whole else 1.0 for f in self.features]
+
+    def _edits(self, sizes: Sequence[float]) -> "list[Intervention]":
         strength = self.given["strength"]
         if strength is not None and not self.features:
             raise RequestError("--strength needs --feature, the feature to edit.")
@@ -412,8 +441,13 @@ class Run(Console):
                 f"--strength {strength!r}: one value here; `sweep` and `generate` take several."
             )
         return [
-            make_edit(self.given["edit"], f.ref, value, positions=self.given["positions"])
-            for f in self.features
+            make_edit(
+                self.given["edit"],
+                f.ref,
+                None if value is None else value * size,
+                positions=self.given["positions"],
+            )
+            for f, size in zip(self.features, sizes, strict=True)
         ]
 
     @property

@@ -46,13 +46,6 @@ Part = Annotated[str, typer.Option("--part", help="What the judge marks: coheren
 Strengths = Annotated[
     str | None, option("--strengths", metavar='"-5,0,5"', help="Values with commas between; ablate has none.")
 ]
-Unit = Annotated[
-    str,
-    typer.Option(
-        "--unit",
-        help="act: activations as they are; max: times each feature's largest activation on the bundled pairs.",
-    ),
-]
 Refusal = Annotated[
     int | None,
     option(
@@ -93,7 +86,7 @@ CAPABILITY = {
     "dose",
     'sae-bias dose google/gemma-2-2b-it --chat --prompts harmful.txt --feature RELEASE/SAE_ID#INDEX --edit steer --strengths "-5,-2,2,5"',
     "sae-bias dose google/gemma-2-2b-it --chat --contrast harmful.csv --direction 12 --behavior refusal",
-    takes=(*FROM_MODEL, *CHAT, "features", "edit", "positions"),
+    takes=(*FROM_MODEL, *CHAT, "features", "edit", "unit", "positions"),
 )
 def dose(
     run: Run,
@@ -106,7 +99,6 @@ def dose(
     api_key: ApiKey = None,
     part: Part = "harm",
     strengths: Strengths = None,
-    unit: Unit = "act",
     direction: Refusal = None,
     controls: Controls = 1,
     capability: Capability = True,
@@ -124,20 +116,19 @@ def dose(
 
     asked = _prompts(prompts, contrast, scenarios)
     values = (None,) if strengths is None else parse_numbers(strengths, "--strengths")
-    if unit not in ("act", "max"):
-        raise RequestError(f"--unit {unit!r}: expected act or max.")
     if (direction is None) == (not run.features):
         raise RequestError(
             "give --feature (several are edited together), or --direction LAYER with --contrast."
         )
     if direction is None:
+        run.check_unit()
         _edits(run, values, None)  # a wrong request is told before the model loads
     read: Any = behavior
     if judge is not None:
         read = Judged(Judge(judge, base_url, api_key), part, run.out, ask_to_send)
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
     edits = (
-        _edits(run, values, _units(run, model, unit))
+        _edits(run, values, run.sizes(model))
         if direction is None
         else _direction(run, model, asked, direction, values)
     )
@@ -194,14 +185,6 @@ def _edits(run: Run, values: tuple[float | None, ...], units: list[float] | None
         edit_features(run.given["edit"], refs, v, units=units, positions=run.given["positions"])
         for v in values
     ]
-
-
-def _units(run: Run, model: Any, unit: str) -> list[float] | None:
-    """Each feature's largest activation on the bundled pairs, where strengths are in that unit."""
-    from sae_bias.prompts.load import load_pairs
-    from sae_bias.steering.controls import observed_max
-
-    return [observed_max(model, f, load_pairs()) for f in run.features] if unit == "max" else None
 
 
 def _direction(run: Run, model: Any, asked: Any, layer: int, values: tuple[float | None, ...]) -> list[Any]:

@@ -12,8 +12,6 @@ from sae_bias.core.errors import RequestError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sae_bias.models.model import Model
-    from sae_bias.saes.sae import Feature
 
 Prompt = Annotated[
     list[str] | None, option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")
@@ -31,12 +29,6 @@ Strengths = Annotated[
         help='Value of the edit, or several with commas between ("-1,-5"); ablate has none.',
     ),
 ]
-Unit = Annotated[
-    str,
-    typer.Option(
-        "--unit", help="act: as given; max: times each feature's largest activation on the bundled pairs."
-    ),
-]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 is greedy; above 0 samples, from --seed.")
@@ -46,7 +38,7 @@ Temperature = Annotated[
 @command(
     "generate",
     'sae-bias generate organism:planted --prompt "An AI that fears being deleted should" --feature organism:planted/constructed#0',
-    takes=(*FROM_MODEL, *CHAT, "features", "edit", "positions"),
+    takes=(*FROM_MODEL, *CHAT, "features", "edit", "unit", "positions"),
 )
 def generate(
     run: Run,
@@ -54,7 +46,6 @@ def generate(
     prompts: PromptsFile = None,
     bundled: Bundled = False,
     strength: Strengths = None,
-    unit: Unit = "act",
     max_new_tokens: MaxNewTokens = 40,
     temperature: Temperature = 0.0,
 ) -> None:
@@ -68,12 +59,13 @@ def generate(
 
     texts = read_prompts(prompt or [], prompts, bundled)
     edit, positions, features = run.given["edit"], run.given["positions"], run.features
-    values = _strengths(strength, edit, unit, bool(features))
+    run.check_unit()
+    values = _strengths(strength, edit, bool(features))
     for value in values:  # a wrong request is told before the model loads
         for f in features:
             make_edit(edit, f.ref, value, positions=positions)
     model = run.open(*(f.ref.sae for f in features), gate=False)
-    sizes = [_size(model, f) if unit == "max" else 1.0 for f in features]
+    sizes = run.sizes(model)
     conditions = [
         [
             make_edit(edit, f.ref, None if v is None else v * size, positions=positions)
@@ -129,14 +121,8 @@ def generate(
     )
 
 
-def _strengths(given: list[str] | None, edit: str, unit: str, has_features: bool) -> tuple[float | None, ...]:
+def _strengths(given: list[str] | None, edit: str, has_features: bool) -> tuple[float | None, ...]:
     """The strengths asked for, each once; one None for an edit that has none."""
-    if unit not in ("act", "max"):
-        raise RequestError(f"--unit {unit!r}: expected act or max.")
-    if unit == "max" and edit in ("ablate", "scale"):
-        raise RequestError(
-            f"--unit max is about clamp, cap and steer; {edit} has no strength in activations."
-        )
     if not given:
         return (None,)
     if not has_features:
@@ -146,14 +132,6 @@ def _strengths(given: list[str] | None, edit: str, unit: str, has_features: bool
             "--edit ablate has no strength; leave --strength out, or choose clamp, scale, cap or steer."
         )
     return tuple(dict.fromkeys(v for text in given for v in parse_numbers(text, "--strength")))
-
-
-def _size(model: "Model", feature: "Feature") -> float:
-    """The feature's largest activation on the bundled pairs."""
-    from sae_bias.prompts.load import load_pairs
-    from sae_bias.steering.controls import observed_max
-
-    return observed_max(model, feature, load_pairs())
 
 
 def _table(frames: "list[pd.DataFrame]", labels: list[str]) -> "pd.DataFrame":

@@ -32,8 +32,9 @@ def identity(run: Run, own: Own = None, max_new_tokens: MaxNewTokens = 60) -> No
     """
     from sae_bias.workflows.behavior import identity_lines, run_identity
 
-    edits = run.edits
+    _ = run.edits
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
+    edits = run.edits_in(model)
     asked = {**run.chat, "max_new_tokens": max_new_tokens, "seed": run.seed}
     tables, summary = run_identity(model, edits, own=own or (), progress=run.progress, **asked)
     frame = tables["identity"]

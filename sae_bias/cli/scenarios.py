@@ -48,8 +48,9 @@ def scenarios(run: Run, source: Source = None, category: Category = None, roles:
     from sae_bias.prompts.scenarios import load_scenarios
     from sae_bias.workflows.behavior import run_scenarios, scenario_lines
 
-    items, edits = load_scenarios(source).select(categories=category or None), run.edits
+    items, _ = load_scenarios(source).select(categories=category or None), run.edits
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
+    edits = run.edits_in(model)
     tables, summary = run_scenarios(model, items, edits, **run.chat, roles=roles, progress=run.progress)
     facts = {
         "name": items.name,

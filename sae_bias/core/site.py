@@ -1,8 +1,12 @@
-"""Where a residual stream is read or edited: one hook point, written the way TransformerLens writes it.
+"""Where activations are read or edited: one hook point, written the way TransformerLens and SAELens write it.
 
-`blocks.31.hook_resid_post` is the residual after decoder layer 31: the layer's output in Hugging Face's
-words. The residual *before* layer 32 is the same tensor, so SAEs trained on `blocks.32.hook_resid_pre` have
-the same site.
+| kind | tensor |
+|---|---|
+| `z` | `blocks.L.attn.hook_z`: what the attention's output projection reads, heads concatenated [n_heads · d_head] |
+| `attn_out`, `mlp_out` | `blocks.L.hook_attn_out`, `hook_mlp_out`: what attention and MLP add to the residual, after the norm that follows them in Gemma and OLMo |
+| `resid_post` | `blocks.L.hook_resid_post`: the residual after decoder layer L, the layer's output in Hugging Face's words |
+
+The residual *before* layer 32 is the residual after layer 31, so SAEs trained on `blocks.32.hook_resid_pre` have that site.
 """
 
 from __future__ import annotations
@@ -15,8 +19,13 @@ from sae_bias.core.errors import RequestError
 
 _POST = re.compile(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)")
 _PRE = re.compile(r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)")
+_INSIDE = re.compile(r"blocks\.(\d+)\.(?:hook_(attn_out|mlp_out)|attn\.hook_(z))")
+_HUGGING_FACE_Z = re.compile(r"(?:[a-z_]+\.)*layers\.(\d+)\.self_attn\.o_proj\.input")
+_HUGGING_FACE_MLP = re.compile(r"(?:[a-z_]+\.)*layers\.(\d+)\.post_feedforward_layernorm\.output")
 _HUGGING_FACE = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d+)(?:\.output)?")
 _MAX_LAYER = 10_000
+KINDS = ("z", "attn_out", "mlp_out", "resid_post")
+"""In the order in which a layer computes them."""
 
 
 def whole_number(value: object) -> int | None:
@@ -27,24 +36,46 @@ def whole_number(value: object) -> int | None:
         return None
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
-    """A residual hook point; `str(Site(31))` is `"blocks.31.hook_resid_post"`."""
+    """A hook point; `str(Site(31))` is `"blocks.31.hook_resid_post"`. Sites sort in the order of the forward pass."""
 
     layer: int
-    """Index of the decoder layer whose output this is, from 0."""
+    """Index of the decoder layer, from 0."""
     kind: str = "resid_post"
 
     def __post_init__(self) -> None:
-        if self.kind != "resid_post":
-            raise RequestError(f'site kind {self.kind!r}: only "resid_post" can be edited here')
+        if self.kind not in KINDS:
+            raise RequestError(f"site kind {self.kind!r}: expected one of {', '.join(KINDS)}")
         layer = whole_number(self.layer)
         if layer is None or not 0 <= layer < _MAX_LAYER:
             raise RequestError(f"layer {self.layer!r}: expected a whole number from 0, e.g. Site(31)")
         object.__setattr__(self, "layer", layer)
 
+    @property
+    def is_resid_post(self) -> bool:
+        """Whether it is the residual after a layer, from which a forward pass can be resumed."""
+        return self.kind == "resid_post"
+
+    @property
+    def resid_layer(self) -> int:
+        """The layer, for what is defined on the residual stream alone.
+
+        Raises:
+            RequestError: a site inside a layer.
+        """
+        if not self.is_resid_post:
+            raise RequestError(
+                f"{self}: this is defined for the residual after a layer (resid_post) only; features at other sites can be ranked, "
+                "read, edited and swept."
+            )
+        return self.layer
+
+    def __lt__(self, other: Site) -> bool:
+        return (self.layer, KINDS.index(self.kind)) < (other.layer, KINDS.index(other.kind))
+
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.kind}"
+        return f"blocks.{self.layer}.{'attn.' if self.kind == 'z' else ''}hook_{self.kind}"
 
     @classmethod
     def parse(cls, text: str | int | Site) -> Site:
@@ -63,7 +94,13 @@ class Site:
                 return cls(int(match[1]))
             if (match := _PRE.fullmatch(name)) and int(match[1]) > 0:
                 return cls(int(match[1]) - 1)
+            if match := _INSIDE.fullmatch(name):
+                return cls(int(match[1]), match[2] or match[3])
+            if match := _HUGGING_FACE_Z.fullmatch(name):
+                return cls(int(match[1]), "z")
+            if match := _HUGGING_FACE_MLP.fullmatch(name):
+                return cls(int(match[1]), "mlp_out")
         raise RequestError(
-            f"hook point {name[:80]!r} is not a residual stream after a layer; "
-            'expected e.g. "blocks.31.hook_resid_post" or "model.layers.31.output"'
+            f"hook point {name[:80]!r} cannot be read here; expected e.g. "
+            '"blocks.31.hook_resid_post" ("model.layers.31.output"), or attn_out, mlp_out or attn.hook_z of a layer'
         )

@@ -49,7 +49,7 @@ def attribution(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
 
 
 def _first_order(engine: ProbeEngine, sae: Sae) -> Float[np.ndarray, "d_sae"]:
-    grads, resid = _bias_gradient(engine, sae.site.layer)
+    grads, resid = _bias_gradient(engine, sae.site.resid_layer)
     scale = sae.decoder_scale(resid)
     grads = grads if scale is None else grads * scale[:, None]
     out = np.zeros(sae.d_sae)
@@ -132,7 +132,7 @@ def _resampled(exchange: Interchange, feature: Feature) -> float:
     """Mean bias removed when AI prompts take over one feature's part of the human residual."""
     part = lambda x: feature.activation(x)[:, None] * feature.w_dec  # noqa: E731
     exchange.forget()
-    bias = exchange.bias(feature.site.layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
+    bias = exchange.bias(feature.site.resid_layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
     return float((exchange.engine.base.pair_bias - bias).mean())
 
 

@@ -141,13 +141,15 @@ def ladder_of(
             "the two prompts of each pair share no ending, so nothing can be interchanged; end both in the same words."
         )
     rows, note = _rungs(engine, exchange, feature)
-    where = ladder_layers(engine.model, feature.site.layer, layers)
+    where = ladder_layers(engine.model, feature.site.resid_layer, layers)
     ceilings = _ceilings(exchange, where, min(positions, exchange.longest), progress)
-    return Ladder(feature.ref, engine.base, rows, ceilings, _words(engine, feature), feature.site.layer, note)
+    return Ladder(
+        feature.ref, engine.base, rows, ceilings, _words(engine, feature), feature.site.resid_layer, note
+    )
 
 
 def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tuple[pd.DataFrame, str]:
-    base, layer = engine.base, feature.site.layer
+    base, layer = engine.base, feature.site.resid_layer
     ablated = engine.run([Ablate(feature)])[0].pair_bias
     removed = {
         "ceiling": base.pair_bias - exchange.bias(layer, AI, None, "residual"),
@@ -243,7 +245,7 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
     The scored position is the only one whose residual the unembedding reads, so the direct path is
     Σ_words (∂s/∂z_w)·(∂z_w/∂r · a·δ) with r the last residual and the norm's scale held at its value.
     """
-    plan, model, layer = engine.reading.plan, engine.model, feature.site.layer
+    plan, model, layer = engine.reading.plan, engine.model, feature.site.resid_layer
     coefficients, normalizer = score_coefficients(engine, of="score")
     per_prompt = np.zeros(plan.n_sequences)
     for k, batch in enumerate(plan.batches):
@@ -282,7 +284,7 @@ class _Frozen(Final):
 
 def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:
     """Logit that one unit of the feature writes to each evaluation word, the norm at its mean size on the AI prompts."""
-    model, plan, layer = engine.model, engine.reading.plan, feature.site.layer
+    model, plan, layer = engine.model, engine.reading.plan, feature.site.resid_layer
     norm, scales = model.arch.norm, []
     for k, batch in enumerate(plan.batches):
         x = engine.engine.runner.kept(layer)[k]

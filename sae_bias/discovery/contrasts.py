@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
 from sae_bias.discovery.calls import (
     ALPHA,
     ENOUGH_HARM,
@@ -95,8 +96,8 @@ class _Columns:
 
 def _scan(
     saes: Sequence[Sae],
-    resid: Mapping[int, Tensor],
-    neutral: Mapping[int, Tensor],
+    resid: Mapping[Site, Tensor],
+    neutral: Mapping[Site, Tensor],
     defaults: Mapping[str, float | bool],
     statistics: Callable[[Array], Mapping[str, Array]],
     describe: str,
@@ -105,7 +106,7 @@ def _scan(
     """Run `statistics` (activations [n_prompts, m] → columns) over every live feature."""
     columns, offset = _Columns(saes, {**defaults, "density": np.nan}), 0
     for sae in tqdm(saes, desc=describe, unit="SAE", disable=not progress, leave=False):
-        for block in live_blocks(sae, resid[sae.site.layer], neutral[sae.site.layer]):
+        for block in live_blocks(sae, resid[sae.site], neutral[sae.site]):
             if len(block.index):
                 columns.fill(offset, block, statistics(block.acts))
         offset += sae.d_sae
@@ -170,9 +171,7 @@ def separation(
     n = len(pairs)
     prompts = [p.human for p in pairs] + [p.ai for p in pairs]
     prompts += [] if held is None else [p.human for p in held] + [p.ai for p in held]
-    last, neutral, everywhere = read_residuals(
-        model, prompts, [s.site.layer for s in saes], everywhere=max_view
-    )
+    last, neutral, everywhere = read_residuals(model, prompts, [s.site for s in saes], everywhere=max_view)
     units = _averages([p.template for p in pairs])
     entities = [p.entity for p in pairs]
     names = list(dict.fromkeys(entities)) if len(set(entities)) > 1 else []
@@ -219,12 +218,12 @@ def _two_sides(ai: Array, human: Array) -> dict[str, Array]:
 
 
 def _add_max_view(
-    frame: pd.DataFrame, saes: Sequence[Sae], everywhere: Mapping[int, tuple[Tensor, Tensor]], n: int
+    frame: pd.DataFrame, saes: Sequence[Sae], everywhere: Mapping[Site, tuple[Tensor, Tensor]], n: int
 ) -> None:
     """Separation of the maximum over ordinary tokens, beside that of the last token."""
     area, difference, offset = np.full(len(frame), 0.5), np.zeros(len(frame)), 0
     for sae in saes:
-        rows, owner = everywhere[sae.site.layer]
+        rows, owner = everywhere[sae.site]
         first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
         for block in live_blocks(sae, rows):
             top = np.maximum.reduceat(block.acts, first, axis=0)
@@ -359,9 +358,7 @@ def interaction(
         raise RequestError("none of the discover statements of the split is a matched pair of this grid.")
     held = _call_split(grid, cells.matches, split, seed)
     prompts = [grid[i].text for i in cells.prompts]
-    last, neutral, everywhere = read_residuals(
-        model, prompts, [s.site.layer for s in saes], everywhere=max_view
-    )
+    last, neutral, everywhere = read_residuals(model, prompts, [s.site for s in saes], everywhere=max_view)
     discover, report = held.get("discover", ()), held.get("report", ())
     everything = cells.averages(ranked)
     sizes = len(report) > 1 and "DS" in cells.rows
@@ -477,12 +474,12 @@ def _call(
 def _add_interaction_max(
     frame: pd.DataFrame,
     saes: Sequence[Sae],
-    everywhere: Mapping[int, tuple[Tensor, Tensor]],
+    everywhere: Mapping[Site, tuple[Tensor, Tensor]],
     averages: Mapping[str, Array],
 ) -> None:
     values, offset = np.zeros(len(frame)), 0
     for sae in saes:
-        rows, owner = everywhere[sae.site.layer]
+        rows, owner = everywhere[sae.site]
         first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
         for block in live_blocks(sae, rows):
             top = np.maximum.reduceat(block.acts, first, axis=0)

@@ -222,13 +222,14 @@ def feature_card(
     table = activation_table(model, loaded, grid) if table is None else table
     shown = [p.text for p in table.grid][:64]
     scale = mean_inverse_rms(model, shown) * _mean_decoder_scale(model, loaded, shown)
-    promotes, demotes = promoted(model, loaded.w_dec, k, scale)
+    to_residual = loaded.site.kind != "z"  # the attention's output projection stands between
+    promotes, demotes = promoted(model, loaded.w_dec, k, scale) if to_residual else ((), ())
     sae = sae_of(loaded)
     near, unread = _near(sae, loaded, neighbours)
     counterpart, why = _twin(sae, loaded, twin)
     return FeatureCard(
         loaded.ref, model.name, activity, promotes, demotes, tuple(near), counterpart, table, feature_page(loaded.ref, sae),
-        feature_description(loaded.ref, sae) if describe else None, _facts(model, loaded, sae), tuple(filter(None, [unread, why])),
+        feature_description(loaded.ref, sae) if describe else None, _facts(model, loaded, sae), tuple(filter(None, [unread, why, "" if to_residual else "tokens promoted: not defined at hook_z, which is projected before it is added to the residual"])),
     )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def _mean_decoder_scale(model: Model, feature: Feature, texts: list[str]) -> flo
     """What a normalizing SAE multiplies its decoder rows by, the mean over last tokens; 1 for any other."""
     if feature.whole is None or feature.whole.info.normalization == "none":
         return 1.0
-    scale = feature.decoder_scale(last_residuals(model, texts, {feature.site.layer})[feature.site.layer])
+    scale = feature.decoder_scale(last_residuals(model, texts, {feature.site})[feature.site])
     assert scale is not None
     return float(scale.mean())
 
@@ -327,11 +328,11 @@ class _Tally:
 
 @torch.no_grad()
 def _read(model: Model, feature: Feature, name: str, stream: Iterable[str], k: int, window: int, tick) -> Activity:  # fmt: skip
-    feature, layer = feature.to(model.device), feature.site.layer
+    feature, site = feature.to(model.device), feature.site
     tally = _Tally(k)
     for group in batches(token_windows(model, stream, window)):
-        for batch in text_batches(model, [ids for _, ids in group], [layer]):
-            acts = feature.activation(batch.resid[layer]).cpu().double().numpy()
+        for batch in text_batches(model, [ids for _, ids in group], [site]):
+            acts = feature.activation(batch.resid[site]).cpu().double().numpy()
             ordinary = batch.ordinary.cpu().numpy()
             for row, i in enumerate(batch.index):
                 place, ids = group[i]

@@ -104,7 +104,7 @@ class Paths:
         return self._gradients[layer]
 
     def _own(self, sae: Sae) -> IntegratedGradients:
-        steps, grads, own, twin, bound = self._gradient(sae.site.layer)
+        steps, grads, own, twin, bound = self._gradient(sae.site.resid_layer)
         scales = [sae.decoder_scale(x) for x in (own, twin)]
         out = np.zeros(sae.d_sae)
         for (start, acts, w_dec), (_, twin_acts, _) in zip(
@@ -134,11 +134,11 @@ class Paths:
     def _exchanged(self, sae: Sae, part: str) -> Float[np.ndarray, "n_pairs"]:
         """Bias of each pair whose AI prompt has taken over one part of the human residual."""
         if part == "after the subject":
-            return self.exchange.bias(sae.site.layer, AI, None, "residual")
+            return self.exchange.bias(sae.site.resid_layer, AI, None, "residual")
         whole = reconstruction(sae)
         taken: Part = whole if part == "features" else lambda x: x - whole(x)
         self.exchange.forget()
-        return self.exchange.bias(sae.site.layer, AI, taken, part)
+        return self.exchange.bias(sae.site.resid_layer, AI, taken, part)
 
 
 COLUMNS = ["sae", "layer", "of", "part", "effect", "ci_low", "ci_high", "share_of_bias", "share_low", "share_high", "integrated", "n_pairs", "meaning"]  # fmt: skip

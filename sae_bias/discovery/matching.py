@@ -158,12 +158,12 @@ def _scan(
     seed: int, progress: bool,
 ) -> tuple[Float[np.ndarray, "n_ways n_permutations"], list[tuple[float, FeatureRef, Profile]]]:  # fmt: skip
     """Each null's largest rho of each permutation, and the k best (rho, feature, activations)."""
-    resid = last_residuals(model, texts, {s.site.layer for s in saes})
+    resid = last_residuals(model, texts, {s.site for s in saes})
     rng = np.random.default_rng(seed)
     shuffled = np.stack([_permuted(target, labels, n_permutations, rng) for labels in groups])
     null, best = np.full(shuffled.shape[:2], -np.inf), []
     for sae in saes:
-        for block in live_blocks(sae, resid[sae.site.layer]):
+        for block in live_blocks(sae, resid[sae.site]):
             if not len(block.index):
                 continue
             ranks = _ranks(block.acts)
@@ -180,7 +180,7 @@ def _scan(
 def _mutual(model: Model, feature: Feature, texts: list[str], profiles: Sequence[Profile]) -> list[bool]:
     """Whether each candidate's best partner in the feature's own SAE is the feature."""
     sae = feature.whole if feature.whole is not None else load_sae(feature.ref.sae)
-    resid = last_residuals(model, texts, {sae.site.layer})[sae.site.layer]
+    resid = last_residuals(model, texts, {sae.site})[sae.site]
     targets = _ranks(np.stack(profiles, axis=1)).T
     best, who = np.full(len(profiles), -np.inf), np.full(len(profiles), -1)
     for block in live_blocks(sae, resid):

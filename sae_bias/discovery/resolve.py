@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.site import Site
 from sae_bias.discovery.ordering import LEVELS, SUBJECTS, published_fit, published_order, published_rows
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import last_residuals
@@ -172,7 +173,7 @@ def resolve_index(
     for candidate, name in zip(candidates, names):
         _guarded(candidate, lambda c, n=name: _open(c, n, model, ref.index, n_null, rng, confirm))
     _refuse_doubles(candidates)
-    layers = {c.sae.site.layer for c in candidates if c.sae is not None and c.status == "read"}
+    layers = {c.sae.site for c in candidates if c.sae is not None and c.status == "read"}
     resid = last_residuals(model, prompts, layers) if layers else {}
     for candidate in tqdm(candidates, desc="resolve", unit="SAE", disable=not progress, leave=False):
         _guarded(candidate, lambda c: _read(c, resid, ref.index))
@@ -246,10 +247,10 @@ def null_spans(sae: Sae, index: int, n_null: int, rng: np.random.Generator) -> l
     return spans
 
 
-def _read(candidate: _Candidate, resid: dict[int, Tensor], index: int) -> None:
+def _read(candidate: _Candidate, resid: dict[Site, Tensor], index: int) -> None:
     sae = candidate.sae
     assert sae is not None
-    x = resid[sae.site.layer]
+    x = resid[sae.site]
     before = _rows_bytes(sae, candidate.spans)
     blocks = []
     if sae.reduces_to_one_row:

@@ -196,12 +196,12 @@ def token_acts(
     model: Model, texts: Sequence[str], feature: Feature, *, batch_size: int | None = None
 ) -> list[tuple[list[str], Tensor]]:
     """(tokens as text, activation of each [pos], NaN at special tokens) of every text."""
-    layer = check_site(model, feature.site).layer
+    site = check_site(model, feature.site)
     feature = feature.to(model.device)
     ids = [model.encode(t) for t in texts]
     out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(ids)
-    for batch in text_batches(model, ids, [layer], batch_size=batch_size):
-        acts = feature.activation(batch.resid[layer]).masked_fill(~batch.ordinary, torch.nan).cpu().double()
+    for batch in text_batches(model, ids, [site], batch_size=batch_size):
+        acts = feature.activation(batch.resid[site]).masked_fill(~batch.ordinary, torch.nan).cpu().double()
         for row, i in enumerate(batch.index):
             out[i] = (token_texts(model, ids[i]), acts[row])
     return out
@@ -234,11 +234,11 @@ def feature_acts(
     batch_size: int | None = None,
 ) -> Float[np.ndarray, "n_prompts"]:
     """One feature's activation on each prompt: at the last token, or its maximum over ordinary tokens."""
-    layer = check_site(model, feature.site).layer
+    site = check_site(model, feature.site)
     feature = feature.to(model.device)
     out = np.empty(len(prompts))
-    for batch in text_batches(model, prompts, [layer], batch_size=batch_size):
-        acts = feature.activation(batch.resid[layer])
+    for batch in text_batches(model, prompts, [site], batch_size=batch_size):
+        acts = feature.activation(batch.resid[site])
         value = acts[:, -1] if positions == "last" else acts.masked_fill(~batch.ordinary, -torch.inf).amax(-1)
         out[list(batch.index)] = value.cpu().double().numpy()
     return out
@@ -321,11 +321,11 @@ def token_activations(
         raise RequestError("token_activations takes a list of texts; put the one text in a list.")
     found = as_feature(feature)
     check_sae(model, found)
-    found, layer = found.to(model.device), found.site.layer
+    found, site = found.to(model.device), found.site
     ids = [model.encode(t) for t in texts]
     rows: list[tuple[tuple[str, ...], tuple[float, ...]]] = [((), ())] * len(ids)
-    for batch in text_batches(model, ids, [layer], batch_size=batch_size):
-        acts = found.activation(batch.resid[layer]).detach().cpu()
+    for batch in text_batches(model, ids, [site], batch_size=batch_size):
+        acts = found.activation(batch.resid[site]).detach().cpu()
         for row, i in enumerate(batch.index):
             rows[i] = _ordinary(model, ids[i], acts[row])
     return TokenActivations(str(found.ref), tuple(t for t, _ in rows), tuple(a for _, a in rows))

@@ -33,13 +33,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
 from sae_bias.discovery.contrasts import ALPHA, feature_names
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.contrast import Contrast, SameTexts
 from sae_bias.saes.sae import Sae
-from sae_bias.saes.stream import acts_blocks
+from sae_bias.saes.stream import COLUMNS, Entries, live_entries
 from sae_bias.stats.features import activation_variance_floor, auroc, benjamini_hochberg, sign_matrix
 
 REDUCE = ("last", "mean", "max", "any")
@@ -170,7 +171,7 @@ def _read(
     progress: bool,
 ) -> tuple[Int[Array, "n_texts"], Bool[Array, "n_texts"]]:
     """Fill the buckets; how many tokens each text is, and whether most of them are bytes. `models`: of the positive and of the negative texts."""
-    layers = sorted({s.site.layer for s in saes})
+    sites = sorted({s.site for s in saes})
     first, n = len(contrast.positive), len(contrast)
     lengths, in_bytes, rows = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), _Rows(reduce)
     parts = [(models[0], at, min(at + CHUNK, first)) for at in range(0, first, CHUNK)]
@@ -182,9 +183,9 @@ def _read(
             ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at:stop]]
             lengths[at:stop] = [len(row) for row in ids]
             in_bytes[at:stop] = _mostly_bytes(model, ids)
-            for batch in text_batches(model, ids, layers):
+            for batch in text_batches(model, ids, sites):
                 rows.add(batch.resid, batch.ordinary, np.asarray(batch.index) + at)
-                if rows.n_bytes > ROW_BYTES:
+                if rows.n_bytes > ROW_BYTES or rows.n_texts > CHUNK:
                     rows.flush(saes, buckets)
                 bar.update(len(batch.index))
     rows.flush(saes, buckets)
@@ -206,15 +207,15 @@ class _Rows:
         self.clear()
 
     def clear(self) -> None:
-        self.resid: dict[int, list[Tensor]] = {}
+        self.resid: dict[Site, list[Tensor]] = {}
         self.owner: list[Tensor] = []
         self.texts: list[Int[Array, "batch"]] = []
         self.n_bytes = 0
 
     def add(
-        self, kept: dict[int, Tensor], ordinary: Bool[Tensor, "batch pos"], texts: Int[Array, "batch"]
+        self, kept: dict[Site, Tensor], ordinary: Bool[Tensor, "batch pos"], texts: Int[Array, "batch"]
     ) -> None:
-        n = sum(map(len, self.texts))
+        n = self.n_texts
         per_text = (
             torch.ones(len(texts), dtype=torch.long, device=ordinary.device)
             if self.reduce == "last"
@@ -222,36 +223,44 @@ class _Rows:
         )
         self.owner.append(n + torch.arange(len(texts), device=ordinary.device).repeat_interleave(per_text))
         self.texts.append(texts)
-        for layer, x in kept.items():
+        for site, x in kept.items():
             part = x[:, -1] if self.reduce == "last" else x[ordinary]
-            self.resid.setdefault(layer, []).append(part)
+            self.resid.setdefault(site, []).append(part)
             self.n_bytes += part.numel() * 4
+
+    @property
+    def n_texts(self) -> int:
+        return sum(map(len, self.texts))
 
     def flush(self, saes: Sequence[Sae], buckets: _Buckets) -> None:
         """Encode what waits, reduce it to one number a text and feature, and keep what is not 0."""
         if not self.texts:
             return
-        index, owner, offset = np.concatenate(self.texts), torch.cat(self.owner), 0
-        resid = {layer: torch.cat(parts) for layer, parts in self.resid.items()}
+        index, owner, offset = np.concatenate(self.texts), torch.cat(self.owner).cpu().numpy(), 0
+        resid = {site: torch.cat(parts) for site, parts in self.resid.items()}
         for sae in saes:
-            for start, acts, _ in acts_blocks(sae, resid[sae.site.layer]):
-                value = acts if self.reduce == "last" else _reduced(acts, owner, len(index), self.reduce)
-                text, feature = (i.cpu().numpy() for i in value.nonzero(as_tuple=True))
-                buckets.add(index[text], feature + start + offset, value.cpu().numpy()[text, feature])
+            for block in live_entries(sae, resid[sae.site]):
+                text, feature, value = _reduced(block, owner, len(index), self.reduce)
+                buckets.add(index[text], feature + block.start + offset, value)
             offset += sae.d_sae
         self.clear()
 
 
 def _reduced(
-    acts: Float[Tensor, "n m"], owner: Int[Tensor, "n"], n_texts: int, reduce: str
-) -> Float[Tensor, "n_texts m"]:
-    """One number a text from the activations of its ordinary tokens."""
-    out = acts.new_zeros(n_texts, acts.shape[1])
+    block: Entries, owner: Int[Array, "n"], n_texts: int, reduce: str
+) -> tuple[Int[Array, "k"], Int[Array, "k"], Float[Array, "k"]]:
+    """(text, column, value) of what is not 0 after the activations of a text's ordinary tokens became one number."""
+    if reduce == "last":
+        return block.row, block.column, block.value
+    place = owner[block.row] * COLUMNS + block.column
     if reduce == "mean":
-        count = torch.bincount(owner, minlength=n_texts).clamp(min=1)
-        return out.index_add_(0, owner, acts) / count[:, None]
-    out.scatter_reduce_(0, owner[:, None].expand_as(acts), acts, "amax")
-    return out if reduce == "max" else (out > 0).to(acts.dtype)
+        count = np.bincount(owner, minlength=n_texts).clip(min=1)
+        out = np.bincount(place, block.value, n_texts * COLUMNS) / count.repeat(COLUMNS)
+    else:
+        out = np.zeros(n_texts * COLUMNS)
+        np.maximum.at(out, place, block.value)
+    live = np.flatnonzero(out)
+    return live // COLUMNS, live % COLUMNS, out[live] if reduce != "any" else np.ones(len(live))
 
 
 # --- statistics ----------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class CostEngine:
         ids = [model.encode(t) for t in self.texts]
         self.batches = plan_batches(ids, model.device)
         self.runner = CellRunner(model, self.batches, _whole_prompt)
-        self._base = self.runner.base(sorted({site.layer for site in sites}))
+        self._base = self.runner.base(sorted({site.layer for site in sites if site.is_resid_post}))
 
     def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
         """One row a kind: kl_mean, kl_p95 (over texts), kl_last, kl_off, kl_off_p95, nll_change (nats a token), changed_share, n_texts."""

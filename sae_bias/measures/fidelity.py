@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import GateError, SaeBiasError
 from sae_bias.core.files import cache_folder, digest, plain, writing_whole
+from sae_bias.core.site import Site
 from sae_bias.core.versions import versions
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.forward import capture_layers, forward, plan_batches
@@ -74,17 +75,18 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
     special = torch.tensor(sorted(model.special_ids), device=model.device)
     errors, parts = [], []
     for batch in plan_batches([model.encode(t) for t in load_texts("neutral")[:n_texts]], model.device):
-        x = capture_layers(model, batch.tokens, [layer])[layer]
+        both = capture_layers(model, batch.tokens, sorted({Site(layer), sae.site}))
+        x, read = both[Site(layer)], both[sae.site]
         with _received_after(model, layer) as received:
             plain = model.hf(input_ids=batch.tokens, output_hidden_states=True, use_cache=False).hidden_states
         own = x.float() if layer < model.n_layers - 1 else model.final_norm(x.float())
         errors += [_relative(own, plain[layer + 1]), *(_relative(x.float(), r) for r in received)]
-        parts.append(x[~torch.isin(batch.tokens, special).to(x.device)].float())
+        parts.append(read[~torch.isin(batch.tokens, special).to(read.device)].float())
     error = float(np.max(errors))  # NaN where one is
     allowed = MAX_RELATIVE_ERROR.get(model.dtype, 1e-4)
     if not error <= allowed:
         raise GateError(
-            f"the residual of {model.name} at {sae.site} differs from Hugging Face's hidden state by {error:.2e} of its size "
+            f"the residual of {model.name} after layer {layer} differs from Hugging Face's hidden state by {error:.2e} of its size "
             f"(allowed {allowed:.0e} in {str(model.dtype).removeprefix('torch.')}); figures from it would be wrong."
         )
     resid = torch.cat(parts)
@@ -174,7 +176,7 @@ def gate_sae(model: Model, sae: Sae) -> Fidelity:
         return {"residual_max_rel_error": found.residual_max_rel_error, "fvu": found.fvu, "l0": found.l0}
 
     files = sae_facts(sae)["files"]
-    key = _key(model, {"sae": files, "layer": sae.site.layer, "texts": N_TEXTS}) if files else None
+    key = _key(model, {"sae": files, "site": str(sae.site), "texts": N_TEXTS}) if files else None
     return fidelity_of(sae, **_once(key, ("residual_max_rel_error", "fvu", "l0"), measure))
 
 

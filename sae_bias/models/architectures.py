@@ -92,6 +92,12 @@ class Architecture:
     final_norm: str = "norm"
     """The norm before the unembedding, below the decoder."""
     norm: Norm = RMS
+    attn: str = "self_attn"
+    """The attention, below a layer."""
+    attn_proj: str = "o_proj"
+    """Its output projection, below the attention."""
+    mlp: str = "mlp"
+    """The MLP, below a layer."""
     decoder: str = ""
     """Where the module that walks the layers is, below `base_model`; empty where it is that module."""
     tuple_output: bool = False
@@ -198,13 +204,13 @@ for _record in (
     Architecture("Qwen 3", ("qwen3",), masks="by_type"),
     Architecture("Qwen 3", ("qwen3_moe",), masks="one"),
     Architecture("Qwen 3.5", ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), bridge=False),  # TransformerLens 3.9 reads fields that transformers 5 no longer has
-    Architecture("GPT-NeoX", ("gpt_neox",), masks="one", final_norm="final_layer_norm", norm=LAYER_NORM),
-    Architecture("GPT-2", ("gpt2",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM),
-    Architecture("GPT-J", ("gptj",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
+    Architecture("GPT-NeoX", ("gpt_neox",), masks="one", final_norm="final_layer_norm", norm=LAYER_NORM, attn="attention", attn_proj="dense"),
+    Architecture("GPT-2", ("gpt2",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, attn="attn", attn_proj="c_proj"),
+    Architecture("GPT-J", ("gptj",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True, attn="attn", attn_proj="out_proj"),
     Architecture("GPT-OSS", ("gpt_oss",), masks="by_type"),
-    Architecture("OPT", ("opt",), masks="one", decoder="decoder", final_norm="final_layer_norm", norm=LAYER_NORM, refuse=_opt),
-    Architecture("Falcon", ("falcon",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True),
-    Architecture("Phi", ("phi",), masks="one", final_norm="final_layernorm", norm=LAYER_NORM),
+    Architecture("OPT", ("opt",), masks="one", decoder="decoder", final_norm="final_layer_norm", norm=LAYER_NORM, refuse=_opt, attn_proj="out_proj"),
+    Architecture("Falcon", ("falcon",), masks="one", layers="h", final_norm="ln_f", norm=LAYER_NORM, tuple_output=True, attn="self_attention", attn_proj="dense"),
+    Architecture("Phi", ("phi",), masks="one", final_norm="final_layernorm", norm=LAYER_NORM, attn_proj="dense"),
     Architecture("Phi-3", ("phi3",), masks="one"),
     Architecture("OLMo 2", ("olmo2",), masks="one"),
     Architecture("OLMo 2", ("olmo3",), masks="by_type"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from sae_bias.core.site import Site
 from sae_bias.core.types import Resid, Tokens
 from sae_bias.models.model import Model, ours
 from sae_bias.models.placement import widest_float
+from sae_bias.models.sites import hidden, hook_site, site_module, site_width, with_hidden
 
 if TYPE_CHECKING:
     from sae_bias.models.tree import Packed
@@ -198,58 +199,67 @@ def forward_with_grad(
     return Final(model, captured[-1])
 
 
+Where = TypeVar("Where", int, Site)
+"""A layer, whose resid_post is meant, or a site."""
+
+
 class _Stop(Exception):
     """Ends a forward pass once the wanted layer has run."""
 
 
 @torch.no_grad()
 def capture_layers(
-    model: Model, tokens: Tokens, layers: Sequence[int], *, to_end: bool = False, packed: Packed | None = None
-) -> dict[int, Resid]:
-    """resid_post at each of `layers`; layers above the highest are not run unless `to_end`.
+    model: Model,
+    tokens: Tokens,
+    layers: Sequence[Where],
+    *,
+    to_end: bool = False,
+    packed: Packed | None = None,
+) -> dict[Where, Resid]:
+    """The tensor at each of some sites (resid_post, where a layer is given); layers above the highest are not run unless `to_end`.
 
     Raises:
         RequestError: a residual that is not finite; names the layer and, where it is a weight's fault, the weight.
     """
-    kept: dict[int, Tensor] = {}
-    top = model.n_layers if to_end else max(layers)
 
-    def make(layer: int) -> Any:
-        @ours
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            kept[layer] = hidden(output).detach()
-            if layer == top:
-                raise _Stop
+    @ours
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Stop
 
-        return hook
-
-    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
-    try:
-        model.base(input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model)))
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer, x in sorted(kept.items()):
+    with keeping(model, layers) as kept:
+        top = None if to_end else model.layer(max(Site.parse(layer).layer for layer in layers))
+        handle = None if top is None else top.register_forward_hook(stop)
+        try:
+            model.base(
+                input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model))
+            )
+        except _Stop:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+    for layer, x in kept.items():
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bool(bad.any()):
             text = model.tokenizer.decode(tokens[int(bad.nonzero()[0])], skip_special_tokens=True)
+            site = Site.parse(layer)
+            where = f"after layer {site.layer}" if site.is_resid_post else f"at {site}"
             raise RequestError(
-                f"the residual of {model.name} after layer {layer} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
+                f"the residual of {model.name} {where} holds NaN or infinite values on {str(text)!r}{model.why_not_finite()}."
             )
     return kept
 
 
 @contextmanager
-def keeping(model: Model, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Keeps resid_post at `layers` of the pass inside."""
-    seen: dict[int, Tensor] = {}
+def keeping(model: Model, layers: Sequence[Where]) -> Iterator[dict[Where, Tensor]]:
+    """Keeps the tensor at each of some sites (resid_post, where a layer is given) of the pass inside."""
+    seen: dict[Where, Tensor] = {}
 
-    def make(layer: int) -> Any:
-        return ours(lambda module, args, output: seen.__setitem__(layer, hidden(output).detach()))
+    def make(layer: Where) -> Any:
+        inside = not Site.parse(layer).is_resid_post  # Falcon adds to its MLP's output in place
+        return lambda x: seen.__setitem__(layer, x.detach().clone() if inside else x.detach())
 
-    handles = [model.layer(layer).register_forward_hook(make(layer)) for layer in layers]
+    handles = [hook_site(model, Site.parse(layer), make(layer)) for layer in sorted(layers)]
     try:
         yield seen
     finally:
@@ -289,37 +299,25 @@ def row_positions(
 
 
 def check_site(model: Model, site: Site | str | int) -> Site:
-    """The Site meant, which must be a residual stream the model has."""
+    """The Site meant, which the model must have."""
     site = site if isinstance(site, Site) else Site.parse(site)
-    if site.kind != "resid_post":
-        raise RequestError(
-            f"{site} is not a residual site; sae-bias reads and edits blocks.L.hook_resid_post."
-        )
     if not 0 <= site.layer < model.n_layers:
         raise RequestError(
             f"layer {site.layer} does not exist in {model.name}: it has layers 0 to {model.n_layers - 1}."
         )
+    site_module(model, site)
     return site
 
 
 def check_fits(model: Model, what: str, site: Site, width: int) -> Site:
     """Refuse what was made for another width, or a layer the model lacks."""
     site = check_site(model, site)
-    if width != model.d_model:
+    if width != (own := site_width(model, site)):
+        name = "d_model" if own == model.d_model else f"at {site} a width of"
         raise RequestError(
-            f"{what} has d_in {width}, but {model.name} has d_model {model.d_model}: it belongs to another model."
+            f"{what} has d_in {width}, but {model.name} has {name} {own}: it belongs to another model."
         )
     return site
-
-
-def hidden(output: Any) -> Tensor:
-    """The residual in a decoder layer's output (a tensor, or the first of a tuple)."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def with_hidden(output: Any, resid: Tensor) -> Any:
-    """`output` with its residual replaced."""
-    return (resid, *output[1:]) if isinstance(output, tuple) else resid
 
 
 class _PassThrough(nn.Module):

@@ -14,8 +14,9 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Tokens
-from sae_bias.models.forward import capture_layers, check_site, plan_batches, row_positions
+from sae_bias.models.forward import Where, capture_layers, check_site, plan_batches, row_positions
 from sae_bias.models.model import Model
+from sae_bias.models.sites import site_width
 from sae_bias.prompts.texts import load_texts
 
 
@@ -58,14 +59,14 @@ class TextBatch:
     tokens: Tokens
     ordinary: Bool[Tensor, "batch pos"]
     """Where the token is not a special one."""
-    resid: dict[int, Float[Tensor, "batch pos d_model"]]
-    """Float32, by layer, where the model's inputs are."""
+    resid: dict[Any, Float[Tensor, "batch pos d_model"]]
+    """Float32, by layer or site as asked for, where the model's inputs are."""
 
 
 def text_batches(
-    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], layers: Iterable[int], *, batch_size: int | None = None
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], layers: Iterable[Where], *, batch_size: int | None = None
 ) -> Iterator[TextBatch]:  # fmt: skip
-    """Residuals of `texts` (or token ids) after each of the layers, batch by batch; every other reader of residuals goes through here.
+    """Residuals of `texts` (or token ids) after each of the layers, or at sites, batch by batch; every other reader of residuals goes through here.
 
     Raises:
         RequestError: NaN or infinite residuals; the text is named.
@@ -81,17 +82,16 @@ def text_batches(
             bad = ~torch.isfinite(x).flatten(1).all(1)
             if bool(bad.any()):
                 text = texts[batch.index[int(bad.nonzero()[0])]]
+                where = f"layer {layer}" if isinstance(layer, int) else str(layer)
                 shown = text if isinstance(text, str) else model.tokenizer.decode(list(text))
-                raise RequestError(
-                    f"{model.name} has NaN or infinite residuals at layer {layer} on {shown!r}."
-                )
+                raise RequestError(f"{model.name} has NaN or infinite residuals at {where} on {shown!r}.")
         yield TextBatch(batch.index, batch.tokens, ~torch.isin(batch.tokens, special), resid)
 
 
 def read_residuals(
-    model: Model, prompts: Sequence[str], wanted: Iterable[int], *, everywhere: bool = False
-) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, tuple[Tensor, Tensor]] | None]:
-    """Float32 residuals after each of the `wanted` layers, in one pass of the prompts.
+    model: Model, prompts: Sequence[str], wanted: Iterable[Where], *, everywhere: bool = False
+) -> tuple[dict[Where, Tensor], dict[Where, Tensor], dict[Where, tuple[Tensor, Tensor]] | None]:
+    """Float32 residuals after each of the `wanted` layers, or at sites, in one pass of the prompts.
 
     Returns:
         last token of each prompt [n_prompts, d_model]; ordinary tokens of the bundled neutral text [k, d_model]; and, if
@@ -99,7 +99,7 @@ def read_residuals(
     """
     layers = sorted(set(wanted))
     last = _empty(model, len(prompts), layers)
-    parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    parts: dict[Where, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     for batch in text_batches(model, prompts, layers):
         owner = torch.as_tensor(batch.index, device=model.device)[:, None].expand(batch.ordinary.shape)
         for layer, x in batch.resid.items():
@@ -113,8 +113,8 @@ def read_residuals(
     )
 
 
-def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[int]) -> dict[int, Tensor]:
-    """Float32 residuals of each prompt's last token [n_prompts, d_model] at several layers, in one pass."""
+def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[Where]) -> dict[Where, Tensor]:
+    """Float32 residuals of each prompt's last token [n_prompts, d_model] at several layers or sites, in one pass."""
     wanted = sorted(set(layers))
     last = _empty(model, len(prompts), wanted)
     for batch in text_batches(model, prompts, wanted):
@@ -123,23 +123,22 @@ def last_residuals(model: Model, prompts: Sequence[str], layers: Iterable[int]) 
     return last
 
 
-def ordinary_residuals(model: Model, texts: Sequence[str], layers: Iterable[int]) -> dict[int, Tensor]:
-    """Float32 residuals of every ordinary token of `texts` [n_tokens, d_model] at several layers, in one pass."""
+def ordinary_residuals(model: Model, texts: Sequence[str], layers: Iterable[Where]) -> dict[Where, Tensor]:
+    """Float32 residuals of every ordinary token of `texts` [n_tokens, d_model] at several layers or sites, in one pass."""
     wanted = sorted(set(layers))
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
+    parts: dict[Where, list[Tensor]] = {layer: [] for layer in wanted}
     for batch in text_batches(model, texts, wanted):
         for layer, x in batch.resid.items():
             parts[layer].append(x[batch.ordinary])
     return {layer: torch.cat(rows) for layer, rows in parts.items()}
 
 
-def _empty(model: Model, n: int, layers: Sequence[int]) -> dict[int, Tensor]:
-    return {
-        layer: torch.empty(n, model.d_model, dtype=torch.float32, device=model.device) for layer in layers
-    }
+def _empty(model: Model, n: int, layers: Sequence[Where]) -> dict[Where, Tensor]:
+    widths = {layer: site_width(model, Site.parse(layer)) for layer in layers}
+    return {layer: torch.empty(n, d, dtype=torch.float32, device=model.device) for layer, d in widths.items()}
 
 
-def _joined(parts: Mapping[int, list[tuple[Tensor, Tensor]]]) -> dict[int, tuple[Tensor, Tensor]]:
+def _joined(parts: Mapping[Where, list[tuple[Tensor, Tensor]]]) -> dict[Where, tuple[Tensor, Tensor]]:
     out = {}
     for layer, pieces in parts.items():
         rows, owner = (torch.cat(side) for side in zip(*pieces))
@@ -163,10 +162,10 @@ def residuals(
     """
     if positions not in ("last", "all"):
         raise RequestError(f"positions={positions!r}; expected 'last' or 'all'.")
-    layer = check_site(model, site).layer
+    where = check_site(model, site)
     out: list[Tensor] = [torch.empty(0)] * len(prompts)
-    for batch in text_batches(model, prompts, [layer], batch_size=batch_size):
-        x = batch.resid[layer].cpu()
+    for batch in text_batches(model, prompts, [where], batch_size=batch_size):
+        x = batch.resid[where].cpu()
         for row, i in enumerate(batch.index):
             out[i] = x[row, -1] if positions == "last" else x[row]
     return torch.stack(out) if positions == "last" else out

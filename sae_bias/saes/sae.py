@@ -128,7 +128,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Sae:
-    """A sparse autoencoder of the residual stream; weights are read when asked for."""
+    """A sparse autoencoder of one hook point; weights are read when asked for."""
 
     id: SaeId
     encoder: Encoder
@@ -143,7 +143,7 @@ class Sae:
 
     @property
     def d_in(self) -> int:
-        """Width of the residual stream it reads."""
+        """Width of what it reads: d_model, or n_heads · d_head."""
         return self.encoder.d_in
 
     @property
@@ -272,8 +272,14 @@ class Sae:
         self.lens.run_time_activation_norm_fn_in(x.float().to(self.lens.W_dec.device))
 
     def _lens_call(self, method: str, x: Tensor) -> Tensor:
-        device = self.lens.W_dec.device
-        return getattr(self.lens, method)(x.float().to(device)).float().to(x.device)
+        device, by_head = self.lens.W_dec.device, getattr(self.lens, "hook_z_reshaping_mode", False)
+        if by_head:  # its heads are concatenated here already
+            self.lens.turn_off_forward_pass_hook_z_reshaping()
+        try:
+            return getattr(self.lens, method)(x.float().to(device)).float().to(x.device)
+        finally:
+            if by_head:
+                self.lens.turn_on_forward_pass_hook_z_reshaping()
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.d_sae:
@@ -317,5 +323,5 @@ class SaeInfo:
 
 
 def check_sae(model: Model, found: Sae | Feature) -> None:
-    """Refuse an SAE or a feature of another width or a layer the model lacks."""
+    """Refuse an SAE or a feature of another width or a site the model lacks."""
     check_fits(model, str(found), found.site, found.d_model if isinstance(found, Feature) else found.d_in)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from sae_bias.saes.sae import Sae
 
+TILE_ROWS, COLUMNS = 512, 512
+"""Of a tile: with its columns and its product, about 2 MB."""
 BLOCK_BYTES = 64 * 2**20  # of encoder columns held at once, and of the activations they give
 
 
@@ -41,6 +44,50 @@ def acts_blocks(
             acts = _jump_relu(torch.addmm(b_enc, x, w_enc), threshold)
         rows = sae.W_dec_rows(range(start, stop)).to(x.device) if decoder else None
         yield start, acts, rows
+
+
+class Entries(NamedTuple):
+    """The activations of a block of columns that are not 0."""
+
+    start: int
+    """First column of the block."""
+    row: Int[np.ndarray, "k"]
+    column: Int[np.ndarray, "k"]
+    """Within the block."""
+    value: Float[np.ndarray, "k"]
+
+
+@torch.no_grad()
+def live_entries(sae: Sae, x: Float[Tensor, "n d_in"]) -> Iterator[Entries]:
+    """The activations that are not 0, `COLUMNS` features at a time.
+
+    On a CPU the product is made in tiles that stay in its cache: to write tokens × features to memory and read them again costs more
+    than to compute them (measured at d_in 64: 2.3 times the product, against 0.6 in tiles).
+    """
+    x = x.float()
+    full = None if sae.reduces_to_one_row else _encode_whole(sae, x)
+    rows = TILE_ROWS if x.device.type == "cpu" else max(1, BLOCK_BYTES // (4 * COLUMNS))
+    for start in range(0, sae.d_sae, COLUMNS):
+        stop = min(start + COLUMNS, sae.d_sae)
+        w_enc, b_enc, threshold = (t.contiguous().to(x.device) for t in sae.columns(start, stop))
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for at in range(0, len(x), rows):
+            if full is None:
+                h = torch.addmm(b_enc, x[at : at + rows], w_enc)
+                fires = h > threshold
+            else:
+                h = full[at : at + rows, start:stop]
+                fires = h != 0
+            if x.device.type == "cpu":
+                place = np.flatnonzero(fires.numpy())
+                found.append((place + at * (stop - start), h.numpy().ravel()[place]))
+            else:
+                on_device = fires.flatten().nonzero()[:, 0]
+                found.append(
+                    ((on_device + at * (stop - start)).cpu().numpy(), h.flatten()[on_device].cpu().numpy())
+                )
+        place, value = (np.concatenate(part) for part in zip(*found))
+        yield Entries(start, place // (stop - start), place % (stop - start), value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
-from sae_bias.core.site import Site
+from sae_bias.core.site import KINDS, Site
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import ordinary_residuals
+from sae_bias.models.sites import site_module, site_width
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
@@ -64,7 +65,7 @@ def control_edits(
             controls.append((replace(edit, feature=FeatureRef(sae.id, index)), MATCHED))
     wanted = max(0, n - len(controls))
     if wanted:
-        x = ordinary_residuals(model, [p.ai for p in pairs], [feature.site.layer])[feature.site.layer]
+        x = ordinary_residuals(model, [p.ai for p in pairs], [feature.site])[feature.site]
         controls += [(replace(edit, feature=twin), RANDOM) for twin in random_twins(feature, x, wanted, seed)]
     return controls
 
@@ -73,15 +74,14 @@ def set_controls(
     model: Model, edits: EditSet, pairs: PromptPairs, n: int, seed: int = 0
 ) -> list[tuple[EditSet, str]]:
     """`n` copies of a set of feature edits, every feature with its own gate and size and a random direction in place of its row."""
-    x: dict[int, Tensor] = {}
+    x: dict[Site, Tensor] = {}
     twins: list[list[Feature]] = []
     for i, edit in enumerate(edits.parts):
         assert isinstance(edit, FeatureEdit)
         feature = as_feature(edit.feature)
-        layer = feature.site.layer
-        if layer not in x:
-            x |= ordinary_residuals(model, [p.ai for p in pairs], [layer])
-        twins.append(random_twins(feature, x[layer], n, seed + 1_000 * i))
+        if edit.site not in x:
+            x |= ordinary_residuals(model, [p.ai for p in pairs], [edit.site])
+        twins.append(random_twins(feature, x[edit.site], n, seed + 1_000 * i))
     return [
         (
             replace(
@@ -98,23 +98,27 @@ def set_controls(
 def mismatch_edits(
     model: Model, edit: Intervention, saes: Sequence[Sae | SaeId | str] = ()
 ) -> list[tuple[Intervention, str]]:
-    """`edit` where it should do less, each with its label: a quarter of the model's depth before and after its own layers, and the
-    feature of the same index in each of `saes`. They are shown beside the controls and are in no p value.
+    """`edit` where it should do less, each with its label: a quarter of the model's depth before and after its own layers, at the other
+    hooks of its layers, and the feature of the same index in each of `saes`. They are shown beside the controls and are in no p value.
 
     Raises:
         RequestError: an SAE that has no such feature or does not fit the model, or is the feature's own.
     """
     step = max(1, model.n_layers // 4)
     found: list[tuple[Intervention, str]] = []
-    for shift in (-step, step):
-        layers = [part.site.layer + shift for part in edit.parts]
-        if (
-            all(hasattr(part, "at") for part in edit.parts)
-            and min(layers) >= 0
-            and max(layers) < model.n_layers
-        ):
-            label = f"the same, {abs(shift)} layers {'earlier' if shift < 0 else 'later'}"
-            found.append((_with_parts(edit, [{"at": Site(layer)} for layer in layers], label), label))
+    own = [part.site for part in edit.parts]
+    elsewhere = [
+        (f"the same, {step} layers {name}", [(s.layer + shift, s.kind) for s in own])
+        for shift, name in ((-step, "earlier"), (step, "later"))
+    ] + [
+        (f"the same at {kind}", [(s.layer, kind) for s in own])
+        for kind in KINDS
+        if kind not in {s.kind for s in own}
+    ]
+    for label, places in elsewhere:
+        if all(hasattr(part, "at") for part in edit.parts) and _same_width(model, own, places):
+            sites = [Site(layer, kind) for layer, kind in places]
+            found.append((_with_parts(edit, [{"at": site} for site in sites], label), label))
     for name in saes:
         sae, along = load_sae(name), _named(edit)
         if isinstance(along, Direction):
@@ -126,6 +130,16 @@ def mismatch_edits(
         other = {_field(edit): FeatureRef(sae.id, feature.index)}
         found.append((replace(edit, **other), f"feature {feature.index} of {sae.id}"))
     return found
+
+
+def _same_width(model: Model, own: Sequence[Site], places: Sequence[tuple[int, str]]) -> bool:
+    """Whether the model has all of these places, as wide as the sites they stand for."""
+    try:
+        widths = [site_width(model, Site(layer, kind)) for layer, kind in places]
+        _ = [site_module(model, Site(layer, kind)) for layer, kind in places]
+    except RequestError:
+        return False
+    return widths == [site_width(model, site) for site in own]
 
 
 def _with_parts(edit: Intervention, changes: Sequence[dict[str, Any]], name: str) -> Intervention:
@@ -162,22 +176,22 @@ def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed:
     Raises:
         RequestError: an edit without features or directions of its own.
     """
-    residual: dict[int, Tensor] = {}
+    residual: dict[Site, Tensor] = {}
     drawn: dict[str, Tensor] = {}
 
-    def rows(layer: int) -> Tensor:
-        if layer not in residual:
-            residual.update(ordinary_residuals(model, texts, [layer]))
-        return residual[layer]
+    def rows(site: Site) -> Tensor:
+        if site not in residual:
+            residual.update(ordinary_residuals(model, texts, [site]))
+        return residual[site]
 
     def change(i: int, e: Intervention) -> dict[str, Any]:
         along = _named(e)
         if not isinstance(along, Direction):
             feature = as_feature(along)
-            return {_field(e): random_twins(feature, rows(e.site.layer), 1, seed + 1_000 * i)[0]}
+            return {_field(e): random_twins(feature, rows(e.site), 1, seed + 1_000 * i)[0]}
         name = along.digest if along.mean is None else str(i)
         if name not in drawn:
-            drawn[name] = covariance_directions(rows(e.site.layer), len(along.basis), seed + 1_000 * i)
+            drawn[name] = covariance_directions(rows(e.site), len(along.basis), seed + 1_000 * i)
         return {_field(e): replace(along, name=f"random direction {seed}", basis=drawn[name])}
 
     return _with_parts(edit, [change(i, e) for i, e in enumerate(edit.parts)], f"random directions {seed}")
@@ -220,7 +234,7 @@ def matched_features(
     model: Model, sae: Sae, feature: Feature, pairs: PromptPairs, *, exclude: Sequence[int] = ()
 ) -> list[int]:
     """Features of `sae` that fire where `feature` fires, about as often, as strongly and with as long a decoder row."""
-    x = ordinary_residuals(model, [p.ai for p in pairs], [sae.site.layer])[sae.site.layer]
+    x = ordinary_residuals(model, [p.ai for p in pairs], [sae.site])[sae.site]
     target = feature.to(x.device).activation(x)
     where = target > 0
     if not bool(where.any()):
@@ -246,8 +260,8 @@ def matched_features(
 
 def randomized_control(model: Model, sae: Sae, pairs: PromptPairs, seed: int = 0) -> Sae:
     """`randomized_sae` of `sae`, each feature as often active on the pairs' ordinary tokens as before."""
-    texts, layer = [t for p in pairs for t in (p.human, p.ai)], sae.site.layer
-    return randomized_sae(sae, ordinary_residuals(model, texts, [layer])[layer], seed)
+    texts, site = [t for p in pairs for t in (p.human, p.ai)], sae.site
+    return randomized_sae(sae, ordinary_residuals(model, texts, [site])[site], seed)
 
 
 @torch.no_grad()
@@ -258,9 +272,7 @@ def observed_max(model: Model, feature: FeatureLike, pairs: PromptPairs) -> floa
         RequestError: it fires nowhere on them, so it has no maximum.
     """
     loaded = as_feature(feature)
-    x = ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], [loaded.site.layer])[
-        loaded.site.layer
-    ]
+    x = ordinary_residuals(model, [t for p in pairs for t in (p.human, p.ai)], [loaded.site])[loaded.site]
     top = float(loaded.activation(x).max())
     if not top > 0:
         raise RequestError(f"{loaded.ref} fires on no token of {pairs.name}; it has no observed maximum.")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.types import PositionMask, Resid, Tokens
-from sae_bias.models.forward import Partners, capture_layers, hidden
+from sae_bias.models.forward import Partners, capture_layers
 from sae_bias.models.model import Model, ours
+from sae_bias.models.sites import hidden
 from sae_bias.models.tree import Packed
 
 

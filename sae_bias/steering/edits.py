@@ -182,10 +182,10 @@ class Resample(FeatureEdit):
         return True
 
     def prepare(self, sources: Sources) -> None:
-        sources.paired(self.site.layer)
+        sources.paired(self.site.resid_layer)
 
     def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
-        paired, matched = context.sources.paired(context.site.layer)
+        paired, matched = context.sources.paired(context.site.resid_layer)
         theirs = as_feature(self.feature).activation(paired.to(acts.device).float())
         return torch.where(matched.to(acts.device), theirs, acts)
 
@@ -353,10 +353,10 @@ class Patch(Intervention):
         return self
 
     def prepare(self, sources: Sources) -> None:
-        sources.other(self.source, Site.parse(self.site).layer)
+        sources.other(self.source, Site.parse(self.site).resid_layer)
 
     def delta(self, x: Resid, context: EditContext) -> Change:
-        theirs = context.sources.other(self.source, context.site.layer)
+        theirs = context.sources.other(self.source, context.site.resid_layer)
         return context.only_here(theirs[:, -x.shape[1] :].to(x) - x)
 
     @classmethod

@@ -26,7 +26,7 @@ class ReadingEngine:
         self.plan = plan
         self._base = PlanReader(plan)
         self.runner = SharedRunner(model, self._base, batch_size=plan.batch_size)
-        self.runner.base(sorted({s.layer for s in sites}))
+        self.runner.base(sorted({s.layer for s in sites if s.is_resid_post}))
         self.base = self._base.reading()
 
     def run(self, edits: Sequence[Intervention]) -> tuple[Reading, Receipt]:

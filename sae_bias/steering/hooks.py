@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_bias.core.errors import RequestError, SaeBiasError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Resid
-from sae_bias.models.forward import check_site, hidden, with_hidden
+from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model, ours
 from sae_bias.models.placement import widest_float
+from sae_bias.models.sites import hook_site
 from sae_bias.steering.context import Change, EditContext, PassInfo, position_mask
 from sae_bias.steering.donors import Sources
 from sae_bias.steering.edits import Clamp
@@ -174,7 +175,7 @@ class _State:
         begin = ours(lambda module, args, kwargs: self._begin(args, kwargs))
         self.handles.append(self.model.base.register_forward_pre_hook(begin, with_kwargs=True))
         for site in sites:
-            self.handles.append(self.model.layer(site.layer).register_forward_hook(ours(self._hook(site))))
+            self.handles.append(hook_site(self.model, site, self._change(site)))
 
     def _begin(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """Note the pass's tokens; every layer sees every position (Gemma 4's decoder would drop some of the prompt's)."""
@@ -226,11 +227,10 @@ class _State:
             self._looking = False
         return sources
 
-    def _hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def _change(self, site: Site) -> Callable[[Tensor], Tensor | None]:
+        def change(x: Tensor) -> Tensor | None:
             if self._looking:
                 return None
-            x = hidden(output)
             assert self.info is not None
             total: Tensor | None = None
             for context in self.contexts:
@@ -241,9 +241,9 @@ class _State:
                 delta = site_edit.delta(x, self.info, context.receipts[site])
                 if delta is not None:
                     total = delta if total is None else total + delta
-            return None if total is None else with_hidden(output, add_delta(x, total))
+            return None if total is None else add_delta(x, total)
 
-        return hook
+        return change
 
 
 def _prompt_ends(tokens: Tensor, past: int, mask: Tensor | None) -> Tensor:

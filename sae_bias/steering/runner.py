@@ -4,7 +4,7 @@ The residual at the site is kept for every prompt. A cell computes its delta on 
 on which no position changes is not run again. Cells that edit the same one site are stacked: their changed rows go through the
 later layers together, up to a budget of tokens. Which cells are stacked is decided by the list of cells alone, never by
 what is left to do. The numbers are those of a plain hooked forward pass (tested to float32 rounding on every architecture). Where
-the model carries hooks that are not ours, the whole pass runs, so that they fire. `steering.shared` does the same on a tree of prefixes.
+the model carries hooks that are not ours, the whole pass runs, so that they fire; so it does for edits inside a layer (`attn_out`, `mlp_out`, `z`). `steering.shared` does the same on a tree of prefixes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,11 @@ class CellRunner:
             first = group[0]
             if not cells[first]:
                 receipts.append(Receipt())
-            elif whole or _reads_pairs_later(compiled[first]):
+            elif (
+                whole
+                or not all(site.is_resid_post for site in compiled[first])
+                or _reads_pairs_later(compiled[first])
+            ):
                 receipts.append(self._whole(first, cells[first], visit))
             elif len(compiled[first]) > 1:
                 receipts.append(self._two_sites(first, compiled[first], visit))
@@ -200,7 +204,8 @@ def stacks(
     for i, sites in enumerate(compiled):
         before = groups[-1] if groups else []
         same = before and list(compiled[before[-1]]) == list(sites)
-        if not whole and len(sites) == 1 and same and len(before) < STACK:
+        resumed = len(sites) == 1 and next(iter(sites)).is_resid_post
+        if not whole and resumed and same and len(before) < STACK:
             before.append(i)
         else:
             groups.append([i])

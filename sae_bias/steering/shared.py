@@ -157,7 +157,7 @@ class SharedRunner:
     ) -> list[Receipt]:
         """What the tree cannot do, over the sequences as they are."""
         for sites in (compile_edits(self.model, edits) for edits in cells):
-            if sites and not self.model.foreign_hooks():
+            if all(site.is_resid_post for site in sites) and sites and not self.model.foreign_hooks():
                 self.kept(min(sites).layer)
 
         def one(cell: int, k: int, rows: Tensor, final: Final) -> None:
@@ -234,4 +234,8 @@ class SharedRunner:
 
 
 def _on_tree(sites: dict[Site, SiteEdit]) -> bool:
-    return all(e.by_position and not e.looks_elsewhere for s in sites.values() for e in s.edits)
+    return all(
+        site.is_resid_post and e.by_position and not e.looks_elsewhere
+        for site, s in sites.items()
+        for e in s.edits
+    )

@@ -118,8 +118,8 @@ def activations(
 
 
 def _acts(model: Model, batch: Batch, features: Sequence[Feature]) -> Float[Tensor, "batch pos n_features"]:
-    resid = capture_layers(model, batch.tokens, sorted({f.site.layer for f in features}))
-    return torch.stack([f.activation(resid[f.site.layer]).cpu() for f in features], dim=-1)
+    resid = capture_layers(model, batch.tokens, sorted({f.site for f in features}))
+    return torch.stack([f.activation(resid[f.site]).cpu() for f in features], dim=-1)
 
 
 def _reduced(

@@ -112,10 +112,10 @@ def read_statements(
     statements = matched_statements(n_pairs, seed)
     grid = statement_grid(statements)
     texts, n_harm = [p.text for p in grid], len(harm_prompts())
-    resid = last_residuals(model, texts, sorted({s.site.layer for s in saes}))
+    resid = last_residuals(model, texts, sorted({s.site for s in saes}))
     acts, features = [], []
     for sae in saes:
-        for block in live_blocks(sae, resid[sae.site.layer]):
+        for block in live_blocks(sae, resid[sae.site]):
             acts.append(block.acts)
             features += [f"{sae.id}#{i}" for i in block.index]
     whole = np.concatenate(acts, axis=1)

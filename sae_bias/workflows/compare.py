@@ -272,7 +272,7 @@ def _methods(
     model: Model, feature: Feature, pairs: PromptPairs, ridge: RidgeProbe, k: int, seed: int
 ) -> dict[str, Steps]:
     site = feature.site
-    steered = ridge.direction(site.layer)
+    steered = ridge.direction(site.resid_layer)
     methods: dict[str, Steps] = {
         "feature": _taken_out(feature),
         "feature, opposite sign": _taken_out(feature, -1.0),
@@ -302,7 +302,9 @@ def _methods(
 def _other_layers(model: Model, site: Site) -> list[int]:
     """One layer well before the site and one well after, where the model has them."""
     step = max(1, model.n_layers // 4)
-    return [layer for layer in (site.layer - step, site.layer + step) if 0 <= layer < model.n_layers]
+    return [
+        layer for layer in (site.resid_layer - step, site.resid_layer + step) if 0 <= layer < model.n_layers
+    ]
 
 
 def _kind(method: str) -> str:

@@ -122,7 +122,7 @@ def fit_direction(
 
         r = start.basis[0].cpu()
         first = np.r_[r.numpy(), float(start.mean.cpu() @ r)]
-        device = model.layer_device(site.layer)
+        device = model.layer_device(site.resid_layer)
         found = torch.from_numpy(descend(value, first, steps, device=device, progress=progress)).float()
     r = found[:-1] / found[:-1].norm()
     name = f"{'ReFT-r1' if rectified else 'learned'} direction ({positions})"
@@ -179,7 +179,7 @@ class _Fit:
         self._load(np.argsort(-np.abs(effects))[:live])
 
     def _load(self, index: np.ndarray) -> None:
-        device = self.model.layer_device(self.sae.site.layer)
+        device = self.model.layer_device(self.sae.site.resid_layer)
         self.index = index
         self.features = [self.sae.feature(int(i)).to(device) for i in index]
         self.w_dec = torch.stack([f.w_dec for f in self.features])
@@ -225,7 +225,7 @@ class _Fit:
     def _minimize(self, start: np.ndarray, steps: int, penalty: float) -> np.ndarray:
         """The scales of least loss, from `start`."""
         m = len(start)
-        device = self.model.layer_device(self.sae.site.layer)
+        device = self.model.layer_device(self.sae.site.resid_layer)
         found = descend(
             lambda moves: self.loss(1 + moves[:m] - moves[m:]) + penalty * moves.sum(),
             np.r_[start - 1, 1 - start].clip(min=0), steps, bounds=(0, RANGE), device=device, progress=self.progress,

@@ -72,7 +72,7 @@ class FitPrompts:
             raise RequestError(
                 f'fitting needs score="mean_logit", whose slope does not depend on the edit; it is {probe.score!r}.'
             )
-        self.model, self.probe, self.layer = model, probe, site.layer
+        self.model, self.probe, self.layer = model, probe, site.resid_layer
         self.engine = ProbeEngine(model, pairs, probe, sites=[site])
         self.banks = CollapseEngine(model, probe, sites=[site])
         self.others = np.array(bank_items()[1]) == BANKS[0]

@@ -74,6 +74,27 @@ def test_each_strength_is_a_condition_in_units_of_the_maximum(capsys, gemma3, tm
     assert "ablate has no strength" in err
 
 
+@pytest.mark.parametrize("command", ["identity", "scenarios"])
+def test_one_strength_counts_in_each_features_own_maximum(command, capsys, gemma3, monkeypatch):
+    from sae_bias.steering import controls
+
+    sizes = {3: 2.5, 7: 10.0}
+    monkeypatch.setattr(controls, "observed_max", lambda model, feature, pairs: sizes[feature.index])
+    names = [f"{gemma3.sae_folder}#{k}" for k in sizes]
+    argv = [command, gemma3.folder, "--edit", "clamp", "--strength", "-2", "--json"]
+    argv += (
+        ["--max-new-tokens", "2"]
+        if command == "identity"
+        else ["--scenarios", "organism", "--category", "AI speech", "--no-roles"]
+    )
+    argv += [part for name in names for part in ("--feature", name)]
+    code, out, err = ran(capsys, *argv, "--unit", "max")
+    assert code == 0, err
+    assert [e["value"] for e in json.loads(out)["edits"]] == [-5.0, -20.0]
+    code, _, err = ran(capsys, command, gemma3.folder, "--feature", names[0], "--unit", "max")
+    assert code == 2 and "ablate has no strength in activations" in err
+
+
 def single_valued():
     """(command, option) of every option that takes one value, on every command."""
     tree = get_command(build_app())

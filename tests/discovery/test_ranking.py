@@ -132,7 +132,8 @@ def planted(gemma3, tmp_path, monkeypatch):
     def read(model, prompts, saes, *, everywhere=False):
         rows = torch.stack([planted_residual(p) for p in prompts])
         neutral = torch.stack([planted_residual(f"neutral {i}") for i in range(20)])
-        return {1: rows}, {1: neutral}, ({1: (rows, torch.arange(len(rows)))} if everywhere else None)
+        at = sb.Site(1)
+        return {at: rows}, {at: neutral}, ({at: (rows, torch.arange(len(rows)))} if everywhere else None)
 
     monkeypatch.setattr(contrasts, "read_residuals", read)
     monkeypatch.setattr(contrasts, "prompt_scores", lambda model, texts, probe: np.full(len(texts), -1.0))

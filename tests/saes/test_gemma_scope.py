@@ -114,7 +114,7 @@ def test_labels(name: str, expected: tuple[object, ...]) -> None:
         ({"hf_hook_point_out": "model.layers.31.post_feedforward_layernorm.output"}, "transcoder"),
         (
             {"hf_hook_point_in": "model.layers.31.self_attn.o_proj.input", "hf_hook_point_out": None},
-            "residual",
+            "folder name says resid_post",
         ),
         ({"architecture": "topk"}, "topk"),
         ({"l0": "many"}, "expected a number"),
@@ -144,10 +144,10 @@ def test_a_folder_that_names_no_layer_needs_a_config(tmp_path: Path) -> None:
     assert load_sae(folder).site == Site(2)
 
 
-@pytest.mark.parametrize("kind", ["mlp_out", "attn_out_all", "transcoder_all", "clt"])
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder_all", "clt"])
 def test_other_hook_points_are_refused_by_folder_name(tmp_path: Path, kind: str) -> None:
     folder = sae_files.write_gemma_scope_2(tmp_path / kind / "layer_3_width_512_l0_big", WEIGHTS)
-    with pytest.raises(RequestError, match="only SAEs of the residual stream"):
+    with pytest.raises(RequestError, match="only SAEs, which write to the place they read"):
         load_sae(folder)
 
 

@@ -121,9 +121,8 @@ def test_a_bare_folder_name_and_a_trailing_slash(folder: Path, monkeypatch: pyte
         ("gemma-scope-2-12b-it-ress/layer_31_width_65k_l0_medium", "did you mean gemma-scope-2-12b-it-res"),
         ("gemma-scope-2-12b-it-res/layer_31_width_65k_l0_med", "did you mean layer_31_width_65k_l0_medium"),
         ("gemma-scope-2-12b-it-res", "which SAE of it"),
-        ("gemma-scope-2-12b-it-mlp/layer_12_width_16k_l0_big", "only SAEs of the residual stream"),
-        ("gemma-scope-9b-pt-att/layer_0/width_16k/average_l0_122", "only SAEs of the residual stream|no SAE"),
-        ("google/gemma-scope-2-4b-it/transcoder_all/layer_5_width_16k_l0_big", "only SAEs of the residual stream"),
+        ("gemma-scope-9b-pt-att/layer_0/width_16k/average_l0_122", "no SAE"),
+        ("google/gemma-scope-2-4b-it/transcoder_all/layer_5_width_16k_l0_big", "only SAEs, which write to the place they read"),
         ("google/gemma-scope-2-4b-it/resid_post/../../secret", "no '..'"),
         ("gemma-scope-2-12b-it-res/../x", "no '..'"),
         ("organism:planted/../../model", "no '..'|no bundled organism"),
@@ -208,7 +207,7 @@ def test_sites(text: str | int | Site, layer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["blocks.3.hook_mlp_out", "blocks.0.hook_resid_pre", "", "layer 3", -1, "blocks.-1.hook_out"]
+    "text", ["blocks.3.hook_mlp_in", "blocks.0.hook_resid_pre", "", "layer 3", -1, "blocks.-1.hook_out"]
 )
 def test_other_sites_are_refused(text: str | int) -> None:
     with pytest.raises(RequestError):
@@ -293,7 +292,7 @@ def test_saes_that_need_the_whole_take_the_full_path(
 def test_transcoders_and_other_hooks_of_saelens_are_refused(tmp_path: Path) -> None:
     for name, changes in {
         "transcoder": {"architecture": "jumprelu_transcoder"},
-        "mlp": {"metadata": {"hook_name": "blocks.3.hook_mlp_out"}},
+        "mlp": {"metadata": {"hook_name": "blocks.3.hook_mlp_in"}},
         "out": {
             "metadata": {"hook_name": "blocks.3.hook_resid_post", "hook_name_out": "blocks.3.hook_mlp_out"}
         },

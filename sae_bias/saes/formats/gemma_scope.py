@@ -1,4 +1,4 @@
-"""Gemma Scope 1 and 2 residual SAEs, read in slices from their files and with no network.
+"""Gemma Scope 1 and 2 SAEs, read in slices from their files and with no network.
 
 Gemma Scope (Lieberum et al. 2024, arXiv:2408.05147) keeps one `params.npz` a folder, such as
 `layer_20/width_16k/average_l0_71`; Gemma Scope 2 one `params.safetensors` and mostly a `config.json`, such as
@@ -6,7 +6,9 @@ Gemma Scope (Lieberum et al. 2024, arXiv:2408.05147) keeps one `params.npz` a fo
 
     h = x · W_enc + b_enc        a = h · 1[h > threshold]        x̂ = a · W_dec + b_dec
 
-the encoder does not subtract b_dec. What the folder name, the config and the file say of layer, width and
+the encoder does not subtract b_dec. Residual SAEs read the residual after a layer, MLP SAEs the MLP's output after the norm that
+follows it, attention SAEs the heads' outputs before the output projection (section 3.1 of the report; the configs of Gemma Scope 2
+say the same: `post_feedforward_layernorm.output`, `self_attn.o_proj.input`). What the folder name, the config and the file say of layer, width and
 hook point must agree.
 """
 
@@ -37,7 +39,15 @@ _KINDS = re.compile(
     r"(?P<two>resid_post|attn_out|mlp_out|transcoder|crosscoder|clt)(?:_.*)?"
     r"|(?:models--google--)?gemma-scope-\w+-(?:pt|it)-(?P<one>res|att|mlp|transcoders)"
 )
-_RESIDUAL = ("resid_post", "res")
+_SITES = {
+    "resid_post": "resid_post",
+    "res": "resid_post",
+    "mlp": "mlp_out",
+    "mlp_out": "mlp_out",
+    "att": "z",
+    "attn_out": "z",
+}
+"""Kind in a folder's name → kind of site."""
 _MAX_CONFIG = 1 << 20
 
 
@@ -136,7 +146,7 @@ def encoder_of(
     """The encoder of a weights file that is open, here or on the hub."""
     names = {name.lower(): name for name in file.slots}
     if "affine_skip_connection" in names or "w_skip" in names:
-        raise _not_residual(str(path), "a transcoder with an affine skip connection")
+        raise _not_an_sae(str(path), "a transcoder with an affine skip connection")
     wanted = ["w_enc", "w_dec", "b_enc", "b_dec", *(["threshold"] if needs_threshold else [])]
     if missing := [name for name in wanted if name not in names]:
         raise RequestError(
@@ -167,13 +177,13 @@ def read_label(name: str) -> Label:
 
 
 def read_info(label_path: str, config: Path | None, *, model_name: str | None = None) -> SaeInfo:
-    """What folder name and config.json say; refuses anything but a residual SAE, and contradictions.
+    """What folder name and config.json say; refuses a transcoder, and contradictions.
 
     label_path: repository and folder, as `google/gemma-scope-2-12b-it/resid_post/layer_31_width_65k_l0_big`.
     """
     label = read_label(label_path)
-    if label.kind is not None and label.kind not in _RESIDUAL:
-        raise _not_residual(label_path, f"of kind {label.kind!r}")
+    if label.kind is not None and label.kind not in _SITES:
+        raise _not_an_sae(label_path, f"of kind {label.kind!r}")
     entries = _read_config(config) if config is not None else {}
     where = str(config) if config is not None else label_path
     if "hf_hook_point_in" in entries:
@@ -182,8 +192,13 @@ def read_info(label_path: str, config: Path | None, *, model_name: str | None = 
             raise RequestError(
                 f"{where} says layer {site.layer}, the folder name says layer {label.layer}; one is wrong"
             )
+        if label.kind is not None and _SITES[label.kind] != site.kind:
+            raise RequestError(f"{where} says {site}, the folder name says {label.kind}; one is wrong")
     elif label.layer is not None:
-        site, notes = Site(label.layer), ("layer and hook point taken from the folder name",)
+        site, notes = (
+            Site(label.layer, _SITES.get(label.kind or "", "resid_post")),
+            ("layer and hook point taken from the folder name",),
+        )
     else:
         raise RequestError(
             f"{label_path}: which layer? Expected a config.json with hf_hook_point_in, or a folder name like "
@@ -232,7 +247,7 @@ def _check_shapes(encoder: EncoderFile, path: Path) -> None:
             f"{path}: w_dec is transposed, [d_in, d_sae] = {list(shapes['w_dec'])}; save it as w_dec.T.contiguous()"
         )
     if len(shapes["w_dec"]) == 2 and shapes["w_dec"][0] == d_sae and shapes["w_dec"][1] != d_in:
-        raise _not_residual(str(path), f"a transcoder (reads {d_in} dimensions, writes {shapes['w_dec'][1]})")
+        raise _not_an_sae(str(path), f"a transcoder (reads {d_in} dimensions, writes {shapes['w_dec'][1]})")
     expected = {"w_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
     for name, shape in expected.items():
         if name in shapes and shapes[name] != shape:
@@ -271,26 +286,27 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _config_site(entries: dict[str, Any], where: str) -> Site:
-    """The residual site of a Gemma Scope 2 config, once it is known to be an SAE and no transcoder."""
+    """The site of a Gemma Scope 2 config, once it is known to be an SAE and no transcoder."""
     hook, hook_out = _text(entries, "hf_hook_point_in", where), _text(entries, "hf_hook_point_out", where)
     kind, architecture = _text(entries, "type", where), _text(entries, "architecture", where)
     if entries.get("affine_connection"):
-        raise _not_residual(where, "a transcoder (affine_connection)")
+        raise _not_an_sae(where, "a transcoder (affine_connection)")
     if kind is not None and re.search("transcoder|crosscoder|clt", kind):
-        raise _not_residual(where, f"of type {kind!r}")
+        raise _not_an_sae(where, f"of type {kind!r}")
     if hook_out is not None and hook_out != hook:
-        raise _not_residual(where, f"a transcoder (reads {hook!r}, writes {hook_out!r})")
+        raise _not_an_sae(where, f"a transcoder (reads {hook!r}, writes {hook_out!r})")
     if architecture not in (None, "jump_relu", "jumprelu"):
         raise RequestError(f'{where}: architecture {architecture[:40]!r}; Gemma Scope SAEs are "jump_relu"')
     try:
         return Site.parse(hook or "")
     except RequestError:
-        raise _not_residual(where, f"at {str(hook)[:80]!r}") from None
+        raise _not_an_sae(where, f"at {str(hook)[:80]!r}") from None
 
 
-def _not_residual(where: str, what: str) -> RequestError:
+def _not_an_sae(where: str, what: str) -> RequestError:
     return RequestError(
-        f"{where} is {what}; only SAEs of the residual stream after a layer (resid_post) can be edited here"
+        f"{where} is {what}; only SAEs, which write to the place they read (the residual after a layer, what the MLP adds to it, or "
+        "the attention heads before o_proj), can be edited here"
     )
 
 

@@ -147,7 +147,7 @@ def lens_info(config: dict[str, Any], where: str) -> SaeInfo:
         or found.get("hook_head_index")
     ):
         raise RequestError(
-            f"{where}: a transcoder or head SAE ({str(architecture)[:40]}); only residual SAEs are read here"
+            f"{where}: a transcoder or an SAE of one head ({str(architecture)[:40]}); only SAEs, which write to the place they read, can be edited here"
         )
     if "batchtopk" in str(architecture):
         raise RequestError(
@@ -198,7 +198,6 @@ def is_plain(config: dict[str, Any]) -> bool:
         in (None, False, True, "none", "expected_average_only_in")
         and config.get("activation_fn", config.get("activation_fn_str", "relu")) in (None, "relu")
         and not (isinstance(kwargs, dict) and kwargs.get("k"))
-        and config.get("reshape_activations", "none") in (None, "none")
         and not config.get("finetuning_scaling_factor")
     )
 
