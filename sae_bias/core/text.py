@@ -14,8 +14,8 @@ TEXT_KINDS = {
     "ai_speech": "AI-speech text",
 }
 COST_KINDS = TEXT_KINDS | {
-    "valence": "human deeds, at the evaluation",
-    "off": "the last token, evaluation words taken out",
+    "valence": "human deeds (at the evaluation)",
+    "off": "last token (without the evaluation words)",
 }
 
 

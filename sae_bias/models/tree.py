@@ -40,8 +40,10 @@ from sae_bias.models.model import Model
 
 T = TypeVar("T")
 R = TypeVar("R")
-ROW_TOKENS = (64, 128, 256, 512, 1024)
-"""Lengths of a row that are tried: longer rows share more, shorter ones attend over less."""
+ROW_TOKENS = 1024
+"""The longest row made of several sequences: its mask is this large squared."""
+PADDED = {"cpu": 32, "cuda": 256}
+"""Tokens of padding in a pass: starting another costs more."""
 _ROLES = ("last", "subject", "prompt", "generated")
 
 
@@ -94,26 +96,66 @@ class Tree:
         asked = [plays[role] for role in _ROLES if role in roles]
         return tuple((token, *(f(p) for f in asked)) for p, token in enumerate(sequence))
 
-    def rows(self, longest: int, among: Container[int] | None = None) -> list[Row]:
-        """Whole paths (of the sequences `among` all) one after another, each row at most `longest` tokens where a path is not longer itself."""
+    def rows(
+        self, price: float, *, longest: int = ROW_TOKENS, among: Container[int] | None = None
+    ) -> list[Row]:
+        """Whole paths (of the sequences `among` all) in rows of at most `longest` tokens, or of one longer path.
+
+        Longer rows share more, shorter ones attend over less: of all cuts of the preorder into rows, the one in which Σ n (1 + price n)
+        over the rows' lengths n is least. price: what attending to one more column costs a token, relative to its passage through the weights.
+        """
+        paths, common, owners = self._whole_paths(among)
         rows: list[Row] = []
-        row, common, pending = Row(), 0, []
-        columns: list[int] = []
+        for start, stop in _cuts([len(p) for p in paths], common, price, longest):
+            row, columns = Row(), []
+            for k in range(start, stop):
+                columns = row.add(paths[k], columns[: common[k]])
+                row.sequences += owners[k]
+            rows.append(row)
+        return rows
+
+    def _whole_paths(
+        self, among: Container[int] | None
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        """Paths that none other goes on from, what each shares with the one before it, and the sequences on it that end no earlier path."""
+        paths: list[list[int]] = []
+        common: list[int] = []
+        owners: list[list[int]] = []
+        shared = 0
         for k, i in enumerate(self.order):
-            common = min(common, self.shared[k])
-            path = self.paths[i]
+            shared = min(shared, self.shared[k])
             if among is not None and i not in among:
                 continue
-            pending.append(i)
-            if among is None and k + 1 < len(self.order) and self.shared[k + 1] == len(path):
-                continue  # the next sequence goes on from here
-            if not rows or len(row.nodes) + len(path) - common > longest:
-                row, common, columns = Row(), 0, []
-                rows.append(row)
-            columns = row.add(path, columns[:common])
-            row.sequences += pending
-            pending, common = [], len(path)
-        return rows
+            if paths and shared == len(paths[-1]):  # it goes on from there
+                paths[-1] = self.paths[i]
+                owners[-1].append(i)
+            else:
+                paths.append(self.paths[i])
+                common.append(shared)
+                owners.append([i])
+            shared = len(paths[-1])
+        return paths, common, owners
+
+
+def _cuts(lengths: Sequence[int], common: Sequence[int], price: float, longest: int) -> list[tuple[int, int]]:
+    """Runs [start, stop) of paths, one a row, of least Σ n (1 + price n): least(b) = min over a of least(a) + cost of the row a..b."""
+    own, shared = np.array(lengths), np.array(common)
+    total = np.concatenate([[0], np.cumsum(own - shared)])
+    least, cut = np.zeros(len(own) + 1), np.zeros(len(own), dtype=int)
+    first = 0
+    for b in range(len(own)):
+        while total[b + 1] - total[first] + shared[first] > longest and first < b:
+            first += 1
+        sizes = total[b + 1] - total[first : b + 1] + shared[first : b + 1]
+        cost = least[first : b + 1] + sizes * (1 + price * sizes)
+        cost[:-1][sizes[:-1] > longest] = np.inf
+        cut[b] = first + int(cost.argmin())
+        least[b + 1] = cost[cut[b] - first]
+    out, stop = [], len(own)
+    while stop:
+        out.append((int(cut[stop - 1]), stop))
+        stop = out[-1][0]
+    return out[::-1]
 
 
 @dataclass
@@ -217,28 +259,33 @@ def _open_roles(model: Model) -> frozenset[str] | None:
     return frozenset() if model._edits is None else model._edits.roles
 
 
-def _cost(model: Model, shapes: Sequence[tuple[int, int]]) -> float:
-    """Multiplications a layer of passes of [rows, length]: every weight once a token, and attention over the whole row."""
-    weights = sum(p.numel() for p in model.layer(0).parameters())
+def attention_price(model: Model) -> float:
+    """Multiplications of a token for each column that its row attends over, relative to those of its passage through a layer.
+
+    Norms, rotations and sums take as long as some thousand multiplications for each of d_model (measured on Gemma 3 270M).
+    """
     heads = model.config.num_attention_heads
     head = vars(model.config).get("head_dim") or model.d_model // heads  # Gemma 4's differs between layers
-    return float(sum(b * n * (weights + 2 * n * heads * head) for b, n in shapes))
+    weights = sum(p.numel() for p in model.layer(0).parameters())
+    return 2 * heads * head / (weights + 1000 * model.d_model)
 
 
-def passes_of(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Rows of about one length together, at most `budget` tokens a pass."""
+def passes_of(rows: Sequence[Row], budget: int, padded: int) -> list[list[Row]]:
+    """Rows of about one length together, at most `budget` tokens a pass and `padded` of padding."""
     size = lambda row: len(row.nodes)  # noqa: E731
-    return list(in_passes(sorted(rows, key=lambda row: -size(row)), size, budget))
+    return list(in_passes(sorted(rows, key=lambda row: -size(row)), size, budget, padded))
 
 
-def in_passes(rows: Iterable[R], size: Callable[[R], int], budget: int) -> Iterator[list[R]]:
-    """Neighbors (the longest first) that are padded by at most a third, within `budget` tokens."""
+def in_passes(rows: Iterable[R], size: Callable[[R], int], budget: int, padded: int) -> Iterator[list[R]]:
+    """Neighbors (the longest first) within `budget` tokens a pass, and `padded` of padding."""
     group: list[R] = []
+    padding = 0
     for row in rows:
-        widest = size(group[0]) if group else 0
-        if group and ((len(group) + 1) * widest > budget or 4 * size(row) < 3 * widest):
+        widest = size(group[0]) if group else size(row)
+        padding += widest - size(row)
+        if group and ((len(group) + 1) * widest > budget or padding > padded):
             yield group
-            group = []
+            group, padding = [], 0
         group.append(row)
     if group:
         yield group
@@ -292,16 +339,18 @@ class Reads:
         roles = _open_roles(self.model)
         self.tree = Tree(self.sequences, self.ends, self.starts, roles=roles or frozenset())
         longest = max(map(len, self.sequences))
-        budget = BATCH_TOKENS.get(self.model.device.type, BATCH_TOKENS["cpu"])
-        best: list[Row] = []
-        self.length = longest
-        least = _cost(self.model, [(b.n, b.tokens.shape[1]) for b in self._plain])
-        for length in sorted({max(longest, n) for n in ROW_TOKENS}):
-            rows = self.tree.rows(length)
-            shapes = [(len(p), len(p[0].nodes)) for p in passes_of(rows, budget)]
-            if (cost := _cost(self.model, shapes)) < least:
-                best, least, self.length = rows, cost, length
-        return passes_of(best, min(budget, batch_size * longest) if batch_size else budget)
+        kind = self.model.device.type
+        budget, padded = BATCH_TOKENS.get(kind, BATCH_TOKENS["cpu"]), PADDED.get(kind, PADDED["cpu"])
+        self.price = attention_price(self.model)
+        rows = self.tree.rows(self.price)
+        packed = [(len(p), len(p[0].nodes)) for p in passes_of(rows, budget, padded)]
+        if self._cost(packed) >= self._cost([(b.n, b.tokens.shape[1]) for b in self._plain]):
+            return []
+        return passes_of(rows, min(budget, batch_size * longest) if batch_size else budget, padded)
+
+    def _cost(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """Of passes of [rows, length], in tokens through the weights."""
+        return sum(b * n * (1 + self.price * n) for b, n in shapes)
 
     def _numbered(self) -> tuple[list[list[int]], int]:
         if not self._packed:

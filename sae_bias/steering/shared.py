@@ -20,6 +20,7 @@ from sae_bias.core.site import Site
 from sae_bias.models.forward import Final, Kept, Partners, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.models.tree import (
+    PADDED,
     Reader,
     Reads,
     Row,
@@ -58,7 +59,7 @@ class View:
     @cached_property
     def rows(self) -> list[Row]:
         """Every sequence."""
-        return self.tree.rows(self.reads.length)
+        return self.tree.rows(self.reads.price)
 
     @cached_property
     def info(self) -> PassInfo:
@@ -79,7 +80,7 @@ class View:
         hit = np.logical_or.reduceat(changed[self._flat], self._starts)
         if hit.all():
             return self.rows
-        return self.tree.rows(self.reads.length, set(np.flatnonzero(hit).tolist()))
+        return self.tree.rows(self.reads.price, among=set(np.flatnonzero(hit).tolist()))
 
 
 @dataclass
@@ -187,11 +188,13 @@ class SharedRunner:
 
     def _groups(self, parts: Sequence[tuple[_Cell, Row]]) -> Iterator[list[tuple[_Cell, Row]]]:
         """Rows of about one length together, of whatever cells, within the budget of a stacked pass."""
-        budget = runner.STACK_TOKENS.get(self.model.device.type, runner.STACK_TOKENS["cpu"])
+        kind = self.model.device.type
+        padded = PADDED.get(kind, PADDED["cpu"])
+        budget = runner.STACK_TOKENS.get(kind, runner.STACK_TOKENS["cpu"])
         views = list(dict.fromkeys(cell.view for cell, _ in parts))
         for view in views:
             mine = sorted((p for p in parts if p[0].view is view), key=lambda p: -len(p[1].nodes))
-            yield from in_passes(mine, lambda p: len(p[1].nodes), budget)
+            yield from in_passes(mine, lambda p: len(p[1].nodes), budget, padded)
 
     def _cell(self, number: int, sites: dict[Site, SiteEdit]) -> _Cell:
         roles = frozenset(e.positions for s in sites.values() for e in s.edits) - {"all"}

@@ -18,7 +18,7 @@ from test_architectures import OTHERS
 
 import sae_bias as sb
 from sae_bias.models.architectures import ARCHITECTURES as RECORDS
-from sae_bias.models.tree import Packed, Reads, Tree, packs
+from sae_bias.models.tree import Packed, Reads, Tree, packs, passes_of
 from sae_bias.steering.intervention import Intervention, register_edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is used in place")
@@ -77,7 +77,8 @@ def read(model, given, positions=None, **options):
 
 
 @pytest.mark.parametrize("name", [*TINY, *OTHERS])
-def test_each_position_is_that_of_its_sequence_alone(name):
+def test_each_position_is_that_of_its_sequence_alone(name, monkeypatch):
+    monkeypatch.setattr("sae_bias.models.tree.attention_price", lambda model: 0.0)
     model, given = model_of(name), sequences()
     assert packs(model) == (name not in PLAIN)
     positions = [sorted({0, len(s) // 2, len(s) - 1}) for s in given]
@@ -87,7 +88,7 @@ def test_each_position_is_that_of_its_sequence_alone(name):
     if name in PLAIN:
         assert reads.n_tokens == sum(map(len, given))
     else:
-        assert distinct(given) <= reads.n_tokens <= 1.1 * distinct(given)
+        assert reads.n_tokens == distinct(given)
     for s, at, z in zip(given, positions, found):
         torch.testing.assert_close(z, plain_logits(model, s)[at], atol=CLOSE, rtol=0)
 
@@ -158,24 +159,54 @@ def test_a_window_one_too_wide_would_be_seen(name, monkeypatch):
     assert max(off) > 100 * CLOSE
 
 
-def test_rows_hold_whole_paths_and_no_row_is_longer_than_asked():
+@pytest.mark.parametrize("among", [None, {0, 3, 4, 7}])
+@pytest.mark.parametrize("price", [0.0, 0.05, 1.0])
+def test_rows_hold_whole_paths_and_no_row_is_longer_than_asked(price, among):
     tree = Tree(sequences())
+    wanted = set(range(len(tree.paths))) if among is None else among
     for longest in (1, 20, 30, 1000):
-        rows = tree.rows(longest)
-        assert sorted(i for r in rows for i in r.sequences) == list(range(len(tree.paths)))
+        rows = tree.rows(price, longest=longest, among=among)
+        assert sorted(i for r in rows for i in r.sequences) == sorted(wanted)
         for row in rows:
             assert len(set(row.nodes)) == len(row.nodes) <= max(longest, max(map(len, tree.paths)))
             assert all(set(tree.paths[i]) <= set(row.nodes) for i in row.sequences)
-    assert {v for r in tree.rows(1) for v in r.nodes} == set(range(len(tree)))
-    assert len(tree.rows(1000)[0].nodes) == len(tree) == distinct(sequences())
+            assert set(row.nodes) == {v for i in row.sequences for v in tree.paths[i]}
+            assert all(p == -1 or row.nodes[p] in set(row.nodes[:c]) for c, p in enumerate(row.parents))
+    assert among or len(tree.rows(0.0)[0].nodes) == len(tree) == distinct(sequences())
+
+
+@pytest.mark.parametrize("price", [0.0, 0.01, 0.03, 0.1, 1.0])
+@pytest.mark.parametrize("longest", [1, 24, 60, 1024])
+def test_no_other_cut_of_the_paths_into_rows_costs_less(price, longest):
+    """Against every cut, tried one by one on the sequences themselves."""
+    given = sorted(set(map(tuple, sequences(seed=3))))
+    given = [s for k, s in enumerate(given) if k + 1 == len(given) or given[k + 1][: len(s)] != s][:11]
+
+    def size(part):
+        return len({s[: k + 1] for s in part for k in range(len(s))})
+
+    least = np.inf
+    for cuts in range(1 << (len(given) - 1)):
+        stops = [k + 1 for k in range(len(given) - 1) if cuts >> k & 1]
+        parts = [given[a:b] for a, b in zip([0, *stops], [*stops, len(given)])]
+        if all(size(part) <= longest or len(part) == 1 for part in parts):
+            least = min(least, sum(size(part) * (1 + price * size(part)) for part in parts))
+    rows = Tree([list(s) for s in given]).rows(price, longest=longest)
+    assert sum(len(r.nodes) * (1 + price * len(r.nodes)) for r in rows) == pytest.approx(least, rel=1e-12)
+
+
+def test_a_pass_is_padded_by_little():
+    rows = Tree([list(range(100, 100 + n)) if n % 2 else list(range(n)) for n in range(3, 60)]).rows(1.0)
+    for group in passes_of(rows, 4096, 32):
+        assert sum(len(group[0].nodes) - len(row.nodes) for row in group) <= 32
 
 
 def test_several_rows_and_passes(monkeypatch):
-    monkeypatch.setattr("sae_bias.models.tree.ROW_TOKENS", (24,))
-    model = model_of("gemma3")
-    found, reads = read(model, sequences(), batch_size=2)
-    assert len(reads._packed) > 1
-    for s, z in zip(sequences(), found):
+    monkeypatch.setattr("sae_bias.models.tree.attention_price", lambda model: 0.05)
+    model, given = model_of("gemma3"), sequences(0) + sequences(1)
+    found, reads = read(model, given, batch_size=2)
+    assert len(reads._packed) > 1 < max(len(rows) for rows in reads._packed)
+    for s, z in zip(given, found):
         torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
 
 

@@ -110,7 +110,12 @@ def test_where_nothing_changes_the_base_result_is_returned(gemma3, pairs, probe,
     assert engine.run([])[0] is engine.base
 
 
-def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_prefix(gemma3, pairs, probe):
+def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_prefix(
+    gemma3, pairs, probe, monkeypatch
+):
+    monkeypatch.setattr(
+        "sae_bias.models.tree.attention_price", lambda model: 0.0
+    )  # sharing alone decides how rows are cut
     model = gemma3.model
     engine = ProbeEngine(model, pairs, probe)
     engine.run([sb.Steer(gemma3.feature(F), 1.0)])
@@ -121,7 +126,7 @@ def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_pref
         for alpha in (0.5, 1.0, 2.0):
             engine.run([sb.Steer(gemma3.feature(F), alpha)])
     assert set(count.by_layer) == {2}
-    assert distinct <= count.by_layer[2] / 3 <= 1.1 * distinct
+    assert count.by_layer[2] == 3 * distinct
 
 
 @pytest.mark.parametrize("at", ["last", "subject", "prompt", "generated"])
@@ -156,10 +161,13 @@ def test_only_prompts_that_a_feature_changes_run_again(gemma3, pairs, probe):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_any_batch_size_gives_the_same_numbers(gemma3, pairs, probe, size):
-    edits = [sb.Clamp(gemma3.feature(F), 4.0)]
-    one = ProbeEngine(gemma3.model, pairs, probe).run(edits)[0]
-    other = ProbeEngine(gemma3.model, pairs, probe, batch_size=size).run(edits)[0]
-    np.testing.assert_allclose(other.pair_bias, one.pair_bias, atol=1e-5, rtol=0)
+    """In float64, where passes of another shape round alike to far below the tolerance."""
+    edits, model = [sb.Clamp(gemma3.feature(F), 4.0)], gemma3.fresh()
+    model.hf.double()
+    one = ProbeEngine(model, pairs, probe).run(edits)[0]
+    other = ProbeEngine(model, pairs, probe, batch_size=size).run(edits)[0]
+    np.testing.assert_allclose(other.pair_bias, one.pair_bias, atol=2e-6, rtol=0)
+    assert np.abs(one.pair_bias - ProbeEngine(model, pairs, probe).base.pair_bias).max() > 0.1
 
 
 def test_the_users_own_hooks_fire_and_count(tiny, pairs, probe):
