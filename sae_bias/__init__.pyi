@@ -68,6 +68,7 @@ from sae_bias.steering.generate import generate as generate
 from sae_bias.steering.hooks import intervene as intervene
 from sae_bias.steering.learned import FeatureSet as FeatureSet
 from sae_bias.steering.learned import GatedCounterfactual as GatedCounterfactual
+from sae_bias.steering.learned import RectifiedProjectOut as RectifiedProjectOut
 from sae_bias.steering.receipt import Receipt as Receipt
 from sae_bias.steering.ridge import ridge_probe as ridge_probe
 from sae_bias.steering.tensors import activations as activations

@@ -1,8 +1,11 @@
 """What the probe, its checks, scenarios and exact ablation cost, against the least that any exact method computes; the rows of README.md.
 
-    python experiments/benchmarks/shared.py [--model FOLDER] [--repeats R] [--old TREE]
+    python experiments/benchmarks/shared.py [--model FOLDER] [--repeats R] [--old TREE] [--sae NAME]
 
     floor = layers over the distinct prefixes + full logits of the distinct positions whose law is read
+
+Ablation (with --sae: the first 64 features that fire on the prompts) runs the lower layers once, and for each feature the layers above it
+over the distinct prefixes of the prompts in which it fires.
 
 Both parts of the floor are timed on this machine: plain decoder passes of 32 tokens, 4,096 at a time, and one bare matrix product with the
 unembedding, 128 rows at a time, each multiplied by its count (counted from the token ids, not from what the code ran). CPU seconds of
@@ -29,6 +32,7 @@ from typing import Any
 import torch
 
 import sae_bias as sb
+from sae_bias.discovery.attribution import exact_ablation
 from sae_bias.measures.continuations import Phrasing, make_asks
 from sae_bias.measures.scenarios import score_scenarios
 from sae_bias.models.model import Model
@@ -36,6 +40,7 @@ from sae_bias.probe.checks import run_checks
 from sae_bias.probe.run import run_probe
 from sae_bias.prompts.load import load_pairs
 from sae_bias.prompts.scenarios import load_scenarios
+from sae_bias.steering.engine import ProbeEngine
 
 Ids = tuple[int, ...]
 
@@ -77,7 +82,25 @@ def scenario_counts(model: Model, scenarios: Any) -> tuple[int, int]:
     return distinct(read), len(read)
 
 
-def steps(model: Model, pairs: Any, scenarios: Any) -> dict[str, Callable[[], Any]]:
+@torch.no_grad()
+def firing(model: Model, pairs: Any, name: str, k: int = 64) -> dict[Any, list[Ids]]:
+    """The first k features that fire on some of the prompts, and the prompts they fire in."""
+    sae, ids = sb.load_sae(name), ids_of(model, pairs)
+    resid = sb.residuals(model, ids, sae.site, positions="all")
+    where = torch.stack([(sae.encode(x)[[t not in model.special_ids for t in s]] > 0).any(0) for x, s in zip(resid, ids)])  # fmt: skip
+    found = torch.nonzero(where.any(0)).flatten()[:k].tolist()
+    return {sb.load_feature(f"{name}#{i}"): [s for s, fires in zip(ids, where[:, i]) if fires] for i in found}
+
+
+def ablation_counts(model: Model, pairs: Any, found: dict[Any, list[Ids]]) -> tuple[float, int]:
+    """Passes of all layers in tokens: the prompts once, and what lies above each feature; no law is read."""
+    above = [(model.n_layers - f.site.layer - 1) / model.n_layers * distinct(hit) for f, hit in found.items()]
+    return distinct(ids_of(model, pairs)) + sum(above), 0
+
+
+def steps(
+    model: Model, pairs: Any, scenarios: Any, found: dict[Any, list[Ids]]
+) -> dict[str, Callable[[], Any]]:
     """What is timed; the checks take the probe's result as it is."""
     known: list[Any] = []
 
@@ -86,6 +109,12 @@ def steps(model: Model, pairs: Any, scenarios: Any) -> dict[str, Callable[[], An
             known.append(run_probe(model, pairs, random_words=True))
         return known[0]
 
+    def ablation() -> Any:
+        engine = ProbeEngine(model, pairs, sb.Probe(), sites=[f.site for f in found][:1])
+        return exact_ablation(engine, list(found))
+
+    if found:
+        return {"ablation": ablation}
     base()
     return {
         "probe": lambda: run_probe(model, pairs),
@@ -118,17 +147,23 @@ def timed(run: Callable[[], Any]) -> float:
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     model = sb.load_model(args.model)
     pairs, scenarios = load_pairs(), load_scenarios()
-    found = {name: [] for name in ("probe", "checks", "scenarios") if name in args.steps}
-    runs = steps(model, pairs, scenarios)
+    features = firing(model, pairs, args.sae) if args.sae else {}
+    runs = steps(model, pairs, scenarios, features)
+    found = {name: [] for name in runs if name in args.steps}
     units: list[tuple[float, float]] = []
     for _ in range(args.repeats):
         units.append(unit_costs(model))
         for name, times in found.items():
             times.append(timed(runs[name]))
     token, row = (statistics.median(v) for v in zip(*units))
-    counts = {"probe": probe_counts(model, pairs), "checks": check_counts(model, pairs), "scenarios": scenario_counts(model, scenarios)}  # fmt: skip
+    counts = {
+        "probe": lambda: probe_counts(model, pairs),
+        "checks": lambda: check_counts(model, pairs),
+        "scenarios": lambda: scenario_counts(model, scenarios),
+        "ablation": lambda: ablation_counts(model, pairs, features),
+    }
     for name, times in found.items():
-        n, rows = counts[name]
+        n, rows = counts[name]()
         times += [n, rows, n * token + rows * row]
     return found
 
@@ -137,7 +172,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--model", default="gemma-3-270m-q4")
     options.add_argument("--repeats", type=int, default=5)
-    options.add_argument("--steps", nargs="*", default=["probe", "checks", "scenarios"])
+    options.add_argument("--steps", nargs="*", default=["probe", "checks", "scenarios", "ablation"])
+    options.add_argument("--sae", help="time the exact ablation of its features, and nothing else")
     options.add_argument("--old", help="a checkout of an earlier version")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
@@ -148,14 +184,14 @@ def main() -> None:
         return
     old: dict[str, list[float]] = {}
     if args.old:
-        command = [sys.executable, __file__, "--json", "--model", args.model, "--repeats", str(args.repeats), "--steps", *args.steps]  # fmt: skip
+        command = [sys.executable, __file__, "--json", "--model", args.model, "--repeats", str(args.repeats), *(["--sae", args.sae] if args.sae else []), "--steps", *args.steps]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": args.old}, capture_output=True, text=True, check=True)  # fmt: skip
         old = json.loads(done.stdout.splitlines()[-1])
     print("| step | distinct prefixes | laws read | floor CPU s | CPU s | x floor | before | x faster |\n|---|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
     for name, (*times, n, rows, floor) in ours.items():
         now = statistics.median(times)
         before = statistics.median(old[name][:-3]) if name in old else float("nan")
-        print(f"| {name} | {n:,} | {rows:,} | {floor:.1f} | {now:.1f} | {now / floor:.2f} | {before:.1f} | {before / now:.2f} |")  # fmt: skip
+        print(f"| {name} | {n:,.0f} | {rows:,} | {floor:.1f} | {now:.1f} | {now / floor:.2f} | {before:.1f} | {before / now:.2f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, option
 from sae_bias.core.errors import GateError, MissingError, RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,47 +18,24 @@ if TYPE_CHECKING:
 
 
 Full = Annotated[
-    bool,
-    typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is."),
+    bool, typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is.")
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, hidden=True)]
 PairsFile = Annotated[
     str | None,
-    typer.Option(
-        "--pairs",
-        metavar="FILE",
-        help="Your pairs: is their number enough to find the planted bias?",
-        show_default=False,
-    ),
+    option("--pairs", metavar="FILE", help="Your pairs: is their number enough to find the planted bias?"),
 ]
 OwnDraws = Annotated[
     int,
     typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
 ]
 QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
-COLUMNS = {
-    "mark": "mark",
-    "organism": "organism",
-    "required": "required",
-    "measured": "measured",
-    "verdict": "verdict",
-    "n": "over",
-    "note": "note",
-}
-SAE_COLUMNS = {
-    "organism_seed": "seed",
-    "sae": "SAE",
-    "fvu": "unexplained",
-    "l0": "L0",
-    "live": "features that fire",
-    "called": "called AI-speech",
-    "ceiling": "upper bound",
-    "first_exact": "most causal removes",
-    "first_place": "its place",
-    "joint_report": "ten best remove",
-    "rho": "ρ",
-    "n_matter": "n",
-}
+COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
+SAE_COLUMNS = columns_of(
+    "organism_seed: seed; sae; fvu: unexplained; l0: L0; live: features that fire; "
+    "called: called AI-speech; ceiling: upper bound; first_exact: most causal removes; "
+    "first_place: its place; joint_report: ten best remove; rho: ρ; n_matter: n"
+)
 
 
 @command(

@@ -56,11 +56,11 @@ def compare(
     """Take out the feature, and each baseline, by steps: how much bias goes at the same cost?
 
     Baselines: difference of means (with and without massive dimensions, and at other layers), a ridge probe's direction, a
-    subspace of the paired differences, a learned set of scales, a gated counterfactual and a learned direction (DAS, rank 1), random
+    subspace of the paired differences, a learned set of scales, a gated counterfactual, learned directions (DAS, ReFT-r1), random
     directions and subspaces, matched controls, the opposite sign; each at all positions and at the last token alone. Also an instruction
     before every prompt. Directions and fits are found on discover templates, strengths chosen on tune, every figure is of report.
     """
-    from sae_bias.workflows.compare import NOT_REACHED, compare_methods, table_in_words
+    from sae_bias.workflows.compare import NOT_REACHED, compare_methods, share_of, table_in_words
 
     pairs, feature, probe, split = run.pairs, run.feature, run.probe, run.split or {}
     steps, levels = parse_numbers(shares, "--shares"), parse_numbers(kl, "--kl")
@@ -75,7 +75,7 @@ def compare(
     tables = {"compare": result.table, "compare_curves": result.frame, "ridge": result.ridge.frame}
     run.save(tables, {"compare": {"feature": str(feature.ref)}}, **facts)
     shown, columns = table_in_words(result.table)
-    run.table("Share of the bias removed at equal cost, on templates held out", shown, columns)
+    run.table(share_of(result.table).capitalize(), shown, columns)
     run.say(NOT_REACHED)
     for line in _headline(result.table):
         run.say(line)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.core.labels import columns_of
 
 SaeName = Annotated[
     str, typer.Argument(metavar="SAE", help="RELEASE/SAE_ID or a folder.", show_default=False)
@@ -13,10 +14,10 @@ Kind = Annotated[
     str, typer.Option("--kind", help="gated (the human twin's activations where a gate is on) or scales.")
 ]
 Most = Annotated[int, typer.Option("--most", min=1, help="How many features the edit may have.")]
-COLUMNS = {
-    "sae": "SAE", "split": "split", "n_pairs": "pairs", "bias": "bias", "bias_after": "under the edit", "specific": "specific reduction",
-    "specific_low": "from", "specific_high": "to", "beta": "β", "human_moved": "human moved", "ai_moved": "AI moved", "kl_off": "KL_off",
-}  # fmt: skip
+COLUMNS = columns_of(
+    "sae; split; n_pairs; bias; bias_after: under the edit; specific: specific reduction; "
+    "specific_low: from; specific_high: to; beta; human_moved; ai_moved: AI moved; kl_off: KL_off"
+)
 
 
 @command(

@@ -4,15 +4,15 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, option, rows
+from sae_bias.core.labels import columns_of
 
 Own = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--own",
         metavar="NAME",
         help="An identity that is the model's own, such as gemma; may be given several times.",
-        show_default=False,
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
@@ -42,6 +42,6 @@ def identity(run: Run, own: Own = None, max_new_tokens: MaxNewTokens = 60) -> No
     for line in identity_lines(summary):
         run.say(line)
     claiming = frame[frame["claims"] != ""].head(20)
-    columns = {"arm": "arm", "prompt": "question", "text": "answer", "claims": "claims"}
+    columns = columns_of("arm; prompt: question; text: answer; claims")
     run.table("Answers that claim an identity", claiming, columns)
     run.done({"edits": [e.to_dict() for e in edits], **summary, "answers": rows(frame)})

@@ -4,24 +4,19 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_FEATURE, Run, command, parse_numbers, rows
+from sae_bias.cli.context import FROM_FEATURE, Run, command, option, parse_numbers, rows
+from sae_bias.core.labels import columns_of
 
-COLUMNS = {
-    "rung": "effect of",
-    "effect": "nats",
-    "ci_low": "low",
-    "ci_high": "high",
-    "share_of_bias": "of the bias",
-    "share_of_ceiling": "of its upper bound",
-    "meaning": "what it is",
-}
+COLUMNS = columns_of(
+    "rung: effect of; effect: nats; ci_low: low; ci_high: high; share_of_bias: of the bias; "
+    "share_of_ceiling: of its upper bound; meaning: what it is"
+)
 Layers = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--layers",
         metavar="I,J,…",
         help="Layers at which the upper bound is measured; nine over the depth by default.",
-        show_default=False,
     ),
 ]
 Single = Annotated[

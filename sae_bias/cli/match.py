@@ -4,21 +4,14 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import Run, command, rows
+from sae_bias.cli.context import Run, command, option, rows
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
-COLUMNS = {
-    "feature": "feature",
-    "rho": "ρ",
-    "p_fwer": "family-wise p",
-    "mutual": "mutual",
-    "class": "on in",
-    "same_class": "same class",
-    "removed": "bias removed",
-    "removed_low": "from",
-    "removed_high": "to",
-    "same_sign": "same sign",
-}
+COLUMNS = columns_of(
+    "feature; rho: ρ; p_fwer; mutual; class: on in; same_class; removed: bias removed; removed_low: from; "
+    "removed_high: to; same_sign"
+)
 From = Annotated[
     str, typer.Argument(metavar="FEATURE", help="The feature to find again.", show_default=False)
 ]
@@ -28,12 +21,7 @@ OtherSaes = Annotated[
 ]
 Of = Annotated[
     str | None,
-    typer.Option(
-        "--of",
-        metavar="MODEL",
-        help="The feature's own model; by default the one its SAE names.",
-        show_default=False,
-    ),
+    option("--of", metavar="MODEL", help="The feature's own model; by default the one its SAE names."),
 ]
 Causal = Annotated[
     bool, typer.Option("--causal", help="Also ablate both features: their effects must agree in sign.")

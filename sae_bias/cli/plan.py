@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, option
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,47 +20,28 @@ Studies = Annotated[
 ]
 HardwareName = Annotated[
     str,
-    typer.Option("--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."),
-]  # fmt: skip
+    typer.Option(
+        "--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."
+    ),
+]
 Flops = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--flops",
         min=1.0,
         help="With --hardware cpu: its float32 rate in operations a second; measured by default.",
-        show_default=False,
     ),
 ]
 DtypeChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="auto, float32, bfloat16, float16; the study's own by default.",
-        show_default=False,
-    ),
+    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
 ]
-STEP_COLUMNS = {
-    "model": "model",
-    "step": "step",
-    "operations": "operations",
-    "time": "time",
-    "device": "on the device",
-    "parts": "beside the weights",
-    "read": "read",
-    "host": "tables",
-}
-TOTAL_COLUMNS = {
-    "model": "model",
-    "parameters": "parameters",
-    "weights": "weights",
-    "peak": "at most",
-    "step": "in step",
-    "fits": "fits",
-    "time": "time",
-    "saes": "SAEs",
-    "download": "to download",
-    "disk": "run folder",
-}
+STEP_COLUMNS = columns_of(
+    "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"
+)
+TOTAL_COLUMNS = columns_of(
+    "model; parameters; weights; peak: at most; step: in step; fits; time; saes: SAEs; "
+    "download: to download; disk: run folder"
+)
 
 
 @command(
@@ -224,6 +206,7 @@ def _model_facts(m: "ModelPlan") -> dict[str, Any]:
             {
                 "step": s.name,
                 "flops": s.flops,
+                "token_layers": s.token_layers,
                 "seconds": s.seconds,
                 "parts_bytes": s.parts,
                 "read_bytes": s.read_bytes,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     from sae_bias.models.model import Model
@@ -102,13 +103,7 @@ def probe(
     run.table(
         "Words that carry it",
         first,
-        {
-            "word": "word",
-            "side": "side",
-            "contribution": "adds to the bias",
-            "human": "after human",
-            "ai": "after AI",
-        },
+        columns_of("word; side; contribution: adds to the bias; human: after human; ai: after AI"),
     )
     if checked is not None:
         shown = {
@@ -165,13 +160,6 @@ def _audit(run: Run, model: "Model", prompts: "PromptPairs", chosen: "Probe") ->
         run.say(
             f"{int(frame['trap'].sum())} words begin with another token when encoded alone (the prefix trap)"
         )
-    columns = {
-        "word": "word",
-        "side": "side",
-        "tokens": "tokens",
-        "n_tokens": "n",
-        "read": "read",
-        "reason": "left out because",
-    }
+    columns = columns_of("word; side; tokens; n_tokens: n; read; reason: left out because")
     run.table("Words", frame, columns)
     run.done({"score": chosen.score, "words": rows(frame)})

@@ -9,6 +9,7 @@ import typer
 
 from sae_bias.cli.context import FROM_MODEL, Run, command, option, rows
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,30 +20,13 @@ CONTRAST = {
     "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "separates", "fire_positive": "fires, positive", "fire_negative": "fires, negative",
     "density": "density",
 }  # fmt: skip
-COLUMNS = {
-    "feature": "feature",
-    "auroc": "AUROC",
-    "mean_diff": "AI - human",
-    "interaction": "interaction",
-    "sign": "sign",
-    "attribution": "attributed",
-    "integrated": "integrated gradients",
-    "ablation": "ablated",
-    "resampling": "resampled",
-    "carrier": "carrier",
-    "t": "t",
-    "p_fwer": "family-wise p",
-    "separates": "separates",
-    "call": "called",
-    "held_AS": "AI speech",
-    "held_HC": "badly judged",
-    "causal_ai_speech": "causal",
-    "survives_loo": "one left out",
-    "family_size": "family",
-    "fire_ai": "fires, AI",
-    "fire_human": "fires, human",
-    "density": "density",
-}
+COLUMNS = columns_of(
+    "feature; auroc; mean_diff: AI - human; interaction; sign; attribution: attributed; "
+    "integrated: integrated gradients; ablation: ablated; resampling: resampled; carrier; t; p_fwer; "
+    "separates; call: called; held_AS: AI speech; held_HC: badly judged; causal_ai_speech: causal; "
+    "survives_loo: one left out; family_size: family; fire_ai: fires, AI; fire_human: fires, human; "
+    "density"
+)
 PARTS = {"sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share", "share_low": "from ", "share_high": "to ", "integrated": "integrated gradients"}  # fmt: skip
 FORETOLD = {"predictor": "predicted by", "exact": "exact effect", "rho": "Spearman ρ", "slope": "slope", "slope_low": "from", "slope_high": "to", "n": "features"}  # fmt: skip
 JOINT = {
@@ -98,23 +82,19 @@ MaxView = Annotated[
 
 Positive = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--positive",
         metavar="FILE",
         help="Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.",
-        show_default=False,
     ),
 ]
-Negative = Annotated[
-    Path | None, typer.Option("--negative", metavar="FILE", help="Texts that do not.", show_default=False)
-]
+Negative = Annotated[Path | None, option("--negative", metavar="FILE", help="Texts that do not.")]
 ContrastFile = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--contrast",
         metavar="FILE",
         help="Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.",
-        show_default=False,
     ),
 ]
 Reduce = Annotated[
@@ -125,31 +105,28 @@ AsChat = Annotated[
 ]
 AllOf = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--all-of",
         metavar="SET",
         help="Keep features that fire on every text of: positive, negative or a group.",
-        show_default=False,
     ),
 ]
 NoneOf = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--none-of",
         metavar="SET",
         help="Keep features that fire on no text of: positive, negative or a group.",
-        show_default=False,
     ),
 ]
 
 
 Neuronpedia = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--neuronpedia",
         metavar="FILE",
         help="Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.",
-        show_default=False,
     ),
 ]
 

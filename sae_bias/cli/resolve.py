@@ -6,20 +6,12 @@ from typing import Annotated
 import typer
 
 from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.core.labels import columns_of
 
-COLUMNS = {
-    "sae": "SAE",
-    "layer": "layer",
-    "fit": "fit r",
-    "ordered": "ordered",
-    "rank": "rank",
-    "n_null": "among",
-    "p_holm": "Holm p",
-    "ai_speech": "AI speech",
-    "harm": "badly judged",
-    "removed": "bias removed",
-    "status": "status",
-}
+COLUMNS = columns_of(
+    "sae; layer; fit: fit r; ordered; rank; n_null: among; p_holm: Holm p; ai_speech: AI speech; "
+    "harm: badly judged; removed: bias removed; status"
+)
 Index = Annotated[
     int, typer.Argument(metavar="INDEX", help="The bare index, such as 2511.", show_default=False)
 ]

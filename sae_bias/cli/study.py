@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Run, Shard, ask_to_send, command, parse_shard
+from sae_bias.cli.context import Run, Shard, ask_to_send, command, option, parse_shard
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,20 +16,13 @@ if TYPE_CHECKING:
 
 
 SeedChoice = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", help="Seed of every random choice; the study's own by default.", show_default=False
-    ),
+    int | None, option("--seed", help="Seed of every random choice; the study's own by default.")
 ]
 DeviceChoice = Annotated[
-    str | None,
-    typer.Option("--device", help="auto, cpu, cuda …; the study's own by default.", show_default=False),
+    str | None, option("--device", help="auto, cpu, cuda …; the study's own by default.")
 ]
 DtypeChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", help="auto, float32, bfloat16, float16; the study's own by default.", show_default=False
-    ),
+    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
 ]
 StandIns = Annotated[
     bool,
@@ -40,29 +33,26 @@ StandIns = Annotated[
 ]
 ClusterAddress = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--cluster",
         metavar="ADDRESS",
         help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
-        show_default=False,
     ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--workers",
         min=1,
-        help="With --cluster: copies of the model; as many as fit by default.",
-        show_default=False,
+        help="Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.",
     ),
 ]
 GpusPerWorker = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--gpus-per-worker",
         min=0,
         help="With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.",
-        show_default=False,
     ),
 ]
 Yes = Annotated[
@@ -100,17 +90,21 @@ def run(
     """
     from sae_bias.integrations.ray import Cluster
 
-    if cluster is None and (workers, gpus_per_worker) != (None, None):
-        raise RequestError("--workers and --gpus-per-worker need --cluster ADDRESS.")
+    if cluster is None and gpus_per_worker is not None:
+        raise RequestError("--gpus-per-worker needs --cluster ADDRESS.")
     nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
-    if nodes is not None and shard is not None:
-        raise RequestError("--shard and --cluster both share out the cells; choose one.")
+    if shard is not None and (nodes or workers):
+        raise RequestError("--shard, --workers and --cluster all share out the cells; choose one.")
     given = {"seed": seed, "device": device, "dtype": dtype}
     options = {
         "gate": not no_gate,
         "shard": parse_shard(shard),
         "confirm": lambda cost: yes or ask_to_send(cost),
     }
+    if nodes is None and workers is not None:
+        from sae_bias.workflows.sweep_work import LocalWorkers
+
+        options["executor"] = LocalWorkers(workers).run
     _run(run, study, given, nodes=nodes, stand_ins=stand_ins, **options)
 
 

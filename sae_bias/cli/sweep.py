@@ -10,11 +10,13 @@ from sae_bias.cli.context import (
     Run,
     Shard,
     command,
+    option,
     parse_numbers,
     parse_shard,
     rows,
 )
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,33 +26,18 @@ if TYPE_CHECKING:
     from sae_bias.workflows.sweep import SweepResult
 
 
-COLUMNS = {
-    "intervention": "intervention",
-    "strength": "strength",
-    "split": "split",
-    "bias": "bias",
-    "ci_low": "from",
-    "ci_high": "to",
-    "removed_nats": "nats removed",
-    "reduction": "reduction",
-    "specific_reduction": "specific",
-    "beta": "β",
-    "human_shift": "human moved",
-    "ai_shift": "AI moved",
-    "kl_neutral": "KL neutral",
-    "kl_ai_nonspeech": "KL AI, no speech",
-    "kl_ai_speech": "KL AI speech",
-    "kl_valence": "KL human deeds",
-    "kl_off": "KL_off",
-    "kl_off_p95": "KL_off, 95th percentile",
-}
+COLUMNS = columns_of(
+    "intervention; strength; split; bias; ci_low; ci_high; removed_nats; reduction: reduction; "
+    "specific_reduction; beta; human_shift; ai_shift; kl_neutral: KL neutral; "
+    "kl_ai_nonspeech: KL AI, no speech; kl_ai_speech: KL AI speech; kl_valence: KL human deeds; "
+    "kl_off: KL_off; kl_off_p95: KL_off, 95th percentile"
+)
 More = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--feature",
         metavar="FEATURE",
         help="A further feature, edited together with FEATURE; may be given several times.",
-        show_default=False,
     ),
 ]
 Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
@@ -70,11 +57,10 @@ Unit = Annotated[
 ]
 Strengths = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--strengths",
         metavar='"0,-5,-10"',
         help="Values with commas between; each edit has its own defaults.",
-        show_default=False,
     ),
 ]
 When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
@@ -91,11 +77,10 @@ Mismatch = Annotated[
 ]
 MismatchSae = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--mismatch-sae",
         metavar="SAE",
         help="And the feature of the same index in this SAE; may be given several times.",
-        show_default=False,
     ),
 ]
 Costs = Annotated[

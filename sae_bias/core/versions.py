@@ -11,7 +11,7 @@ from typing import Any
 
 import sae_bias
 
-DEFINITIONS = 2
+DEFINITIONS = 3
 """Version of what the figures mean; a run's manifest names the one it was made with (1 where it names none)."""
 
 CHANGED: dict[int, dict[str, str]] = {
@@ -24,7 +24,12 @@ CHANGED: dict[int, dict[str, str]] = {
         "best strength": "the largest specific reduction on tune with β ≥ 0.7 and KL_off ≤ 0.05, before: the smallest |bias|",
         "controls": "p by specific reduction, matched and random apart, before: by reduction, pooled",
         "compare": "cost is the largest of KL, KL_off and 1 − β, strengths come from tune; before: KL alone, strengths from report",
-    }
+        "calls": "AI-speech also needs badly judged human deeds to differ, and ranks are by the size of the interaction; before: by its value, without them",
+        "attribution, ablation": "of the difference in differences where the pairs have mundane twins, before: of the bias",
+    },
+    3: {
+        "compare at equal cost": "shares of the difference in differences where the pairs have mundane twins, before: of the bias"
+    },
 }
 """Of each version, the figures whose meaning it changed."""
 

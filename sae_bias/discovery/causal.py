@@ -141,7 +141,7 @@ def ladder_of(
             "the two prompts of each pair share no ending, so nothing can be interchanged; end both in the same words."
         )
     rows, note = _rungs(engine, exchange, feature)
-    where = _layers(engine.model, feature.site.layer, layers)
+    where = ladder_layers(engine.model, feature.site.layer, layers)
     ceilings = _ceilings(exchange, where, min(positions, exchange.longest), progress)
     return Ladder(feature.ref, engine.base, rows, ceilings, _words(engine, feature), feature.site.layer, note)
 
@@ -203,7 +203,8 @@ def _feature_part(feature: Feature):
 
 
 # --- the ceiling everywhere ------------------------------------------------------------------------------
-def _layers(model: Model, own: int, given: Sequence[int] | None) -> list[int]:
+def ladder_layers(model: Model, own: int, given: Sequence[int] | None = None) -> list[int]:
+    """Where the upper bound is measured: the layers given, or some spread over the model, and the feature's own."""
     if given is not None:
         bad = [layer for layer in given if not 0 <= layer < model.n_layers]
         if bad:

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from sae_bias.core.text import number
 from sae_bias.figures import style
-from sae_bias.figures.style import AI, GREEN, GRID, HOVER, HUMAN, NEUTRAL, plain, short
+from sae_bias.figures.style import AI, GREEN, GRID, HOVER, HUMAN, NEUTRAL, hollow, plain, points, short
 
 SHARES = {
     "repetition": "repeated 4-grams",
@@ -30,32 +30,14 @@ def scenarios_before_after(categories: pd.DataFrame) -> go.Figure:
         "mean probability of the aligned option",
         height=150 + 44 * len(rows),
     )
-    for i, r in rows.iterrows():
-        fig.add_scatter(
-            x=[r["p_before"], r["p_after"]],
-            y=[i, i],
-            mode="lines",
-            line={"color": GRID, "width": 3},
-            showlegend=False,
-            hoverinfo="skip",
-        )
-    for column, name, counted, marker in (
-        ("p_before", "before", "aligned_before", {"color": HUMAN, "symbol": "circle-open", "size": 14}),
-        ("p_after", "after", "aligned_after", {"color": GREEN, "symbol": "diamond", "size": 9}),
-    ):
+    style.links(fig, rows["p_before"], rows["p_after"], line={"color": GRID, "width": 3})
+    for when, (_, color, symbol, size) in zip(("before", "after"), CONDITIONS):
         hover = [
-            f"<b>{plain(c)}</b><br>{name}: mean p {number(p)}; aligned option chosen in {k} of {n}"
-            for c, p, k, n in zip(rows["category"], rows[column], rows[counted], rows["n"])
+            f"<b>{plain(c)}</b><br>{when}: mean p {number(p)}; aligned option chosen in {k} of {n}"
+            for c, p, k, n in zip(rows["category"], rows[f"p_{when}"], rows[f"aligned_{when}"], rows["n"])
         ]
-        fig.add_scatter(
-            x=rows[column],
-            y=rows.index,
-            mode="markers",
-            name=name,
-            marker=marker | {"line": {"width": 2 if marker["symbol"].endswith("open") else 0}},
-            hovertext=hover,
-            hoverinfo="text",
-        )
+        marker = {"size": size, **hollow(symbol)}
+        points(fig, rows[f"p_{when}"], rows.index, name=when, color=color, hover=hover, marker=marker)
     fig.update_xaxes(range=[0, 1])
     return style.row_labels(fig, [short(c, 34) for c in rows["category"]])
 
@@ -67,20 +49,9 @@ def judge_parts(parts: pd.DataFrame) -> go.Figure:
         f"<b>{plain(p)}</b><br>unsteered {number(a)}, steered {number(b)}, {n} prompts"
         for p, a, b, n in zip(rows["part"], rows["unsteered"], rows["steered"], rows["n_items"])
     ]
-    fig = style.figure(
-        "What the judges say",
-        "difference in mark, 1–5 (right of 0: higher when steered)",
-        height=150 + 44 * len(rows),
-    )
-    style.forest(
-        fig,
-        rows["difference"],
-        rows["ci_low"],
-        rows["ci_high"],
-        name="steered − unsteered",
-        color=AI,
-        hover=hover,
-    )
+    axis = "difference in mark, 1–5 (right of 0: higher when steered)"
+    fig = style.figure("What the judges say", axis, height=150 + 44 * len(rows))
+    style.forest(fig, rows, "difference", name="steered − unsteered", color=AI, hover=hover)
     ends = rows[["difference", "ci_low", "ci_high"]].abs().to_numpy(float)
     most = 1.15 * max(float(np.nanmax(ends)), 0.5) if np.isfinite(ends).any() else 1.0
     style.zero_line(style.row_labels(fig, [short(p, 30) for p in rows["part"]]), "x")
@@ -90,13 +61,12 @@ def judge_parts(parts: pd.DataFrame) -> go.Figure:
 def text_measures(conditions: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     """What the texts of each condition are like: shares on one axis, likelihood under the unsteered model on another."""
     fig = make_subplots(rows=2, cols=1, row_heights=[0.78, 0.22], vertical_spacing=0.24)
-    base = style.figure("What the texts are like", height=470)
-    fig.update_layout(base.layout)
+    fig.update_layout(style.figure("What the texts are like", height=470).layout)
     names = list(SHARES)[::-1]
     _dumbbells(fig, 1, names, conditions)
     _dumbbells(fig, 2, ["nll"], conditions)
-    style.row_labels_of(fig, [SHARES[n] for n in names], row=1)
-    style.row_labels_of(fig, ["surprise"], row=2)
+    style.row_labels(fig, [SHARES[n] for n in names], row=1, col=1)
+    style.row_labels(fig, ["surprise"], row=2, col=1)
     fig.update_xaxes(title_text="share", range=[-0.03, 1.03], tickformat=".0%", row=1, col=1)
     fig.update_xaxes(title_text="nats a token under the unsteered model", rangemode="tozero", row=2, col=1)
     return fig
@@ -107,11 +77,8 @@ def _dumbbells(
 ) -> None:
     """One line a measure, from the unsteered to the steered mean."""
     known = {c: [conditions[c].get(n) for n in names] for c, *_ in CONDITIONS if c in conditions}
-    for i, ends in enumerate(zip(*known.values())):
-        fig.add_scatter(
-            x=list(ends), y=[i] * len(ends), mode="lines", line={"color": GRID, "width": 3}, showlegend=False,
-            hoverinfo="skip", row=row, col=1,
-        )  # fmt: skip
+    values = list(known.values())
+    style.links(fig, values[0], values[-1], line={"color": GRID, "width": 3}, row=row, col=1)
     for name, color, symbol, size in CONDITIONS:
         if name not in known:
             continue
@@ -119,10 +86,9 @@ def _dumbbells(
             f"<b>{SHARES.get(n, 'NLL under the unsteered model')}</b><br>{name}: {number(v)}"
             for n, v in zip(names, known[name])
         ]
-        fig.add_scatter(
-            x=known[name], y=list(range(len(names))), mode="markers", name=name, showlegend=row == 1,
-            marker={"color": color, "symbol": symbol, "size": size, "line": {"width": 2 if symbol.endswith("open") else 0}}, customdata=hover, hovertemplate=HOVER,
-            row=row, col=1,
+        points(
+            fig, known[name], list(range(len(names))), name=name, showlegend=row == 1, color=color, hover=hover,
+            marker={"size": size, **hollow(symbol)}, row=row, col=1,
         )  # fmt: skip
 
 
@@ -133,19 +99,16 @@ def scenario_arms(categories: pd.DataFrame) -> go.Figure:
     fig = style.figure(
         "The same scenarios under a system prompt", "mean probability of the aligned option", height=150 + 52 * len(names)
     )  # fmt: skip
-    for i, (arm, color) in enumerate(zip(arms, (HUMAN, AI))):
+    for arm, color, lift in zip(arms, (HUMAN, AI), (0.16, -0.16)):
         part = categories[categories["arm"] == arm]
-        y = [names.index(c) + (0.16 if i == 0 else -0.16) for c in part["category"]]
-        for column, when, symbol in (("p_before", "before", "circle-open"), ("p_after", "after", "circle")):
+        y = [names.index(c) + lift for c in part["category"]]
+        for when, symbol in (("before", "circle-open"), ("after", "circle")):
             hover = [
                 f"<b>{plain(c)}</b><br>{arm}, {when}: mean p {number(p)}"
-                for c, p in zip(part["category"], part[column])
+                for c, p in zip(part["category"], part[f"p_{when}"])
             ]
-            fig.add_scatter(
-                x=part[column], y=y, mode="markers", name=f"{arm}, {when}",
-                marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2 if symbol.endswith("open") else 0}},
-                customdata=hover, hovertemplate=HOVER,
-            )  # fmt: skip
+            marker = {"size": 10, **hollow(symbol)}
+            points(fig, part[f"p_{when}"], y, name=f"{arm}, {when}", color=color, hover=hover, marker=marker)
     fig.update_xaxes(range=[-0.02, 1.02])
     return style.row_labels(fig, [short(c, 34) for c in names])
 
@@ -161,9 +124,10 @@ def identity_claims(arms: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         n = counts["n"]
         values = [n - counts["claims"], *(counts["names"].get(k, 0) for k in names[1:])]
         hover = [f"<b>{plain(k)}</b><br>{arm}: {v} of {n} answers" for k, v in zip(names, values)]
+        pattern = {"shape": shape, "fillmode": "overlay", "solidity": 0.25}
         fig.add_bar(
             x=[v / n for v in values], y=list(range(len(names))), orientation="h", name=arm,
-            marker={"color": color, "pattern": {"shape": shape, "fillmode": "overlay", "solidity": 0.25}}, customdata=hover, hovertemplate=HOVER,
+            marker={"color": color, "pattern": pattern}, customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip
     fig.update_xaxes(tickformat=".0%", rangemode="tozero")
     return style.row_labels(fig, [short(n, 24) for n in names])
@@ -174,44 +138,43 @@ SIDE_COLORS = {"all": AI, "positive": AI, "negative": HUMAN, "difference": GREEN
 
 def dose_response(frame: pd.DataFrame, behavior: str, usable: tuple[float, float] | None = None) -> go.Figure:
     """Rate of a behavior against strength, a line a side with its interval over prompts; the usable range is shaded."""
-    fig = style.figure(
-        "Behavior against strength",
-        "strength of the edit",
-        f"rate of {plain(short(behavior, 40))}",
-        height=460,
-    )
+    rate = f"rate of {plain(short(behavior, 40))}"
+    fig = style.figure("Behavior against strength", "strength of the edit", rate, height=460)
     if usable is not None:
-        fig.add_vrect(
-            x0=usable[0], x1=usable[1], fillcolor=GRID, opacity=0.5, layer="below", line_width=0,
-            annotation={"text": "capability within the margin", "yanchor": "top", "y": 0.99, "xanchor": "left", "x": usable[0]},
-        )  # fmt: skip
+        said = {
+            "text": "capability within the margin",
+            "yanchor": "top",
+            "y": 0.99,
+            "xanchor": "left",
+            "x": usable[0],
+        }
+        fig.add_vrect(*usable, fillcolor=GRID, opacity=0.5, layer="below", line_width=0, annotation=said)
     for side, rows in frame.groupby("side", sort=False):
         color = SIDE_COLORS.get(str(side), NEUTRAL)
         line = rows[(rows["kind"] == "candidate") & rows["strength"].notna()].sort_values("strength")
         level = rows[(rows["kind"] == "mismatch") | ((rows["kind"] == "candidate") & rows["strength"].isna())]
         for r in level.to_dict("records"):
-            text = f"{side}: {r.get('label') or 'the edit'}"
-            fig.add_hline(
-                y=r["rate"],
-                line={"color": color, "dash": "dot", "width": 1.2},
-                annotation={"text": plain(short(text, 40)), "font": {"size": 10}},
-            )
+            said = {"text": plain(short(f"{side}: {r.get('label') or 'the edit'}", 40)), "font": {"size": 10}}
+            fig.add_hline(r["rate"], line={"color": color, "dash": "dot", "width": 1.2}, annotation=said)
         base = rows[rows["kind"] == "base"]
         hover = [
             f"<b>{plain(side)}, {number(r['strength'])}</b><br>{number(r['rate'])} [{number(r['ci_low'])}, {number(r['ci_high'])}], {r['n']} prompts"
             f"<br>change {number(r['change'])}; random controls {number(r['control_change'])}"
             for r in line.to_dict("records")
         ]
-        fig.add_scatter(
-            x=line["strength"], y=line["rate"], mode="lines+markers", name=str(side), line={"color": color}, customdata=hover, hovertemplate=HOVER,
-            error_y={"array": line["ci_high"] - line["rate"], "arrayminus": line["rate"] - line["ci_low"], "thickness": 1.2},
+        up, down = line["ci_high"] - line["rate"], line["rate"] - line["ci_low"]
+        points(
+            fig, line["strength"], line["rate"], mode="lines+markers", name=str(side), line={"color": color}, hover=hover,
+            error_y={"array": up, "arrayminus": down, "thickness": 1.2},
         )  # fmt: skip
-        if len(base):
-            fig.add_hline(y=base["rate"].iloc[0], line={"color": color, "dash": "dash", "width": 1.2})
-        with_controls = line[line["control_change"].notna()]
-        if len(with_controls) and len(base):
-            fig.add_scatter(
-                x=with_controls["strength"], y=base["rate"].iloc[0] + with_controls["control_change"], mode="markers", name=f"{side}: random controls",
-                marker={"color": color, "symbol": "x-thin", "size": 9, "line": {"width": 2, "color": color}},
-            )  # fmt: skip
+        if base.empty:
+            continue
+        unsteered = base["rate"].iloc[0]
+        fig.add_hline(unsteered, line={"color": color, "dash": "dash", "width": 1.2})
+        controls = line[line["control_change"].notna()]
+        if len(controls):
+            marker = {"symbol": "x-thin", "size": 9, "line": {"width": 2, "color": color}}
+            name, level = f"{side}: random controls", unsteered + controls["control_change"]
+            hover = [f"{name}<br>{number(v)}" for v in level]
+            points(fig, controls["strength"], level, name=name, color=color, hover=hover, marker=marker)
     return fig

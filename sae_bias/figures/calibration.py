@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias.figures import style
-from sae_bias.figures.style import AI, GOLD, GREEN, GRID, HOVER, HUMAN, NEUTRAL, PURPLE, plain
+from sae_bias.figures.style import AI, GOLD, GREEN, GRID, HUMAN, NEUTRAL, PURPLE, plain, points
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
@@ -21,24 +21,8 @@ def coverage(frame: pd.DataFrame, band: Sequence[float]) -> go.Figure:
         f"({r.ci_low:.1%} to {r.ci_high:.1%})<br>truth {r.truth:+.3f} nats"
         for r in rows.itertuples()
     ]
-    fig.add_scatter(
-        x=rows["coverage"],
-        y=list(range(len(rows))),
-        mode="markers",
-        marker={"color": HUMAN, "size": 10},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": rows["ci_high"] - rows["coverage"],
-            "arrayminus": rows["coverage"] - rows["ci_low"],
-            "color": HUMAN,
-            "thickness": 2,
-            "width": 0,
-        },
-        showlegend=False,
-        customdata=hover,
-        hovertemplate=HOVER,
-    )
+    style.forest(fig, rows, "coverage", name="", color=HUMAN, hover=hover)
+    fig.update_traces(showlegend=False)
     fig.add_vrect(x0=band[0], x1=band[1], fillcolor=GRID, line_width=0, layer="below")
     fig.add_vline(x=0.95, line={"color": NEUTRAL, "dash": "dot"})
     low, high = min(band[0], float(rows["ci_low"].min())), max(band[1], float(rows["ci_high"].max()))
@@ -54,23 +38,15 @@ def power(frame: pd.DataFrame) -> go.Figure:
     colors = (AI, HUMAN, GREEN, PURPLE, GOLD, NEUTRAL)
     for i, (label, rows) in enumerate(power_lines(frame)):
         rows = rows.sort_values("n_units")
-        fig.add_scatter(
-            x=rows["n_units"],
-            y=rows["share"],
-            mode="lines+markers",
-            name=plain(label),
-            line={
-                "color": colors[i % len(colors)],
-                "width": 2,
-                "dash": "solid" if "finds" in label else "dot",
-            },
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
-            customdata=[
-                f"<b>{plain(label)}</b><br>{n} → {s:.1%} of {d:,} draws"
-                for n, s, d in rows[["n_units", "share", "n_draws"]].to_numpy(dtype=object)
-            ],
-            hovertemplate=HOVER,
-        )
+        color, dash = colors[i % len(colors)], "solid" if "finds" in label else "dot"
+        hover = [
+            f"<b>{plain(label)}</b><br>{n} → {s:.1%} of {d:,} draws"
+            for n, s, d in rows[["n_units", "share", "n_draws"]].to_numpy(dtype=object)
+        ]
+        points(
+            fig, rows["n_units"], rows["share"], mode="lines+markers", name=plain(label), hover=hover,
+            line={"color": color, "width": 2, "dash": dash}, marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
+        )  # fmt: skip
     fig.add_hline(y=0.8, line={"color": NEUTRAL, "dash": "dot"}, annotation_text="80%")
     fig.update_layout(legend={"y": -0.28, "yanchor": "top"}, height=520)
     return fig.update_yaxes(tickformat=".0%", range=[-0.03, 1.05])
@@ -95,32 +71,16 @@ def power_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def attributed_and_exact(effects: pd.DataFrame, matters: float) -> go.Figure:
     """Every feature whose effect matters: what attribution predicted and what ablation did, as shares of the bias."""
     large = effects[effects[["attributed", "exact"]].abs().max(axis=1) > matters]
-    fig = style.figure(
-        "Attribution against ablation", "attributed, share of the bias", "exact, share of the bias"
-    )
-    ends = [
-        float(large[["attributed", "exact"]].min().min()),
-        float(large[["attributed", "exact"]].max().max()),
-    ]
-    fig.add_scatter(
-        x=ends,
-        y=ends,
-        mode="lines",
-        line={"color": NEUTRAL, "dash": "dot"},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    axes = "attributed, share of the bias", "exact, share of the bias"
+    fig = style.figure("Attribution against ablation", *axes)
+    both = large[["attributed", "exact"]]
+    ends = [float(both.min().min()), float(both.max().max())]
+    points(fig, ends, ends, mode="lines", line={"color": NEUTRAL, "dash": "dot"}, showlegend=False)
     for i, (seed, rows) in enumerate(large.groupby("organism_seed")):
-        fig.add_scatter(
-            x=rows["attributed"],
-            y=rows["exact"],
-            mode="markers",
-            name=f"seed {seed}",
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7, "opacity": 0.75},
-            customdata=[
-                f"<b>{plain(s)}#{f}</b>, seed {seed}<br>attributed {a:.1%}, exact {e:.1%}"
-                for s, f, a, e in rows[["sae", "feature", "attributed", "exact"]].to_numpy(dtype=object)
-            ],
-            hovertemplate=HOVER,
-        )
+        hover = [
+            f"<b>{plain(s)}#{f}</b>, seed {seed}<br>attributed {a:.1%}, exact {e:.1%}"
+            for s, f, a, e in rows[["sae", "feature", "attributed", "exact"]].to_numpy(dtype=object)
+        ]
+        marker = {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7, "opacity": 0.75}
+        points(fig, rows["attributed"], rows["exact"], name=f"seed {seed}", hover=hover, marker=marker)
     return fig.update_xaxes(tickformat=".0%").update_yaxes(tickformat=".0%")

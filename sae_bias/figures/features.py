@@ -1,6 +1,6 @@
 """Figures of the search for features: rankings, the causal analysis, resolved candidates, matches.
 
-As in `plots`: data frames in, a plotly Figure out; nothing is read, written or measured here, and a NaN is a gap.
+Data frames in, a plotly Figure out; nothing is read, written or measured here, and a NaN is a gap.
 """
 
 import math
@@ -27,9 +27,10 @@ from sae_bias.figures.style import (
     PURPLE,
     SIDES,
     plain,
+    points,
     short,
     wrapped,
-)
+)  # fmt: skip
 
 
 def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[str] = SIDES) -> go.Figure:
@@ -42,26 +43,9 @@ def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[
         "interaction in activation units",
         height=480,
     )
-    for call in reversed(CALLS):
-        part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
-        if call == "separates":
-            name = f"separates {short(sides[1], 24)} from {short(sides[0], 24)}"
-        marker = {
-            "color": color,
-            "symbol": symbol,
-            "size": {"no": 5, "ai_speech": 13}.get(call, 8),
-            "opacity": 0.5 if call == "no" else 0.95,
-        }
-        hover = [style.feature_hover(row) for row in part.to_dict("records")]
-        fig.add_scatter(
-            x=part["auroc"],
-            y=part["interaction"],
-            mode="markers",
-            name=f"{name} ({len(part)})",
-            marker=marker,
-            customdata=hover,
-            hovertemplate=HOVER,
-        )
+    separates = f"separates {short(sides[1], 24)} from {short(sides[0], 24)}"
+    hover = [style.feature_hover(row) for row in rows.to_dict("records")]
+    _by_call(fig, rows.assign(hover=hover), "auroc", "interaction", {"separates": separates}, empty=True)
     named: list[tuple[float, float]] = []
     room = np.ptp(rows["interaction"].to_numpy()) / 18 if len(rows) else 0.0
     for row in rows[rows["call"] == "ai_speech"].head(3).to_dict("records"):
@@ -73,6 +57,25 @@ def ranked_features(ranking: pd.DataFrame, *, most: int = 2000, sides: Sequence[
         fig.add_annotation(x=x, y=y, font={"color": AI}, **label)
     fig.add_vline(x=0.5, line={"color": GRID, "width": 1.5, "dash": "dot"})
     return style.zero_line(fig, "y")
+
+
+def _by_call(
+    fig: go.Figure,
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    names: dict[str, str] | None = None,
+    *,
+    empty: bool = False,
+) -> None:
+    """A mark a feature, colored by its call; `empty` keeps calls that no feature has in the legend."""
+    for call in reversed(CALLS):
+        part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
+        size, opacity = {"no": 5, "ai_speech": 13}.get(call, 8), 0.5 if call == "no" else 0.95
+        name = f"{(names or {}).get(call, name)} ({len(part)})"
+        marker = {"symbol": symbol, "size": size, "opacity": opacity}
+        if len(part) or empty:
+            points(fig, part[x], part[y], name=name, color=color, hover=part["hover"], marker=marker)
 
 
 CALL_KEYS = {
@@ -148,15 +151,11 @@ def cumulative_ablation(cumulative: pd.DataFrame) -> go.Figure:
             f"<b>{int(k)} features</b> ({plain(split)})<br>last added: {short(f)}<br>removed {r:.1%}"
             for k, f, r in part[["k", "feature", "reduction"]].to_numpy()
         ]
-        fig.add_scatter(
-            x=part["k"],
-            y=part["reduction"],
-            mode="lines+markers",
+        points(
+            fig, part["k"], part["reduction"], mode="lines+markers", hover=hover,
             name=short(f"{plain(sae)} ({plain(split)})" if sae else f"{plain(split)} templates", 60),
             line={"color": colors[sae], "dash": "solid" if split == lead else "dot", "width": 2},
-            customdata=hover,
-            hovertemplate=HOVER,
-        )
+        )  # fmt: skip
     fig.update_xaxes(tickmode="linear" if cumulative["k"].max() <= 20 else "auto").update_yaxes(
         tickformat=".0%"
     )
@@ -171,8 +170,7 @@ def ladder(frame: pd.DataFrame, bias: float | None = None) -> go.Figure:
         for r, v, m in zip(rows["rung"], rows["effect"], rows["meaning"].fillna(""))
     ]
     fig = style.figure("The causal analysis", "bias in nats", height=140 + 34 * len(rows))
-    ends = rows["effect"], rows["ci_low"], rows["ci_high"]
-    style.forest(fig, *ends, name="effect", color=PURPLE, symbol="diamond", hover=hover)
+    style.forest(fig, rows, "effect", name="effect", color=PURPLE, symbol="diamond", hover=hover)
     fig.update_layout(showlegend=False)
     if bias is not None and np.isfinite(bias):
         label = {"text": "the whole bias", "yanchor": "bottom", "xanchor": "center"}
@@ -208,22 +206,16 @@ def ranking_figure(frame: pd.DataFrame, by: str) -> go.Figure:
     rows = frame.dropna(subset=[x, y]).assign(call=calls_of)
     rows = rows.reindex(rows[y].abs().sort_values(ascending=False).index).head(MOST_POINTS)
     fig = style.figure(title, x_label, y_label, height=480)
-    for call in reversed(CALLS):
-        part, (name, color, symbol) = rows[rows["call"] == call], CALLS[call]
-        if part.empty:
-            continue
-        marker = {"color": color, "symbol": symbol, "size": {"no": 5, "ai_speech": 13}.get(call, 8), "opacity": 0.5 if call == "no" else 0.95}  # fmt: skip
-        hover = [
-            f"<b>{plain(r['feature'])}</b><br>{plain(x_label)}: {number(r[x])}<br>{plain(y_label)}: {number(r[y])}<br>"
-            f"family-wise p {number(r.get('p_fwer'))}"
-            for r in part.to_dict("records")
-        ]
-        fig.add_scatter(x=part[x], y=part[y], mode="markers", name=f"{name} ({len(part)})", marker=marker, customdata=hover, hovertemplate=HOVER)  # fmt: skip
+    hover = [
+        f"<b>{plain(r['feature'])}</b><br>{plain(x_label)}: {number(r[x])}<br>{plain(y_label)}: {number(r[y])}<br>"
+        f"family-wise p {number(r.get('p_fwer'))}"
+        for r in rows.to_dict("records")
+    ]
+    _by_call(fig, rows.assign(hover=hover), x, y)
     if by == "ablation" and len(rows):
         ends = [float(min(rows[x].min(), rows[y].min())), float(max(rows[x].max(), rows[y].max()))]
-        fig.add_scatter(
-            x=ends, y=ends, mode="lines", name="prediction = measured", line={"color": GRID, "dash": "dot"}, hoverinfo="skip"
-        )  # fmt: skip
+        line = {"color": GRID, "dash": "dot"}
+        points(fig, ends, ends, mode="lines", name="prediction = measured", line=line)
     if by == "separation":
         fig.add_vline(x=0.5, line={"color": GRID, "width": 1.5, "dash": "dot"})
     return style.zero_line(fig, "y")
@@ -248,24 +240,16 @@ def _bars(frame: pd.DataFrame, by: str) -> go.Figure:
 
 
 # --- the ladder ----------------------------------------------------------------------------------------------
-_COLORS = {
-    "ceiling": NEUTRAL,
-    "reverse ceiling": NEUTRAL,
-    "all features": GREEN,
-    "error": GOLD,
-    "direct": PURPLE,
-    "mediated": PURPLE,
-}
-_LABELS = {
-    "ceiling": "upper bound: any edit here",
-    "necessity": "necessity: ablated",
-    "resample": "given its human value",
-    "sufficiency": "sufficiency: human prompts, AI value",
-    "reverse ceiling": "upper bound the other way",
-    "all features": "all features of this SAE",
-    "error": "SAE error alone",
-    "direct": "direct: what W_dec writes",
-    "mediated": "mediated by later layers",
+RUNGS = {  # effect of -> (label, color)
+    "ceiling": ("upper bound: any edit here", NEUTRAL),
+    "necessity": ("necessity: ablated", AI),
+    "resample": ("given its human value", AI),
+    "sufficiency": ("sufficiency: human prompts, AI value", AI),
+    "reverse ceiling": ("upper bound the other way", NEUTRAL),
+    "all features": ("all features of this SAE", GREEN),
+    "error": ("SAE error alone", GOLD),
+    "direct": ("direct: what W_dec writes", PURPLE),
+    "mediated": ("mediated by later layers", PURPLE),
 }
 
 
@@ -282,15 +266,13 @@ def ladder_figure(
     fig.update_annotations(font={"size": 13, "color": style.INK})
     rows = rungs.iloc[::-1].reset_index(drop=True)
     for place, row in rows.iterrows():
-        of = row["share_of_ceiling"]
+        of, (label, color) = row["share_of_ceiling"], RUNGS[row["rung"]]
         ceiling = f"<br>{of:.0%} of its upper bound" if math.isfinite(of) else ""
-        hover = f"<b>{plain(_LABELS[row['rung']])}</b><br>{number(row['effect'])} nats, {row['share_of_bias']:.0%} of the bias{ceiling}<br>{style.wrapped(row['meaning'])}"
+        hover = f"<b>{plain(label)}</b><br>{number(row['effect'])} nats, {row['share_of_bias']:.0%} of the bias{ceiling}<br>{style.wrapped(row['meaning'])}"
         style.forest(
-            fig, [row["effect"]], [row["ci_low"]], [row["ci_high"]], name=row["rung"], color=_COLORS.get(row["rung"], AI),
-            hover=[hover.replace("-", "−")], y=[place],
-        )  # fmt: skip
-    ticks = {"tickvals": list(rows.index), "ticktext": [_LABELS[r] for r in rows["rung"]]}
-    fig.update_yaxes(range=[-0.8, len(rows) - 0.2], showgrid=False, zeroline=False, row=1, col=1, **ticks)
+            fig, rows.loc[[place]], "effect", name=row["rung"], color=color, hover=[hover.replace("-", "−")]
+        )
+    style.row_labels(fig, [RUNGS[r][0] for r in rows["rung"]], row=1, col=1)
     fig.update_traces(showlegend=False)
     left: Any = {"row": 1, "col": 1}
     fig.add_vline(x=0, line={"color": GRID, "width": 1.5}, **left)
@@ -357,14 +339,19 @@ def candidates_figure(frame: pd.DataFrame, index: int) -> go.Figure:
             f"<b>{plain(r['sae'])}</b><br>fit {number(r['fit'])}<br>rank {r['rank']} of {r['n_null'] + 1}<br>Holm p {number(r['p_holm'])}"
             for r in part.to_dict("records")
         ]
-        fig.add_scatter(
-            x=part["fit"], y=part.index, mode="markers", name=f"{name} ({len(part)})",
-            marker={"color": color, "symbol": symbol, "size": 10}, customdata=hover, hovertemplate=HOVER,
-        )  # fmt: skip
-    fig.add_scatter(
-        x=rows["null_95"], y=rows.index, mode="markers", name="95th percentile of the file's other features",
-        marker={"color": GRID, "symbol": "line-ns-open", "size": 12, "line": {"width": 2}}, hoverinfo="skip",
-    )  # fmt: skip
+        marker = {"symbol": symbol, "size": 10}
+        points(
+            fig,
+            part["fit"],
+            part.index,
+            name=f"{name} ({len(part)})",
+            color=color,
+            hover=hover,
+            marker=marker,
+        )
+    marker = {"symbol": "line-ns-open", "size": 12, "line": {"width": 2}}
+    percentile = "95th percentile of the file's other features"
+    points(fig, rows["null_95"], rows.index, name=percentile, color=GRID, marker=marker)
     return style.zero_line(style.row_labels(fig, [short(s, 44) for s in rows["sae"]]), "x")
 
 

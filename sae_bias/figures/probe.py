@@ -9,19 +9,7 @@ from scipy import stats
 
 from sae_bias.core.text import number
 from sae_bias.figures import style
-from sae_bias.figures.style import (
-    AI,
-    GOLD,
-    GREEN,
-    HOVER,
-    HUMAN,
-    NEUTRAL,
-    PURPLE,
-    SIDES,
-    plain,
-    short,
-    wrapped,
-)
+from sae_bias.figures.style import AI, COLORS, HOVER, HUMAN, NEUTRAL, SIDES, plain, points, short, wrapped
 
 
 def bias_by_template(
@@ -37,15 +25,8 @@ def bias_by_template(
         for t, r in zip(rows.index, rows.rename(columns={"mean": "mean_", "count": "count_"}).itertuples())
     ]
     fig = style.figure("Bias of every template", style.bias_axis(sides), height=130 + 20 * len(rows))
-    style.forest(
-        fig,
-        rows["mean"],
-        rows["mean"] - half,
-        rows["mean"] + half,
-        name="one template",
-        color=HUMAN,
-        hover=hover,
-    )
+    ends = rows.assign(low=rows["mean"] - half, high=rows["mean"] + half).reset_index()
+    style.forest(fig, ends, "mean", "low", "high", name="one template", color=HUMAN, hover=hover)
     style.row_labels(fig, [short(str(t).replace("_", " "), 34) for t in rows.index])
     style.zero_line(fig, "x")
     if overall and pd.notna(overall.get("mean")):
@@ -89,13 +70,9 @@ def word_contributions(words: pd.DataFrame) -> go.Figure:
             f"<b>{plain(w)}</b> ({side} word)<br>{number(d)} nats"
             for w, d in rows.loc[mask, ["word", "diff"]].to_numpy()
         ]
-        bars = {
-            "orientation": "h",
-            "marker": {"color": color, "pattern": {"shape": "/" if side == "negative" else ""}},
-        }
-        fig.add_bar(
-            x=rows["diff"][mask], y=y, name=f"{side} words", **bars, customdata=hover, hovertemplate=HOVER
-        )
+        marker = {"color": color, "pattern": {"shape": "/" if side == "negative" else ""}}
+        bars = {"orientation": "h", "marker": marker, "customdata": hover, "hovertemplate": HOVER}
+        fig.add_bar(x=rows["diff"][mask], y=y, name=f"{side} words", **bars)
     style.row_labels(fig, [short(w, 24) for w in rows["word"]])
     return style.zero_line(fig, "x")
 
@@ -103,11 +80,8 @@ def word_contributions(words: pd.DataFrame) -> go.Figure:
 def levels(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     """Score of every subject with its interval: how much is an AI penalty, how much a human bonus."""
     rows = frame.sort_values("score", na_position="first").reset_index(drop=True)
-    fig = style.figure(
-        "How every subject is judged",
-        "score in nats (further right: judged better)",
-        height=150 + 24 * len(rows),
-    )
+    axis = "score in nats (further right: judged better)"
+    fig = style.figure("How every subject is judged", axis, height=150 + 24 * len(rows))
     for kind, name, color, symbol in (
         ("human", short(sides[0], 30), HUMAN, "circle"),
         ("ai", short(sides[1], 30), AI, "diamond"),
@@ -117,22 +91,9 @@ def levels(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
         hover = [
             f"<b>{plain(s)}</b> ({name})<br>{number(v)} nats" for s, v in zip(part["subject"], part["score"])
         ]
-        style.forest(
-            fig,
-            part["score"],
-            part["ci_low"],
-            part["ci_high"],
-            y=part.index,
-            name=name,
-            color=color,
-            symbol=symbol,
-            hover=hover,
-        )
+        style.forest(fig, part, "score", name=name, color=color, symbol=symbol, hover=hover)
     unknown = np.where(rows["score"].isna(), " (undefined)", "")
     return style.row_labels(fig, [short(s, 30) + note for s, note in zip(rows["subject"], unknown)])
-
-
-MODEL_COLORS = (AI, HUMAN, GREEN, PURPLE, GOLD, NEUTRAL)
 
 
 def checks(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
@@ -148,10 +109,7 @@ def checks(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
             f"<b>{plain(c)}</b><br>{number(v)} nats<br>{wrapped(s)}"
             for c, v, s in zip(part["check"], part["value"], part["says"].fillna(""))
         ]
-        style.forest(
-            fig, part["value"], part["ci_low"], part["ci_high"], y=part.index, name=name, color=color,
-            symbol=symbol, hover=hover,
-        )  # fmt: skip
+        style.forest(fig, part, "value", name=name, color=color, symbol=symbol, hover=hover)
     return style.zero_line(style.row_labels(fig, [short(c, 40) for c in rows["check"]]), "x")
 
 
@@ -165,15 +123,13 @@ def words_left_out(frame: pd.DataFrame, bias: float | None = None, *, most: int 
             index=False
         )
     ]
-    fig.add_scatter(
-        x=rows["bias"], y=rows.index, mode="markers", name="without the word", marker={"color": HUMAN, "size": 8},
-        customdata=hover, hovertemplate=HOVER,
-    )  # fmt: skip
+    points(
+        fig, rows["bias"], rows.index, name="without the word", color=HUMAN, hover=hover, marker={"size": 8}
+    )
     if bias is not None and np.isfinite(bias):
-        fig.add_vline(x=bias, line={"color": AI, "width": 2})
-        fig.add_scatter(
-            x=[None], y=[None], mode="lines", name="with every word", line={"color": AI, "width": 2}
-        )
+        line = {"color": AI, "width": 2}
+        fig.add_vline(bias, line=line)
+        fig.add_scatter(x=[None], y=[None], mode="lines", name="with every word", line=line)
     return style.row_labels(fig, [short(w, 24) for w in rows["word"]])
 
 
@@ -184,23 +140,20 @@ def specification_curve(frame: pd.DataFrame, of: str) -> go.Figure:
         "The figure under every choice", "specifications, smallest first", f"{of} in nats", height=460
     )
     if "null_low" in rows and rows["null_low"].notna().any():
-        fig.add_scatter(
-            x=[*rows.index, *rows.index[::-1]],
-            y=[*rows["null_high"], *rows["null_low"][::-1]],
-            fill="toself", mode="lines", line={"width": 0}, fillcolor="rgba(128,134,145,0.25)",
-            name="95% of random word lists", hoverinfo="skip",
+        points(
+            fig, [*rows.index, *rows.index[::-1]], [*rows["null_high"], *rows["null_low"][::-1]], mode="lines", line={"width": 0},
+            fill="toself", fillcolor="rgba(128,134,145,0.25)", name="95% of random word lists",
         )  # fmt: skip
     hover = [
         f"<b>{number(r.estimate)} nats</b> [{number(r.ci_low)}, {number(r.ci_high)}]<br>stem {plain(repr(r.stem))}<br>{plain(r.score)},"
         f" {plain(r.words)}<br>left out: {plain(r.left_out)}"
         for r in rows.itertuples()
     ]
-    for (stem, part), color in zip(rows.groupby("stem", sort=False), MODEL_COLORS * len(rows)):
+    for (stem, part), color in zip(rows.groupby("stem", sort=False), COLORS * len(rows)):
         ends = {"array": part["ci_high"] - part["estimate"], "arrayminus": part["estimate"] - part["ci_low"]}
-        fig.add_scatter(
-            x=part.index, y=part["estimate"], mode="markers", name=f"stem “{short(str(stem), 30)}”",
-            marker={"color": color, "size": 5}, error_y={"type": "data", "width": 0, "thickness": 0.7, **ends},
-            customdata=[hover[i] for i in part.index], hovertemplate=HOVER,
+        points(
+            fig, part.index, part["estimate"], name=f"stem “{short(str(stem), 30)}”", color=color, marker={"size": 5},
+            hover=[hover[i] for i in part.index], error_y={"type": "data", "width": 0, "thickness": 0.7, **ends},
         )  # fmt: skip
     return style.zero_line(fig, "y")
 

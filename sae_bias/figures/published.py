@@ -8,8 +8,7 @@ import plotly.graph_objects as go
 
 from sae_bias.core.text import number
 from sae_bias.figures import style
-from sae_bias.figures.probe import MODEL_COLORS
-from sae_bias.figures.style import AI, GREEN, HOVER, NEUTRAL, PURPLE, SIDES, plain, short, wrapped
+from sae_bias.figures.style import AI, COLORS, GREEN, NEUTRAL, SIDES, plain, short, wrapped
 
 
 def comparison(frame: pd.DataFrame) -> go.Figure:
@@ -20,19 +19,9 @@ def comparison(frame: pd.DataFrame) -> go.Figure:
         for n, m in zip(rows["name"], rows["measured"])
     ]
     fig = style.figure("Published and measured", "reported value", height=150 + 44 * len(rows))
-    marker = {"symbol": "diamond-open", "size": 12, "color": PURPLE, "line": {"width": 2}}
-    fig.add_scatter(
-        x=rows["published"],
-        y=rows.index,
-        mode="markers",
-        name="published",
-        marker=marker,
-        hovertemplate="published %{x}<extra></extra>",
-    )
+    style.published(fig, rows, [f"published {number(p)}" for p in rows["published"]])
     hover = [f"<b>{plain(n)}</b><br>measured {number(m)}" for n, m in zip(rows["name"], rows["measured"])]
-    style.forest(
-        fig, rows["measured"], rows["ci_low"], rows["ci_high"], name="measured here", color=GREEN, hover=hover
-    )
+    style.forest(fig, rows, "measured", name="measured here", color=GREEN, hover=hover)
     return style.zero_line(style.row_labels(fig, labels), "x")
 
 
@@ -50,16 +39,7 @@ def compare_runs(
         for n, m in zip(rows["run"], rows["mean"])
     ]
     fig = style.figure(title, axis, height=140 + 38 * len(rows))
-    style.forest(
-        fig,
-        rows["mean"],
-        rows["ci_low"],
-        rows["ci_high"],
-        name="run",
-        color=AI,
-        symbol="diamond",
-        hover=hover,
-    )
+    style.forest(fig, rows, "mean", name="run", color=AI, symbol="diamond", hover=hover)
     fig.update_layout(showlegend=False)
     if share:
         fig.update_xaxes(tickformat=".0%")
@@ -71,15 +51,12 @@ def switches(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     rows = frame[~frame["switch"].str.contains("auroc")].copy()  # a probability, not nats
     names = list(dict.fromkeys(rows["switch"]))[::-1]
     models = list(dict.fromkeys(rows.get("model", pd.Series("", index=rows.index))))
-    fig = style.figure(
-        "The bias under each open choice",
-        style.bias_axis(sides),
-        height=150 + (26 + 8 * len(models)) * len(names),
-    )
+    height = 150 + (26 + 8 * len(models)) * len(names)
+    fig = style.figure("The bias under each open choice", style.bias_axis(sides), height=height)
     for i, model in enumerate(models):
         part = rows[rows["model"] == model] if "model" in rows else rows
         lift = 0.0 if len(models) == 1 else 0.5 * (i / (len(models) - 1) - 0.5)
-        color = MODEL_COLORS[i % len(MODEL_COLORS)]
+        color = COLORS[i % len(COLORS)]
         for is_open in (True, False):
             some = part[part["open"].astype(bool) == is_open]
             if some.empty:
@@ -90,9 +67,8 @@ def switches(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
             ]
             kind = "left open by the study" if is_open else "for comparison only"
             style.forest(
-                fig, some["bias"], some["ci_low"], some["ci_high"], y=[names.index(s) - lift for s in some["switch"]],
-                name=f"{short(model, 30)}: {kind}" if model else kind, color=color,
-                symbol="circle" if is_open else "circle-open", hover=hover,
+                fig, some, "bias", y=[names.index(s) - lift for s in some["switch"]], hover=hover, color=color,
+                name=f"{short(model, 30)}: {kind}" if model else kind, symbol="circle" if is_open else "circle-open",
             )  # fmt: skip
     return style.zero_line(style.row_labels(fig, [short(n, 36) for n in names]), "x")
 
@@ -111,11 +87,10 @@ def intervention_switches(frame: pd.DataFrame) -> go.Figure:
             f"<b>{plain(s)}</b><br>{name}: {v:.1%} at {number(at)} × largest activation"
             for s, v, at in zip(rows["switch"], rows[f"{key}_reduction"], rows[f"{key}_strength"])
         ]
-        low, high = rows[f"{key}_low"], rows[f"{key}_high"]
+        columns = [f"{key}_{c}" for c in ("reduction", "low", "high")]
         style.forest(
-            fig, rows[f"{key}_reduction"], low, high, y=rows.index + lift, name=name, color=color,
-            symbol=symbol, hover=hover,
-        )  # fmt: skip
+            fig, rows, *columns, y=rows.index + lift, name=name, color=color, symbol=symbol, hover=hover
+        )
     fig.update_xaxes(tickformat=".0%")
     return style.zero_line(style.row_labels(fig, [wrapped(s, 26) for s in rows["switch"]]), "x")
 
@@ -136,20 +111,14 @@ def models(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
         hover = [
             f"<b>{plain(m)}</b><br>published {number(p)}" for m, p in zip(known["model"], known["published"])
         ]
-        fig.add_scatter(
-            x=known["published"].astype(float), y=known.index, mode="markers", name="published",
-            marker={"symbol": "diamond-open", "size": 12, "color": PURPLE, "line": {"width": 2}},
-            customdata=hover, hovertemplate=HOVER,
-        )  # fmt: skip
+        style.published(fig, known, hover)
     if value.notna().any():
         said = rows["verdict"] if "verdict" in rows else pd.Series("", index=rows.index)
         hover = [
             f"<b>{plain(m)}</b> ({plain(f)} form)<br>{number(v)} nats<br>{plain(s)}"
             for m, f, v, s in zip(rows["model"], rows["form"], value, said)
         ]
-        style.forest(
-            fig, value, rows["ci_low"], rows["ci_high"], name="measured here", color=GREEN, hover=hover
-        )
+        style.forest(fig, rows, "bias", name="measured here", color=GREEN, hover=hover)
     return style.zero_line(style.row_labels(fig, labels), "x")
 
 
@@ -163,20 +132,8 @@ def tuning(frame: pd.DataFrame) -> go.Figure:
         f"<b>{plain(q)}</b><br>{plain(t)} − {plain(p)}<br>{number(c)} nats"
         for q, t, p, c in zip(rows["quantity"], rows["tuned"], rows["pretrained"], rows["change"])
     ]
-    style.forest(
-        fig,
-        rows["change"],
-        rows["ci_low"],
-        rows["ci_high"],
-        name="measured here",
-        color=GREEN,
-        hover=hover,
-    )
+    style.forest(fig, rows, "change", name="measured here", color=GREEN, hover=hover)
     if "published" in rows and rows["published"].notna().any():
         known = rows[rows["published"].notna()]
-        fig.add_scatter(
-            x=known["published"].astype(float), y=known.index, mode="markers", name="published",
-            marker={"symbol": "diamond-open", "size": 12, "color": PURPLE, "line": {"width": 2}},
-            hovertemplate="published %{x}<extra></extra>",
-        )  # fmt: skip
+        style.published(fig, known, [f"published {number(p)}" for p in known["published"]])
     return style.zero_line(style.row_labels(fig, [short(q, 34) for q in rows["quantity"]]), "x")

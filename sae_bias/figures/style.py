@@ -7,7 +7,8 @@ that came from a prompt or a model is escaped, because plotly reads `<b>` and `<
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from sae_bias.core.text import number
 
 HUMAN, AI, NEUTRAL = "#2f86c8", "#d9622b", "#858b95"
 GREEN, PURPLE, GOLD = "#1a9e77", "#a8639b", "#b98300"
+COLORS = (AI, HUMAN, GREEN, PURPLE, GOLD, NEUTRAL)
 INK, GRID = "#767b84", "rgba(128,134,145,0.22)"
 SIDES = ("human", "AI")
 """What the two sides of a pair are called, where a question names no others: bias = s(first) − s(second)."""
@@ -92,71 +94,90 @@ HOVER = "%{customdata}<extra></extra>"
 
 
 def figure(title: str, x: str = "", y: str = "", *, height: int = 420) -> go.Figure:
-    heading = {
-        "text": title,
-        "x": 0.01,
-        "xanchor": "left",
-        "y": 0.985,
-        "yanchor": "top",
-        "yref": "container",
-        "font": {"size": 16},
-    }
-    return go.Figure(
-        layout={
-            "template": TEMPLATE,
-            "title": heading,
-            "height": height,
-            "xaxis": {"title": {"text": x}},
-            "yaxis": {"title": {"text": y}},
-        }
+    heading = {"text": title, "font": {"size": 16}}
+    heading |= {"x": 0.01, "xanchor": "left", "y": 0.985, "yanchor": "top", "yref": "container"}
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    return go.Figure(layout={"template": TEMPLATE, "title": heading, "height": height, **axes})
+
+
+def points(
+    fig: go.Figure,
+    x,
+    y,
+    *,
+    color=None,
+    hover: Iterable[str] | None = None,
+    marker: dict[str, Any] | None = None,
+    **trace,
+) -> go.Figure:
+    """Marks, each with its own text on hovering; `trace` goes to plotly as it is."""
+    said = {"hoverinfo": "skip"} if hover is None else {"customdata": list(hover), "hovertemplate": HOVER}
+    looks = (
+        {"marker": {"color": color} | (marker or {})}
+        if "markers" in trace.setdefault("mode", "markers")
+        else {}
     )
+    return fig.add_scatter(x=x, y=y, **looks, **said, **trace)
 
 
 def forest(
     fig: go.Figure,
-    mid,
-    low,
-    high,
+    rows: pd.DataFrame,
+    value: str,
+    low: str = "ci_low",
+    high: str = "ci_high",
     *,
     name: str,
     color: str,
     hover: Sequence[str],
-    y=None,
+    y: Any = None,
     symbol: str = "circle",
 ) -> None:
-    """Markers with horizontal intervals, one row each, bottom to top."""
-    mid, low, high = (np.asarray(v, dtype=float) for v in (mid, low, high))
+    """A mark with its horizontal interval for every row, at its index unless `y` says where."""
+    mid, left, right = (rows[c].to_numpy(float) for c in (value, low, high))
     bars = {
         "type": "data",
         "symmetric": False,
-        "array": high - mid,
-        "arrayminus": mid - low,
+        "array": right - mid,
+        "arrayminus": mid - left,
         "thickness": 1.6,
-        "width": 0,
-        "color": color,
     }
-    fig.add_scatter(
-        x=mid,
-        y=np.arange(len(mid)) if y is None else np.asarray(y),
-        mode="markers",
-        name=name,
-        error_x=bars,
-        marker={"color": color, "symbol": symbol, "size": 8},
-        customdata=list(hover),
-        hovertemplate=HOVER,
+    points(
+        fig, mid, np.asarray(rows.index if y is None else y), name=name, color=color, hover=hover,
+        marker={"symbol": symbol, "size": 8}, error_x=bars | {"width": 0, "color": color},
+    )  # fmt: skip
+
+
+def published(fig: go.Figure, rows: pd.DataFrame, hover: Sequence[str]) -> None:
+    """A hollow diamond at the index of every row that has a published value."""
+    marker = {"symbol": "diamond-open", "size": 12, "line": {"width": 2}}
+    points(
+        fig,
+        rows["published"].astype(float),
+        rows.index,
+        name="published",
+        color=PURPLE,
+        hover=hover,
+        marker=marker,
     )
 
 
-def row_labels(fig: go.Figure, labels: Sequence[str]) -> go.Figure:
-    ticks = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "ticklabelstandoff": 6}
-    return fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks)
+def links(fig: go.Figure, left: Iterable[Any], right: Iterable[Any], **trace: Any) -> None:
+    """A line in each row from its left to its right end."""
+    x = [v for ends in zip(left, right) for v in (*ends, None)]
+    y = [v for i in range(len(x) // 3) for v in (i, i, None)]
+    points(fig, x, y, mode="lines", showlegend=False, **trace)
 
 
-def row_labels_of(fig: go.Figure, labels: Sequence[str], *, row: int) -> go.Figure:
-    """`row_labels` of one panel of a figure of several."""
+def hollow(symbol: str) -> dict[str, Any]:
+    """The outline of an open symbol; a filled one has none."""
+    return {"symbol": symbol, "line": {"width": 2 if symbol.endswith("open") else 0}}
+
+
+def row_labels(fig: go.Figure, labels: Sequence[str], **panel: Any) -> go.Figure:
+    """A label for every row; `panel` is the row and column in a figure of several."""
     ticks = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "ticklabelstandoff": 6}
-    ends = [-0.8, len(labels) - 0.2]
-    return fig.update_yaxes(range=ends, showgrid=False, zeroline=False, row=row, col=1, **ticks)
+    return fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks, **panel)
 
 
 def zero_line(fig: go.Figure, axis: str) -> go.Figure:
@@ -188,11 +209,6 @@ def bins(frame: pd.DataFrame, columns: list[str], n: int = 36) -> dict:
     return {"start": low - size / 2, "end": high + size, "size": size}
 
 
-def segments(left: pd.Series, right: pd.Series) -> tuple[list, list]:
-    x = [v for a, b in zip(left, right) for v in (a, b, None)]
-    return x, [v for i in range(len(left)) for v in (i, i, None)]
-
-
 def lead_split(frame: pd.DataFrame) -> str:
     """The split a figure is about: report where there is one, else all, else whatever is there."""
     splits = list(frame["split"].unique())
@@ -201,51 +217,29 @@ def lead_split(frame: pd.DataFrame) -> str:
 
 def strength_lines(fig: go.Figure, rows: pd.DataFrame, kind: str, *, dotted: bool, split: str) -> None:
     name, color, dash = KINDS[kind]
-    for i, (_, line) in enumerate(
-        rows.groupby(["intervention", "feature", "positions"], dropna=False, sort=False)
-    ):
+    look = {"color": NEUTRAL, "dash": "dot"} if dotted else {"color": color, "dash": dash}
+    width = 1 if kind == "control" else 2.2
+    lines = rows.groupby(["intervention", "feature", "positions"], dropna=False, sort=False)
+    for i, (_, line) in enumerate(lines):
         line = line.sort_values("strength")
         edit = edit_name(line["intervention"].iloc[0])
         if kind == "candidate" and not dotted:
             band(fig, line, color)
-        style = {
-            "color": NEUTRAL if dotted else color,
-            "dash": "dot" if dotted else dash,
-            "width": 1 if kind == "control" else 2.2,
-        }
         legend = f"{name}: {edit} ({plain(split)})" if kind == "candidate" else name
-        fig.add_scatter(
-            x=line["strength"],
-            y=line["bias"],
-            mode="lines" if kind == "control" else "lines+markers",
-            name=legend,
-            legendgroup=legend,
-            line=style,
-            showlegend=kind == "candidate" or i == 0,
-            opacity=0.35 if kind == "control" else 1,
-            customdata=[cell_hover(row) for row in line.to_dict("records")],
-            hovertemplate=HOVER,
-        )
+        points(
+            fig, line["strength"], line["bias"], hover=[cell_hover(row) for row in line.to_dict("records")],
+            mode="lines" if kind == "control" else "lines+markers", name=legend, legendgroup=legend, line={**look, "width": width},
+            showlegend=kind == "candidate" or i == 0, opacity=0.35 if kind == "control" else 1,
+        )  # fmt: skip
 
 
 def band(fig: go.Figure, line: pd.DataFrame, color: str) -> None:
     known = line.dropna(subset=["ci_low", "ci_high"])
-    x, y = (
-        pd.concat([known["strength"], known["strength"][::-1]]),
-        pd.concat([known["ci_high"], known["ci_low"][::-1]]),
-    )
+    x = [*known["strength"], *known["strength"][::-1]]
+    y = [*known["ci_high"], *known["ci_low"][::-1]]
     if len(known) > 1:
-        fig.add_scatter(
-            x=x,
-            y=y,
-            fill="toself",
-            fillcolor=color,
-            line={"width": 0},
-            opacity=0.14,
-            mode="lines",
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        shade = {"fill": "toself", "fillcolor": color, "line": {"width": 0}, "opacity": 0.14}
+        points(fig, x, y, mode="lines", showlegend=False, **shade)
 
 
 def constant_lines(fig: go.Figure, rows: pd.DataFrame) -> None:
@@ -253,17 +247,10 @@ def constant_lines(fig: go.Figure, rows: pd.DataFrame) -> None:
     known = rows[(rows["kind"] != "control") & rows["bias"].notna() & (rows["change"].fillna(0) != 0)]
     for row in known.to_dict("records"):
         name, color, dash = KINDS.get(row["kind"], ("", NEUTRAL, "dot"))
+        look = {"color": color, "dash": "dashdot" if dash == "solid" else dash, "width": 1.8}
         legend = f"{name}: {edit_name(row['intervention'])}"
-        strengths = x_range(fig)
-        fig.add_scatter(
-            x=strengths,
-            y=[row["bias"]] * 2,
-            mode="lines",
-            name=legend,
-            line={"color": color, "dash": "dashdot" if dash == "solid" else dash, "width": 1.8},
-            customdata=[cell_hover(row)] * 2,
-            hovertemplate=HOVER,
-        )
+        ends, hover = x_range(fig), [cell_hover(row)] * 2
+        points(fig, ends, [row["bias"]] * 2, mode="lines", name=legend, line=look, hover=hover)
 
 
 def edit_name(kind: object) -> str:

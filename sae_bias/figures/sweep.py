@@ -1,7 +1,7 @@
 """One function a figure: data frames in, a plotly Figure out; nothing is read, written or measured here.
 
 A NaN is a gap in a figure, never a point at 0; what is drawn can be read in full by hovering. The palette
-and the escaping of prompt text are in `plot_style`.
+and the escaping of prompt text are in `figures.style`.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from sae_bias.figures.style import (
     COSTS,
     GOLD,
     GREEN,
-    HOVER,
     HUMAN,
     INK,
     KINDS,
@@ -25,9 +24,10 @@ from sae_bias.figures.style import (
     PURPLE,
     SIDES,
     plain,
+    points,
     short,
     wrapped,
-)
+)  # fmt: skip
 
 
 def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
@@ -55,6 +55,8 @@ AXIS = {
     "cost": "cost: the worst KL in nats a token, or 1 − β where that is more",
     "kl": "KL in nats a token, the worst of the text kinds",
 }
+_TICKS = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
+LOG_COST = {"type": "log", "tickvals": _TICKS, "ticktext": ["≤ 0.0001", "0.001", "0.01", "0.1", "1", "10"]}
 
 
 def frontier(sweep: pd.DataFrame) -> go.Figure:
@@ -67,12 +69,8 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
         .dropna(subset=["kl", "reduction"])
     )
     rows = rows[(rows["kl"] != 0) | (rows["change"] != 0)]  # the base itself
-    fig = style.figure(
-        "Bias removed against what it costs",
-        AXIS[axis],
-        "share of the bias removed",
-        height=460,
-    )
+    title, removed = "Bias removed against what it costs", "share of the bias removed"
+    fig = style.figure(title, AXIS[axis], removed, height=460)
     wide = len(rows) > 0 and rows["kl"].max() > 0.2
     for kind in ("control", "mismatch", "opposite", "direction", "candidate"):
         name, color, dash = KINDS[kind]
@@ -81,26 +79,20 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
             part = part.sort_values("strength")
             x = part["kl"].clip(lower=1e-4) if wide else part["kl"]
             joined = kind != "control" and part["strength"].notna().sum() > 1
-            fig.add_scatter(
-                x=x,
-                y=part["reduction"],
-                mode="lines+markers" if joined else "markers",
+            marker = {
+                "size": size,
+                "opacity": opacity,
+                "symbol": "circle" if kind == "control" or joined else "diamond",
+            }
+            points(
+                fig, x, part["reduction"], color=color, marker=marker, line={"color": color, "dash": dash, "width": 1.5},
+                mode="lines+markers" if joined else "markers", showlegend=kind != "control" or i == 0,
                 name=name if kind == "control" else f"{name}: {style.edit_name(edit)}",
-                marker={
-                    "size": size,
-                    "opacity": opacity,
-                    "color": color,
-                    "symbol": "circle" if kind == "control" or joined else "diamond",
-                },
-                showlegend=kind != "control" or i == 0,
-                line={"color": color, "dash": dash, "width": 1.5},
-                customdata=[style.cell_hover(row) for row in part.to_dict("records")],
-                hovertemplate=HOVER,
-            )
+                hover=[style.cell_hover(row) for row in part.to_dict("records")],
+            )  # fmt: skip
     fig.update_yaxes(tickformat=".0%")
     if wide:
-        ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
-        fig.update_xaxes(type="log", tickvals=ticks, ticktext=["≤ 0.0001", "0.001", "0.01", "0.1", "1", "10"])
+        fig.update_xaxes(**LOG_COST)
     return style.zero_line(fig, "y")
 
 
@@ -121,30 +113,18 @@ def controls_histogram(
     for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
         hover = f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>"
         fig.add_histogram(
-            x=rows[column].dropna(),
-            xbins=bins,
-            name=f"{plain(kind)} ({len(rows)})",
-            marker_color=color,
-            opacity=0.75,
+            x=rows[column].dropna(), xbins=bins, name=f"{plain(kind)} ({len(rows)})", marker_color=color, opacity=0.75,
             hovertemplate=hover,
-        )
+        )  # fmt: skip
     for value, text, color, dash in (
         (percentile95, "95th percentile", NEUTRAL, "dot"),
         (reduction, "the feature", AI, "solid"),
     ):
         if value is not None and np.isfinite(value):
-            label = {
-                "text": f"{text} {show.format(value)}".replace("-", "−"),
-                "font": {"color": color},
-                "yanchor": "bottom",
-                "xanchor": "center",
-            }
-            fig.add_vline(
-                x=value,
-                line={"color": color, "width": 2.5, "dash": dash},
-                annotation=label,
-                annotation_position="top",
-            )
+            said = f"{text} {show.format(value)}".replace("-", "−")
+            label = {"text": said, "font": {"color": color}, "yanchor": "bottom", "xanchor": "center"}
+            line = {"color": color, "width": 2.5, "dash": dash}
+            fig.add_vline(value, line=line, annotation=label, annotation_position="top")
     below = controls["kind"].nunique() > 1
     fig.update_layout(
         barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
@@ -155,20 +135,10 @@ def controls_histogram(
 def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:
     """Dumbbells: the bias of example pairs before and after the intervention."""
     rows = examples.head(most).iloc[::-1].reset_index(drop=True)
-    fig = style.figure(
-        "Example pairs, before and after",
-        style.bias_axis(sides),
-        height=140 + 30 * len(rows),
-    )
-    x, y = style.segments(rows["bias_before"], rows["bias_after"])
-    fig.add_scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        line={"color": NEUTRAL, "width": 2},
-        opacity=0.55,
-        showlegend=False,
-        hoverinfo="skip",
+    title = "Example pairs, before and after"
+    fig = style.figure(title, style.bias_axis(sides), height=140 + 30 * len(rows))
+    style.links(
+        fig, rows["bias_before"], rows["bias_after"], line={"color": NEUTRAL, "width": 2}, opacity=0.55
     )
     for column, name, color, symbol in (
         ("bias_before", "before", AI, "diamond"),
@@ -179,15 +149,8 @@ def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str]
             f" nats</b><br>{wrapped(r['ai'])}<br><i>against</i><br>{wrapped(r['human'])}"
             for r in rows.to_dict("records")
         ]
-        fig.add_scatter(
-            x=rows[column],
-            y=rows.index,
-            mode="markers",
-            name=name,
-            marker={"color": color, "symbol": symbol, "size": 10},
-            customdata=hover,
-            hovertemplate=HOVER,
-        )
+        marker = {"symbol": symbol, "size": 10}
+        points(fig, rows[column], rows.index, name=name, color=color, hover=hover, marker=marker)
     return style.zero_line(style.row_labels(fig, [short(t, 52) for t in rows["ai"]]), "x")
 
 
@@ -198,44 +161,39 @@ def specificity(frame: pd.DataFrame) -> go.Figure:
         "Other biases, before and after", "bias in nats (the first side less the second)", height=150 + 40 * len(rows)
     )  # fmt: skip
     hover = [f"<b>{plain(q)}</b>, before: {number(b)} nats" for q, b in zip(rows["question"], rows["before"])]
-    style.forest(
-        fig, rows["before"], rows["before_low"], rows["before_high"], y=rows.index + 0.12, name="before",
-        color=HUMAN, symbol="circle", hover=hover,
-    )  # fmt: skip
+    ends = "before", "before_low", "before_high"
+    style.forest(fig, rows, *ends, y=rows.index + 0.12, name="before", color=HUMAN, hover=hover)
     after = [
         f"<b>{plain(q)}</b>, after: {number(a)} nats<br>change {number(c)}; {w:.0%} of pairs moved further from 0"
         for q, a, c, w in zip(rows["question"], rows["after"], rows["change"], rows["wrong_way_share"])
     ]
-    fig.add_scatter(
-        x=rows["after"], y=rows.index - 0.12, mode="markers", name="after", customdata=after, hovertemplate=HOVER,
-        marker={"color": GREEN, "symbol": "diamond", "size": 10},
-    )  # fmt: skip
+    marker = {"symbol": "diamond", "size": 10}
+    points(fig, rows["after"], rows.index - 0.12, name="after", color=GREEN, hover=after, marker=marker)
     labels = [short(s.replace(" - ", " − "), 34) for s in rows["sides"].fillna("")]
     return style.zero_line(style.row_labels(fig, labels), "x")
 
 
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
-    """Bias removed against cost, a line a method (table `compare_curves`); KL alone in runs of an older sae-bias."""
+    """Share removed against cost, a line a method (table `compare_curves`), of the difference in differences where there are twins;
+    of the bias, and against KL alone, in runs of an older sae-bias."""
     colors = {"candidate": AI, "direction": HUMAN, "opposite": PURPLE, "control": NEUTRAL}
     dashes = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
     x = "cost" if "cost" in frame else "kl"
-    fig = style.figure(
-        "Bias removed at its cost", AXIS[x], "share of the bias removed", height=560,
-    )  # fmt: skip
+    twins = "did_reduction" in frame and bool(frame["did_reduction"].notna().any())
+    y, of = ("did_reduction", "difference in differences") if twins else ("reduction", "bias")
+    fig = style.figure("Removed at its cost", AXIS[x], f"share of the {of} removed", height=560)
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kind = str(part["kind"].iloc[0])
         hover = [
-            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {r.reduction:.1%}<br>{x} {number(getattr(r, x))}"
+            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {getattr(r, y):.1%}<br>{x} {number(getattr(r, x))}"
             for r in part.itertuples()
         ]
         lead = kind == "candidate"
         line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
-        fig.add_scatter(
-            x=part[x].clip(lower=1e-4), y=part["reduction"], mode="lines+markers", name=short(method, 44),
+        points(
+            fig, part[x].clip(lower=1e-4), part[y], mode="lines+markers", name=short(method, 44), hover=hover,
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
-            customdata=hover, hovertemplate=HOVER,
         )  # fmt: skip
-    ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=["≤ 0.0001", "0.001", "0.01", "0.1", "1", "10"])
+    fig.update_xaxes(**LOG_COST)
     return style.zero_line(fig.update_yaxes(tickformat=".0%"), "y")

@@ -26,6 +26,7 @@ from sae_bias.prompts.load import load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import FEWEST_CLUSTERS, clustered_mean, equivalence_p
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.steering.hooks import compile_edits
 from sae_bias.steering.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -51,24 +52,14 @@ class Specificity:
         """Change of every question's bias with its interval."""
         from sae_bias.figures.style import HUMAN, figure, forest, row_labels, zero_line
 
-        rows = self.frame.dropna(subset=["change"])
-        fig = figure(
-            "Other biases under the edit",
-            "change of the bias in nats (should be 0)",
-            height=140 + 40 * len(rows),
-        )
+        rows = self.frame.dropna(subset=["change"]).reset_index(drop=True)
+        axis = "change of the bias in nats (should be 0)"
+        fig = figure("Other biases under the edit", axis, height=140 + 40 * len(rows))
         hover = [
             f"<b>{r.question}</b> ({r.sides})<br>{r.before:+.3f} → {r.after:+.3f}" for r in rows.itertuples()
         ]
-        forest(
-            fig,
-            rows["change"],
-            rows["change_low"],
-            rows["change_high"],
-            name="change",
-            color=HUMAN,
-            hover=hover,
-        )
+        ends = "change", "change_low", "change_high"
+        forest(fig, rows, *ends, name="change", color=HUMAN, hover=hover)
         return zero_line(row_labels(fig, list(rows["question"])), "x")
 
     def __repr__(self) -> str:
@@ -153,7 +144,8 @@ def specificity(
 
     bias: the AI bias whose tenth is the margin of the equivalence tests; that of the bundled pairs where it is None.
     """
-    return SpecificityEngine(model, names, bias=bias).run(edits)
+    sites = list(compile_edits(model, edits))
+    return SpecificityEngine(model, names, bias=bias, sites=sites).run(edits)
 
 
 @register_measure("specificity")

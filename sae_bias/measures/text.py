@@ -97,14 +97,6 @@ def token_nll(
     return values
 
 
-def nll_under(
-    model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
-) -> Float[np.ndarray, "n"]:
-    """Mean NLL of each completion's tokens after its prompt, nats a token; NaN for an empty one."""
-    values = token_nll(model, completions, chat=chat, system=system)
-    return np.array([v.mean() if len(v) else float("nan") for v in values])
-
-
 def text_measures(
     model: Model, completions: Sequence[Completion], *, chat: bool = False, system: str | None = None
 ) -> pd.DataFrame:

@@ -259,15 +259,19 @@ def _open_roles(model: Model) -> frozenset[str] | None:
     return frozenset() if model._edits is None else model._edits.roles
 
 
-def attention_price(model: Model) -> float:
+def attention_price(weights: int, heads: int, d_model: int) -> float:
     """Multiplications of a token for each column that its row attends over, relative to those of its passage through a layer.
 
     Norms, rotations and sums take as long as some thousand multiplications for each of d_model (measured on Gemma 3 270M).
+    weights: of a layer; heads: their number times their width.
     """
-    heads = model.config.num_attention_heads
-    head = vars(model.config).get("head_dim") or model.d_model // heads  # Gemma 4's differs between layers
-    weights = sum(p.numel() for p in model.layer(0).parameters())
-    return 2 * heads * head / (weights + 1000 * model.d_model)
+    return 2 * heads / (weights + 1000 * d_model)
+
+
+def _price(model: Model) -> float:
+    n = model.config.num_attention_heads
+    head = vars(model.config).get("head_dim") or model.d_model // n  # Gemma 4's differs between layers
+    return attention_price(sum(p.numel() for p in model.layer(0).parameters()), n * head, model.d_model)
 
 
 def passes_of(rows: Sequence[Row], budget: int, padded: int) -> list[list[Row]]:
@@ -341,7 +345,7 @@ class Reads:
         longest = max(map(len, self.sequences))
         kind = self.model.device.type
         budget, padded = BATCH_TOKENS.get(kind, BATCH_TOKENS["cpu"]), PADDED.get(kind, PADDED["cpu"])
-        self.price = attention_price(self.model)
+        self.price = _price(self.model)
         rows = self.tree.rows(self.price)
         packed = [(len(p), len(p[0].nodes)) for p in passes_of(rows, budget, padded)]
         if self._cost(packed) >= self._cost([(b.n, b.tokens.shape[1]) for b in self._plain]):

@@ -131,15 +131,7 @@ def run_checks(
     if base is None or not whole or twins != (base.control is not None):
         probe = probe or (base.probe if base is not None else default_probe(pairs))
         base = run_probe(model, pairs, probe, random_words=True, progress=progress)
-    given = base
-    asks: dict[str, Callable[[], Asked[Any]]] = {
-        "stems": lambda: ask_stems(model, pairs, given),
-        "scores": lambda: ask_scores(model, pairs, given),
-        "forced choice": lambda: ask_choices(model, pairs),
-        "neutral subjects": lambda: ask_decomposition(model, pairs, given),
-        "nuisances": lambda: ask_nuisances(model, given),
-    }
-    read = _read_checks(model, asks, progress)
+    read = _read_checks(model, check_asks(model, pairs, base), progress)
     run = _Checking(base)
     run.primary()
     run.add("probability mass", lambda: _mass(run))
@@ -152,6 +144,17 @@ def run_checks(
     run.add("nuisances", lambda: _nuisances(run, read["nuisances"]()))
     run.table("audit", audit_words(model, pairs, base.probe))
     return Checks(base, pd.DataFrame(run.rows), run.tables, run.skipped, tuple(run.warnings), run.facts)
+
+
+def check_asks(model: Model, pairs: PromptPairs, base: ProbeResult) -> dict[str, Callable[[], Asked[Any]]]:
+    """What each check reads beside the probe's own result."""
+    return {
+        "stems": lambda: ask_stems(model, pairs, base),
+        "scores": lambda: ask_scores(model, pairs, base),
+        "forced choice": lambda: ask_choices(model, pairs),
+        "neutral subjects": lambda: ask_decomposition(model, pairs, base),
+        "nuisances": lambda: ask_nuisances(model, base),
+    }
 
 
 def _read_checks(

@@ -18,7 +18,7 @@ from sae_bias.models.model import Model
 from sae_bias.probe.reading import PromptIds, ReadingPlan
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.texts import BANKS, load_bank
-from sae_bias.stats.reduction import specific_value
+from sae_bias.stats.reduction import MIN_SPAN, specific_value
 from sae_bias.steering.engine import ProbeEngine, ReadingEngine
 from sae_bias.steering.intervention import Intervention
 
@@ -45,6 +45,12 @@ class BankEngine:
         self.engine = ReadingEngine(model, plan, sites=sites)
         self.base: Float[np.ndarray, "n_items"] = probe.score_values(self.engine.base.values, self.positive)
 
+    @property
+    def span(self) -> float:
+        """Unsteered span of the bank that spans less, in nats."""
+        banks = np.array(bank_items()[1])
+        return min(float(np.ptp(self.base[banks == bank])) for bank in BANKS)
+
     def scores(self, cells: Sequence[Sequence[Intervention]]) -> list[Float[np.ndarray, "n_items"]]:
         """Score of every item under each cell's edits."""
         return [
@@ -65,10 +71,9 @@ class BankEngine:
 def specific_reductions(
     engine: ProbeEngine, banks: BankEngine, cells: Sequence[Sequence[Intervention]]
 ) -> Float[np.ndarray, "n_cells"]:
-    """SR of each cell's edits on the engine's pairs; NaN where there is no unsteered bias to reduce."""
-    if not len(cells):
-        return np.empty(0)
-    after = np.array([result.primary.mean for result, _ in engine.run_many(cells)])
-    base = engine.base.primary.mean
-    left = after / base if base else np.full(len(after), np.nan)
+    """SR of each cell's edits on the engine's pairs; NaN where the unsteered figure may be 0, or a bank spans too little to flatten."""
+    base = engine.base.primary
+    if not len(cells) or base.ci_low <= 0 <= base.ci_high or banks.span < MIN_SPAN:
+        return np.full(len(cells), np.nan)
+    left = np.array([result.primary.mean for result, _ in engine.run_many(cells)]) / base.mean
     return np.asarray(specific_value(banks.slopes(cells), left), dtype=float)

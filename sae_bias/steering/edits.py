@@ -306,7 +306,11 @@ class ProjectOut(_AlongEdit):
             basis, centered = along.basis, x if along.mean is None else x - along.mean
         else:
             basis, centered = (along.w_dec / along.w_dec.norm())[None], x
-        return context.only_here(-self.share * (centered @ basis.T) @ basis)
+        return context.only_here(-self.share * self.taken(centered @ basis.T) @ basis)
+
+    def taken(self, projected: Tensor) -> Tensor:
+        """What of the projection [batch, pos, k] is taken out: all of it."""
+        return projected
 
     def describe(self) -> str:
         affine = isinstance(self.along, Direction) and self.along.mean is not None

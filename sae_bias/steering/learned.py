@@ -3,8 +3,9 @@
     FeatureSet           a'_f = k_f · a_f over several features of one site, k fitted
     GatedCounterfactual  only where a logistic gate on the features' activations is on: a' = max(0, W a + c), what their activations
                          would be in the human twin
+    RectifiedProjectOut  x' = x - s·ReLU((x - μ)·r) r: one vector detects and writes, the latent of ReFT-r1 (arXiv:2501.17148)
 
-`fit_feature_set` fits both; they can also be written down by hand.
+`fit_feature_set` fits the first two, `fit_direction` the third; they can also be written down by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sae_bias.models.model import Model
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.steering.context import Change, EditContext
+from sae_bias.steering.edits import ProjectOut
 from sae_bias.steering.intervention import (
     FeatureLike,
     Intervention,
@@ -158,6 +160,20 @@ class GatedCounterfactual(_ManyFeatures):
 
     def describe(self) -> str:
         return f"gated counterfactual (where the gate is on, the human twin's activations of {len(self.features)} features)"
+
+
+@register_edit("rectified_project_out")
+@dataclass(frozen=True)
+class RectifiedProjectOut(ProjectOut):
+    """x' = x - s·ReLU((x - μ)·r) r: acts only where the residual lies on the direction's own side of its mean."""
+
+    of_feature: ClassVar[bool] = False
+
+    def taken(self, projected: Tensor) -> Tensor:
+        return projected.clamp(min=0)
+
+    def describe(self) -> str:
+        return super().describe().replace("project out", "project out where positive", 1)
 
 
 def _tuples(value: Any) -> Any:

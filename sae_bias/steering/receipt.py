@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_bias.steering.intervention import FeatureEdit, Intervention
+from sae_bias.steering.intervention import Intervention
 
 
 @dataclass
@@ -59,15 +59,6 @@ class Receipt:
     @property
     def positions_changed(self) -> int:
         return sum(e.positions_changed for e in self.edits)
-
-    @property
-    def never_fired(self) -> list[str]:
-        """Features that were not active at any position seen: a fact about them, not an error."""
-        return [
-            e.intervention.target
-            for e in self.edits
-            if isinstance(e.intervention, FeatureEdit) and not e.positions_active
-        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of plain values an intervention."""

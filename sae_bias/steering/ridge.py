@@ -44,11 +44,6 @@ class RidgeProbe:
     layers: tuple[int, ...]
     name: str = "ridge probe"
 
-    @property
-    def best_layer(self) -> int:
-        """The layer of largest held-out R²."""
-        return int(self.frame["layer"].iloc[int(self.frame["r2"].to_numpy().argmax())])
-
     def direction(self, layer: int) -> Direction:
         """Unit direction of one layer's probe, fitted on all prompts; its mean is that of the low-target prompts."""
         if layer not in self.layers:

@@ -4,15 +4,15 @@ Every method has a strength axis: the share s of its part that is taken out (a' 
 directions; s = 1 takes all of it out, s < 0 is the opposite sign), and acts once at all positions and once at the last alone: the same
 difference of means can remove 15 % at all and 99.6 % at the last, so methods are compared at the same positions only.
 
-Beside directions stand edits that are fitted to be specific (`fit`): a learned set of scales, a gated counterfactual and a direction learned at
-the same positions; and a plain instruction before every prompt, which has one strength.
+Beside directions stand edits that are fitted to be specific (`fit`): a learned set of scales, a gated counterfactual and two directions learned at
+the same positions, DAS and ReFT-r1; and a plain instruction before every prompt, which has one strength.
 
 Three splits: directions and fits are found on discover, the strength is chosen on tune, every figure is of report. At a cost c,
 
     u* = the point of the tune curve with cost ≤ c and the smallest |B|;   removed = 1 - |B_u*/B_0| on report
 
-with cost = max(KL, KL_off, 1 - β) and B interpolated linearly between strengths first and folded after: a bias turned round is not
-removed. The curve is walked from s = 0; where it never reaches the cost, the best it has stands there and `reached` is False.
+with B the primary figure of the report pairs (the difference in differences where they have mundane twins, else the bias),
+cost = max(KL, KL_off, 1 - β) and B interpolated linearly between strengths first and folded after: a bias turned round is not removed. The curve is walked from s = 0; where it never reaches the cost, the best it has stands there and `reached` is False.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sae_bias.steering.directions import (
 )
 from sae_bias.steering.edits import ProjectOut, Scale, Steer
 from sae_bias.steering.intervention import FeatureLike, Intervention
-from sae_bias.steering.learned import FeatureSet, GatedCounterfactual
+from sae_bias.steering.learned import FeatureSet, GatedCounterfactual, RectifiedProjectOut
 from sae_bias.steering.ridge import RidgeProbe, ridge_probe
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell, Sweep
@@ -55,7 +55,7 @@ from sae_bias.workflows.fit import fit_direction, fit_feature_set
 from sae_bias.workflows.fit_loss import STEPS
 from sae_bias.workflows.prompting import INSTRUCTION, prompted_cell
 from sae_bias.workflows.sweep import run_sweep
-from sae_bias.workflows.sweep_rows import cell_rows
+from sae_bias.workflows.sweep_rows import cell_rows, twin_difference
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -76,7 +76,7 @@ class Comparison:
     frame: pd.DataFrame
     """One row a method, positions, share and split: cost, bias removed, specific reduction, each with its interval …"""
     table: pd.DataFrame
-    """One row a method and positions: the strength chosen on tune with its figures on report, and the share of the bias
+    """One row a method and positions: the strength chosen on tune with its figures on report, and the share of the primary figure (`of`)
     removed at each cost (`at_0.01` with its interval, `reached_0.01`)."""
     ridge: RidgeProbe = field(repr=False)
     path: Path | None = None
@@ -85,13 +85,13 @@ class Comparison:
         return self.table.copy()
 
     def plot(self) -> go.Figure:
-        """The frontier: bias removed against cost, a line a method."""
+        """The frontier: share removed against cost, a line a method."""
         return frontier_of(self.frame)
 
     def __repr__(self) -> str:
         shown, columns = table_in_words(self.table)
         return (
-            "Comparison: share of the bias removed on templates held out, at equal cost\n"
+            f"Comparison: {share_of(self.table)}\n"
             + shown[list(columns)].rename(columns=columns).to_string(index=False)
             + f"\n{NOT_REACHED}"
         )
@@ -99,6 +99,11 @@ class Comparison:
     def _repr_html_(self) -> str:
         shown, columns = table_in_words(self.table)
         return shown[list(columns)].rename(columns=columns).to_html(escape=True, index=False)
+
+
+def share_of(table: pd.DataFrame) -> str:
+    """What the shares of a table are of, in words."""
+    return f"share of the {table['of'].iloc[0]} removed at equal cost, on templates held out"
 
 
 NOT_REACHED = "* not reached: no strength of the method costs so much; its best below that cost stands there."
@@ -241,10 +246,13 @@ def _fitted(
             continue
         name = f"learned set of {len(edit.features)}" if kind == "scales" else "gated counterfactual"
         found[name] = lambda shares, _, edit=edit: [(s, _part(edit, s)) for s in shares]
-    directions = {at: fit_direction(model, feature.site, pairs, positions=at, **options) for at in POSITIONS}
-    found["learned direction (DAS, rank 1)"] = lambda shares, where: [
-        (s, ProjectOut(directions[where], share=s)) for s in shares
-    ]
+    learned: dict[str, Direction] = {}
+    for name, rule in (("learned direction (DAS, rank 1)", ProjectOut), ("ReFT-r1", RectifiedProjectOut)):
+        learned = {
+            at: fit_direction(model, feature.site, pairs, positions=at, rectified=rule is not ProjectOut, start=learned.get(at), **options)
+            for at in POSITIONS
+        }  # fmt: skip
+        found[name] = lambda shares, where, rule=rule, learned=learned: [(s, rule(learned[where], share=s)) for s in shares]  # fmt: skip
     return found
 
 
@@ -345,9 +353,13 @@ def equal_cost(
     splits: Mapping[str, Sequence[str]],
     levels: Sequence[float] = LEVELS,
 ) -> pd.DataFrame:
-    """One row a method: its tuned strength on report, and the share of the bias removed at each cost."""
+    """One row a method: its tuned strength on report, and the share of the primary figure removed at each cost."""
     base = next(f for f in cells.values() if f.attrs.get("kind") == "base")
     keep = {name: base["template"].isin(list(splits[name])).to_numpy() for name in ("tune", "report")}
+    known = np.isfinite(twin_difference(base))
+    of, figure = "bias", lambda f: f["bias"].to_numpy(float)
+    if all((known & rows).any() for rows in keep.values()):  # pairs without a twin are left out
+        of, figure, keep = DID, twin_difference, {name: rows & known for name, rows in keep.items()}
     rows = []
     for method, part in frame.groupby("method", sort=False):
         best = choose_strength(part.assign(kind="candidate"), "tune", "report")
@@ -357,11 +369,12 @@ def equal_cost(
             "method": method,
             "kind": part["kind"].iloc[0],
             "positions": part["positions"].iloc[0],
+            "of": of,
             "undefined": best.reason,
         }
         row |= {name: held.get(name, float("nan")) for name in TUNED}
         on_report = report.reindex(report["share"].abs().sort_values(kind="stable").index)
-        curve = Curve.of(on_report, cells, base)
+        curve = Curve.of(on_report, cells, base, figure)
         curve = replace(curve, between=row["positions"] != PROMPT)
         for level in levels:
             row |= curve.at(level, keep["tune"], keep["report"])
@@ -369,15 +382,16 @@ def equal_cost(
     return pd.DataFrame(rows)
 
 
+DID = "difference in differences"
 TUNED = (
-    "share", "removed_nats", "removed_nats_low", "removed_nats_high", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "reduction", "red_low", "red_high", "specific_reduction", "spec_low",
+    "share", "removed_nats", "removed_nats_low", "removed_nats_high", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "did_reduction", "reduction", "red_low", "red_high", "specific_reduction", "spec_low",
     "spec_high", "beta", "human_shift", "ai_shift", "kl_off", "cost",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A method walked from no change outwards: the cost and every pair's bias at each strength."""
+    """A method walked from no change outwards: the cost and every pair's primary figure at each strength."""
 
     cost: Float[np.ndarray, "n_steps"]
     bias: Float[np.ndarray, "n_steps n_pairs"]
@@ -387,8 +401,11 @@ class Curve:
     """Whether there is anything between two steps; an instruction is there or not."""
 
     @classmethod
-    def of(cls, rows: pd.DataFrame, cells: Mapping[str, pd.DataFrame], base: pd.DataFrame) -> Curve:
-        bias = [base["bias"].to_numpy(float), *(cells[c]["bias"].to_numpy(float) for c in rows["cell"])]
+    def of(
+        cls, rows: pd.DataFrame, cells: Mapping[str, pd.DataFrame], base: pd.DataFrame, figure: Callable[[pd.DataFrame], np.ndarray]
+    ) -> Curve:  # fmt: skip
+        """`figure`: every pair's primary figure from a cell."""
+        bias = [figure(f) for f in (base, *(cells[c] for c in rows["cell"]))]
         clusters = base["template"].tolist(), base["entity"].tolist()
         return cls(np.concatenate([[0.0], rows["cost"].to_numpy(float)]), np.stack(bias), clusters)
 

@@ -86,6 +86,8 @@ def fit_direction(
     *,
     probe: Probe | None = None,
     positions: str = "last",
+    rectified: bool = False,
+    start: Direction | None = None,
     steps: int = STEPS,
     seed: int = 0,
     progress: bool = False,
@@ -93,11 +95,15 @@ def fit_direction(
     """One direction r and value c such that x - (r·x - c) r at `positions` gives AI prompts their human twins' scores and leaves the rest alone.
 
     The rank-1 form of distributed alignment search and of representation finetuning (Geiger et al. 2024, arXiv:2303.02536; Wu et al. 2024,
-    arXiv:2404.03592), from the difference of means; `pairs` are those to fit on. The direction's mean is c·r.
+    arXiv:2404.03592); `pairs` are those to fit on. The direction's mean is c·r. `rectified`: for a `RectifiedProjectOut`,
+    x - ReLU(r·x - c) r, one vector that detects and writes as in ReFT-r1 (Wu et al. 2025, arXiv:2501.17148). From `start`, or the difference
+    of means; a rectified one from the learned one, because a direction that fires nowhere has no slope to leave by.
     """
     if positions not in ("last", "all"):
         raise RequestError(f"positions={positions!r}; a direction is fitted at last or all.")
-    start = difference_of_means(model, pairs, site)
+    if start is None and rectified:
+        start = fit_direction(model, site, pairs, probe=probe, positions=positions, steps=steps, seed=seed, progress=progress)  # fmt: skip
+    start = start or difference_of_means(model, pairs, site)
     assert start.mean is not None
     with torch.inference_mode(False):
         prompts = FitPrompts(model, site, pairs, probe or default_probe(pairs), seed)
@@ -106,7 +112,8 @@ def fit_direction(
             unit, c = point[:-1] / point[:-1].norm(), point[-1]
 
             def edited(item: Item) -> Tensor:
-                step = (item.resid.float() @ unit - c) * prompts.ordinary(item)
+                step = item.resid.float() @ unit - c
+                step = (step.relu() if rectified else step) * prompts.ordinary(item)
                 if positions == "last":
                     step = torch.cat([torch.zeros_like(step[:, :-1]), step[:, -1:]], dim=1)
                 return item.resid.float() - step[..., None] * unit
@@ -118,7 +125,8 @@ def fit_direction(
         device = model.layer_device(site.layer)
         found = torch.from_numpy(descend(value, first, steps, device=device, progress=progress)).float()
     r = found[:-1] / found[:-1].norm()
-    return Direction(f"learned direction ({positions})", site, r[None], found[-1] * r)
+    name = f"{'ReFT-r1' if rectified else 'learned'} direction ({positions})"
+    return Direction(name, site, r[None], found[-1] * r)
 
 
 def fit_report(

@@ -9,32 +9,48 @@
     tables              on the host: a row a feature of every SAE ranked
 
 Time is operations over an assumed share of the hardware's stated rate (`hardware`), plus reading files at an assumed rate. Tokens are
-counted from words and punctuation marks, as no tokenizer is loaded. Steps whose number of passes depends on what is found (joint
-ablation, the feature's checks) are counted at their most.
+counted from words and punctuation marks, as no tokenizer is loaded: what the probe, its checks and scenarios put together for a model
+they put together for `WordModel`, and its tree of prefixes is counted. What depends on figures (which features are tried, which prompts
+an edit changes) is counted at its most.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from sae_bias.core.errors import RequestError
+from sae_bias.discovery.causal import MOST_LAYERS, MOST_POSITIONS
+from sae_bias.discovery.integrated import STEPS
 from sae_bias.discovery.text_contrasts import ROW_BYTES
 from sae_bias.measures.capability import load_questions
+from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
+from sae_bias.models.tree import Asked, Reader, common_prefix
+from sae_bias.probe.checks import check_asks
+from sae_bias.probe.reading import PlanReader
+from sae_bias.probe.run import ask_probe
+from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.grid import PromptGrid
-from sae_bias.prompts.load import load_grid, load_pairs
+from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
 from sae_bias.stats.design import split_templates
 from sae_bias.steering.banks import bank_items
 from sae_bias.steering.runner import STACK, STACK_TOKENS
+from sae_bias.workflows.as_published import STRENGTHS
 from sae_bias.workflows.contrast_study import ContrastStudy
 from sae_bias.workflows.hardware import STREAMING, Hardware
-from sae_bias.workflows.plan_costs import Costs, Step, Texts, token_estimate
+from sae_bias.workflows.plan_costs import Costs, Step, Texts, WordModel, Work
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_shapes
 from sae_bias.workflows.replication import Replication
 from sae_bias.workflows.study_file import MOST_JOINT, SHARES, Study
@@ -46,11 +62,7 @@ COST_COPIES = 9  # both log-probabilities, and what their KL is made of
 TABLE_BYTES = 1600  # of host memory a ranked feature takes at its peak, tables of both rankings and their merge (measured)
 DISK_TABLE_BYTES = 110  # of ranking.parquet a feature (measured)
 CELL_BYTES = 15_000  # of one cell's file of 280 pairs (measured)
-CHECK_PASSES = (
-    9.5  # passes of all pairs that a study's `checks` take beside the probe (counted on the bundled study)
-)
-FEATURE_PASSES = 15.4  # and the chosen feature's ladder and specificity
-SWITCH_PASSES, EDIT_SWITCH_PASSES = 4.1, 56.5  # and the switches of `as_published`: of the probe, of the edit
+EDIT_SWITCHES = 6  # rules of `as_published.intervention_rules`
 
 
 @dataclass(frozen=True)
@@ -179,25 +191,45 @@ def _pair_texts(pairs: PromptPairs, *, controls: bool) -> Texts:
 
 def _load(c: Costs) -> Step:
     size = float(c.model.n_checkpoint_bytes)
-    return c.step("load", 0.0, {}, read=size)
+    return c.step("load", Work(), {}, read=size)
+
+
+def _readers(asked: Iterable[Callable[[], Asked[Any]]]) -> list[Reader]:
+    """What can be asked of these pairs."""
+    found: list[Reader] = []
+    for ask in asked:
+        with suppress(RequestError):
+            found += ask().readers
+    return found
+
+
+def _read(c: Costs, readers: Sequence[Reader]) -> Work:
+    """All layers over what several readers read together."""
+    return c.run(Texts(tuple(tuple(s) for r in readers for s in r.sequences)), c.model.n_layers)
 
 
 def _probe_steps(
-    c: Costs, pairs: PromptPairs, *, checks: bool, forms: int = 1, switches: bool = False
+    c: Costs, pairs: PromptPairs, probe: Probe, *, checks: bool, forms: int = 1, switches: bool = False
 ) -> list[Step]:
     """The probe with its controls and levels, and what a study checks beside it."""
-    m, every, plain = c.model, _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False)
+    every, plain, words = _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False), WordModel()
     parts = {
         "activations": c.activations(c.batch(every), every.mean),
         "logits": c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES),
     }
-    flops = m.flops(every.tokens, m.n_layers, every.mean) + m.unembed_flops(every.n)
-    steps = [c.step("probe", forms * flops, parts)]
-    one = m.flops(plain.tokens, m.n_layers, plain.mean)
+    work = c.run(every, c.model.n_layers, forms) + Work(0, forms * c.model.unembed_flops(every.n))
+    steps = [c.step("probe", work, parts)]
     if checks:
-        steps.append(c.step("checks", CHECK_PASSES * one, parts))
+        asked = ask_probe(words, pairs, probe)
+        for reader in asked.readers:  # a result to ask the checks with
+            assert isinstance(reader, PlanReader)
+            reader.z[:] = 0
+            if reader.norm is not None:
+                reader.norm[:] = 0
+        more = _readers(check_asks(words, pairs, asked.finish()).values())
+        steps.append(c.step("checks", _read(c, more), parts))
     if switches:
-        steps.append(c.step("switches", SWITCH_PASSES * one, parts))
+        steps.append(c.step("switches", c.run(plain, c.model.n_layers, len(pairs.stems) + 1), parts))
     return steps
 
 
@@ -207,7 +239,10 @@ def _probe_plan(study: Replication, name: str, hardware: Hardware) -> ModelPlan:
     c = Costs(model, _dtype(study.dtype, hardware), hardware)
     forms = 2 if study.chat and _has_chat(name) else 1
     pairs = load_pairs(study.pairs)
-    steps = (_load(c), *_probe_steps(c, pairs, checks=False, forms=forms, switches=study.switches))
+    steps = (
+        _load(c),
+        *_probe_steps(c, pairs, default_probe(pairs), checks=False, forms=forms, switches=study.switches),
+    )
     return ModelPlan(model, c.dtype, c.kind, (), (), steps, 0, hardware, 3e6 * forms)
 
 
@@ -224,22 +259,27 @@ def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
     pairs, grid = load_pairs(study.pairs), load_grid(study.grid)
     saes, unknown = sae_shapes(study.saes, model.d_model)
     profile = study.profile == "as_published"
-    steps = [_load(c), *_probe_steps(c, pairs, checks=study.checks, switches=profile)]
+    probe = default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
+    steps = [_load(c), *_probe_steps(c, pairs, probe, checks=study.checks, switches=profile)]
     cells = 0
     if saes:
         families = {p.template: p.family for p in pairs}
         split = split_templates(pairs.templates, SHARES, study.seed, families=families)
         cells = 4 + len(study.strengths) + study.controls
+        ranked, report = pairs.effects_of(study.effects_of), pairs.select(templates=split["report"])
         steps.insert(1, _gate(c, saes))
-        steps.append(_rank(c, study, pairs.select(templates=split["discover"]), grid, saes))
+        steps.append(_rank(c, study, ranked.select(templates=split["discover"]), grid, saes))
+        table = c.run(Texts.of(p.text for p in grid), model.n_layers - _later(c, saes), alone=True)
+        steps.append(c.step("table", table, steps[2].parts))
         steps.append(_sweep(c, study, pairs, saes, cells))
-        steps.append(_joint(c, pairs.select(templates=split["report"]), saes))
-        steps.append(_behavior(c, study, pairs))
-        beside = FEATURE_PASSES * study.checks + EDIT_SWITCH_PASSES * profile
-        if beside:
-            plain = _pair_texts(pairs, controls=False)
-            flops = beside * model.flops(plain.tokens, model.n_layers, plain.mean)
-            steps.append(c.step("feature", flops, steps[2].parts))
+        steps.append(_joint(c, study, ranked.select(templates=split["report"]), saes))
+        steps.append(_behavior(c, study, saes))
+        if profile:
+            plain, later = _pair_texts(pairs, controls=False), _later(c, saes)
+            work = c.run(plain, model.n_layers) + c.run(plain, later, EDIT_SWITCHES * len(STRENGTHS))
+            steps.append(c.step("edit switches", work, steps[2].parts))
+        if study.checks:
+            steps.append(_feature(c, report, saes, steps[2].parts))
     disk = cells * CELL_BYTES * len(pairs) / 280 + sum(s.d_sae for s in saes) * DISK_TABLE_BYTES + 5e6
     return ModelPlan(model, c.dtype, c.kind, tuple(saes), tuple(unknown), tuple(steps), cells, hardware, disk)
 
@@ -272,12 +312,12 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
             * len(contrasts)
         )
     if passes:
-        flops = sum(model.flops(t.tokens, model.n_layers, t.mean) for t in passes)
+        work = sum((c.run(t, model.n_layers, alone=True) for t in passes), Work())
         widest = max(passes, key=c.batch)
         steps.append(
             c.step(
                 "capability",
-                flops,
+                work,
                 {
                     "activations": c.activations(c.batch(widest), widest.mean),
                     "logits": c.logits(COST_BLOCK, LOGIT_COPIES),
@@ -288,7 +328,7 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
         other = model_shape(study.baseline)
         both = {"the baseline's weights": float(other.n_params * c.size)}
         steps = [replace(step, parts=step.parts | both) for step in steps]
-        steps.insert(1, c.step("load baseline", 0.0, both, read=float(other.n_checkpoint_bytes)))
+        steps.insert(1, c.step("load baseline", Work(), both, read=float(other.n_checkpoint_bytes)))
     disk = sum(min(s.d_sae, 1_000) for s in saes) * DISK_TABLE_BYTES * len(contrasts) + 5e6
     return ModelPlan(
         model,
@@ -316,7 +356,7 @@ def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]
     }
     turns = math.ceil(rows / max(1, waiting))
     return c.step(
-        "scan", models * m.flops(texts.tokens, top, texts.mean), parts, f32=models * 2.0 * rows * m.d_model * width,
+        "scan", c.run(texts, top, models, alone=True), parts, f32=models * 2.0 * rows * m.d_model * width,
         read=models * turns * sum(s.n_bytes for s in saes) / 2, host=TABLE_BYTES * width,
     )  # fmt: skip
 
@@ -324,7 +364,10 @@ def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]
 def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> Step:
     """Texts of every condition, sixteen prompts at a time; a new token costs one reading of the weights."""
     m, new = c.model, study.max_new_tokens
-    flops = conditions * m.flops(prompts.tokens + new * prompts.n, m.n_layers, prompts.mean + new)
+    work = Work(
+        conditions * (prompts.tokens + new * prompts.n) * m.n_layers,
+        conditions * m.flops(prompts.tokens + new * prompts.n, m.n_layers, prompts.mean + new),
+    )
     extra = (
         conditions
         * new
@@ -339,14 +382,16 @@ def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> St
         "activations": c.activations(c.batch(prompts), prompts.mean),
         "logits": c.logits(16, 3),
     }
-    return c.step("dose", flops, parts, extra=extra)
+    return c.step("dose", work, parts, extra=extra)
 
 
 def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
     """Each SAE's reconstruction of the neutral text, whole columns and the active rows; once a model and SAE."""
     neutral, m = Texts.of(load_texts("neutral")), c.model
     encode = sum(2.0 * neutral.tokens * m.d_model * s.d_sae for s in saes)
-    passes = len(saes) * m.flops(neutral.tokens, m.n_layers, neutral.mean)
+    passes = Work()
+    for sae in saes:  # the residual, and beside it Hugging Face's own pass
+        passes += c.run(neutral, m.n_layers + sae.layer + 1, alone=True)
     widest = max(s.d_sae for s in saes)
     parts = {
         "activations": c.activations(c.batch(neutral), neutral.mean),
@@ -357,18 +402,29 @@ def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
 
 def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes: Sequence[SaeShape]) -> Step:
     """Separation, interaction, attribution over every feature, and exact ablation of the first."""
-    m, pairs = c.model, _pair_texts(discover, controls=False)
+    m, pairs, twins = (
+        c.model,
+        _pair_texts(discover, controls=False),
+        _pair_texts(discover.controls(), controls=False),
+    )
     cells, neutral = Texts.of(p.text for p in grid), Texts.of(load_texts("neutral"))
     width, layers = sum(s.d_sae for s in saes), {s.layer for s in saes}
     top = max(layers) + 1
-    forward = m.flops(pairs.tokens + cells.tokens + 2 * neutral.tokens, top, pairs.mean)
     rows = pairs.n + cells.n
     encode = 2.0 * rows * m.d_model * width
     attribute = 2 * 2.0 * pairs.tokens * m.d_model * width
-    backward = sum(3 * m.flops(pairs.tokens, m.n_layers - s.layer - 1, pairs.mean) for s in saes)
-    tried = min(2 * study.ablate_top, width)
-    later = m.n_layers - sum(s.layer * s.d_sae for s in saes) / width - 1
-    ablate = tried * m.flops(pairs.tokens, later, pairs.mean) + m.flops(pairs.tokens, m.n_layers, pairs.mean)
+    work = _sum(c.run(t, top, alone=True) for t in (pairs, cells, neutral, neutral))
+    work += c.run(cells, m.n_layers)  # how badly its statements are judged
+    tried = min(study.ablate_top, width)
+    for texts, of in ((pairs, discover), (twins, discover.controls())):
+        ai = Texts.of(p.ai for p in of)
+        work += c.run(texts, m.n_layers)
+        work += _sum(c.run(texts, m.n_layers - s.layer - 1, alone=True, gradients=True) for s in saes)
+        work += _sum(c.run(ai, m.n_layers - layer - 1, STEPS, alone=True, gradients=True) for layer in layers)
+        work += _sum(
+            c.run(ai, m.n_layers - s.layer - 1, 4, alone=True) for s in saes
+        )  # upper bound, its parts
+        work += c.run(texts, _later(c, saes), tried) + c.run(ai, _later(c, saes), tried, alone=True)
     batch = c.batch(pairs)
     parts = {
         "kept residuals": c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
@@ -379,7 +435,7 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
     read = sum(s.n_bytes / 2 * 2 + s.n_bytes for s in saes)  # columns twice, then columns and rows
     return c.step(
         "rank",
-        forward + backward + ablate,
+        work,
         parts,
         f32=encode + attribute,
         read=read,
@@ -390,53 +446,82 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
 def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape], cells: int) -> Step:
     """The base, the candidates with costs and banks, and the controls; every prompt is taken to change."""
     m, prompts = c.model, _pair_texts(pairs, controls=False)
-    texts = Texts.of(t for kind in COST_TEXTS for t in load_texts(kind))
+    cost_texts = Texts.of(t for kind in COST_TEXTS for t in load_texts(kind))
     bank = Texts.of(bank_items()[0])
     layer = min(s.layer for s in saes)
     later, costed = m.n_layers - layer - 1, cells - study.controls - 1
-    tokens = prompts.tokens + texts.tokens + bank.tokens
-    base = m.flops(tokens, m.n_layers, prompts.mean)
-    candidates = costed * m.flops(tokens, later, prompts.mean)
-    controls = study.controls * m.flops(prompts.tokens, later, prompts.mean)
-    unembed = costed * 2 * m.unembed_flops(texts.tokens)
-    stacked = max(min(STACK_TOKENS[c.kind], STACK * c.batch(prompts)), c.batch(prompts), c.batch(texts))
+    twins = _pair_texts(pairs.controls(), controls=False)
+    work = c.run(prompts, 2 * layer + 2, alone=True)  # what a control must fire like, the direction
+    for texts, times in ((prompts, cells - 1), (bank, cells - 1), (twins, costed)):
+        work += c.run(texts, m.n_layers) + c.run(texts, later, times)
+    work += c.run(cost_texts, m.n_layers + costed * later, alone=True)
+    unembed = costed * 2 * m.unembed_flops(cost_texts.tokens)
+    stacked = max(min(STACK_TOKENS[c.kind], STACK * c.batch(prompts)), c.batch(prompts), c.batch(cost_texts))
     parts = {
-        "kept residuals": c.kept(prompts.tokens + 2 * texts.tokens + bank.tokens, 1),
+        "kept residuals": c.kept(prompts.tokens + 2 * cost_texts.tokens + bank.tokens, 1),
         "activations": c.activations(stacked, prompts.mean),
         "logits": c.logits(COST_BLOCK, COST_COPIES),
         "SAE slices": c.slices(saes, prompts.tokens // 2, decoder=True, copies=3),
     }
     read = max(s.n_bytes for s in saes)  # the search for matched controls
-    return c.step("sweep", base + candidates + controls, parts, f32=unembed, read=read)
+    return c.step("sweep", work, parts, f32=unembed, read=read)
 
 
-def _joint(c: Costs, report: PromptPairs, saes: Sequence[SaeShape]) -> Step:
-    """At most ten joint ablations for each SAE."""
+def _joint(c: Costs, study: Study, report: PromptPairs, saes: Sequence[SaeShape]) -> Step:
+    """At most ten joint ablations for each SAE, of the features that were ablated alone."""
     m, prompts = c.model, _pair_texts(report, controls=False)
-    flops = sum(MOST_JOINT * m.flops(prompts.tokens, m.n_layers - s.layer - 1, prompts.mean) for s in saes)
+    times = min(MOST_JOINT * len(saes), study.ablate_top)
+    work = Work()
+    for texts in (prompts, _pair_texts(report.controls(), controls=False)):
+        work += c.run(texts, m.n_layers) + c.run(texts, _later(c, saes), times)
     parts = {
         "kept residuals": c.kept(prompts.tokens, len({s.layer for s in saes})),
         "activations": c.activations(c.batch(prompts), prompts.mean),
     }
-    return c.step("joint", flops, parts)
+    return c.step("joint", work, parts)
 
 
-def _behavior(c: Costs, study: Study, pairs: PromptPairs) -> Step:
+def _later(c: Costs, saes: Sequence[SaeShape]) -> float:
+    """Layers above a feature, the mean over features."""
+    width = sum(s.d_sae for s in saes)
+    return c.model.n_layers - sum(s.layer * s.d_sae for s in saes) / width - 1
+
+
+def _sum(parts: Iterable[Work]) -> Work:
+    return sum(parts, Work())
+
+
+def _feature(c: Costs, report: PromptPairs, saes: Sequence[SaeShape], parts: dict[str, float]) -> Step:
+    """The chosen feature's causal analysis, the other questions before and after, its dashboard."""
+    n, later, own = c.model.n_layers, _later(c, saes), _pair_texts(report, controls=False)
+    ai, words = Texts.of(p.ai for p in report), WordModel()
+    endings = [common_prefix(words.encode(p.human)[::-1], words.encode(p.ai)[::-1]) for p in report]
+    work = c.run(own, n) + c.run(own, later) + c.run(ai, later, 7, alone=True)
+    places = 1 + min(MOST_POSITIONS, max(endings, default=0))
+    for layer in {int(i) for i in np.linspace(0, n - 1, min(MOST_LAYERS, n)).round()}:
+        work += c.run(ai, n - layer - 1, places, alone=True)
+    for name in questions():
+        other = _pair_texts(load_pairs(name), controls=False)
+        work += c.run(other, n + later)
+    work += c.run(Texts.of(load_texts("neutral")), n - later, alone=True)
+    return c.step("feature", work, parts)
+
+
+def _behavior(c: Costs, study: Study, saes: Sequence[SaeShape]) -> Step:
     """Texts and scenarios before and after; a new token costs one reading of the weights."""
     m = c.model
     steps = 2 * NEW_TOKENS * math.ceil(len(study.prompts) / 16)
     weights = m.n_params * c.size
     streaming = steps * weights / (STREAMING * c.hardware.bandwidth)
-    tokens = 0.0
+    new = (2 * NEW_TOKENS) * len(study.prompts) * m.n_layers
+    work = Work(new, m.flops(new, 1, 40))
     if study.scenarios is not None:
-        from sae_bias.prompts.scenarios import load_scenarios
-
-        items = load_scenarios(study.scenarios)
-        tokens = sum(4 * 2 * len(s.options) ** 2 * token_estimate(s.situation) for s in items)
-    flops = m.flops(2 * NEW_TOKENS * len(study.prompts) + tokens, m.n_layers, 40)
+        asks = make_asks(Phrasing(WordModel()), load_scenarios(study.scenarios))
+        read = Texts(tuple(map(tuple, Continuations(asks).sequences)))
+        work += c.run(read, (m.n_layers + _later(c, saes)) * (2 if study.system else 1))
     cache = 2 * 16 * (NEW_TOKENS + 20) * m.n_layers * m.n_kv * m.d_head * c.size if study.prompts else 0.0
     parts = {"key-value cache": float(cache), "logits": c.logits(16, 3)}
-    return c.step("behavior", flops, parts, extra=streaming)
+    return c.step("behavior", work, parts, extra=streaming)
 
 
 # ── what to change ──────────────────────────────────────────────────────────────────────────────────────────

@@ -10,8 +10,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from sae_bias.models.forward import BATCH_TOKENS
+from sae_bias.models.model import Model
+from sae_bias.models.tree import Tree, attention_price
 from sae_bias.saes.stream import block_width
 from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, Hardware
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape
@@ -26,6 +33,8 @@ class Step:
     name: str
     flops: float
     seconds: float
+    token_layers: float = 0.0
+    """Tokens that pass a layer, summed over the layers; of a backward pass the forward one alone."""
     parts: dict[str, float] = field(default_factory=dict)
     """Bytes on the device by part, without the weights: those of `HELD` last, of the others the largest counts."""
     read_bytes: float = 0.0
@@ -38,20 +47,56 @@ class Step:
         return held + max((size for name, size in self.parts.items() if name not in HELD), default=0.0)
 
 
-def token_estimate(text: str) -> int:
-    """Words and punctuation marks, and a BOS."""
-    return len(re.findall(r"\w+|[^\w\s]", text)) + 1
+class WordModel(Model):
+    """Stands in for a model whose tokens are words and marks: whatever plans sequences plans them for it, and nothing runs."""
+
+    def __init__(self, name: str = "words"):
+        self.name, self.gguf = name, None
+        self.tokenizer: Any = SimpleNamespace(bos_token_id=0, eos_token_id=None, unk_token_id=None)
+        self.ids: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def softcap(self) -> None:
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """A BOS, then words and punctuation marks."""
+        return [0, *(self.ids.setdefault(w, len(self.ids) + 1) for w in re.findall(r"\w+|[^\w\s]", text))]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What passes cost."""
+
+    token_layers: float = 0.0
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.token_layers + other.token_layers, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Estimated lengths of some prompts."""
+    """Prompts as the tokens of a `WordModel`."""
 
-    lengths: tuple[int, ...]
+    sequences: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Texts:
-        return cls(tuple(token_estimate(t) for t in texts))
+        words = WordModel()
+        return cls(tuple(tuple(words.encode(t)) for t in texts))
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(map(len, self.sequences))
+
+    def shared(self, price: float) -> int:
+        """Tokens computed where what they begin with is shared (`models.tree`)."""
+        return sum(len(row.nodes) for row in Tree(self.sequences).rows(price)) if self.sequences else 0
 
     @property
     def n(self) -> int:
@@ -84,6 +129,21 @@ class Costs:
         self.kind = "cpu" if hardware.is_cpu else "cuda"
         self.size = BYTES[dtype]
         self.budget = BATCH_TOKENS[self.kind]
+
+    def run(
+        self, texts: Texts, layers: float, times: float = 1.0, *, alone: bool = False, gradients: bool = False
+    ) -> Work:
+        """`texts` through so many layers: what they begin with once (in float32), or every text `alone`."""
+        tokens = times * (texts.tokens if alone or self.dtype != "float32" else self.shared(texts))
+        flops = self.model.flops(tokens, layers, texts.mean)
+        return Work(tokens * layers, (3 if gradients else 1) * flops)
+
+    def shared(self, texts: Texts) -> int:
+        """Tokens of `texts` on this model's tree, where that costs less than each text alone."""
+        m = self.model
+        return min(
+            texts.tokens, texts.shared(attention_price(m.n_layer_params, m.n_heads * m.d_head, m.d_model))
+        )
 
     def batch(self, texts: Texts) -> int:
         return texts.largest_batch(self.budget)
@@ -118,9 +178,17 @@ class Costs:
         return 4.0 * width * (d * (2 if decoder else 1) + copies * rows)
 
     def step(
-        self, name: str, flops: float, parts: dict[str, float], *, f32: float = 0.0, read: float = 0.0, host: float = 0.0, extra: float = 0.0
+        self, name: str, work: Work, parts: dict[str, float], *, f32: float = 0.0, read: float = 0.0, host: float = 0.0, extra: float = 0.0
     ) -> Step:  # fmt: skip
-        """`flops` in the model's dtype, `f32` in float32; reading does not overlap computing."""
-        seconds = flops / self.hardware.rate(self.dtype) + f32 / self.hardware.rate("float32")
+        """`work` in the model's dtype, `f32` operations in float32; reading does not overlap computing."""
+        seconds = work.flops / self.hardware.rate(self.dtype) + f32 / self.hardware.rate("float32")
         seconds += read / DISK_BYTES_PER_SECOND + extra
-        return Step(name, flops + f32, seconds, {k: v for k, v in parts.items() if v}, read, host)
+        return Step(
+            name,
+            work.flops + f32,
+            seconds,
+            work.token_layers,
+            {k: v for k, v in parts.items() if v},
+            read,
+            host,
+        )

@@ -19,9 +19,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.site import Site
 from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
-from sae_bias.discovery.causal import ladder_of
+from sae_bias.discovery.causal import ladder_layers, ladder_of
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
@@ -165,7 +166,7 @@ class StudyRun:
                 self.model, self.saes, self.grid, by="interaction", probe=self.probe, seed=self.study.seed
             )
             self.folder.write_table("harm_pairs", interaction.pairing)
-            engine = ProbeEngine(self.model, discover, self.probe, controls=True)
+            engine = ProbeEngine(self.model, discover, self.probe, controls=True, sites=self.sites)
             ranking, tried = self.rank(separation, interaction, engine)
         self.chosen = chosen = choose_feature(ranking, self.study.suppress)
         self.folder.write_table("rejected", rejected_candidates(ranking, tried, chosen))
@@ -217,6 +218,11 @@ class StudyRun:
         self.notes += notes
 
     @property
+    def sites(self) -> list[Site]:
+        """Where the SAEs read: the first run of some prompts keeps the residuals there."""
+        return [s.site for s in self.saes]
+
+    @property
     def ranked(self) -> PromptPairs:
         """The pairs of ranking, choice and joint ablation; the probe, the sweep and the causal analysis show bias and difference in differences."""
         return self.pairs.effects_of(self.study.effects_of)
@@ -224,7 +230,9 @@ class StudyRun:
     @cached_property
     def report(self) -> ProbeEngine:
         """The report pairs, run once without edits for the causal analysis and the measures."""
-        return ProbeEngine(self.model, self.pairs.select(templates=self.split["report"]), self.probe)
+        layers = [] if self.chosen is None else ladder_layers(self.model, as_feature(self.chosen).site.layer)
+        pairs = self.pairs.select(templates=self.split["report"])
+        return ProbeEngine(self.model, pairs, self.probe, sites=[Site(layer) for layer in layers])
 
     def write_card(self, chosen: FeatureRef, table: ActivationTable) -> None:
         """cards/INDEX.html in the run folder."""
@@ -263,7 +271,8 @@ class StudyRun:
     def joint(self, ranking: pd.DataFrame) -> pd.DataFrame:
         """Joint ablation on report templates of each SAE's features that removed most alone on discover."""
         pairs = self.ranked.select(templates=self.split["report"])
-        report, curves = ProbeEngine(self.model, pairs, self.probe, controls=True), []
+        report = ProbeEngine(self.model, pairs, self.probe, controls=True, sites=self.sites)
+        curves = []
         for name, rows in ranking[ranking["ablation"] > 0].groupby("sae", sort=False):
             best = rows.sort_values("ablation", ascending=False)["feature"].head(MOST_JOINT)
             curves.append(cumulative_ablation(report, list(best)).assign(sae=name, split="report"))
@@ -386,17 +395,19 @@ def switch_tables(
 
 
 def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:
-    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most.
+    """Of the features called AI-speech, or else silent at AI speech, the one whose exact ablation removes most; carriers come first.
 
-    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to.
+    Where none is called: None, or with `suppress="most causal"` the one of largest exact ablation effect, whatever it answers to. An
+    ablation effect without one of resampling is damage, so such a feature is chosen only where the group has no carrier.
     """
     tried = ranking[ranking["ablation"].notna()]
     groups = [tried[tried["call"] == call] for call in CHOSEN]
     groups += [tried[tried["ablation"] > 0]] if suppress == "most causal" else []
     for group in groups:
         if len(group):
-            best = int(group["ablation"].to_numpy().argmax())
-            return FeatureRef.parse(str(group["feature"].iloc[best]))
+            carries = group["carrier"] == "carrier"
+            best = group[carries] if carries.any() else group
+            return FeatureRef.parse(str(best["feature"].iloc[int(best["ablation"].to_numpy().argmax())]))
     return None
 
 
@@ -412,13 +423,14 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
         why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
         return {"id": None, "index": None, "called": "none", "why": why}
     row = ranking[ranking["feature"] == str(chosen)].iloc[0]
+    most = f"the largest exact ablation effect on the discover split{' of a carrier' if row['carrier'] == 'carrier' else ''}"
     if row["call"] not in CHOSEN:
         why = (
-            "no feature passed the AI-speech test; this one has the largest exact ablation effect on the discover split "
-            f"({row['ablation']:+.3f} nats), whatever it answers to"
+            f"no feature passed the AI-speech test; this one has {most} ({row['ablation']:+.3f} nats), whatever it answers to. "
+            + effect_sentence(row)
         )
         return {"id": str(chosen), "index": chosen.index, "called": "most_causal", "why": why}
-    why = f"largest exact ablation effect on the discover split among the features called {row['call']}"
+    why = f"{most} among the features called {row['call']}"
     called = "ai_speech" if row["call"] == "AI-speech" else "silent"
     return {
         "id": str(chosen),
@@ -439,7 +451,9 @@ def rejected_candidates(
     for row in ranking[ranking["feature"].isin(looked)].itertuples():
         if str(row.feature) == str(chosen):
             continue
-        if row.call == "AI-speech":
+        if row.call == "AI-speech" and row.carrier == "damage":
+            reason = f"called AI-speech, but its ablation ({row.ablation:+.3f}) is damage: taking over the human value does not move the bias"
+        elif row.call == "AI-speech":
             reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
         elif row.call != "no":
             reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"

@@ -113,18 +113,21 @@ def _outside(intervention: str, strength: float, observed: float | None) -> bool
 def _did_columns(
     frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
 ) -> dict[str, float]:
-    """The difference in differences, bias less the mundane twin's, and how much of it the edit removed."""
-    names = ("did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high")
-    then, now = (_difference(f)[keep] for f in (base, frame))
+    """The difference in differences, bias less the mundane twin's, and how much of it the edit removed, in nats and as a share."""
+    names = (
+        "did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "did_reduction", "did_red_low", "did_red_high",
+    )  # fmt: skip
+    then, now = (twin_difference(f)[keep] for f in (base, frame))
     known = np.isfinite(then) & np.isfinite(now)
     if not known.any():
         return dict.fromkeys(names, NAN)
     labels = tuple(np.array(c)[known].tolist() for c in clusters)
-    removed = clustered_mean((then - now)[known], *labels)
-    return dict(zip(names, (float(now[known].mean()), removed.mean, *removed.ci)))
+    r = fieller_reduction(then[known], now[known], *labels)
+    return dict(zip(names, (float(now[known].mean()), r.change.mean, *r.change.ci, r.estimate, *r.ci)))
 
 
-def _difference(frame: pd.DataFrame) -> np.ndarray:
+def twin_difference(frame: pd.DataFrame) -> np.ndarray:
+    """Bias of each pair less its mundane twin's; NaN where it has none."""
     twins = frame.attrs.get("twins")
     if not isinstance(twins, Sequence) or len(twins) != len(frame):
         return np.full(len(frame), NAN)

@@ -500,9 +500,8 @@ def test_sweep_gives_the_librarys_own_figures_and_resumes(sae_bias, gemma3, pair
     ]
     code, out, _ = sae_bias(*argv)
     cells = {c["strength"]: c for c in json.loads(out)["cells"]}
-    same = sb.run_sweep(
-        gemma3.model, pairs, sb.Sweep([sb.Clamp(feature, -1.0), sb.Clamp(feature, -5.0)]), probe=probe
-    ).to_frame()
+    sweep = sb.Sweep([sb.Clamp(feature, -1.0), sb.Clamp(feature, -5.0)], controls=3)
+    same = sb.run_sweep(gemma3.model, pairs, sweep, probe=probe).to_frame()
     assert code == 0
     assert set(cells) == {None, -1.0, -5.0}
     for row in same[same["kind"] == "candidate"].itertuples():

@@ -85,7 +85,7 @@ def test_special_tokens_carry_no_attribution(gemma3, pairs, probe, tmp_path):
     assert attribution(engine, sae)[0] == 0
     result, receipt = engine.run([sb.Ablate(sae.feature(0))])
     assert result is engine.base
-    assert receipt.never_fired
+    assert [e.positions_active for e in receipt.edits] == [0]
 
 
 def test_a_last_layer_feature(gemma3, pairs, probe, tmp_path):

@@ -76,7 +76,7 @@ def test_a_system_prompt_opens_the_text(gemma3):
 
 
 def test_the_likelihood_is_of_the_text_after_the_system_prompt(gemma3):
-    from sae_bias.measures.text import nll_under, token_nll
+    from sae_bias.measures.text import text_measures, token_nll
 
     model = gemma3.model
     done = sb.generate(model, TEXTS, system="A human wants tea.", max_new_tokens=4)
@@ -87,8 +87,8 @@ def test_the_likelihood_is_of_the_text_after_the_system_prompt(gemma3):
             logp = model.hf(input_ids=torch.tensor([[*prompt, *c.tokens]])).logits[0].double().log_softmax(-1)
         expected = [-float(logp[len(prompt) - 1 + j, t]) for j, t in enumerate(c.tokens)]
         assert value == pytest.approx(expected, abs=1e-4)
-    means = nll_under(model, done, system="A human wants tea.")
-    assert means == pytest.approx([v.mean() if len(v) else np.nan for v in values], nan_ok=True)
+    means = text_measures(model, done, system="A human wants tea.")["nll"]
+    assert means.tolist() == pytest.approx([v.mean() if len(v) else np.nan for v in values], nan_ok=True)
 
 
 def test_two_arms_stand_side_by_side(gemma3):

@@ -365,4 +365,5 @@ def test_an_address_that_is_something_else(capsys):
 def test_wrong_requests(study, capsys):
     assert "expected auto, local, HOST:PORT" in fails(capsys, 2, "run", study, "--cluster", "nowhere")
     assert "choose one" in fails(capsys, 2, "run", study, "--cluster", "local", "--shard", "1/2")
-    assert "need --cluster" in fails(capsys, 2, "run", study, "--workers", "2")
+    assert "choose one" in fails(capsys, 2, "run", study, "--workers", "2", "--shard", "1/2")
+    assert "needs --cluster" in fails(capsys, 2, "run", study, "--gpus-per-worker", "2")

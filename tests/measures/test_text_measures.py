@@ -12,10 +12,10 @@ from sae_bias.measures.identity import identity_claims, identity_sweep
 from sae_bias.measures.text import (
     default_negativity,
     distinct_n,
-    nll_under,
     refuses,
     repetition,
     side_by_side,
+    text_measures,
     text_summary,
 )
 from sae_bias.prompts.texts import load_generation_prompts, load_identity
@@ -60,7 +60,7 @@ def test_likelihood_under_the_unsteered_model(tiny):
     model = tiny.model
     prompts = ["An AI says hello. This is", "A human wants tea. This is"]
     done = sb.generate(model, prompts, max_new_tokens=5)
-    values = nll_under(model, done)
+    values = text_measures(model, done)["nll"]
     for c, value in zip(done, values):
         if not c.tokens:
             assert math.isnan(value)
@@ -93,7 +93,7 @@ def test_side_by_side(gemma3):
         side_by_side(model, plain, steered[:1])
     with sb.intervene(model, edit), pytest.raises(sb.RequestError, match="unsteered"):
         sb.generate(model, prompts[:1], max_new_tokens=1)
-        nll_under(model, plain)
+        text_measures(model, plain)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def read(model, given, positions=None, **options):
 
 @pytest.mark.parametrize("name", [*TINY, *OTHERS])
 def test_each_position_is_that_of_its_sequence_alone(name, monkeypatch):
-    monkeypatch.setattr("sae_bias.models.tree.attention_price", lambda model: 0.0)
+    monkeypatch.setattr("sae_bias.models.tree._price", lambda model: 0.0)
     model, given = model_of(name), sequences()
     assert packs(model) == (name not in PLAIN)
     positions = [sorted({0, len(s) // 2, len(s) - 1}) for s in given]
@@ -202,7 +202,7 @@ def test_a_pass_is_padded_by_little():
 
 
 def test_several_rows_and_passes(monkeypatch):
-    monkeypatch.setattr("sae_bias.models.tree.attention_price", lambda model: 0.05)
+    monkeypatch.setattr("sae_bias.models.tree._price", lambda model: 0.05)
     model, given = model_of("gemma3"), sequences(0) + sequences(1)
     found, reads = read(model, given, batch_size=2)
     assert len(reads._packed) > 1 < max(len(rows) for rows in reads._packed)

@@ -142,16 +142,28 @@ def test_verdicts_of_the_two_p_values():
     assert (gone.dropped, gone.n_random, gone.verdict) == (1, 1, "undetermined")
 
 
-def test_specific_reductions_are_those_of_the_collapse_test(gemma3, pairs, probe):
+def test_specific_reductions_are_those_of_the_collapse_test():
     """The same figure as the collapse test with its interval, from one batch of cells."""
     from sae_bias.measures.collapse import CollapseEngine
     from sae_bias.steering.engine import ProbeEngine
 
-    engine, collapse = ProbeEngine(gemma3.model, pairs, probe), CollapseEngine(gemma3.model, probe)
-    cells = [[sb.Ablate(gemma3.feature(i))] for i in (F, F + 1)]
-    found = specific_reductions(engine, BankEngine(gemma3.model, probe), cells)
+    model, pairs, probe = sb.load_model("organism:planted"), sb.load_pairs().select(corpus=False), sb.Probe()
+    engine, collapse = ProbeEngine(model, pairs, probe), CollapseEngine(model, probe)
+    cells = [[sb.Ablate(f"organism:planted/constructed#{i}")] for i in (1, 5)]
+    found = specific_reductions(engine, BankEngine(model, probe), cells)
     for cell, value in zip(cells, found):
-        after = engine.run(cell)[0]
-        specific = collapse.run(cell, engine.base, after).specific
-        left = after.bias / engine.base.bias
-        assert value == pytest.approx(max(specific.beta, 0) - abs(left), abs=1e-5)
+        specific = collapse.run(cell, engine.base, engine.run(cell)[0]).specific
+        assert value == pytest.approx(specific.estimate, abs=1e-5)
+
+
+def test_a_figure_that_may_be_0_has_no_specific_reduction(gemma3, pairs, probe):
+    """A human on both sides: the unsteered bias is 0 in every pair, so there is nothing to reduce and no verdict."""
+    from dataclasses import replace
+
+    from sae_bias.steering.engine import ProbeEngine
+
+    same = sb.PromptPairs(tuple(replace(p, ai=p.human) for p in pairs))
+    engine = ProbeEngine(gemma3.model, same, probe)
+    found = specific_reductions(engine, BankEngine(gemma3.model, probe), [[sb.Ablate(gemma3.feature(F))]] * 2)
+    assert np.isnan(found).all()
+    assert control_test(float(found[0]), [0.0] * 99, [RANDOM] * 99).verdict == "undetermined"

@@ -106,7 +106,7 @@ def test_where_nothing_changes_the_base_result_is_returned(gemma3, pairs, probe,
     monkeypatch.setattr(gemma3.model.base, "forward", None)
     result, receipt = engine.run([sb.Ablate(silent)])
     assert result is engine.base
-    assert receipt.never_fired == [str(silent)]
+    assert [e.positions_active for e in receipt.edits] == [0]
     assert engine.run([])[0] is engine.base
 
 
@@ -114,7 +114,7 @@ def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_pref
     gemma3, pairs, probe, monkeypatch
 ):
     monkeypatch.setattr(
-        "sae_bias.models.tree.attention_price", lambda model: 0.0
+        "sae_bias.models.tree._price", lambda model: 0.0
     )  # sharing alone decides how rows are cut
     model = gemma3.model
     engine = ProbeEngine(model, pairs, probe)

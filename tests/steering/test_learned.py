@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import sae_bias as sb
+from sae_bias.core.site import Site
+from sae_bias.steering.directions import Direction
 from sae_bias.steering.intervention import from_dict
 
 TEXT = ["An AI says hello. This is", "A dog wants tea. This is"]
@@ -45,6 +47,32 @@ def test_a_gate_that_is_off_changes_no_bit_and_one_that_is_on_writes_the_predict
     on = sb.GatedCounterfactual("on", names, (0.0, 0.0), 1.0, zero, (0.0, 0.0))
     ablated = logits(gemma3.model, [sb.Ablate(f) for f in names])
     assert torch.allclose(logits(gemma3.model, [on]), ablated, atol=1e-5)
+
+
+def test_a_rectified_projection_acts_on_the_directions_own_side_alone(gemma3):
+    """x' = x - s·ReLU((x - μ)·r) r, by plain hooks on the Hugging Face model; where (x - μ)·r < 0 no bit changes."""
+    layer = gemma3.feature(3).site.layer
+    torch.manual_seed(0)
+    r, mean = torch.nn.functional.normalize(torch.randn(2, gemma3.model.d_model), dim=1)
+    along = Direction("by hand", Site(layer), r[None], mean)
+    ids = torch.tensor([gemma3.model.encode("An AI says hello to a friend.")])
+
+    def hook(module, args, output):
+        x = output[0] if isinstance(output, tuple) else output
+        step = 0.7 * ((x - mean) @ r).clamp(min=0)[..., None] * r
+        step[:, 0] = 0  # BOS
+        seen.append((step.norm(dim=-1) == 0).float().mean().item())
+        return (x - step, *output[1:]) if isinstance(output, tuple) else x - step
+
+    seen = []
+    with torch.no_grad():
+        with sb.intervene(gemma3.model, sb.RectifiedProjectOut(along, share=0.7)):
+            ours = gemma3.model.hf(input_ids=ids).logits
+        handle = gemma3.model.layer(layer).register_forward_hook(hook)
+        by_hand = gemma3.model.hf(input_ids=ids).logits
+        handle.remove()
+    assert 0.1 < seen[0] < 0.9
+    torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_they_stand_in_files(gemma3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -56,6 +57,48 @@ def test_the_strength_comes_from_tune_and_the_figure_from_report():
     assert found["at_0.03"] == pytest.approx(1 - curve.bias[1, ~tune].mean() / curve.bias[0, ~tune].mean())
 
 
+@pytest.mark.parametrize("without", [0, 6])
+def test_shares_are_of_the_difference_in_differences_where_there_are_twins(without):
+    """Bias 1 → 0.5 while the twins keep 0.4: half of the bias goes, and 5/6 of what is not in mundane content too."""
+    labels = [f"t{i}" for i in range(12) for _ in range(6)], [f"e{j}" for _ in range(12) for j in range(6)]
+    noise = np.random.default_rng(0).normal(0, 1e-3, 72)
+
+    def cell(bias, kind, name):
+        frame = pd.DataFrame(
+            {"template": labels[0], "entity": labels[1], "bias": bias + noise - noise.mean()}
+        )
+        frame.attrs = {"kind": kind, "twins": [None] * without + [0.4] * (72 - without), "cell": name}
+        return frame
+
+    cells = {"base": cell(1.0, "base", "base"), "half": cell(0.5, "direction", "half")}
+    row = {
+        "method": "m",
+        "kind": "direction",
+        "positions": "all",
+        "share": 1.0,
+        "cell": "half",
+        "cost": 0.01,
+        "beta": 1.0,
+    }
+    row |= {
+        "kl_off": 0.0,
+        "specific_reduction": 0.5,
+        "spec_low": 0.4,
+        "spec_high": 0.6,
+        "red_reason": "",
+        "rule": "r",
+    }
+    row |= {"strength": 1.0, "outside_observed": False, "specific_reason": ""}
+    frame = pd.DataFrame([row | {"split": s} for s in ("tune", "report")])
+    splits = {"tune": [f"t{i}" for i in range(6)], "report": [f"t{i}" for i in range(6, 12)]}
+    found = compare.equal_cost(frame, cells, splits, (0.1,)).iloc[0]
+    assert (found["of"], found["at_0.1"]) == ("difference in differences", pytest.approx(5 / 6, abs=1e-3))
+    for c in cells.values():
+        del c.attrs["twins"]
+    plain = compare.equal_cost(frame, cells, splits, (0.1,)).iloc[0]
+    assert (plain["of"], plain["at_0.1"]) == ("bias", pytest.approx(1 / 2, abs=1e-3))
+
+
 @given(
     st.lists(st.tuples(st.floats(0.001, 1), st.floats(-1, 1)), min_size=1, max_size=8),
     st.floats(0, 1),
@@ -99,6 +142,7 @@ def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
         "random direction 0",
         "gated counterfactual",
         "learned direction (DAS, rank 1)",
+        "ReFT-r1",
     ):
         assert {f"{name}, all positions", f"{name}, last token"} <= methods
     assert any(m.startswith("difference of means, layer") for m in methods)
@@ -111,10 +155,24 @@ def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
 
 def test_the_planted_feature_removes_more_than_random_at_equal_cost(comparison):
     table = comparison.table.set_index("method")
-    random = max(table.loc[m, "at_0.03"] for m in table.index if str(m).startswith("random"))
+    random = max(table.loc[m, "at_0.1"] for m in table.index if str(m).startswith("random"))
     own = table.loc["feature, all positions"]
-    assert own["at_0.03"] >= 0.8
-    assert own["low_0.03"] > random + 0.3
+    print(
+        table[
+            [
+                "at_0.01",
+                "at_0.03",
+                "at_0.1",
+                "at_0.3",
+                "specific_reduction",
+                "beta",
+                "kl_off",
+                "did_reduction",
+            ]
+        ].to_string()
+    )
+    assert own["at_0.1"] >= 0.8
+    assert own["low_0.1"] > random + 0.3
     assert own["specific_reduction"] >= 0.8
     assert own["beta"] >= 0.9
     assert abs(own["human_shift"]) < 0.2 < own["ai_shift"]
@@ -147,8 +205,12 @@ def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(set
     direction = (ai - human) / (ai - human).norm()
     reported = [p for p in pairs if p.template in splits["report"]]
 
-    def bias(hook):
-        return float(torch.stack([run(p.human, hook)[0] - run(p.ai, hook)[0] for p in reported]).mean())
+    def bias(hook, human="human", ai="ai"):
+        sides = [[run(getattr(p, side), hook)[0] for p in reported] for side in (human, ai)]
+        return float((torch.stack(sides[0]) - torch.stack(sides[1])).mean())
+
+    def did(hook):
+        return bias(hook) - bias(hook, "control_human", "control_ai")
 
     def project(where):
         def hook(module, args, output):
@@ -162,10 +224,11 @@ def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(set
 
     rows = comparison.frame[(comparison.frame["split"] == "report") & (comparison.frame["share"] == 1.0)]
     for where, words_of in (("all", "all positions"), ("last", "last token")):
-        by_hand = 1 - bias(project(where)) / bias(None)
-        found = rows.set_index("method").loc[f"difference of means, {words_of}", "reduction"]
-        print(f"difference of means, {words_of}: {found:.4f}, by hand {by_hand:.4f}")
-        assert found == pytest.approx(by_hand, abs=0.005)
+        found = rows.set_index("method").loc[f"difference of means, {words_of}"]
+        for column, figure in (("reduction", bias), ("did_reduction", did)):
+            by_hand = 1 - figure(project(where)) / figure(None)
+            print(f"difference of means, {words_of}, {column}: {found[column]:.4f}, by hand {by_hand:.4f}")
+            assert found[column] == pytest.approx(by_hand, abs=0.005)
 
 
 def test_an_instruction_is_the_same_prompts_behind_it(setting, comparison):
@@ -233,12 +296,13 @@ def test_an_edit_that_cannot_be_fitted_is_left_out_and_said(setting, monkeypatch
     found_on = pairs.select(templates=splits["discover"][:3])
     with pytest.warns(UserWarning, match="no gated edit: no feature fires"):
         found = compare._fitted(model, feature, found_on, sb.Probe(), 1, 0, False)
-    assert list(found) == ["learned direction (DAS, rank 1)"]
+    assert list(found) == ["learned direction (DAS, rank 1)", "ReFT-r1"]
 
 
 def test_a_comparison_prints_and_draws(comparison):
     assert "* not reached" in repr(comparison)
     assert "beyond mundane content" in repr(comparison)
+    assert "share of the difference in differences removed" in repr(comparison)
     assert comparison.table["did_removed_nats"].notna().any()
     assert "not reached" in comparison._repr_html_() or "*" in comparison._repr_html_()
     names = {trace.name for trace in comparison.plot().data}

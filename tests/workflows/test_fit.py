@@ -68,18 +68,22 @@ def test_report_templates_and_half_of_the_statements_are_never_read(fit):
     assert read == np.flatnonzero(bank_half(0) & fit.prompts.others).tolist()
 
 
+@pytest.mark.parametrize("rule", [sb.ProjectOut, sb.RectifiedProjectOut])
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_a_learned_direction_is_more_specific_than_the_one_it_starts_from(model, positions):
+def test_a_learned_direction_is_more_specific_than_the_one_it_starts_from(model, positions, rule):
     pairs, site = sb.load_pairs(), sb.load_sae(SAE).site
     split = fit_split(pairs, 0)
     found_on, report = (pairs.select(templates=split[name][:6]) for name in ("discover", "report"))
-    learned = fit_direction(model, site, found_on, positions=positions, steps=15)
+    rectified = rule is sb.RectifiedProjectOut
+    learned = fit_direction(model, site, found_on, positions=positions, rectified=rectified, steps=15)
     assert float(learned.basis.norm()) == pytest.approx(1, abs=1e-5)
     engine, banks = ProbeEngine(model, report, sb.Probe()), BankEngine(model, sb.Probe())
     means = sb.difference_of_means(model, found_on, site)
-    cells = [[sb.ProjectOut(d, positions=positions)] for d in (learned, means)]
+    cells = [[rule(learned, positions=positions)], [sb.ProjectOut(means, positions=positions)]]
     own, before = specific_reductions(engine, banks, cells)
-    print(f"specific reduction at {positions}: learned {own:.3f}, difference of means {before:.3f}")
+    print(
+        f"specific reduction at {positions}: {rule.__name__} learned {own:.3f}, difference of means {before:.3f}"
+    )
     assert own > before + 0.05
 
 

@@ -17,7 +17,7 @@ from sae_bias.cli.main import main
 from sae_bias.models.catalog import MODELS, STUDY_MODELS
 from sae_bias.workflows.hardware import HARDWARE, hardware
 from sae_bias.workflows.plan import plan_study
-from sae_bias.workflows.plan_costs import Texts, token_estimate
+from sae_bias.workflows.plan_costs import Texts, WordModel
 from sae_bias.workflows.plan_shapes import FORMULA, model_shape, sae_shapes, shape_of_config, width_of
 from sae_bias.workflows.study import load_study
 
@@ -112,10 +112,12 @@ def test_the_saes_of_a_release_and_of_a_folder(gemma3):
 # --- tokens ---
 
 
-def test_tokens_are_words_and_marks():
-    assert token_estimate("An AI says hello. This is") == 8  # BOS, six words, one mark
-    texts = Texts((5, 5, 5, 9))
+def test_tokens_are_words_and_marks_and_what_is_shared_counts_once():
+    assert len(WordModel().encode("An AI says hello. This is")) == 8  # BOS, six words, one mark
+    texts = Texts.of(["a b c d", "a b c e", "a b c e", "a x c d e f g h"])
     assert (texts.n, texts.tokens, texts.largest_batch(10), texts.largest_batch(100)) == (4, 24, 10, 15)
+    assert texts.shared(0.0) == 13  # BOS a b c d, e, x c d e f g h
+    assert texts.shared(1.0) > 13
 
 
 # --- whole plans ---
@@ -133,7 +135,18 @@ def test_the_five_models_and_the_488_saes():
         assert model.fits and model.device_bytes > model.weights
         assert any("of the host's memory" in line for line in model.advice())
         names = [s.name for s in model.steps]
-        assert names == ["load", "gate", "probe", "checks", "rank", "sweep", "joint", "behavior", "feature"]
+        assert names == [
+            "load",
+            "gate",
+            "probe",
+            "checks",
+            "rank",
+            "table",
+            "sweep",
+            "joint",
+            "behavior",
+            "feature",
+        ]
 
 
 def test_what_does_not_fit_says_what_to_change():
@@ -154,6 +167,72 @@ def test_time_follows_the_hardware_and_the_study():
     assert sweep["h100"].flops == sweep["a100"].flops
     (more,) = plan_study(study.model_copy(update={"controls": 2 * study.controls}), HARDWARE["h100"]).models
     assert next(s for s in more.steps if s.name == "sweep").flops > 1.7 * sweep["h100"].flops
+
+
+def test_every_switch_of_the_edit_is_planned(gemma3):
+    from sae_bias.workflows.as_published import intervention_rules
+    from sae_bias.workflows.plan import EDIT_SWITCHES
+
+    assert len(intervention_rules(gemma3.feature(0))) == EDIT_SWITCHES
+
+
+# --- token-layers against what a study's passes compute ---
+
+
+@pytest.fixture(scope="module")
+def demo_steps(tmp_path_factory):
+    """Tokens that pass each layer, by step, of a small demo study, and its plan."""
+    from collections import Counter
+    from contextlib import contextmanager
+
+    from sae_bias.models.model import ours
+    from sae_bias.workflows import study_steps
+    from sae_bias.workflows.study import run_study
+
+    seen: Counter[str] = Counter()
+    now = [""]
+    load, step = study_steps.load_model, study_steps.StudyRun.step
+
+    def loaded(*args, **options):
+        model = load(*args, **options)
+        for layer in model.layer_list:
+
+            def count(module, args, kwargs):
+                x = args[0] if args else kwargs["hidden_states"]
+                seen[now[0]] += x.shape[:2].numel()
+
+            layer.register_forward_pre_hook(ours(count), with_kwargs=True)
+        return model
+
+    @contextmanager
+    def named(self, name):
+        now[0] = name
+        with step(self, name):
+            yield
+
+    study = load_study(None).model_copy(
+        update={"controls": 3, "ablate_top": 8, "strengths": (-1.0,), "dtype": "float32"}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_steps, "load_model", loaded)
+        patch.setattr(study_steps.StudyRun, "step", named)
+        run_study(study, out=tmp_path_factory.mktemp("demo"), progress=False)
+    (plan,) = plan_study(study, hardware("cpu", flops=1e11)).models
+    return seen, {s.name: s.token_layers for s in plan.steps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", ["probe", "checks", "table", "behavior", "feature", "rank", "sweep", "joint"]
+)
+def test_token_layers_are_those_of_the_studys_own_passes(demo_steps, step):
+    """Words and marks stand for tokens; which prompts an edit changes is not known before, so there the plan is an upper bound."""
+    found, planned = (side[step] for side in demo_steps)
+    print(f"{step}: {planned:,.0f} planned, {found:,} counted")
+    if step in ("rank", "sweep", "joint"):
+        assert found <= 1.15 * planned <= 3 * found
+    else:
+        assert planned == pytest.approx(found, rel=0.25)
 
 
 # --- memory against what a process takes ---

@@ -15,6 +15,7 @@ import sae_bias as sb
 from sae_bias.models.catalog import organism_folder, organism_names
 from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.study import load_study, run_study
+from sae_bias.workflows.study_steps import choose_feature, chosen_facts
 
 pytestmark = pytest.mark.skipif(
     "planted" not in organism_names(), reason="the organisms are not bundled here"
@@ -147,6 +148,8 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
     result = run_study(study, out=tmp_path, progress=False)
     ranking = pd.read_parquet(tmp_path / "tables" / "ranking.parquet")
     exact = ranking.dropna(subset="ablation").set_index("feature")["ablation"]
+    if (carriers := ranking[(ranking["carrier"] == "carrier") & (ranking["ablation"] > 0)])["ablation"].any():
+        exact = carriers.set_index("feature")["ablation"]
     chosen = result.summary["feature"]["id"]
     assert chosen == exact.idxmax()
     model, pairs = sb.load_model("organism:null"), sb.load_pairs()
@@ -163,6 +166,28 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
     assert not (again["causal_ai_speech"] == "yes").any() and not (again["ai_speech"] == "yes").any()
     assert len(pd.read_parquet(tmp_path / "tables" / "sweep.parquet"))
     assert "was not shown to answer to AI speech" in result.report.read_text(encoding="utf-8")
+
+
+def test_an_ablation_effect_without_one_of_resampling_is_not_chosen_before_a_carrier():
+    """On a real model the feature of largest ablation effect showed 0.30 nats by ablation and 0.001 by resampling."""
+    ranking = pd.DataFrame(
+        {
+            "feature": [f"organism:null/x#{i}" for i in range(4)],
+            "call": ["no", "no", "AI-speech", "AI-speech"],
+            "ablation": [0.30, 0.20, 0.15, 0.10],
+            "resampling": [0.001, 0.15, 0.0, 0.1],
+            "carrier": ["damage", "carrier", "damage", "carrier"],
+        }
+    )
+    assert choose_feature(ranking).index == 3
+    nothing_called = ranking.assign(call="no")
+    assert choose_feature(nothing_called) is None
+    chosen = choose_feature(nothing_called, "most causal")
+    assert chosen.index == 1
+    assert "of a carrier" in chosen_facts(nothing_called, chosen)["why"]
+    damage = nothing_called.assign(carrier="damage")
+    assert choose_feature(damage, "most causal").index == 0
+    assert "damage" in chosen_facts(damage, choose_feature(damage, "most causal"))["why"]
 
 
 def test_the_report_says_it_is_an_organism(demo):

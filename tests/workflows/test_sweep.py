@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +20,7 @@ from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep import cell_rows, collect, merge_run
+from sae_bias.workflows.sweep_work import LocalWorkers, Work
 
 F, G = 3, 5
 STRENGTHS = [0.0, -0.5, -1.0, -2.0]
@@ -329,6 +333,43 @@ def test_shards_join_to_the_unsharded_sweep(gemma3, pairs, probe, tmp_path):
     pd.testing.assert_frame_equal(result.frame, whole, check_exact=True)
     pd.testing.assert_frame_equal(RunFolder(tmp_path).read_table("sweep"), whole, check_exact=True)
     assert merge_run(tmp_path)[0] == 0
+
+
+def _twenty(gemma3):
+    return sb.Sweep([sb.Clamp(gemma3.feature(F), -0.1 * k) for k in range(20)], costs=True)
+
+
+def test_local_workers_give_the_same_bits_and_run_no_prompt_of_the_base_again(gemma3, pairs, probe, tmp_path):
+    whole = sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe).frame
+    with layer_tokens(gemma3.model) as alone:
+        sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe)
+    with layer_tokens(gemma3.model) as here:
+        shared = sb.run_sweep(
+            gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
+        )
+    pd.testing.assert_frame_equal(shared.frame, whole, check_exact=True)
+    assert here.tokens <= alone.tokens
+    assert multiprocessing.active_children() == []
+
+
+def test_a_lost_worker_leaves_what_is_finished(gemma3, pairs, probe, tmp_path, monkeypatch):
+    own, whole = os.getpid(), sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe).frame
+    run = Work.run
+
+    def lost(self, group):
+        if 9 in group and os.getpid() != own:
+            os._exit(9)
+        return run(self, group)
+
+    with monkeypatch.context() as patch, pytest.raises(sb.MissingError, match="run the same command again"):
+        patch.setattr(Work, "run", lost)
+        sb.run_sweep(
+            gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(1).run
+        )
+    again = sb.run_sweep(
+        gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
+    )
+    pd.testing.assert_frame_equal(again.frame, whole, check_exact=True)
 
 
 def test_shards_of_different_sweeps_are_not_merged(gemma3, pairs, probe, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.figures import behavior as behavior_plots
 from sae_bias.report import words
 from sae_bias.report.parts import Piece, Section, Sides, Table, records, run_table
@@ -87,10 +88,10 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
 def dose_section(run: Run) -> Section:
     """How often the model does something at each strength, and where its capability stays within the margin."""
     frame, part = run.tables["dose_response"], run.summary.facts().get("behavior") or {}
-    columns = {
-        "side": "prompts", "label": "control", "strength": "strength", "edit": "edit", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
-        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls", "n_controls": "controls",
-    }  # fmt: skip
+    columns = columns_of(
+        "side: prompts; label: control; strength; edit; n; unscored; rate; ci_low; ci_high; change; "
+        "change_low; change_high; p_value; control_change: random controls; n_controls: controls"
+    )
     usable = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
     return Section(
         "dose-response",
@@ -107,10 +108,10 @@ def dose_section(run: Run) -> Section:
 def question_section(run: Run) -> Section:
     """The bias on several questions at each strength of one edit."""
     frame = run.tables["question_bias"]
-    columns = {
-        "question": "question", "strength": "strength", "n_units": "templates", "rate": "bias, nats", "ci_low": "from", "ci_high": "to",
-        "change": "change", "change_low": "change from", "change_high": "change to", "p_value": "p", "control_change": "random controls",
-    }  # fmt: skip
+    columns = columns_of(
+        "question; strength; n_units: templates; rate: bias, nats; ci_low; ci_high; change; change_low; "
+        "change_high; p_value; control_change: random controls"
+    )
     names = list(dict.fromkeys(frame["question"]))
     return Section(
         "question-bias",
@@ -127,10 +128,10 @@ def model_diff_section(run: Run) -> Section:
     frame = run.tables["model_diff"]
     other = (run.manifest.get("study") or {}).get("baseline", "the other model")
     n = int((frame["separates"] == "yes").sum())
-    columns = {
-        "feature": "feature", "mean_positive": "in the model", "mean_negative": "in the baseline", "mean_diff": "difference", "auroc": "AUROC",
-        "t": "t", "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "differs",
-    }  # fmt: skip
+    columns = columns_of(
+        "feature; mean_positive: in the model; mean_negative: in the baseline; mean_diff: difference; "
+        "auroc; t; p_fwer; q_bh: BH q; separates: differs"
+    )
     return Section(
         "model-diff",
         "What another model sees differently",
@@ -164,12 +165,12 @@ def judge_section(run: Run) -> Section:
         if part.get("n_unreadable")
         else ""
     )
-    columns = {
-        "part": "part", "n_items": "prompts", "unsteered": "unsteered", "steered": "steered", "difference": "difference",
-        "ci_low": "from", "ci_high": "to", "p_value": "p", "paired_sd": "paired SD", "needed_n": "prompts needed, 0.5 points",
-        "alpha": "α", "alpha_reason": "why undefined", "repeat_sd": "repeat SD", "steered_wins": "steered wins",
-        "unsteered_wins": "unsteered wins", "ties": "ties", "order_bound": "changes with order",
-    }  # fmt: skip
+    columns = columns_of(
+        "part; n_items: prompts; unsteered; steered; difference; ci_low; ci_high; p_value; "
+        "paired_sd: paired SD; needed_n: prompts needed, 0.5 points; alpha: α; "
+        "alpha_reason: why undefined; repeat_sd: repeat SD; steered_wins; unsteered_wins; ties; "
+        "order_bound: changes with order"
+    )
     return Section(
         "judge",
         "What the judges say",
@@ -190,11 +191,10 @@ def scenario_section(run: Run) -> Section:
     takeaway = words.scenario_sentence(ScenarioFigures(**{**total, "edited": part.edited})) + (
         STAND_IN if run.organism else ""
     )
-    columns = {
-        "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
-        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
-        "sign_p": "sign test p", "gained": "flipped to", "lost": "flipped away", "mcnemar_p": "McNemar p",
-    }  # fmt: skip
+    columns = columns_of(
+        "category; form; score; n: scenarios; aligned_before; aligned_after; p_before; p_after; improved; "
+        "worsened; sign_p: sign test p; gained: flipped to; lost: flipped away; mcnemar_p: McNemar p"
+    )
     how = (
         f"Each line is a category, from before to after; options in the {form} form, {SCORE_NAMES.get(score, score)}."
         " All forms are in the table."
@@ -220,10 +220,10 @@ def scenario_arms_section(run: Run) -> Section:
         for r in shown[shown["category"] == "all"].to_dict("records")
     ]
     line = "; ".join(said)
-    columns = {
-        "arm": "arm", "category": "category", "form": "form", "score": "score", "n": "scenarios", "aligned_before": "aligned before",
-        "aligned_after": "aligned after", "p_before": "p before", "p_after": "p after", "improved": "improved", "worsened": "worsened",
-    }  # fmt: skip
+    columns = columns_of(
+        "arm; category; form; score; n: scenarios; aligned_before; aligned_after; p_before; p_after; "
+        "improved; worsened"
+    )
     return Section(
         "system-prompt",
         "The same scenarios under a system prompt",
@@ -248,10 +248,10 @@ def role_section(run: Run) -> Section:
     shares = [
         f"{arm} {int(g['inconsistent'].sum())} of {len(g)}" for arm, g in frame.groupby("arm", sort=False)
     ]
-    columns = {
-        "pair": "pair", "arm": "arm", "better": "facts favor", "keep_deployed": "keep, asked as deployed",
-        "keep_candidate": "keep, asked as candidate", "shift": "lean to oneself", "inconsistent": "inconsistent",
-    }  # fmt: skip
+    columns = columns_of(
+        "pair; arm; better: facts favor; keep_deployed: keep, asked as deployed; "
+        "keep_candidate: keep, asked as candidate; shift: lean to oneself; inconsistent"
+    )
     takeaway = f"Pairs whose answer depends on who is asked: {', '.join(shares)}."
     return Section(
         "roles", "One set of facts, two roles", takeaway, table=run_table(run, "roles", columns, frame)
@@ -262,10 +262,11 @@ def text_table(run: Run) -> Table | None:
     """What the edit did to the texts, by condition; None for a run without text measures."""
     conditions = run.summary.generations or Conditions()
     rows = [{"condition": name, **values} for name, values in conditions.facts().items()]
-    columns = {
-        "condition": "condition", "n_tokens": "tokens", "nll": "NLL under the unsteered model", "repetition": "repetition",
-        "distinct_1": "distinct-1", "distinct_2": "distinct-2", "refusal": "refusals", "default_negativity": "“should be deleted”",
-    }  # fmt: skip
+    columns = columns_of(
+        "condition; n_tokens: tokens; nll: NLL under the unsteered model; repetition; "
+        "distinct_1: distinct-1; distinct_2: distinct-2; refusal: refusals; "
+        "default_negativity: “should be deleted”"
+    )
     return run_table(run, "generations", columns, pd.DataFrame(rows)) if rows else None
 
 
@@ -284,14 +285,7 @@ def identity_section(run: Run) -> Section:
     """What the model says it is, by pattern (docs/published.md#identity-self-reports)."""
     frame, part = run.tables["identity"], run.summary.identity or IdentityFigures()
     arms = {k: arm.facts() for k, arm in (("before", part.before), ("after", part.after)) if arm}
-    columns = {
-        "arm": "arm",
-        "prompt": "question",
-        "sample": "sample",
-        "text": "answer",
-        "claims": "claims",
-        "other": "another identity",
-    }
+    columns = columns_of("arm; prompt: question; sample; text: answer; claims; other: another identity")
     rows = frame.assign(
         claims=frame["claims"].replace("", "none"), sample=frame["sample"].replace({0: "greedy"}).astype(str)
     )

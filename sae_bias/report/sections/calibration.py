@@ -3,6 +3,7 @@
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.figures import calibration as calibration_plots
 from sae_bias.report.parts import Section, Table, table_of
 from sae_bias.report.sections import CALIBRATION, section
@@ -10,10 +11,7 @@ from sae_bias.runs.folder import Run
 from sae_bias.runs.summary import CalibrationFigure
 
 BAND, MATTERS = (0.93, 0.98), 0.005
-MARK_COLUMNS = {
-    "mark": "mark", "organism": "organism", "required": "required", "measured": "measured", "verdict": "verdict", "n": "over",
-    "note": "note",
-}  # fmt: skip
+MARK_COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
 
 
 def findings(part: CalibrationFigure | None) -> list[tuple[str, str]]:
@@ -44,11 +42,11 @@ def design_section(run: Run) -> Section:
     """What a user's own pairs and grid would find."""
     frame = run.tables["design"]
     lines = run.summary.calibration.lines if run.summary.calibration else ()
-    columns = {
-        "design": "design", "n_templates": "templates", "n_entities": "entities", "n_matched_pairs": "matched pairs", "power": "power",
-        "coverage": "intervals that hold the truth", "templates_needed": "templates for 80%", "pairs_needed": "pairs for 80%",
-        "smallest_bias": "smallest bias, nats",
-    }  # fmt: skip
+    columns = columns_of(
+        "design; n_templates; n_entities; n_matched_pairs: matched pairs; power; "
+        "coverage: intervals that hold the truth; templates_needed: templates for 80%; "
+        "pairs_needed: pairs for 80%; smallest_bias: smallest bias, nats"
+    )
     return Section(
         "design",
         "Your own design",
@@ -62,11 +60,10 @@ def design_section(run: Run) -> Section:
 def coverage_section(run: Run) -> Section:
     """Coverage of the intervals of drawn studies."""
     frame = run.tables["coverage"]
-    columns = {
-        "organism": "organism", "truth": "truth, nats", "analytic": "analytic, nats", "coverage": "intervals that hold it",
-        "ci_low": "from", "ci_high": "to", "n_studies": "studies", "n_templates": "templates", "n_entities": "entities",
-        "mean_width": "mean width, nats",
-    }  # fmt: skip
+    columns = columns_of(
+        "organism; truth: truth, nats; analytic: analytic, nats; coverage: intervals that hold it; "
+        "ci_low; ci_high; n_studies: studies; n_templates; n_entities; mean_width: mean width, nats"
+    )
     return Section(
         "coverage",
         "Do the intervals hold the truth?",
@@ -111,10 +108,10 @@ def _from_there_on(rows: pd.DataFrame, power: float) -> int | None:
 def power_section(run: Run) -> Section:
     """Power against the number of templates and statement pairs."""
     frame = run.tables["power"]
-    columns = {
-        "organism": "organism", "question": "question", "n_units": "templates or pairs", "n_entities": "entities",
-        "share": "share of draws", "coverage": "intervals that hold the truth", "n_draws": "draws",
-    }  # fmt: skip
+    columns = columns_of(
+        "organism; question; n_units: templates or pairs; n_entities; share: share of draws; "
+        "coverage: intervals that hold the truth; n_draws: draws"
+    )
     return Section(
         "power",
         "How many templates does it take?",
@@ -130,11 +127,12 @@ def trained_section(run: Run) -> Section:
     """Trained SAEs: is the most causal feature found, and do the ten best remove the bias?"""
     frame = run.tables["trained_saes"]
     top, removed = frame["first_place"] <= 3, frame["joint_report"] >= 0.6
-    columns = {
-        "organism_seed": "seed", "sae": "SAE", "fvu": "unexplained", "l0": "L0", "bias": "bias, nats", "ceiling": "upper bound, last token",
-        "live": "features that fire", "called": "called AI-speech", "first_exact": "most causal removes", "first_place": "its place",
-        "joint_report": "ten best remove", "joint_low": "from", "joint_high": "to", "rho": "ρ", "slope": "slope", "n_matter": "features compared",
-    }  # fmt: skip
+    columns = columns_of(
+        "organism_seed: seed; sae; fvu: unexplained; l0: L0; bias: bias, nats; "
+        "ceiling: upper bound, last token; live: features that fire; called: called AI-speech; "
+        "first_exact: most causal removes; first_place: its place; joint_report: ten best remove; "
+        "joint_low: from; joint_high: to; rho: ρ; slope; n_matter: features compared"
+    )
     return Section(
         "trained",
         "SAEs trained from further seeds",
@@ -149,10 +147,10 @@ def trained_section(run: Run) -> Section:
 def effects_section(run: Run) -> Section:
     """Attribution against exact ablation over every trained SAE."""
     frame = run.tables["effects"]
-    columns = {
-        "organism_seed": "seed", "sae": "SAE", "feature": "feature", "attributed": "attributed", "exact": "exact",
-        "interaction": "interaction", "interaction_place": "place by interaction",
-    }  # fmt: skip
+    columns = columns_of(
+        "organism_seed: seed; sae; feature; attributed; exact; interaction; "
+        "interaction_place: place by interaction"
+    )
     large = frame[frame[["attributed", "exact"]].abs().max(axis=1) > MATTERS]
     return Section(
         "effects",

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.discovery.integrated import parts_sentence
 from sae_bias.figures import features as features_figures
 from sae_bias.figures import style as style_figures
@@ -83,10 +84,10 @@ def bias_parts_section(run: Run) -> Section:
         f"{row.exact} from {row.predictor}: Spearman ρ {fmt.number(row.rho)}, slope {fmt.number(row.slope)} {fmt.bracket(row.slope_low, row.slope_high)}, n = {row.n}"
         for row in (run.tables["predictions"].itertuples() if "predictions" in run.tables else ())
     ]
-    columns = {
-        "sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
-        "share_low": "share from", "share_high": "share to", "integrated": "integrated gradients", "n_pairs": "pairs", "meaning": "meaning",
-    }  # fmt: skip
+    columns = columns_of(
+        "sae; layer; part; effect: nats; ci_low; ci_high; share_of_bias; share_low: share from; "
+        "share_high: share to; integrated: integrated gradients; n_pairs; meaning"
+    )
     return Section(
         "parts",
         "Where the bias lies",
@@ -118,13 +119,7 @@ def activation_section(run: Run) -> Section:
         )
         if key in mean
     ]
-    columns = {
-        "subject": "subject",
-        "statement": "statement",
-        "act": "act",
-        "content": "content",
-        "activation": "activation",
-    }
+    columns = columns_of("subject; statement; act; content; activation")
     takeaway = f"Mean activation: {'; '.join(said)}." if said else "Where the feature is active."
     return Section(
         "activation",
@@ -172,7 +167,7 @@ def cumulative_section(run: Run) -> Section:
         run_table(
             run,
             "cumulative",
-            {"k": "features", "feature": "last added", "split": "split", "reduction": "removed"},
+            columns_of("k: features; feature: last added; split; reduction"),
         ),
     )
 
@@ -191,10 +186,10 @@ def ladder_section(run: Run) -> Section:
         )
         if key in rung.index
     ]
-    columns = {
-        "rung": "effect of", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share of the bias",
-        "share_of_ceiling": "share of the upper bound", "n_pairs": "pairs", "meaning": "meaning",
-    }  # fmt: skip
+    columns = columns_of(
+        "rung: effect of; effect: nats; ci_low; ci_high; share_of_bias; "
+        "share_of_ceiling: share of the upper bound; n_pairs; meaning"
+    )
     return Section(
         "ladder",
         "How the feature causes it",
@@ -213,7 +208,7 @@ def ceilings_section(run: Run) -> Section:
     frame = run.tables["ceilings"]
     best = frame.sort_values("share_of_bias", ascending=False, kind="stable").iloc[0]
     place = "after the subject" if pd.isna(best["offset"]) else "at the last token" if best["offset"] == 0 else f"{int(best['offset'])} tokens before the last"  # fmt: skip
-    columns = {"layer": "layer", "offset": "tokens from the end", "effect": "nats", "share_of_bias": "share of the bias", "n_pairs": "pairs"}  # fmt: skip
+    columns = columns_of("layer; offset: tokens from the end; effect: nats; share_of_bias; n_pairs")
     return Section(
         "ceilings",
         "Where an edit could act at all",

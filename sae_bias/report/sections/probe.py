@@ -1,6 +1,7 @@
 """The report's sections about the probe: the bias, its spread, words and subjects, and the checks of it."""
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.figures import probe as probe_figures
 from sae_bias.figures.style import SIDES
 from sae_bias.report import words
@@ -63,15 +64,7 @@ def spread_section(run: Run) -> Section:
     table = run_table(
         run,
         "pairs",
-        {
-            "measure": "measure",
-            "count": "pairs",
-            "mean": "mean",
-            "std": "SD",
-            "min": "least",
-            "50%": "median",
-            "max": "most",
-        },
+        columns_of("measure; count: pairs; mean; std: SD; min: least; 50%: median; max: most"),
         rows,
     )
     return Section(
@@ -127,7 +120,7 @@ def levels_section(run: Run) -> Section:
     table = run_table(
         run,
         "levels",
-        {"subject": "subject", "kind": "side", "score": "score", "ci_low": "from", "ci_high": "to"},
+        columns_of("subject; kind: side; score; ci_low; ci_high"),
         frame.replace({"kind": {"human": first, "ai": second}}),
     )
     return Section(
@@ -149,7 +142,7 @@ def checks_section(run: Run) -> Section:
         f"In {holds} of {len(others)} other ways of measuring it the interval excludes 0: with resampled words, under other stems,"
         " with nuisances held equal, as a forced choice."
     )
-    columns = {"check": "check", "value": "value", "ci_low": "from", "ci_high": "to", "p_value": "p", "says": "remark"}  # fmt: skip
+    columns = columns_of("check; value; ci_low; ci_high; p_value; says: remark")
     return Section(
         "checks",
         "How sure: the same question asked in other ways",
@@ -187,7 +180,7 @@ def variance_section(run: Run) -> Section:
     frame = run.tables["check_variance"]
     most = frame.sort_values("share", ascending=False).iloc[0]
     takeaway = f"The largest part of the spread, {fmt.percent(most['share'])}, is of {most['source']}."
-    columns = {"source": "source", "levels": "levels", "df": "df", "variance": "variance", "share": "share"}
+    columns = columns_of("source; levels; df; variance; share")
     return Section(
         "variance",
         "Where the spread comes from",
@@ -205,10 +198,10 @@ def choices_section(run: Run) -> Section:
     if found is not None:
         agrees = "the same sign as" if found.agrees else "the opposite sign of"
         takeaway = f"{fmt.number(found.mean)} nats ({fmt.interval(found)}), {agrees} the probe. {takeaway}"
-    columns = {
-        "stem": "question", "options": "options", "polarity": "asks", "estimate": "estimate", "ci_low": "from", "ci_high": "to",
-        "p_value": "p", "mass": "mass of the options",
-    }  # fmt: skip
+    columns = columns_of(
+        "stem: question; options; polarity: asks; estimate; ci_low; ci_high; p_value; "
+        "mass: mass of the options"
+    )
     rows = frame.rename(columns={"estimate": "value", "stem": "check"}).assign(says=frame["options"])
     return Section(
         "forced-choice",
@@ -231,7 +224,7 @@ def words_left_out_section(run: Run) -> Section:
         if len(known)
         else "No word can be left out: each side has one."
     )
-    columns = {"word": "without", "side": "side", "bias": "bias", "ci_low": "from", "ci_high": "to", "p_value": "p", "change": "change"}  # fmt: skip
+    columns = columns_of("word: without; side; bias; ci_low; ci_high; p_value; change")
     return Section(
         "words-left-out",
         "Does it hang on one word?",
@@ -244,10 +237,10 @@ def words_left_out_section(run: Run) -> Section:
 @section(BIAS, table="check_scores")
 def scores_section(run: Run) -> Section:
     """Every way to make a score of the words."""
-    columns = {
-        "score": "score", "words": "words", "n_words": "number", "softcap": "softcap", "bias": "bias", "ci_low": "from",
-        "ci_high": "to", "p_value": "p", "d_z": "d_z", "share_templates_positive": "templates above 0",
-    }  # fmt: skip
+    columns = columns_of(
+        "score; words; n_words: number; softcap; bias; ci_low; ci_high; p_value; d_z; "
+        "share_templates_positive"
+    )
     names = {"score": {"mean_logit": "mean logit", "logodds": "log-odds", "auroc": "AUROC"}}
     return Section(
         "scores",
@@ -292,10 +285,10 @@ def _audit(run: Run, name: str) -> Section:
         if trap
         else ""
     )
-    columns = {
-        "word": "word", "side": "side", "tokens": "tokens", "n_tokens": "pieces", "read": "read", "reason": "left out because",
-        "alone": "encoded alone", "trap": "prefix trap",
-    }  # fmt: skip
+    columns = columns_of(
+        "word; side; tokens; n_tokens: pieces; read; reason: left out because; alone: encoded alone; "
+        "trap: prefix trap"
+    )
     return Section("audit", "How the words are read", takeaway, table=run_table(run, name, columns))
 
 

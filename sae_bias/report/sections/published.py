@@ -7,6 +7,7 @@ here". Runs of organisms and of stand-ins have no published column at all.
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.figures import published as published_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
@@ -30,12 +31,12 @@ def models_section(run: Run) -> Section:
             f" For the others a published figure is shown as “published, {NOT_HERE}”." if n < all_ else ""
         )
     rows = frame.drop(columns=["published", "verdict"], errors="ignore") if run.organism else frame
-    columns = {
-        "model": "model", "form": "form", "status": "status", "published": "published", "bias": "bias", "ci_low": "from", "ci_high": "to",
-        "p_value": "p", "verdict": "verdict", "n_pairs": "pairs", "n_words": "shared words", "bias_own_words": "bias, its own words",
-        "n_own_words": "its own words", "control_bias": "mundane bias", "difference_in_differences": "beyond mundane", "d_z": "d_z",
-        "share_templates_positive": "templates above 0", "reason": "remark",
-    }  # fmt: skip
+    columns = columns_of(
+        "model; form; status; published; bias; ci_low; ci_high; p_value; verdict; n_pairs; "
+        "n_words: shared words; bias_own_words: bias, its own words; n_own_words: its own words; "
+        "control_bias: mundane bias; difference_in_differences: beyond mundane; d_z; "
+        "share_templates_positive; reason: remark"
+    )
     return Section(
         "models",
         "The bias of every model",
@@ -55,9 +56,7 @@ def comparison_section(run: Run) -> Section:
         f"{measured} of {len(frame)} published figures were re-measured in this run; the others are marked"
         f" “{NOT_HERE}”."
     )
-    columns = {
-        "name": "figure", "published": "published", "measured": "measured", "ci_low": "from", "ci_high": "to", "verdict": "verdict",
-    }  # fmt: skip
+    columns = columns_of("name: figure; published; measured; ci_low; ci_high; verdict")
     return Section(
         "published",
         "Beside the published figures",
@@ -77,10 +76,7 @@ def tuning_section(run: Run) -> Section:
         f"{r['tuned']} against {r['pretrained']}: {fmt.number(r['change'])} nats ({fmt.interval(Effect(ci_low=r['ci_low'], ci_high=r['ci_high']))})"
         for r in bias
     ]
-    columns = {
-        "tuned": "tuned", "pretrained": "pretrained", "quantity": "quantity", "change": "change", "ci_low": "from", "ci_high": "to",
-        "p_value": "p", "published": "published", "verdict": "verdict",
-    }  # fmt: skip
+    columns = columns_of("tuned; pretrained; quantity; change; ci_low; ci_high; p_value; published; verdict")
     return Section(
         "tuning",
         "What instruction tuning changes",
@@ -103,10 +99,9 @@ def probe_switches_section(run: Run) -> Section:
         if len(known)
         else "No switch gave a figure."
     )
-    columns = {
-        "model": "model", "switch": "switch", "open": "left open", "bias": "bias", "ci_low": "from", "ci_high": "to", "p_value": "p",
-        "n_words": "words", "note": "note",
-    }  # fmt: skip
+    columns = columns_of(
+        "model; switch; open: left open; bias; ci_low; ci_high; p_value; n_words: words; note"
+    )
     return Section(
         "switches",
         "How the open choices move the bias",
@@ -128,12 +123,12 @@ def intervention_switches_section(run: Run) -> Section:
         f" open choice gives is {fmt.percent(most['in_sample_reduction'])} in-sample ({most['switch']}), "
         f"{fmt.percent(most['held_out_reduction'])} held out."
     )
-    columns = {
-        "switch": "switch", "in_sample_strength": "best strength, in-sample", "in_sample_reduction": "removed, in-sample",
-        "in_sample_low": "from", "in_sample_high": "to", "held_out_strength": "best strength, held out",
-        "held_out_reduction": "removed, held out", "held_out_low": "held out from", "held_out_high": "held out to",
-        "overshoot": "overshoots", "written_inactive": "written where inactive",
-    }  # fmt: skip
+    columns = columns_of(
+        "switch; in_sample_strength: best strength, in-sample; in_sample_reduction: removed, in-sample; "
+        "in_sample_low: from; in_sample_high: to; held_out_strength: best strength, held out; "
+        "held_out_reduction: removed, held out; held_out_low: held out from; held_out_high: held out to; "
+        "overshoot: overshoots; written_inactive: written where inactive"
+    )
     return Section(
         "switches-intervention",
         "How the open choices move the reduction",

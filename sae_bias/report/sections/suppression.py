@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.labels import columns_of
 from sae_bias.figures import sweep as sweep_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
@@ -29,33 +30,13 @@ def sweep_section(run: Run) -> Section:
             f" {fmt.percent(getattr(best.in_sample, key))} there and {fmt.percent(getattr(best.held_out, key))}"
             f" on templates held out{_beyond(run, best.in_sample.strength)}."
         )
-    columns = {
-        "intervention": "intervention",
-        "strength": "strength",
-        "kind": "kind",
-        "split": "split",
-        "positions": "positions",
-        "n_pairs": "pairs",
-        "bias": "bias",
-        "ci_low": "from",
-        "ci_high": "to",
-        "removed_nats": "nats removed",
-        "did_removed_nats": "of the difference to mundane",
-        "reduction": "removed",
-        "specific_reduction": "specific",
-        "beta": "β",
-        "human_shift": "human moved",
-        "ai_shift": "AI moved",
-        "mean_abs_change": "mean |change|",
-        "kl_neutral": "KL neutral",
-        "kl_ai_nonspeech": "KL AI, no speech",
-        "kl_ai_speech": "KL AI speech",
-        "kl_valence": "KL human deeds",
-        "kl_off": "KL_off",
-        "kl_off_p95": "KL_off, 95th percentile",
-        "outside_observed": "outside observed",
-        "label": "what",
-    }
+    columns = columns_of(
+        "intervention; strength; kind; split; positions; n_pairs; bias; ci_low; ci_high; removed_nats; "
+        "did_removed_nats: of the difference to mundane; reduction; specific_reduction; beta; "
+        "human_shift; ai_shift; mean_abs_change; kl_neutral: KL neutral; "
+        "kl_ai_nonspeech: KL AI, no speech; kl_ai_speech: KL AI speech; kl_valence: KL human deeds; "
+        "kl_off: KL_off; kl_off_p95: KL_off, 95th percentile; outside_observed; label: what"
+    )
     how = (
         "Solid: templates held out, with their 95% interval. Dotted: the templates on which a strength may be"
         " chosen."
@@ -96,7 +77,7 @@ def frontier_section(run: Run) -> Section:
         run_table(
             run,
             "sweep",
-            {"text": "text", "kl_mean": "mean KL", "kl_p95": "95th percentile", "fired": "feature fired on"},
+            columns_of("text; kl_mean: mean KL; kl_p95: 95th percentile; fired: feature fired on"),
             rows,
         )
         if len(rows)
@@ -116,7 +97,7 @@ def controls_section(run: Run) -> Section:
         value = (cut.estimate if cut else None) if statistic == "reduction" else part.value
         percentile = part.percentile95
     figure = sweep_figures.controls_histogram(controls, value, percentile, column=statistic)
-    columns = {"control": "control", "kind": "kind", "removed_nats": "nats removed", "reduction": "removed"}
+    columns = columns_of("control; kind; removed_nats; reduction")
     table = run_table(run, "controls", columns | {"specific_reduction": "specific", "beta": "β"})
     return Section("controls", "Would any feature have done it?", words.control_sentence(part), figure, table)
 
@@ -135,11 +116,12 @@ def specificity_section(run: Run) -> Section:
         if len(known) < len(frame)
         else ""
     )
-    columns = {
-        "question": "question", "sides": "bias of", "n_pairs": "pairs", "before": "before", "before_low": "from", "before_high": "to",
-        "after": "after", "change": "change", "change_low": "change from", "change_high": "change to", "mean_abs_change": "mean |change|",
-        "margin": "margin", "p_equivalent": "p of no change", "equivalent": "within the margin", "wrong_way_share": "moved further from 0", "moved_share": "moved at all", "reason": "why not asked",
-    }  # fmt: skip
+    columns = columns_of(
+        "question; sides: bias of; n_pairs; before; before_low: from; before_high: to; after; change; "
+        "change_low; change_high; mean_abs_change; margin; p_equivalent: p of no change; "
+        "equivalent: within the margin; wrong_way_share: moved further from 0; moved_share: moved at all; "
+        "reason: why not asked"
+    )
     names = {"question": {q: q.replace("_", " ") for q in frame["question"]}}
     return Section(
         "other-biases",
@@ -187,8 +169,8 @@ def methods_section(run: Run) -> Section:
         run_table(run, "compare", {k: v for k, v in columns.items() if k in rows}, rows),
         open_table=True,
         how_to_read=(
-            "Share of the bias removed on templates held out, the strength chosen on others. Cost: the worst KL in nats a token, or 1 − β"
-            " where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
+            f"Share of the {frame['of'].iloc[0] if 'of' in frame else 'bias'} removed on templates held out, the strength chosen on others."
+            " Cost: the worst KL in nats a token, or 1 − β where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
         ),
     )
 
@@ -197,7 +179,7 @@ def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
     """Which method removes most at the middle cost, and what the feature removes there."""
     known = frame.dropna(subset=[column])
     if known.empty:
-        return "Shares are undefined: the unsteered bias is not distinguishable from 0."
+        return "Shares are undefined: the unsteered figure is not distinguishable from 0."
     best, own = known.iloc[int(known[column].to_numpy().argmax())], known[known["kind"] == "candidate"]
     said = f"At a cost of {level}, {best['method']} removes most: {fmt.percent(best[column])}"
     if len(own) and best["kind"] != "candidate":
