@@ -52,6 +52,9 @@ def arguments(model: str, layers: Sequence[int], out: str, description: str) -> 
         "--steps", type=int, default=SaeRecipe.steps, help="training steps of 1,024 residuals (default 1,200)"
     )
     parser.add_argument(
+        "--relative", action="store_true", help="long residuals count by their relative error"
+    )
+    parser.add_argument(
         "--windows",
         type=int,
         default=64,
@@ -73,7 +76,7 @@ def main(model: str, layers: Sequence[int], out: str, description: str) -> None:
     print(f"{n:,} residuals a layer after {(time.monotonic() - start) / 60:.0f} minutes")
     table = []
     for layer in given.layers:
-        recipe = SaeRecipe(layer, given.width, given.k, given.steps)
+        recipe = SaeRecipe(layer, given.width, given.k, given.steps, relative=given.relative)
         table += _one_layer(lm, recipe, folder, held_out, given.windows)
         if table:
             pd.DataFrame(table).to_csv(folder / "quality.csv", index=False, float_format="%.4f")

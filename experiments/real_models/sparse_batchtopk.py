@@ -20,6 +20,8 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
     """`training_forward_pass` on kept activations; everything else is SAELens'."""
 
     fast = True
+    longest = float("inf")
+    """Rows longer than this count by their error relative to their length, so that a few of them do not take the whole dictionary."""
     smallest = 0.0
     """The smallest activation that the last batch kept: where to look for this batch's."""
 
@@ -32,7 +34,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
             kept = largest(flat, int(self.cfg.k * len(x)), 0.9 * self.smallest).sort().values
             row, feature = kept // self.cfg.d_sae, kept % self.cfg.d_sae
         out, acts = _Reconstruct.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, row, feature, h)
-        loss = (out - x).pow(2).sum(-1).mean()
+        loss = ((out - x).pow(2).sum(-1) * self.weight(x)).mean()
         losses = {"mse_loss": loss}
         dead = step_input.dead_neuron_mask
         if dead is not None and bool(dead.any()):
@@ -45,6 +47,10 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
         return TrainStepOutput(
             x, out, feature_acts, h, total, losses, {"topk_threshold": self.topk_threshold}
         )
+
+    def weight(self, x: Tensor) -> Float[Tensor, "n"]:
+        """1, and (longest / length)² for longer rows."""
+        return (self.longest / x.norm(dim=-1)).clamp(max=1.0).square()
 
     def _pre(self, x: Tensor) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, in bfloat16 where `fast`: they only choose who is kept."""
@@ -62,7 +68,11 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
         top = h.topk(k, dim=-1, sorted=False)
         acts = torch.zeros_like(h).scatter(-1, top.indices, top.values)
         recons = (acts / norms) @ self.W_dec[which]
-        return self.cfg.aux_loss_coefficient * scale * (recons - residual).pow(2).sum(-1).mean()
+        return (
+            self.cfg.aux_loss_coefficient
+            * scale
+            * ((recons - residual).pow(2).sum(-1) * self.weight(x)).mean()
+        )
 
     @torch.no_grad()
     def _follow_threshold(self, values: Tensor) -> None:

@@ -52,6 +52,27 @@ def test_the_fast_step_has_saelens_loss_and_gradients(n_dead):
         assert torch.allclose(parameter.grad, dict(ours.named_parameters())[name].grad, atol=1e-4), name
 
 
+def test_long_rows_count_by_their_relative_error():
+    """SAELens' own loss with the squared error of rows longer than 8 divided by (length / 8)²."""
+    theirs, ours = saes()
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    x[:3] *= 50
+    lengths = x.norm(dim=-1, keepdim=True)
+    assert int((lengths > 8).sum()) == 3
+    theirs.mse_loss_fn = lambda out, target: (out - target) ** 2 / (lengths / 8).clamp(min=1) ** 2
+    ours.longest = 8.0
+    step = TrainStepInput(
+        sae_in=x, coefficients={}, dead_neuron_mask=torch.zeros(256, dtype=torch.bool), n_training_steps=0,
+        is_logging_step=False,
+    )  # fmt: skip
+    a, b = theirs.training_forward_pass(step), ours.training_forward_pass(step)
+    assert torch.allclose(a.loss, b.loss, rtol=1e-5)
+    a.loss.backward()
+    b.loss.backward()
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(parameter.grad, dict(ours.named_parameters())[name].grad, atol=1e-4), name
+
+
 def test_largest_is_topk_whatever_the_hint():
     flat = torch.randn(5000, generator=torch.Generator().manual_seed(2))
     expected = set(flat.topk(100).indices.tolist())
