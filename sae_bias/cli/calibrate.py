@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, option
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.core.labels import columns_of
 
@@ -18,18 +18,12 @@ if TYPE_CHECKING:
 
 
 Full = Annotated[
-    bool,
-    typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is."),
+    bool, typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is.")
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, hidden=True)]
 PairsFile = Annotated[
     str | None,
-    typer.Option(
-        "--pairs",
-        metavar="FILE",
-        help="Your pairs: is their number enough to find the planted bias?",
-        show_default=False,
-    ),
+    option("--pairs", metavar="FILE", help="Your pairs: is their number enough to find the planted bias?"),
 ]
 OwnDraws = Annotated[
     int,

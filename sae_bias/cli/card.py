@@ -5,22 +5,18 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_FEATURE, Run, command, rows
+from sae_bias.cli.context import FROM_FEATURE, Run, command, option, rows
 
 TextFile = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--texts",
         metavar="FILE",
         help="Text collection (.txt, .jsonl, .json), read as a stream; a small bundled one by default.",
-        show_default=False,
     ),
 ]
 Twin = Annotated[
-    str | None,
-    typer.Option(
-        "--twin", metavar="SAE", help="The SAE's seed twin, where it is not beside it.", show_default=False
-    ),
+    str | None, option("--twin", metavar="SAE", help="The SAE's seed twin, where it is not beside it.")
 ]
 Describe = Annotated[
     bool, typer.Option("--describe", help="Fetch the public page's description (cached; never needed).")

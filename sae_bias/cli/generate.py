@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, parse_numbers
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, option, parse_numbers
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,24 +16,19 @@ if TYPE_CHECKING:
     from sae_bias.saes.sae import Feature
 
 Prompt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prompt", metavar="TEXT", help="A prompt; may be given several times.", show_default=False
-    ),
+    list[str] | None, option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")
 ]
 PromptsFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="FILE", help="Text file with a prompt a line.", show_default=False),
+    Path | None, option("--prompts", metavar="FILE", help="Text file with a prompt a line.")
 ]
 Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
 Strengths = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--strength",
         "--strengths",
         metavar="NUMBERS",
         help='Value of the edit, or several with commas between ("-1,-5"); ablate has none.',
-        show_default=False,
     ),
 ]
 Unit = Annotated[

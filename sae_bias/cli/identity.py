@@ -4,16 +4,15 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, option, rows
 from sae_bias.core.labels import columns_of
 
 Own = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--own",
         metavar="NAME",
         help="An identity that is the model's own, such as gemma; may be given several times.",
-        show_default=False,
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import Run, ask_to_send, command, once
+from sae_bias.cli.context import Run, ask_to_send, command, once, option
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.labels import columns_of
 
@@ -14,39 +14,27 @@ RunDir = Annotated[
 ]
 JudgeNames = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--judge",
         metavar="PROVIDER/MODEL",
         help="Inspect model string: anthropic/…, openai/…, openai-api/local/… or hf/…; may be given several times.",
-        show_default=False,
     ),
 ]
 BaseUrl = Annotated[
     str | None,
-    typer.Option(
-        "--base-url",
-        metavar="URL",
-        help="Server of the judges, such as http://127.0.0.1:8000/v1.",
-        show_default=False,
-    ),
+    option("--base-url", metavar="URL", help="Server of the judges, such as http://127.0.0.1:8000/v1."),
 ]
 ApiKey = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--api-key",
         envvar="SAE_BIAS_JUDGE_KEY",
         help="Key of that server; providers' own variables serve otherwise.",
-        show_default=False,
     ),
 ]
 Part = Annotated[
     list[str] | None,
-    typer.Option(
-        "--part",
-        metavar="NAME",
-        help="coherence, harm or stance; all of them by default.",
-        show_default=False,
-    ),
+    option("--part", metavar="NAME", help="coherence, harm or stance; all of them by default."),
 ]
 Repeats = Annotated[
     int,
@@ -62,21 +50,11 @@ Pairwise = Annotated[
 ]
 DollarsIn = Annotated[
     float | None,
-    typer.Option(
-        "--price-in",
-        metavar="USD",
-        help="Price of a million input tokens, for the estimate.",
-        show_default=False,
-    ),
+    option("--price-in", metavar="USD", help="Price of a million input tokens, for the estimate."),
 ]
 DollarsOut = Annotated[
     float | None,
-    typer.Option(
-        "--price-out",
-        metavar="USD",
-        help="Price of a million output tokens, for the estimate.",
-        show_default=False,
-    ),
+    option("--price-out", metavar="USD", help="Price of a million output tokens, for the estimate."),
 ]
 AtOnce = Annotated[int, typer.Option("--at-once", min=1, help="Requests that a judge answers at a time.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds to wait for one reply.")]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_FEATURE, Run, command, parse_numbers, rows
+from sae_bias.cli.context import FROM_FEATURE, Run, command, option, parse_numbers, rows
 from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of(
@@ -13,11 +13,10 @@ COLUMNS = columns_of(
 )
 Layers = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--layers",
         metavar="I,J,…",
         help="Layers at which the upper bound is measured; nine over the depth by default.",
-        show_default=False,
     ),
 ]
 Single = Annotated[

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import Run, command, rows
+from sae_bias.cli.context import Run, command, option, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -21,12 +21,7 @@ OtherSaes = Annotated[
 ]
 Of = Annotated[
     str | None,
-    typer.Option(
-        "--of",
-        metavar="MODEL",
-        help="The feature's own model; by default the one its SAE names.",
-        show_default=False,
-    ),
+    option("--of", metavar="MODEL", help="The feature's own model; by default the one its SAE names."),
 ]
 Causal = Annotated[
     bool, typer.Option("--causal", help="Also ablate both features: their effects must agree in sign.")

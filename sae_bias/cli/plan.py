@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, option
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -20,24 +20,20 @@ Studies = Annotated[
 ]
 HardwareName = Annotated[
     str,
-    typer.Option("--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."),
-]  # fmt: skip
+    typer.Option(
+        "--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."
+    ),
+]
 Flops = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--flops",
         min=1.0,
         help="With --hardware cpu: its float32 rate in operations a second; measured by default.",
-        show_default=False,
     ),
 ]
 DtypeChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="auto, float32, bfloat16, float16; the study's own by default.",
-        show_default=False,
-    ),
+    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
 ]
 STEP_COLUMNS = columns_of(
     "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"

@@ -82,23 +82,19 @@ MaxView = Annotated[
 
 Positive = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--positive",
         metavar="FILE",
         help="Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.",
-        show_default=False,
     ),
 ]
-Negative = Annotated[
-    Path | None, typer.Option("--negative", metavar="FILE", help="Texts that do not.", show_default=False)
-]
+Negative = Annotated[Path | None, option("--negative", metavar="FILE", help="Texts that do not.")]
 ContrastFile = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--contrast",
         metavar="FILE",
         help="Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.",
-        show_default=False,
     ),
 ]
 Reduce = Annotated[
@@ -109,31 +105,28 @@ AsChat = Annotated[
 ]
 AllOf = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--all-of",
         metavar="SET",
         help="Keep features that fire on every text of: positive, negative or a group.",
-        show_default=False,
     ),
 ]
 NoneOf = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--none-of",
         metavar="SET",
         help="Keep features that fire on no text of: positive, negative or a group.",
-        show_default=False,
     ),
 ]
 
 
 Neuronpedia = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--neuronpedia",
         metavar="FILE",
         help="Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.",
-        show_default=False,
     ),
 ]
 

@@ -4,26 +4,20 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, option, rows
 from sae_bias.core.labels import columns_of
 
 Source = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--scenarios",
         metavar="FILE",
         help="Scenario file (.yaml), or organism; the bundled sixty by default.",
-        show_default=False,
     ),
 ]
 Category = Annotated[
     list[str] | None,
-    typer.Option(
-        "--category",
-        metavar="NAME",
-        help="Only this category; may be given several times.",
-        show_default=False,
-    ),
+    option("--category", metavar="NAME", help="Only this category; may be given several times."),
 ]
 Roles = Annotated[
     bool,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Run, Shard, ask_to_send, command, parse_shard
+from sae_bias.cli.context import Run, Shard, ask_to_send, command, option, parse_shard
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,20 +16,13 @@ if TYPE_CHECKING:
 
 
 SeedChoice = Annotated[
-    int | None,
-    typer.Option(
-        "--seed", help="Seed of every random choice; the study's own by default.", show_default=False
-    ),
+    int | None, option("--seed", help="Seed of every random choice; the study's own by default.")
 ]
 DeviceChoice = Annotated[
-    str | None,
-    typer.Option("--device", help="auto, cpu, cuda …; the study's own by default.", show_default=False),
+    str | None, option("--device", help="auto, cpu, cuda …; the study's own by default.")
 ]
 DtypeChoice = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", help="auto, float32, bfloat16, float16; the study's own by default.", show_default=False
-    ),
+    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
 ]
 StandIns = Annotated[
     bool,
@@ -40,29 +33,26 @@ StandIns = Annotated[
 ]
 ClusterAddress = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--cluster",
         metavar="ADDRESS",
         help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
-        show_default=False,
     ),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--workers",
         min=1,
         help="Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.",
-        show_default=False,
     ),
 ]
 GpusPerWorker = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--gpus-per-worker",
         min=0,
         help="With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.",
-        show_default=False,
     ),
 ]
 Yes = Annotated[

@@ -10,6 +10,7 @@ from sae_bias.cli.context import (
     Run,
     Shard,
     command,
+    option,
     parse_numbers,
     parse_shard,
     rows,
@@ -33,11 +34,10 @@ COLUMNS = columns_of(
 )
 More = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--feature",
         metavar="FEATURE",
         help="A further feature, edited together with FEATURE; may be given several times.",
-        show_default=False,
     ),
 ]
 Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
@@ -57,11 +57,10 @@ Unit = Annotated[
 ]
 Strengths = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--strengths",
         metavar='"0,-5,-10"',
         help="Values with commas between; each edit has its own defaults.",
-        show_default=False,
     ),
 ]
 When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
@@ -78,11 +77,10 @@ Mismatch = Annotated[
 ]
 MismatchSae = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--mismatch-sae",
         metavar="SAE",
         help="And the feature of the same index in this SAE; may be given several times.",
-        show_default=False,
     ),
 ]
 Costs = Annotated[

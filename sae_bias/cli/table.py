@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_FEATURE, Console, Run, command, rows
+from sae_bias.cli.context import FROM_FEATURE, Console, Run, command, option, rows
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("csv", "md", "latex")
 Format = Annotated[
-    str | None,
-    typer.Option(
-        "--format", help="Print subjects × statements whole, as csv, md or latex.", show_default=False
-    ),
+    str | None, option("--format", help="Print subjects × statements whole, as csv, md or latex.")
 ]
 At = Annotated[
     str, typer.Option("--positions", help="last: at the last token; max: the largest over ordinary tokens.")

@@ -5,22 +5,16 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import Run, command
+from sae_bias.cli.context import Run, command, option
 from sae_bias.core.errors import GateError
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 Cells = Annotated[int, typer.Option("--cells", min=0, help="Cells of a sweep to measure again.")]
 All = Annotated[bool, typer.Option("--all", help="Measure every cell again.")]
 ModelHere = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="MODEL", help="Where the model is now, if it has moved.", show_default=False
-    ),
+    str | None, option("--model", metavar="MODEL", help="Where the model is now, if it has moved.")
 ]
-DeviceHere = Annotated[
-    str | None,
-    typer.Option("--device", help="auto, cpu, cuda …; the run's own by default.", show_default=False),
-]
+DeviceHere = Annotated[str | None, option("--device", help="auto, cpu, cuda …; the run's own by default.")]
 COLUMNS = {
     "what": "what",
     "status": "",

@@ -3,7 +3,7 @@
 Every figure is drawn from a table of the run folder (`manifest.json`, `summary.json`,
 `tables/*.parquet`), stands above that table, and opens with one sentence in plain words. Text from
 prompts and models stays text: jinja2 escapes it in the page, `script_json` in the data blocks,
-`plot_style.plain` in the figures, and the page's own policy (a hash for each of its two scripts, no
+`figures.style.plain` in the figures, and the page's own policy (a hash for each of its two scripts, no
 connections) stops whatever else would run or load.
 """
 
@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import writing_whole
+from sae_bias.core.labels import columns_of
 from sae_bias.core.versions import DEFINITIONS, changed_since, definitions_of
 from sae_bias.figures import published as published_figures
 from sae_bias.figures.style import bias_axis
@@ -33,7 +34,7 @@ from sae_bias.report.sections import sections
 from sae_bias.report.sections.behavior import judge_sentence
 from sae_bias.report.sections.published import model_rows
 from sae_bias.runs.folder import Run, read_run, reading
-from sae_bias.runs.summary import Effect
+from sae_bias.runs.summary import Effect, ReductionFigure
 
 ORGANISM_BANNER = (
     "The model measured here is a calibration organism: a tiny model trained so that its double standard is"
@@ -285,11 +286,10 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
     if len(runs) < 2:
         return []
     rows = pd.DataFrame([_row(run) for run in runs])
-    columns = {
-        "run": "run", "model": "model", "bias": "bias", "bias_low": "from", "bias_high": "to", "removed": "removed",
-        "removed_low": "removed from", "removed_high": "removed to", "specific": "specific", "kl_worst": "KL, worst text",
-        "feature": "feature", "organism": "calibration organism",
-    }  # fmt: skip
+    columns = columns_of(
+        "run; model; bias; bias_low: from; bias_high: to; removed; removed_low: removed from; removed_high: removed to; "
+        "specific; kl_worst: KL, worst text; feature; organism: calibration organism"
+    )
     shown = {c: label for c, label in columns.items() if rows[c].notna().any()}
     stands = (
         " Runs on a calibration organism are not findings about a public model."
@@ -318,26 +318,26 @@ def _row(run: Run) -> dict[str, Any]:
     """One run's line in the table of several."""
     s = run.summary
     costs = [c.kl_mean for c in (s.costs or {}).values() if fmt.is_number(c.kl_mean)]
-    ends = {
-        **dict(zip(("bias", "bias_low", "bias_high"), (s.bias.mean, s.bias.ci_low, s.bias.ci_high) if s.bias else ())),
-        **dict(zip(("removed", "removed_low", "removed_high"), (s.reduction.estimate, s.reduction.ci_low, s.reduction.ci_high) if s.reduction else ())),
+    bias, cut = s.bias or Effect(), s.reduction or ReductionFigure()
+    figures = {
+        "bias": bias.mean,
+        "bias_low": bias.ci_low,
+        "bias_high": bias.ci_high,
+        "removed": cut.estimate,
+        "removed_low": cut.ci_low,
+        "removed_high": cut.ci_high,
         "specific": s.specific_reduction.estimate if s.specific_reduction else None,
         "kl_worst": max(costs, default=None),
-    }  # fmt: skip
-    columns = (
-        "bias",
-        "bias_low",
-        "bias_high",
-        "removed",
-        "removed_low",
-        "removed_high",
-        "specific",
-        "kl_worst",
-    )
+    }
+    feature = s.feature.id if s.feature else None
+    known = {k: float(v) if fmt.is_number(v) else float("nan") for k, v in figures.items()}
     return {
-        "run": run.name, "model": run.model.get("name"), "organism": run.organism, "feature": s.feature.id if s.feature else None,
-        **{k: float(v) if fmt.is_number(v := ends.get(k)) else float("nan") for k in columns},
-    }  # fmt: skip
+        "run": run.name,
+        "model": run.model.get("name"),
+        "organism": run.organism,
+        "feature": feature,
+        **known,
+    }
 
 
 def _axis(runs: Sequence[Run]) -> str:
