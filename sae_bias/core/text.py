@@ -34,7 +34,7 @@ def number(value: Any, *, missing: str = UNDEFINED) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         text = f"{int(value):,}"
     elif 1e-3 <= abs(value) < 1e4:
-        text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
     else:
         digits, power = f"{value:.2g}".split("e") if "e" in f"{value:.2g}" else (f"{value:.2g}", "")
         text = f"{digits} × 10{str(int(power)).translate(_RAISED)}" if power else digits
