@@ -98,7 +98,7 @@ def test_batches_are_of_one_length_and_complete():
 def test_sites_are_checked(gemma3):
     with pytest.raises(sb.RequestError, match=r"layer 4 does not exist.*layers 0 to 3"):
         sb.residuals(gemma3.model, TEXTS, 4)
-    for site in ("blocks.1.hook_resid_pots", "blocks.1.attn.hook_z", "nonsense", -1):
+    for site in ("blocks.1.hook_resid_pots", "blocks.1.attn.hook_q", "nonsense", -1):
         with pytest.raises(sb.RequestError):
             sb.residuals(gemma3.model, TEXTS, site)
     with pytest.raises(sb.RequestError, match="positions="):

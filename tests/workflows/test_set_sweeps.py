@@ -64,6 +64,9 @@ def test_a_sets_controls_keep_every_gate_and_size(gemma3, pairs, probe, two, tmp
     assert len({tuple(r.tolist()) for r in rows}) == 8
 
 
+HOOKS = ("z", "attn_out", "mlp_out")  # as wide as the residual in this model
+
+
 def test_mismatches_stand_beside_the_controls_and_in_no_p(gemma3, pairs, probe, two, tmp_path):
     first, other = two[0], two[1].partition("#")[0]
     sweep = sb.Sweep([sb.Ablate(first)], controls=3, mismatches=[other])
@@ -72,11 +75,12 @@ def test_mismatches_stand_beside_the_controls_and_in_no_p(gemma3, pairs, probe, 
     assert list(found.index) == [
         "the same, 1 layers earlier",
         "the same, 1 layers later",
+        *(f"the same at {kind}" for kind in HOOKS),
         f"feature {INDEX} of {sb.load_sae(other).id}",
     ]
-    for label, edit in zip(
-        found.index, (sb.Ablate(first, at=0), sb.Ablate(first, at=2), sb.Ablate(two[1])), strict=True
-    ):
+    places = (sb.Site(0), sb.Site(2), *(sb.Site(1, kind) for kind in HOOKS))
+    edits = [*(sb.Ablate(first, at=site) for site in places), sb.Ablate(two[1])]
+    for label, edit in zip(found.index, edits, strict=True):
         with sb.intervene(gemma3.model, edit):
             after = sb.run_probe(gemma3.model, pairs, probe)
         assert found.loc[label, "bias"] == pytest.approx(after.bias, abs=1e-5)
@@ -90,4 +94,6 @@ def test_mismatches_stand_beside_the_controls_and_in_no_p(gemma3, pairs, probe, 
 
 def test_a_set_is_mismatched_as_a_whole(gemma3, two):
     sets = mismatch_edits(gemma3.model, edit_features("clamp", two, -2.0))
-    assert [[part.site.layer for part in e.parts] for e, _ in sets] == [[0, 1], [2, 3]]
+    places = [[(part.site.layer, part.site.kind) for part in e.parts] for e, _ in sets]
+    assert places[:2] == [[(0, "resid_post"), (1, "resid_post")], [(2, "resid_post"), (3, "resid_post")]]
+    assert places[2:] == [[(1, kind), (2, kind)] for kind in HOOKS]
