@@ -3,8 +3,7 @@
     @command("card", "sae-bias card MODEL FEATURE", takes=(*FEATURE, "grid"))
     def card(run: Run, texts: TextFile = None) -> None: ...
 
-`takes` names shared options by their Python name; `--json`, `--out` and `--quiet` come with every command. Inside a command standard
-output belongs to it alone: whatever a library prints goes to standard error.
+`takes` names shared options by their Python name; `--json`, `--out` and `--quiet` come with every command. What a library prints goes to standard error.
 """
 
 import contextlib
