@@ -72,10 +72,11 @@ def live_entries(sae: Sae, x: Float[Tensor, "n d_in"]) -> Iterator[Entries]:
         stop = min(start + COLUMNS, sae.d_sae)
         w_enc, b_enc, threshold = (t.contiguous().to(x.device) for t in sae.columns(start, stop))
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        fires = np.empty((rows, stop - start), dtype=bool)
+        fires, tile = np.empty((rows, stop - start), dtype=bool), x.new_empty(rows, stop - start)
         for at in range(0, len(x), rows):
             if full is None:
-                h, low = torch.addmm(b_enc, x[at : at + rows], w_enc), threshold
+                part = x[at : at + rows]
+                h, low = torch.addmm(b_enc, part, w_enc, out=tile[: len(part)]), threshold
             else:
                 h, low = full[at : at + rows, start:stop], None
             place, value = _nonzero(h, low, fires) if on_cpu else _nonzero_on_device(h, low)
