@@ -265,7 +265,7 @@ class ProbeResult:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one .npz file (no pickle), whole or not at all; `ProbeResult.load` gives it back without loss."""
-        path, facts, arrays = Path(path), {"format": FORMAT}, {}
+        path, facts, arrays = Path(path), dict[str, Any](format=FORMAT), dict[str, np.ndarray]()
         for name, part in (("result", self), ("control", self.control)):
             if part is not None:
                 facts[name] = part._facts()
@@ -313,7 +313,7 @@ class ProbeResult:
         if not keep:
             raise RequestError(f"none of the templates {sorted(wanted)[:3]} is in this result.")
         control = None if self.control is None else self.control._select_those(wanted)
-        arrays = {a: v[keep] for a in _ARRAYS if (v := getattr(self, a)) is not None}
+        arrays: dict[str, Any] = {a: v[keep] for a in _ARRAYS if (v := getattr(self, a)) is not None}
         pairs = self.pairs.select(templates=templates)
         return replace(self, pairs=pairs, control=control, random_words=None, **arrays)
 
@@ -423,7 +423,7 @@ def _result(facts: dict[str, Any], arrays: Any, name: str) -> ProbeResult:
     pairs = _pairs(own["pairs"])
     words = Vocabulary(tuple(WordTokens(**w | {"tokens": tuple(w["tokens"])}) for w in own["vocabulary"]))
     n, k = len(pairs), len(words.kept)
-    arrays_of = {
+    arrays_of: dict[str, Any] = {
         a: _numbers(arrays, f"{name}/{a}", shape, np.int64 if a == "ranks" else np.float64)
         for a, shape in zip(_ARRAYS, ((n, k), (n, k), (n, 2), (n, 2, k)))
         if f"{name}/{a}" in arrays.files or a.startswith("values")

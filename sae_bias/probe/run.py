@@ -14,7 +14,9 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
 
-A, K, T = TypeVar("A"), TypeVar("K"), TypeVar("T")
+A = TypeVar("A")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def run_probe(
