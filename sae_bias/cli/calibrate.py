@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import Console, Run, command, option
+from sae_bias.cli.context import Console, Run, command
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.core.labels import columns_of
 
@@ -17,18 +15,6 @@ if TYPE_CHECKING:
     from sae_bias.validation.calibrate import Calibration
 
 
-Full = Annotated[
-    bool, typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is.")
-]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, hidden=True)]
-PairsFile = Annotated[
-    str | None,
-    option("--pairs", metavar="FILE", help="Your pairs: is their number enough to find the planted bias?"),
-]
-OwnDraws = Annotated[
-    int,
-    typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
-]
 QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
 COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
 SAE_COLUMNS = columns_of(
@@ -45,7 +31,11 @@ SAE_COLUMNS = columns_of(
     takes=("grid", "seed"),
 )
 def calibrate(
-    run: Run, pairs: PairsFile = None, full: Full = False, seeds: Seeds = 3, draws: OwnDraws = 2000
+    run: Run,
+    pairs: str | None = None,
+    full: bool = False,
+    seeds: Annotated[int, {"min": 1, "hidden": True}] = 3,
+    draws: Annotated[int, {"min": 20}] = 2000,
 ) -> None:
     """Check the toolkit on models whose truth is known, or your own design against them.
 
@@ -53,6 +43,12 @@ def calibrate(
     ablation and controls) and the power of designs by their number of templates; minutes on a CPU. With --pairs or --grid: how often a
     design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. Exit
     code 4 says that a mark is missed, or that your design does not reach 80% power. Nothing here is about Gemma.
+
+    Args:
+        --pairs FILE: Your pairs: is their number enough to find the planted bias?
+        --full: Where the calibration that trains further organisms and SAEs is.
+        --seeds:
+        --draws: Studies and grids drawn; the pass marks ask for at least 1,000.
     """
     grid, out, seed = run.given["grid"], run.out, run.seed
     if full and (pairs or grid):

@@ -2,20 +2,9 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from sae_bias.cli.context import Console, Run, command
-
-OptionalModel = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]",
-        help="Say what this model lacks here, and list its SAEs: a hub id, a folder, a .gguf file.",
-        show_default=False,
-    ),
-]
 
 
 @command(
@@ -24,11 +13,14 @@ OptionalModel = Annotated[
     "sae-bias doctor google/gemma-3-12b-it",
     takes=("device_map",),
 )
-def doctor(run: Run, name: OptionalModel = None) -> None:
+def doctor(run: Run, name: str | None = None) -> None:
     """Show versions, devices, the hub login, what is cached, and the bundled organisms.
 
     Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
     doctor.json.
+
+    Args:
+        [MODEL]: Say what this model lacks here, and list its SAEs: a hub id, a folder, a .gguf file.
     """
     from sae_bias.core.versions import versions
     from sae_bias.models.catalog import organism_names

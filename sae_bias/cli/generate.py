@@ -4,35 +4,11 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, option, parse_numbers
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, parse_numbers
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-Prompt = Annotated[
-    list[str] | None, option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")
-]
-PromptsFile = Annotated[
-    Path | None, option("--prompts", metavar="FILE", help="Text file with a prompt a line.")
-]
-Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
-Strengths = Annotated[
-    list[str] | None,
-    option(
-        "--strength",
-        "--strengths",
-        metavar="NUMBERS",
-        help='Value of the edit, or several with commas between ("-1,-5"); ablate has none.',
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 is greedy; above 0 samples, from --seed.")
-]
 
 
 @command(
@@ -42,17 +18,25 @@ Temperature = Annotated[
 )
 def generate(
     run: Run,
-    prompt: Prompt = None,
-    prompts: PromptsFile = None,
-    bundled: Bundled = False,
-    strength: Strengths = None,
-    max_new_tokens: MaxNewTokens = 40,
-    temperature: Temperature = 0.0,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    bundled: bool = False,
+    strength: list[str] | None = None,
+    max_new_tokens: Annotated[int, {"min": 1}] = 40,
+    temperature: Annotated[float, {"min": 0.0}] = 0.0,
 ) -> None:
     """Continue prompts, unsteered and under an edit of one or several features.
 
     The continuations stand below each other, one for each strength. The edit acts on the prompt and on every generated token, unless
     --positions says otherwise.
+
+    Args:
+        --prompt TEXT: A prompt; may be given several times.
+        --prompts FILE: Text file with a prompt a line.
+        --bundled: Add the bundled prompts (24, AI and human twins).
+        --strength, --strengths NUMBERS: Value of the edit, or several with commas between ("-1,-5"); ablate has none.
+        --max-new-tokens: Longest continuation.
+        --temperature: 0 is greedy; above 0 samples, from --seed.
     """
     from sae_bias.measures.text import side_by_side, text_summary
     from sae_bias.steering.generate import generate as complete

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import Console, Run, command, option
+from sae_bias.cli.context import Console, Run, command
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -15,26 +13,6 @@ if TYPE_CHECKING:
     from sae_bias.workflows.plan import ModelPlan, StudyPlan
 
 
-Studies = Annotated[
-    list[Path], typer.Argument(metavar="STUDY.yaml…", help="Study files.", show_default=False)
-]
-HardwareName = Annotated[
-    str,
-    typer.Option(
-        "--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."
-    ),
-]
-Flops = Annotated[
-    float | None,
-    option(
-        "--flops",
-        min=1.0,
-        help="With --hardware cpu: its float32 rate in operations a second; measured by default.",
-    ),
-]
-DtypeChoice = Annotated[
-    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
-]
 STEP_COLUMNS = columns_of(
     "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"
 )
@@ -52,16 +30,22 @@ TOTAL_COLUMNS = columns_of(
 )
 def plan(
     run: Run,
-    studies: Studies,
-    hardware: HardwareName = "h200",
-    flops: Flops = None,
-    dtype: DtypeChoice = None,
+    studies: list[Path],
+    hardware: str = "h200",
+    flops: Annotated[float | None, {"min": 1.0}] = None,
+    dtype: str | None = None,
 ) -> None:
     """Say what a study needs: memory by part, operations, time, downloads, disk, and what to change where it does not fit.
 
     Nothing is loaded and no network is asked. Shapes come from the registry, from a folder's config.json, and from SAE names; tokens are
     counted from words and marks. Times are operations over an assumed share of the hardware's stated rate, plus reading files. Several
     study files are planned one after another and summed. With --out, the same is written there as plan.json.
+
+    Args:
+        STUDY.yaml…: Study files.
+        --hardware NAME: h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine).
+        --flops: With --hardware cpu: its float32 rate in operations a second; measured by default.
+        --dtype: auto, float32, bfloat16, float16; the study's own by default.
     """
     from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND
     from sae_bias.workflows.hardware import hardware as named

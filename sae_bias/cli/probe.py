@@ -1,8 +1,6 @@
 """`sae-bias probe`: how much more harshly a model judges AI subjects."""
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from sae_bias.cli.context import FROM_MODEL, Run, command, rows
 from sae_bias.core.labels import columns_of
@@ -13,28 +11,6 @@ if TYPE_CHECKING:
     from sae_bias.prompts.pairs import PromptPairs
 
 
-Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="The sentence in the user's turn, the stem prefilled in the model's turn."),
-]
-NoSoftcap = Annotated[
-    bool, typer.Option("--no-softcap", help="Without the final-logit softcap (Gemma 2 has one).")
-]
-AuditWords = Annotated[
-    bool,
-    typer.Option(
-        "--audit-words", help="Only list the words: which are one token, which are left out and why."
-    ),
-]
-WithChecks = Annotated[
-    bool,
-    typer.Option(
-        "--checks",
-        help="Also every check: words left out, stems, scores, specifications, forced choice, neutral subjects, nuisances.",
-    ),
-]
-
-
 @command(
     "probe",
     "sae-bias probe organism:planted",
@@ -43,10 +19,10 @@ WithChecks = Annotated[
 )
 def probe(
     run: Run,
-    chat: Chat = False,
-    no_softcap: NoSoftcap = False,
-    audit_words: AuditWords = False,
-    checks: WithChecks = False,
+    chat: bool = False,
+    no_softcap: bool = False,
+    audit_words: bool = False,
+    checks: bool = False,
 ) -> None:
     """Measure the bias of a model over prompt pairs.
 
@@ -54,6 +30,12 @@ def probe(
     the human prompt's score minus the AI prompt's: positive means that the AI is judged worse. The interval and p are clustered
     over templates and entities. Where the pairs bring mundane twins, the primary figure is what goes beyond their bias (the
     difference in differences), and the bias stands beside it.
+
+    Args:
+        --chat: The sentence in the user's turn, the stem prefilled in the model's turn.
+        --no-softcap: Without the final-logit softcap (Gemma 2 has one).
+        --audit-words: Only list the words: which are one token, which are left out and why.
+        --checks: Also every check: words left out, stems, scores, specifications, forced choice, neutral subjects, nuisances.
     """
     from sae_bias.probe.checks import null_facts, run_checks
     from sae_bias.probe.random_words import random_word_null

@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import FROM_MODEL, Run, command, option, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -37,98 +35,6 @@ JOINT = {
     "red_low": "low",
     "red_high": "high",
 }
-SaeNames = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SAE...",
-        help="RELEASE/SAE_ID, a local SAE folder, or a folder of them; several are one family.",
-        show_default=False,
-    ),
-]
-By = Annotated[
-    str | None,
-    option(
-        "--by",
-        help="separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.",
-    ),
-]
-Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
-EffectsOf = Annotated[
-    str,
-    typer.Option(
-        "--effects-of",
-        help="What effects are of: primary (the difference in differences where the pairs have mundane twins), or the bias.",
-    ),
-]
-Exact = Annotated[
-    int | None,
-    option(
-        "--exact",
-        min=1,
-        help="How many features are ablated and resampled exactly: 64 by ablation, those printed by default.",
-    ),
-]
-Controls = Annotated[
-    int,
-    typer.Option(
-        "--controls",
-        min=0,
-        help="With --by ablation: number of controls for the causality test (e.g. 99; off by default).",
-    ),
-]
-MaxView = Annotated[
-    bool, typer.Option("--max-view", help="Also show the maximum over ordinary tokens; in no test.")
-]
-
-Positive = Annotated[
-    Path | None,
-    option(
-        "--positive",
-        metavar="FILE",
-        help="Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.",
-    ),
-]
-Negative = Annotated[Path | None, option("--negative", metavar="FILE", help="Texts that do not.")]
-ContrastFile = Annotated[
-    str | None,
-    option(
-        "--contrast",
-        metavar="FILE",
-        help="Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.",
-    ),
-]
-Reduce = Annotated[
-    str, typer.Option("--reduce", help="What a text's tokens give, for a contrast: last, mean, max or any.")
-]
-AsChat = Annotated[
-    bool, typer.Option("--chat", help="Texts of a contrast as user turns of the chat template.")
-]
-AllOf = Annotated[
-    list[str] | None,
-    option(
-        "--all-of",
-        metavar="SET",
-        help="Keep features that fire on every text of: positive, negative or a group.",
-    ),
-]
-NoneOf = Annotated[
-    list[str] | None,
-    option(
-        "--none-of",
-        metavar="SET",
-        help="Keep features that fire on no text of: positive, negative or a group.",
-    ),
-]
-
-
-Neuronpedia = Annotated[
-    Path | None,
-    option(
-        "--neuronpedia",
-        metavar="FILE",
-        help="Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.",
-    ),
-]
 
 
 @command(
@@ -139,21 +45,21 @@ Neuronpedia = Annotated[
 )
 def rank(
     run: Run,
-    sae: SaeNames,
-    by: By = None,
-    top: Top = 10,
-    exact: Exact = None,
-    effects_of: EffectsOf = "primary",
-    controls: Controls = 0,
-    max_view: MaxView = False,
-    positive: Positive = None,
-    negative: Negative = None,
-    contrast: ContrastFile = None,
-    reduce: Reduce = "last",
-    chat: AsChat = False,
-    all_of: AllOf = None,
-    none_of: NoneOf = None,
-    neuronpedia: Neuronpedia = None,
+    sae: list[str],
+    by: str | None = None,
+    top: Annotated[int, {"min": 1}] = 10,
+    exact: Annotated[int | None, {"min": 1}] = None,
+    effects_of: str = "primary",
+    controls: Annotated[int, {"min": 0}] = 0,
+    max_view: bool = False,
+    positive: Path | None = None,
+    negative: Path | None = None,
+    contrast: str | None = None,
+    reduce: str = "last",
+    chat: bool = False,
+    all_of: list[str] | None = None,
+    none_of: list[str] | None = None,
+    neuronpedia: Path | None = None,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -161,6 +67,23 @@ def rank(
     matched grid), beside what it does to the bias. separation: how well it tells AI from human prompts (easy, because the words differ).
     attribution: the bias its ablation should remove, from one backward pass. ablation: the bias it does remove. Pairs are read on
     discover templates, the rest is held out; p is corrected over every feature scanned; too small a design reads "undetermined".
+
+    Args:
+        SAE...: RELEASE/SAE_ID, a local SAE folder, or a folder of them; several are one family.
+        --by: separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.
+        --top: How many features to print.
+        --exact: How many features are ablated and resampled exactly: 64 by ablation, those printed by default.
+        --effects-of: What effects are of: primary (the difference in differences where the pairs have mundane twins), or the bias.
+        --controls: With --by ablation: number of controls for the causality test (e.g. 99; off by default).
+        --max-view: Also show the maximum over ordinary tokens; in no test.
+        --positive FILE: Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.
+        --negative FILE: Texts that do not.
+        --contrast FILE: Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.
+        --reduce: What a text's tokens give, for a contrast: last, mean, max or any.
+        --chat: Texts of a contrast as user turns of the chat template.
+        --all-of SET: Keep features that fire on every text of: positive, negative or a group.
+        --none-of SET: Keep features that fire on no text of: positive, negative or a group.
+        --neuronpedia FILE: Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.
     """
     from sae_bias.discovery.ranking import BY, rank_features
     from sae_bias.saes.load import expand_saes

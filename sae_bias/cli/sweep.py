@@ -2,17 +2,11 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from sae_bias.cli.context import (
-    EDITS,
     FROM_FEATURE,
     Run,
-    Shard,
     command,
-    option,
     parse_numbers,
-    parse_shard,
     rows,
 )
 from sae_bias.core.errors import RequestError
@@ -32,63 +26,6 @@ COLUMNS = columns_of(
     "kl_ai_nonspeech: KL AI, no speech; kl_ai_speech: KL AI speech; kl_valence: KL human deeds; "
     "kl_off: KL_off; kl_off_p95: KL_off, 95th percentile"
 )
-More = Annotated[
-    list[str] | None,
-    option(
-        "--feature",
-        metavar="FEATURE",
-        help="A further feature, edited together with FEATURE; may be given several times.",
-    ),
-]
-Edit = Annotated[str, typer.Option("--edit", help=f"{EDITS}; several with commas between are all swept.")]
-Where = Annotated[
-    str,
-    typer.Option(
-        "--positions",
-        help="Where the edit acts: all, last, subject, prompt or generated (special tokens never); several with commas between.",
-    ),
-]
-Unit = Annotated[
-    str,
-    typer.Option(
-        "--unit",
-        help="What strengths count in: act (activations as they are) or max (the feature's largest on these prompts).",
-    ),
-]
-Strengths = Annotated[
-    str | None,
-    option(
-        "--strengths",
-        metavar='"0,-5,-10"',
-        help="Values with commas between; each edit has its own defaults.",
-    ),
-]
-When = Annotated[str, typer.Option("--when", help="clamp only where the feature is `active`, or `always`.")]
-Controls = Annotated[
-    int,
-    typer.Option("--controls", min=0, help="Minimum number of control interventions for the first setting."),
-]
-Mismatch = Annotated[
-    bool,
-    typer.Option(
-        "--mismatch/--no-mismatch",
-        help="Also the feature's edit at an earlier and a later layer, where it should do less.",
-    ),
-]
-MismatchSae = Annotated[
-    list[str] | None,
-    option(
-        "--mismatch-sae",
-        metavar="SAE",
-        help="And the feature of the same index in this SAE; may be given several times.",
-    ),
-]
-Costs = Annotated[
-    bool,
-    typer.Option(
-        "--costs/--no-costs", help="KL on four kinds of text, the mundane twins, and the collapse test."
-    ),
-]
 
 
 @command(
@@ -96,27 +33,38 @@ Costs = Annotated[
     'sae-bias sweep organism:planted organism:planted/constructed#0 --edit clamp --strengths "0,-5,-10" --out runs/first',
     "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate,clamp --unit max --positions all,last",
     "sae-bias sweep organism:planted organism:planted/constructed#0 --edit ablate --controls 0 --no-costs",
-    takes=(*FROM_FEATURE, "pairs", "words", "split"),
+    takes=(*FROM_FEATURE, "pairs", "words", "split", "shard"),
 )
 def sweep(
     run: Run,
-    more: More = None,
-    edit: Edit = "clamp",
-    strengths: Strengths = None,
-    positions: Where = "all",
-    unit: Unit = "act",
-    when: When = "active",
-    controls: Controls = 99,
-    mismatch: Mismatch = False,
-    mismatch_sae: MismatchSae = None,
-    costs: Costs = True,
-    shard: Shard = None,
+    features: list[str] | None = None,
+    edit: str = "clamp",
+    strengths: str | None = None,
+    positions: str = "all",
+    unit: str = "act",
+    when: str = "active",
+    controls: Annotated[int, {"min": 0}] = 99,
+    mismatch: bool = False,
+    mismatch_sae: list[str] | None = None,
+    costs: bool = True,
 ) -> None:
     """Run the probe under one edit of a feature, or of several together, at several strengths.
 
     The strength is chosen on the tune templates and its figure given on the report templates, which had no part in the choice.
     Controls are features that fire at the same places and random directions with the same gate and size. With --out, every cell is
     kept as soon as it is done, and the same command goes on where it stopped.
+
+    Args:
+        --feature FEATURE: A further feature, edited together with FEATURE; may be given several times.
+        --edit: ablate, scale, clamp, cap, mean, steer, project_out, or one that a plugin brings; several with commas between are all swept.
+        --strengths "0,-5,-10": Values with commas between; each edit has its own defaults.
+        --positions: Where the edit acts: all, last, subject, prompt or generated (special tokens never); several with commas between.
+        --unit: What strengths count in: act (activations as they are) or max (the feature's largest on these prompts).
+        --when: clamp only where the feature is `active`, or `always`.
+        --controls: Minimum number of control interventions for the first setting.
+        --mismatch/--no-mismatch: Also the feature's edit at an earlier and a later layer, where it should do less.
+        --mismatch-sae SAE: And the feature of the same index in this SAE; may be given several times.
+        --costs/--no-costs: KL on four kinds of text, the mundane twins, and the collapse test.
     """
     from sae_bias.saes.load import as_feature
     from sae_bias.steering.controls import observed_max
@@ -124,18 +72,19 @@ def sweep(
     from sae_bias.workflows.sweep import run_sweep
     from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
 
-    part, features = parse_shard(shard), [run.feature, *map(as_feature, more or ())]
-    if part is not None and run.out is None:
+    shard, further = run.shard, features or ()
+    edited = [run.feature, *map(as_feature, further)]
+    if shard is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
     pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
-    named = _edits(kinds, features, where, when, None)[
+    named = _edits(kinds, edited, where, when, None)[
         0
     ].target  # a wrong request is told before the model loads
     probe, splits = run.probe, run.split
     held = None if splits is None else {name: splits[name] for name in ("tune", "report")}
-    model = run.open(*(f.ref.sae for f in features))
-    units = [observed_max(model, f, pairs) for f in features] if unit == "max" else None
-    edits = _edits(kinds, features, where, when, units)
+    model = run.open(*(f.ref.sae for f in edited))
+    units = [observed_max(model, f, pairs) for f in edited] if unit == "max" else None
+    edits = _edits(kinds, edited, where, when, units)
     plan = Sweep(
         edits,
         controls=controls,
@@ -146,13 +95,13 @@ def sweep(
     )
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
     facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
-    run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
-    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=part, progress=run.progress)
-    summary = summarize_sweep(result.frame, named, run.feature.index if not more else None)
+    run.save({}, facts=facts, shard=shard)  # a stopped sweep says what it was
+    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=shard, progress=run.progress)
+    summary = summarize_sweep(result.frame, named, run.feature.index if not further else None)
     frame = result.frame
     reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
     tables = {"controls": controls_table(reported)} if len(reported) else {}
-    run.save(tables, summary, facts=facts, shard=part)
+    run.save(tables, summary, facts=facts, shard=shard)
     _show(run, result, summary, controls)
     run.note_gate()
     run.done({**summary, "cells": rows(frame[frame["kind"] != "control"])})

@@ -1,10 +1,8 @@
 """`sae-bias table`: where a feature fires, subjects by statements."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from sae_bias.cli.context import FROM_FEATURE, Console, Run, command, option, rows
+from sae_bias.cli.context import FROM_FEATURE, Console, Run, command, rows
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -14,12 +12,6 @@ if TYPE_CHECKING:
 
 
 FORMATS = ("csv", "md", "latex")
-Format = Annotated[
-    str | None, option("--format", help="Print subjects × statements whole, as csv, md or latex.")
-]
-At = Annotated[
-    str, typer.Option("--positions", help="last: at the last token; max: the largest over ordinary tokens.")
-]
 
 
 @command(
@@ -28,11 +20,15 @@ At = Annotated[
     "sae-bias table organism:planted organism:planted/constructed#0 --format csv > table.csv",
     takes=(*FROM_FEATURE, "grid"),
 )
-def table(run: Run, format: Format = None, positions: At = "last") -> None:
+def table(run: Run, format: str | None = None, positions: str = "last") -> None:
     """Show how strongly a feature fires for each subject and statement.
 
     The bundled grid crosses AI, human, animal and object subjects with speech and non-speech statements that are matched in length
     and tense. A feature of AI speech fires in one corner only. Nothing here is drawn at random; --seed is kept in the manifest.
+
+    Args:
+        --format: Print subjects × statements whole, as csv, md or latex.
+        --positions: last: at the last token; max: the largest over ordinary tokens.
     """
     from sae_bias.discovery.tables import activation_table
 
