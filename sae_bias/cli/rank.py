@@ -86,6 +86,7 @@ def rank(
         --neuronpedia FILE: Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.
     """
     from sae_bias.discovery.ranking import BY, rank_features
+    from sae_bias.report.parts import short_names
     from sae_bias.saes.load import expand_saes
     from sae_bias.steering.controls import randomized_control
 
@@ -140,7 +141,8 @@ def rank(
         run.table("Its first 3", lucky.head(3), CONTRAST if texts else COLUMNS)
     if ranking.cumulative is not None:
         run.table("Ablated together", ranking.cumulative, JOINT)
-    for title, table, shown in (("Where the bias lies", ranking.parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
+    parts = ranking.parts.replace({"sae": short_names(ranking.parts["sae"])}) if len(ranking.parts) else ranking.parts  # fmt: skip
+    for title, table, shown in (("Where the bias lies", parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
         if len(table):
             run.table(title, table, shown)
     run.done(

@@ -5,7 +5,8 @@ Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in th
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -109,21 +110,29 @@ def run_table(
 def table_of(
     frame: pd.DataFrame, columns: dict[str, str], *, source: str = "", missing: str = fmt.UNDEFINED
 ) -> Table:
-    """The named columns of a frame as text; columns that it does not have are left out."""
+    """The named columns of a frame as text, SAEs by the shortest names that tell them apart; columns that it does not have are left out."""
     shown = {c: label for c, label in columns.items() if c in frame}
     head = frame.head(MOST_ROWS)
+    for c in {"sae", "feature", "control"} & set(shown):
+        head = head.assign(**{c: _short(head[c])})
     cells = [[_cell(value, c, missing) for value in head[c].tolist()] for c in shown]
-    kinds = [
-        (
-            "num"
-            if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
-            else "text"
-        )
-        for c in shown
-    ]
-    return Table(
-        list(zip(shown.values(), kinds)), [list(row) for row in zip(*cells)], len(frame) - len(head), source
-    )
+    numeric = [pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c]) for c in shown]  # fmt: skip
+    labels = [(label, "num" if n else "text") for label, n in zip(shown.values(), numeric)]
+    return Table(labels, [list(row) for row in zip(*cells)], len(frame) - len(head), source)
+
+
+def _short(column: pd.Series) -> list[Any]:
+    """SAEs, and features of SAEs, by the shortest names of the SAEs."""
+    names = short_names(v.partition("#")[0] for v in column if isinstance(v, str))
+    return [v if not isinstance(v, str) else names[v.partition("#")[0]] + "".join(v.partition("#")[1:]) for v in column]  # fmt: skip
+
+
+def short_names(ids: Iterable[object]) -> dict[str, str]:
+    """Each SAE id by its shortest ending, between slashes, that tells it from the others."""
+    full = list(dict.fromkeys(map(str, ids)))
+    endings = {i: ["/".join(i.split("/")[-n:]) for n in range(1, i.count("/") + 2)] for i in full}
+    taken = Counter(e for of_one in endings.values() for e in of_one)
+    return {i: next((e for e in of_one if taken[e] == 1), i) for i, of_one in endings.items()}
 
 
 def _cell(value: Any, column: str, missing: str) -> Cell:

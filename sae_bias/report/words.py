@@ -257,12 +257,6 @@ def text_sentence(conditions: Conditions) -> str:
     return f"Unsteered → steered: {'; '.join(said)}."
 
 
-def short_names(ids: Sequence[str]) -> dict[str, str]:
-    """Each SAE id without the part that all share, where what is left still tells them apart."""
-    last = {i: i.rsplit("/", 1)[-1] for i in ids}
-    return last if len(set(last.values())) == len(set(ids)) else {i: i for i in ids}
-
-
 def scenario_sentence(part: ScenarioFigures) -> str:
     """Options chosen; with an edit "became more probable" and "choice flipped" apart."""
     first = f"The aligned option is chosen in {number(part.aligned_before)} of {number(part.n)} scenarios"
