@@ -11,10 +11,12 @@ features at once (TopK, gated, normalized input) take the full path through SAEL
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -241,7 +243,7 @@ def _existing_file(text: str) -> Path | None:
 
 def _load_file(file: Path) -> Sae:
     """The SAE whose weights file was named."""
-    if file.name in weights_files():
+    if any(fnmatch(file.name, name) for name in weights_files()):
         return load_sae(file.parent)
     if file.suffix in _PICKLES:
         raise RequestError(f"{file}: {_convert(file.name)}")
@@ -255,12 +257,16 @@ _PICKLES = (".pt", ".bin", ".pth", ".pkl")
 
 def _convert(name: str) -> str:
     """What to do with a pickle, which may run any code while it is read."""
-    line = "from torch import load; from safetensors.torch import save_file; "
-    line += f"save_file({{k: v.contiguous() for k, v in load('{name}', weights_only=True, map_location='cpu').items()}}, 'ae.safetensors')"
-    return (
-        f'{name} is a pickle, which is never loaded; convert it once, where you trust it: python -c "{line}" '
-        "(an ae.pt of dictionary_learning is then read with its config.json)"
-    )
+    layer = re.fullmatch(r"(layer\d+)\.sae\.pt", name)
+    new, line = "ae.safetensors", "from torch import load; from safetensors.torch import save_file; "
+    if layer is not None:
+        new = f"{layer[1]}/{layer[1]}.sae.safetensors"
+        line = f"import os; os.makedirs('{layer[1]}', exist_ok=True); {line}"
+    line += f"save_file({{k: v.contiguous() for k, v in load('{name}', weights_only=True, map_location='cpu').items()}}, '{new}')"
+    then = "an ae.pt of dictionary_learning is then read with its config.json"
+    if layer is not None:
+        then = f"a layer of Qwen Scope is then the folder {layer[1]}"
+    return f'{name} is a pickle, which is never loaded; convert it once, where you trust it: python -c "{line}" ({then})'
 
 
 def _what_is_there(folder: Path) -> str:

@@ -3,6 +3,7 @@
     FeatureSet           a'_f = k_f · a_f over several features of one site, k fitted
     GatedCounterfactual  only where a logistic gate on the features' activations is on: a' = max(0, W a + c), what their activations
                          would be in the human twin
+    a share s of either  a + s · (a' - a): taken after a' is rectified, because half of the way to max(0, p) is not max(0, half of the way to p)
     RectifiedProjectOut  x' = x - s·ReLU((x - μ)·r) r: one vector detects and writes, the latent of ReFT-r1 (arXiv:2501.17148)
 
 `fit_feature_set` fits the first two, `fit_direction` the third; they can also be written down by hand.
@@ -10,8 +11,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,7 +43,10 @@ class _ManyFeatures(Intervention):
 
     name: str
     features: tuple[FeatureLike, ...]
+    share: float = field(default=1.0, kw_only=True)
+    """How far of the way from the activations to a': 0 changes nothing, 1 writes a'."""
     by_position: ClassVar[bool] = True
+    strength_field: ClassVar[str | None] = "share"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +57,11 @@ class _ManyFeatures(Intervention):
             raise RequestError(
                 f"{self.name!r} needs features, each once; it has {len(names)}, {len(set(names))} of them different."
             )
+
+    @property
+    def strength(self) -> float:
+        """The share, where it is not the whole."""
+        return math.nan if self.share == 1 else self.share
 
     @property
     def target(self) -> str:
@@ -85,6 +95,10 @@ class _ManyFeatures(Intervention):
     def of_dict(cls, data: dict[str, Any]) -> Intervention:
         return super().of_dict({k: _tuples(v) for k, v in data.items()})
 
+    def to_dict(self) -> dict[str, Any]:
+        """A whole edit has no share in files: its cells keep the names that they had before there were shares."""
+        return {k: v for k, v in super().to_dict().items() if k != "share" or v != 1}
+
     def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
         digest = digest_of or feature_digest
         return self.to_dict() | {"weights": [digest(as_feature(f)) for f in self.features]}
@@ -92,15 +106,23 @@ class _ManyFeatures(Intervention):
     def delta(self, x: Resid, context: EditContext) -> Change:
         features = [as_feature(f) for f in self.features]
         acts = torch.stack([context.acts(f, x) for f in features], dim=-1)
-        change = torch.where(context.mask[..., None], self.new_acts(acts) - acts, torch.zeros_like(acts))
+        change = self.share * (self.new_acts(acts) - acts)
+        change = torch.where(context.mask[..., None], change, torch.zeros_like(acts))
         delta = torch.zeros_like(x, dtype=torch.float32)
         for f, step in zip(features, change.unbind(-1)):
             delta = delta + f.write(x, step)
         return Change(delta, (change != 0).any(-1), acts.sum(-1), (acts + change).sum(-1))
 
     def new_acts(self, acts: Tensor) -> Tensor:
-        """a' [batch, pos, features] from a."""
+        """a' [batch, pos, features] from a, all of the way."""
         raise NotImplementedError
+
+    def rule(self) -> str:
+        """The whole edit in words."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return self.rule() if self.share == 1 else f"{self.share:g} of the way to {self.rule()}"
 
 
 @register_edit("feature_set")
@@ -121,7 +143,7 @@ class FeatureSet(_ManyFeatures):
     def new_acts(self, acts: Tensor) -> Tensor:
         return acts * torch.tensor(self.scales, dtype=acts.dtype, device=acts.device)
 
-    def describe(self) -> str:
+    def rule(self) -> str:
         return f"learned scales (a' = k·a over {len(self.features)} features)"
 
 
@@ -158,7 +180,7 @@ class GatedCounterfactual(_ManyFeatures):
         on = (acts @ gate + self.bias) > 0
         return torch.where(on[..., None], (acts @ weights.T + c).clamp(min=0), acts)
 
-    def describe(self) -> str:
+    def rule(self) -> str:
         return f"gated counterfactual (where the gate is on, the human twin's activations of {len(self.features)} features)"
 
 

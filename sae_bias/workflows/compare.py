@@ -47,7 +47,7 @@ from sae_bias.steering.directions import (
 )
 from sae_bias.steering.edits import ProjectOut, Scale, Steer
 from sae_bias.steering.intervention import FeatureLike, Intervention
-from sae_bias.steering.learned import FeatureSet, GatedCounterfactual, RectifiedProjectOut
+from sae_bias.steering.learned import RectifiedProjectOut
 from sae_bias.steering.ridge import RidgeProbe, ridge_probe
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell, Sweep
@@ -221,7 +221,6 @@ _PROMPT_FACTS: dict[str, Any] = {
 # --- the methods ---
 Steps = Callable[[Sequence[float], str], list[tuple[float, Intervention]]]
 """A method as a function of the shares taken out and the positions it acts at: each share with its edit."""
-Fitted = FeatureSet | GatedCounterfactual
 
 
 def _taken_out(target: Feature | Direction, sign: float = 1.0) -> Steps:
@@ -245,7 +244,7 @@ def _fitted(
             warnings.warn(f"the comparison has no {kind} edit: {error}", stacklevel=3)
             continue
         name = f"learned set of {len(edit.features)}" if kind == "scales" else "gated counterfactual"
-        found[name] = lambda shares, _, edit=edit: [(s, _part(edit, s)) for s in shares]
+        found[name] = lambda shares, _, edit=edit: [(s, replace(edit, share=s)) for s in shares]
     learned: dict[str, Direction] = {}
     for name, rule in (("learned direction (DAS, rank 1)", ProjectOut), ("ReFT-r1", RectifiedProjectOut)):
         learned = {
@@ -254,18 +253,6 @@ def _fitted(
         }  # fmt: skip
         found[name] = lambda shares, where, rule=rule, learned=learned: [(s, rule(learned[where], share=s)) for s in shares]  # fmt: skip
     return found
-
-
-def _part(edit: Fitted, share: float) -> Fitted:
-    """A share of the way from the activations to those that the edit writes."""
-    if isinstance(edit, FeatureSet):
-        return replace(edit, scales=tuple(1 + share * (k - 1) for k in edit.scales))
-    weights = (1 - share) * np.eye(len(edit.gate)) + share * np.array(edit.weights)
-    return replace(
-        edit,
-        weights=tuple(map(tuple, weights.tolist())),
-        intercepts=tuple(share * c for c in edit.intercepts),
-    )
 
 
 def _methods(

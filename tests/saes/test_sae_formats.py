@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ from safetensors.torch import save_file
 
 import sae_bias as sb
 from sae_bias.saes import formats
+from sae_bias.saes.load import expand_saes
 
-D_IN, D_SAE, K = 24, 64, 5
+D_IN, D_SAE, K = 24, 72, 5
 
 
 def normal(*shape, seed=0):
@@ -163,10 +168,6 @@ def test_a_pickle_is_answered_with_the_line_that_converts_it(tmp_path):
 
 
 def test_that_line_converts(tmp_path):
-    import re
-    import subprocess
-    import sys
-
     rule, make = KINDS["AutoEncoder"]
     folder = write_dictionary(tmp_path / "trainer_0", "AutoEncoder", make())
     (folder / "ae.safetensors").unlink()
@@ -214,3 +215,168 @@ def test_every_format_says_which_files_are_its_own():
     assert {"params.safetensors", "sae_weights.safetensors", "ae.safetensors", "sae.safetensors"} <= set(
         formats.weights_files()
     )
+
+
+# --- Llama Scope and Qwen Scope, against SAELens' own loader of the published layout ----------------------
+def write_llama_scope(root, hook="blocks.15.hook_resid_post", dtype=torch.bfloat16, **changes):
+    """A folder as fnlp/Llama3_1-8B-Base-LXR-8x has one a layer."""
+    folder = root / "Llama3_1-8B-Base-L15R-8x"
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    weights = linear_weights(**{"decoder.bias": normal(D_IN, seed=3) * 0.1})
+    save_file(
+        {n: t.to(dtype).contiguous() for n, t in weights.items()},
+        folder / "checkpoints" / "final.safetensors",
+    )
+    config = {
+        "hook_point_in": hook,
+        "hook_point_out": hook,
+        "d_model": D_IN,
+        "d_sae": D_SAE,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.4,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": {"in": NORM, "out": NORM},
+        **changes,
+    }
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_r1_distill(root, hook="blocks.15.hook_resid_post", **changes):
+    """A folder as fnlp/Llama-Scope-R1-Distill has one a layer."""
+    folder = root / "800M-Slimpajama-0-OpenR1-Math-220k" / "L15R"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = linear_weights(
+        **{
+            "decoder.bias": normal(D_IN, seed=3) * 0.1,
+            "log_jumprelu_threshold": normal(D_SAE, seed=4) * 0.5 - 1,
+            f"dataset_average_activation_norm.{hook}": torch.tensor(NORM, dtype=torch.float64),
+        }
+    )
+    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "sae_weights.safetensors")
+    config = {"hook_point_in": hook, "hook_point_out": hook, "d_model": D_IN, "act_fn": "jumprelu", **changes}
+    (folder / "config.json").write_text(json.dumps(config | {"expansion_factor": D_SAE // D_IN}))
+    return folder
+
+
+LLAMA = {
+    "one threshold": (write_llama_scope, "llama_scope_lxr_8x", "l15r_8x"),
+    "own thresholds": (write_r1_distill, "llama_scope_r1_distill", "l15r_800m_slimpajama"),
+}
+NORM = 3.7
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """SAELens' downloads come from tmp_path; its table's scaling factors are those of the small files."""
+    loaders = "sae_lens.loading.pretrained_sae_loaders"
+
+    def local(repo_id="", filename="", subfolder="", **_):
+        place = tmp_path if (tmp_path / subfolder / filename).exists() else tmp_path / repo_id.split("/")[-1]
+        return str(place / subfolder / filename)
+
+    monkeypatch.setattr(f"{loaders}.hf_hub_download", local)
+    monkeypatch.setattr("sae_lens.saes.sae.get_norm_scaling_factor", lambda *_: D_IN**0.5 / NORM)
+    monkeypatch.setitem(
+        import_module(loaders).QWEN_SCOPE_MODEL_INFO, "Qwen3-1.7B-Base", ("Qwen/Qwen3-1.7B-Base", D_IN)
+    )
+    return tmp_path
+
+
+def assert_is_the_lens(sae, lens, x):
+    """The same weights bit for bit, the same features on, and SAELens' encode and decode."""
+    w_enc, b_enc, threshold = sae.columns(0, sae.d_sae)
+    assert torch.equal(w_enc, lens.W_enc) and torch.equal(b_enc, lens.b_enc)
+    assert torch.equal(sae.W_dec_rows(range(sae.d_sae)), lens.W_dec) and torch.equal(sae.b_dec, lens.b_dec)
+    if hasattr(lens, "threshold"):
+        assert torch.equal(threshold, lens.threshold)
+    with torch.no_grad():
+        acts = lens.encode(x)
+        assert 0.05 < (acts > 0).float().mean() < 0.5
+        assert torch.equal(sae.encode(x) > 0, acts > 0)
+        assert_reads(sae, x, acts, lens.decode(acts))
+
+
+@pytest.mark.parametrize("layout", LLAMA)
+def test_llama_scope_is_read_as_saelens_reads_it(published, layout):
+    from sae_lens import SAE
+
+    write, release, name = LLAMA[layout]
+    folder = write(published)
+    lens, x = SAE.from_pretrained(release, name), normal(40, D_IN, seed=9)
+    for sae in (sb.load_sae(folder), sb.load_sae(f"{release}/{name}")):
+        assert (sae.site.layer, sae.model_name) == (15, "meta-llama/Llama-3.1-8B")
+        assert_is_the_lens(sae, lens, x)
+    assert sb.load_sae(folder).reduces_to_one_row, "read in slices"
+    assert expand_saes(published) == [str(next(folder.rglob("*.safetensors")).parent)]
+    assert sb.load_sae(expand_saes(published)[0]).d_sae == D_SAE
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+def test_llama_scope_of_attention_and_mlp_has_that_site(tmp_path, kind):
+    sae = sb.load_sae(write_llama_scope(tmp_path, hook=f"blocks.3.hook_{kind}"))
+    assert str(sae.site) == f"blocks.3.hook_{kind}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"hook_point_in": "blocks.3.ln2.hook_normalized", "hook_point_out": "blocks.3.hook_mlp_out"},
+            "a transcoder",
+        ),
+        ({"sae_type": "crosscoder"}, "crosscoder"),
+        ({"use_glu_encoder": True}, "use_glu_encoder"),
+        ({"act_fn": "topk"}, "act_fn 'topk'"),
+        ({"dataset_average_activation_norm": {"in": 0}}, "norm.in is 0; expected a number above 0"),
+        ({"jump_relu_threshold": "0.4"}, "jump_relu_threshold is '0.4'; expected a number"),
+        ({"dataset_average_activation_norm": None}, "has no dataset_average_activation_norm"),
+    ],
+)
+def test_llama_scope_that_is_no_such_sae_is_refused(tmp_path, changes, said):
+    with pytest.raises(sb.RequestError, match=said):
+        sb.load_sae(write_llama_scope(tmp_path, **changes))
+
+
+def write_qwen_scope(root, d_sae=32 * 1024):
+    """The pickle of layer 7 as Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 has one, of a narrower model."""
+    folder = root / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+    folder.mkdir()
+    weights = {
+        "W_enc": normal(d_sae, D_IN) / D_IN**0.5,
+        "W_dec": normal(D_IN, d_sae, seed=2),
+        "b_enc": normal(d_sae, seed=1) * 0.1,
+        "b_dec": normal(D_IN, seed=3) * 0.1,
+    }
+    torch.save(weights, folder / "layer7.sae.pt")
+    return folder
+
+
+def test_qwen_scope_is_read_as_saelens_reads_it(published):
+    from sae_lens import SAE
+
+    folder = write_qwen_scope(published)
+    with pytest.raises(sb.RequestError) as refused:
+        sb.load_sae(folder / "layer7.sae.pt")
+    line = re.search(r'python -c "(.*?)"', str(refused.value))
+    assert line is not None
+    subprocess.run([sys.executable, "-c", line[1]], cwd=folder, check=True)
+    release, x = "qwen-scope-3-1.7b-base-w32k-l50/layer7", normal(40, D_IN, seed=9)
+    lens = SAE.from_pretrained(*release.split("/"))
+    for sae in (sb.load_sae(folder / "layer7"), sb.load_sae(release)):
+        assert (sae.site.layer, sae.model_name, sae.architecture) == (7, "Qwen/Qwen3-1.7B-Base", "topk")
+        assert torch.equal(sae.encode(x), lens.encode(x))
+        assert int((sae.encode(x) > 0).sum(1).max()) == 50
+        assert_reads(sae, x, lens.encode(x), lens.decode(lens.encode(x)))
+    (folder / "layer7").rename(published / "elsewhere")
+    with pytest.raises(sb.RequestError, match="how many features are active"):
+        sb.load_sae(published / "elsewhere")
+
+
+def test_qwen_scope_of_another_width_than_its_name_is_refused(published):
+    folder = write_qwen_scope(published, d_sae=1024)
+    (folder / "layer7").mkdir()
+    weights = torch.load(folder / "layer7.sae.pt", weights_only=True)
+    save_file(weights, folder / "layer7" / "layer7.sae.safetensors")
+    with pytest.raises(sb.RequestError, match="W32K-L0_50 do not fit"):
+        sb.load_sae(folder / "layer7")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,8 +83,12 @@ def test_they_stand_in_files(gemma3):
         sb.FeatureSet("set", names, (0.5, 2.0)),
         sb.GatedCounterfactual("gate", names, (1.0, -1.0), 0.5, ((1.0, 0.0), (0.0, 1.0)), (0.0, 0.1)),
     ):
-        assert from_dict(edit.to_dict()) == edit
-        assert edit.key() == from_dict(edit.to_dict()).key()
+        for one in (edit, replace(edit, share=0.5)):
+            assert from_dict(one.to_dict()) == one
+            assert one.key() == from_dict(one.to_dict()).key()
+        assert "share" not in edit.key()  # as files from before there were shares
+        assert replace(edit, share=0.5).key() not in (edit.key(), replace(edit, share=0.25).key())
+        assert replace(edit, share=0.5).describe() == f"0.5 of the way to {edit.describe()}"
 
 
 @pytest.mark.parametrize("names", [(), ("a/b#1", "a/b#1")])

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from independent import Plain, PlainSae
 
 import sae_bias as sb
 from sae_bias.measures.costs import CostEngine
 from sae_bias.models.catalog import organism_folder
 from sae_bias.workflows import compare
-from sae_bias.workflows.compare import Curve, _part, compare_methods
+from sae_bias.workflows.compare import Curve, compare_methods
 from sae_bias.workflows.prompting import prompted_cell
 
 
@@ -277,14 +278,44 @@ def test_the_kl_of_an_instruction_is_at_the_texts_own_tokens(setting):
     assert table["kl_last"] == pytest.approx(float(kl[-1]), rel=1e-4)
 
 
-def test_half_of_a_gated_counterfactual_is_half_the_way(setting):
-    names = (str(setting[1].ref),)
-    whole = sb.GatedCounterfactual("g", names, (0.0,), 1.0, ((0.2,),), (0.5,))
-    acts = torch.tensor([[[4.0]]])
-    assert whole.new_acts(acts).item() == pytest.approx(1.3)
-    assert _part(whole, 0.5).new_acts(acts).item() == pytest.approx((4.0 + 1.3) / 2)
-    assert _part(whole, 1.0).new_acts(acts).item() == pytest.approx(1.3)
-    assert _part(sb.FeatureSet("s", names, (3.0,)), 0.5) == sb.FeatureSet("s", names, (2.0,))
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0, 1.5])
+def test_a_share_of_a_fitted_edit_is_that_share_of_the_way(gemma3, pairs, probe, monkeypatch, share):
+    """a + s · (a' - a) by a plain hook. The twin's prediction is rectified before the share is taken: where it is negative, a quarter of the
+    way from a = 4 is 3, not what the rectified mean of both would be."""
+    plain, sae = Plain.load(gemma3.folder), PlainSae.load(gemma3.sae_folder)
+    indices, layer = [1, 3], gemma3.feature(1).site.layer
+    names = tuple(str(gemma3.feature(i).ref) for i in indices)
+    scales, weights, c = torch.tensor([0.2, 2.5]), torch.tensor([[0.4, 0.3], [-1.5, -0.5]]), torch.tensor([0.3, -0.2])  # fmt: skip
+    edits = {
+        "scales": sb.FeatureSet("set", names, tuple(scales.tolist())),
+        "gated": sb.GatedCounterfactual(
+            "gate", names, (1.0, 1.0), -0.1, tuple(map(tuple, weights.tolist())), tuple(c.tolist())
+        ),
+    }
+    monkeypatch.setattr(compare, "fit_feature_set", lambda *_, kind, **__: edits[kind])
+    monkeypatch.setattr(compare, "fit_direction", lambda *_, **__: None)
+    methods = compare._fitted(gemma3.model, gemma3.feature(1), pairs, probe, 1, 0, False)
+    below = []
+
+    def by_hand(kind):
+        def delta(x):
+            a = sae.acts(x)[:, indices]
+            twin = a @ weights.T + c
+            below.append(bool(((twin < 0) & (a > 0)).any()))
+            whole = a * scales if kind == "scales" else twin.clamp(min=0)
+            on = torch.ones(len(a)) if kind == "scales" else (a.sum(1) > 0.1).float()
+            return share * on[:, None] * (whole - a) @ sae.w["w_dec"][indices]
+
+        return delta
+
+    for name, kind in (("learned set of 2", "scales"), ("gated counterfactual", "gated")):
+        [(_, edit)] = methods[name]((share,), "all")
+        for text in [p.ai for p in pairs]:
+            ids = plain.ids(text)
+            with torch.no_grad(), sb.intervene(gemma3.model, edit):
+                ours = gemma3.model.hf(input_ids=torch.tensor([ids])).logits[0].float()
+            torch.testing.assert_close(ours, plain.logits(ids, by_hand(kind), layer), atol=2e-5, rtol=1e-4)
+    assert any(below)
 
 
 def test_an_edit_that_cannot_be_fitted_is_left_out_and_said(setting, monkeypatch):

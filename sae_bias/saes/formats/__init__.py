@@ -36,7 +36,7 @@ class SaeFormat(Protocol):
     """A layout of SAE files."""
 
     weights: ClassVar[tuple[str, ...]]
-    """Names of its weights files: a folder below a given one that holds such a file is looked at."""
+    """Names of its weights files, * for any letters: a folder below a given one that holds such a file is looked at."""
 
     @staticmethod
     def matches(folder: Path) -> bool:
@@ -53,7 +53,7 @@ FORMATS: Registry[type[SaeFormat]] = Registry(
     "SAE format",
     modules=tuple(
         f"sae_bias.saes.formats.{name}"
-        for name in ("gemma_scope", "saelens", "dictionary_learning", "sparsify")
+        for name in ("gemma_scope", "saelens", "dictionary_learning", "sparsify", "llama_scope", "qwen_scope")
     ),
 )
 
