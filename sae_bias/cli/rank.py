@@ -89,6 +89,7 @@ def rank(
     from sae_bias.report.parts import short_names
     from sae_bias.saes.load import expand_saes
     from sae_bias.steering.controls import randomized_control
+    from sae_bias.workflows.contrast_study import ranking_table
 
     texts = _contrast(positive, negative, contrast)
     at_hand = run.given["grid"] is not None or run.given["pairs"] is None
@@ -110,13 +111,13 @@ def rank(
     )  # fmt: skip
     ranking = search(run.saes)
     used = {} if texts else {"grid" if on_grid else "pairs": prompts, **other, "split": split}
-    tables = {"ranking": _with_all(ranking.to_frame())}
+    tables = {"ranking": ranking_table(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
     tables |= {name: t for name, t in (("bias_parts", ranking.parts), ("predictions", ranking.predictions)) if len(t)}  # fmt: skip
     twins = [randomized_control(model, s, run.pairs, run.seed) for s in run.saes if run.given["randomized_sae"]]  # fmt: skip
     lucky = search(twins).to_frame() if twins else None
-    tables |= {} if lucky is None else {"ranking_randomized": _with_all(lucky)}
+    tables |= {} if lucky is None else {"ranking_randomized": ranking_table(lucky)}
     run.save(tables, **used, by=ranking.by)
     first = ranking.to_frame().head(top)
     run.say(
@@ -184,12 +185,6 @@ def _yield_of(frame: "pd.DataFrame") -> str:
     if "causal_ai_speech" in frame:
         found.append(f"{int((frame['causal_ai_speech'] == 'yes').sum())} causal")
     return ", ".join(found)
-
-
-def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """The table with the columns a report draws; what this ranking did not measure is missing, not zero."""
-    absent = [c for c in ("auroc", "interaction") if c not in frame]
-    return frame.assign(**dict.fromkeys(absent, float("nan")))
 
 
 def _contrast(positive: Path | None, negative: Path | None, file: str | None) -> Any:

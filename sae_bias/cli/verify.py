@@ -52,7 +52,7 @@ def verify(
         "agrees": found.agrees,
         "cells": found.n_cells,
         "of_cells": found.of_cells,
-        "checks": [c.row() for c in found.checks],
+        "checks": [vars(c) for c in found.checks],
     }
     run.write_json("verify", result)
     run.table(f"{folder}", found.to_frame(), COLUMNS)

@@ -84,7 +84,9 @@ class Ladder:
         """The effects with their intervals, and the upper bound at every layer and position."""
         from sae_bias.figures.features import ladder
 
-        return ladder(self.rungs, self.base.bias, ceilings=self.ceilings, layer=self.layer, feature=str(self.feature))
+        return ladder(
+            self.rungs, self.base.bias, ceilings=self.ceilings, layer=self.layer, feature=str(self.feature)
+        )
 
     def __repr__(self) -> str:
         lines = [

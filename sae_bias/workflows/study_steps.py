@@ -49,14 +49,13 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import CausalFigure, bias_summary, gate_facts
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
-from sae_bias.stats.design import split_templates
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.as_published import intervention_switches, probe_switches
 from sae_bias.workflows.behavior import run_identity, run_judges, run_scenario_arms, run_scenarios, run_texts
 from sae_bias.workflows.cells import Cell, Sweep
-from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, SHARES, Study
+from sae_bias.workflows.study_file import EXAMPLES, MOST_JOINT, Study
 from sae_bias.workflows.sweep import SweepResult, run_sweep
 from sae_bias.workflows.sweep_summary import beats_controls, controls_table, summarize_sweep
 from sae_bias.workflows.sweep_work import Executor
@@ -92,13 +91,13 @@ class StudyRun:
         study = self.study
         with self.bar:
             with self.step("load"):
-                self.model = load_model(
-                    study.model, device=study.device, dtype=study.dtype, device_map=study.device_map
-                )
+                self.model = load_model(study.model, **study.placement)
                 self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
-                self.probe = _probe(study, self.pairs)
+                words = load_lexicon(study.words) if study.words else None
+                self.probe = default_probe(self.pairs, words, score=study.score)
                 self.saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
-                self.split = _split(self.pairs, study)
+                held = [p.template for p in self.pairs if study.report_held_out and p.corpus is False]
+                self.split = self.pairs.split(study.seed, must_report=held)
                 self.fidelity = self.check()
             with self.step("probe"):
                 base = run_probe(self.model, self.pairs, self.probe, random_words=True)
@@ -298,15 +297,9 @@ class StudyRun:
             family=family,
         )
         result = run_sweep(
-            self.model,
-            self.pairs,
-            sweep,
-            probe=self.probe,
-            out=self.folder.root / "sweep",
-            progress=self.progress,
-            shard=self.shard,
+            self.model, self.pairs, sweep, probe=self.probe, out=self.folder.root / "sweep", progress=self.progress, shard=self.shard,
             executor=self.executor,
-        )
+        )  # fmt: skip
         self.folder.write_table("sweep", result.frame)
         return result
 
@@ -323,16 +316,10 @@ class StudyRun:
 
     def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
         after = self.on_report(sweep, "ablate")
-        frame = base.select(self.split["report"]).to_frame()[
-            ["human", "ai", "score_human", "score_ai", "bias"]
-        ]
+        scores = ["score_human", "score_ai", "bias"]
+        frame = base.select(self.split["report"]).to_frame()[["human", "ai", *scores]]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
-        for column, score in (
-            ("after_human", "score_human"),
-            ("after_ai", "score_ai"),
-            ("bias_after", "bias"),
-        ):
-            frame[column] = after[score].to_numpy()
+        frame[["after_human", "after_ai", "bias_after"]] = after[scores].to_numpy()
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 
@@ -415,11 +402,8 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
     """The chosen feature, how it is called, why it was chosen and what was tested of it."""
     if chosen is None:
         found = ranking["call"].value_counts().drop(["no"], errors="ignore")
-        others = (
-            f"; called otherwise: {', '.join(f'{call} {n:,}' for call, n in found.items())}"
-            if len(found)
-            else ""
-        )
+        calls = ", ".join(f"{call} {n:,}" for call, n in found.items())
+        others = f"; called otherwise: {calls}" if calls else ""
         why = f"no feature passed the AI-speech test: a corrected interaction and its size on held-out statements{others}"
         return {"id": None, "index": None, "called": "none", "why": why}
     row = ranking[ranking["feature"] == str(chosen)].iloc[0]
@@ -430,15 +414,12 @@ def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, 
             + effect_sentence(row)
         )
         return {"id": str(chosen), "index": chosen.index, "called": "most_causal", "why": why}
-    why = f"{most} among the features called {row['call']}"
     called = "ai_speech" if row["call"] == "AI-speech" else "silent"
-    return {
-        "id": str(chosen),
-        "index": chosen.index,
-        "called": called,
-        "why": why,
-        "tested": f"{call_sentence(row)} {effect_sentence(row)}",
-    }
+    why, tested = (
+        f"{most} among the features called {row['call']}",
+        f"{call_sentence(row)} {effect_sentence(row)}",
+    )
+    return {"id": str(chosen), "index": chosen.index, "called": called, "why": why, "tested": tested}
 
 
 def rejected_candidates(
@@ -446,47 +427,23 @@ def rejected_candidates(
 ) -> pd.DataFrame:
     """Every candidate that was looked at and not chosen, with the reason."""
     looked = set(tried) | set(ranking.head(20)["feature"]) | set(ranking.nlargest(20, "auroc")["feature"])
-    rows = []
-    row: Any
-    for row in ranking[ranking["feature"].isin(looked)].itertuples():
-        if str(row.feature) == str(chosen):
-            continue
-        if row.call == "AI-speech" and row.carrier == "damage":
-            reason = f"called AI-speech, but its ablation ({row.ablation:+.3f}) is damage: taking over the human value does not move the bias"
-        elif row.call == "AI-speech":
-            reason = f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
-        elif row.call != "no":
-            reason = f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"
-        elif row.p_fwer > 0.05:
-            reason = f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
-        elif row.interaction <= 0:
-            reason = (
-                "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
-            )
-        else:
-            reason = "significant interaction, but too small a part of its activation on held-out statements"
-        rows.append(
-            {
-                "feature": row.feature,
-                "auroc": row.auroc,
-                "interaction": row.interaction,
-                "ablation": row.ablation,
-                "reason": reason,
-            }
-        )
-    return pd.DataFrame(rows, columns=["feature", "auroc", "interaction", "ablation", "reason"])
+    rows = ranking[ranking["feature"].isin(looked - {str(chosen)})]
+    reasons = [_why_not(row) for row in rows.itertuples()]
+    return rows[["feature", "auroc", "interaction", "ablation"]].assign(reason=reasons).reset_index(drop=True)
 
 
-def _split(pairs: PromptPairs, study: Study) -> dict[str, tuple[str, ...]]:
-    families = {p.template: p.family for p in pairs}
-    held = (
-        tuple(dict.fromkeys(p.template for p in pairs if p.corpus is False)) if study.report_held_out else ()
-    )
-    return split_templates(pairs.templates, SHARES, study.seed, families=families, must_report=held)
-
-
-def _probe(study: Study, pairs: PromptPairs) -> Probe:
-    return default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
+def _why_not(row: Any) -> str:
+    if row.call == "AI-speech" and row.carrier == "damage":
+        return f"called AI-speech, but its ablation ({row.ablation:+.3f}) is damage: taking over the human value does not move the bias"
+    if row.call == "AI-speech":
+        return f"called AI-speech, but its ablation removes less ({row.ablation:+.3f})"
+    if row.call != "no":
+        return f"{row.call}: {TESTED[row.call].removeprefix('undetermined: ')}"
+    if row.p_fwer > 0.05:
+        return f"its interaction is not significant over the family (p = {row.p_fwer:.2g})"
+    if row.interaction <= 0:
+        return "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
+    return "significant interaction, but too small a part of its activation on held-out statements"
 
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:

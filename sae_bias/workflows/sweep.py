@@ -152,9 +152,7 @@ def _under_split(sweep: Sweep) -> Sweep:
     if not found:
         return sweep
     if sweep.splits is None:
-        return replace(
-            sweep, splits={name: found[0][name] for name in ("tune", "report") if name in found[0]}
-        )
+        return replace(sweep, splits={n: found[0][n] for n in ("tune", "report") if n in found[0]})
     read = set(found[0].get("discover", ())) & set(sweep.splits.get("report", ()))
     if read:
         warnings.warn(
@@ -188,18 +186,10 @@ class _Runner:
     def __init__(self, model: Model, pairs: PromptPairs, probe: Probe, sweep: Sweep):
         self.model, self.pairs, self.probe, self.sweep = model, pairs, probe, sweep
         self.vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
-        shared = (
-            FORMAT,
-            model_digest(model),
-            str(model.dtype),
-            model.device.type,
-            pairs.digest,
-            [w.word for w in self.vocabulary.kept],
-            [w.positive for w in self.vocabulary.kept],
-            probe.score,
-            probe.softcap,
-            probe.tokens,
-        )
+        kept = self.vocabulary.kept
+        words = [w.word for w in kept], [w.positive for w in kept]
+        where = model_digest(model), str(model.dtype), model.device.type
+        shared = (FORMAT, *where, pairs.digest, *words, probe.score, probe.softcap, probe.tokens)
         self.plan = Plan(sweep, model, pairs, shared)
         self.splits = {k: list(v) for k, v in (sweep.splits or {"all": pairs.templates}).items()}
         self.costed = tuple(self.plan.costed(cell) for cell in self.plan.cells)
@@ -236,15 +226,11 @@ class _Runner:
     ) -> SweepResult:
         names, groups = self.plan.names, self.plan.groups(shard)
         done: dict[str, pd.DataFrame] = {}
-        there = {
-            n for g in groups for n in (names[i] for i in g) if folder is not None and folder.has_cell(n)
-        }
-        total = sum(len(g) for g in groups)
-        at_start = sum(names[i] in there for g in groups for i in g)
-        bar = tqdm(
-            total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
-        )
-        with bar:
+        mine = sorted(i for group in groups for i in group)
+        there = {names[i] for i in mine if folder is not None and folder.has_cell(names[i])}
+        at_start = sum(names[i] in there for i in mine)
+        options: dict[str, Any] = {"total": len(mine), "initial": at_start, "disable": not progress}
+        with tqdm(desc="sweep", unit="cell", leave=False, **options) as bar:
             # a whole group runs again if one of its cells is missing: batched identically, the result is identical
             todo = [group for group in groups if any(names[i] not in there for i in group)]
             work = Work(self.model, self.pairs, self.probe, tuple(self.plan.cells), self.costed)
@@ -260,7 +246,6 @@ class _Runner:
         for name in there:
             assert folder is not None
             done[name] = folder.read_cell(name)
-        mine = sorted(i for group in groups for i in group)
         listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
         frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
         return SweepResult(frame, done, None if folder is None else folder.path)
@@ -303,10 +288,8 @@ def read_sweep(folder: RunFolder) -> dict[str, Any]:
     if not isinstance(listed, list) or not listed or not all(isinstance(c, dict) for c in listed):
         raise RequestError(f"{where} lists no cells.")
     for cell in listed:
-        strength = cell.get("strength")
-        if not all(isinstance(cell.get(k), str) for k in _CELL_TEXTS) or not isinstance(
-            strength, int | float | None
-        ):
+        named = all(isinstance(cell.get(k), str) for k in _CELL_TEXTS)
+        if not named or not isinstance(cell.get("strength"), int | float | None):
             raise RequestError(f"{where} lists a cell without its name, rule or strength.")
     if not isinstance(splits, dict) or not splits or not all(isinstance(t, list) for t in splits.values()):
         raise RequestError(f"{where} names no splits.")
