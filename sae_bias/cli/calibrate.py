@@ -1,11 +1,9 @@
 """`sae-bias calibrate`: does the toolkit recover a planted feature, and report none in a control model?"""
 
-import datetime
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, rows
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.core.labels import columns_of
 
@@ -96,22 +94,15 @@ def present(
     if out is not None:
         page = _save(out, found, question, lines, seed)
         console.note(f"written: {page}")
-    console.finish(
-        {
-            "passed": found.passed,
-            "marks": _records(frame),
-            "tables": {k: _records(v) for k, v in found.tables.items() if k != "effects"},
-            "lines": list(lines),
-            "notes": list(found.notes),
-            "out": None if out is None else str(out),
-        }
-    )
+    tables = {k: rows(v) for k, v in found.tables.items() if k != "effects"}
+    console.finish({
+        "passed": found.passed, "marks": rows(frame), "tables": tables, "lines": list(lines), "notes": list(found.notes),
+        "out": None if out is None else str(out),
+    })  # fmt: skip
     if missed:
-        raise GateError(
-            f"{len(missed)} of {len(frame)} marks missed: "
-            + "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
-            + (" …" if len(missed) > 5 else ".")
-        )
+        first = "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
+        rest = " …" if len(missed) > 5 else "."
+        raise GateError(f"{len(missed)} of {len(frame)} marks missed: {first}{rest}")
 
 
 def _own_design(
@@ -147,49 +138,21 @@ def power_table(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 def _save(out: Path, found: "Calibration", question: str, lines: tuple[str, ...], seed: int) -> Path:
     """The tables, a manifest and the page into `out`."""
-    from sae_bias.core.versions import git_state, versions
+    from sae_bias.core.versions import git_state
     from sae_bias.report.page import write_report
-    from sae_bias.runs.folder import SCHEMA, RunFolder
+    from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import manifest_of_several
 
-    manifest = {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions(),
-        "model": {"name": "the calibration organisms", "organism": True},
-        "saes": [],
-        "seed": seed,
-        "git": git_state(),
-    }
+    organisms = {"name": "the calibration organisms", "organism": True}
+    manifest = manifest_of_several(model=organisms, saes=[], seed=seed, git=git_state())
     missed = [m.mark for m in found.marks if not m.passed]
-    summary = {
-        "question": question,
-        "notes": list(found.notes),
-        "calibration": {
-            "passed": found.passed,
-            "n_marks": len(found.marks),
-            "missed": missed,
-            "lines": list(lines),
-        },
-    }
+    figures = {"passed": found.passed, "n_marks": len(found.marks), "missed": missed, "lines": list(lines)}
+    summary = {"question": question, "notes": list(found.notes), "calibration": figures}
     folder = RunFolder(out)
     with folder.writing():
         folder.write_json("manifest", manifest)
         folder.write_json("summary", summary)
         folder.write_table("marks", found.to_frame())
         for name, frame in found.tables.items():
-            folder.write_table(TABLE_NAMES.get(name, name), frame)
+            folder.write_table("trained_saes" if name == "saes" else name, frame)
     return write_report(out)
-
-
-TABLE_NAMES = {"saes": "trained_saes"}
-
-
-def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Rows as plain values; what is missing or endless is null."""
-    import math
-
-    return [
-        {str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in frame.to_dict(orient="records")
-    ]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from sae_bias.cli.context import FROM_FEATURE, Run, command, rows
+from sae_bias.cli.context import FROM_FEATURE, Run, command, picked, rows
 
 
 @command(
@@ -47,24 +47,17 @@ def card(
     run.note_gate()
     if page is not None:
         run.note(f"dashboard: {page}")
-    a = made.activity
+    twin_of = made.twin and {"feature": str(made.twin.ref), "cosine": made.twin.cosine}
+    neighbours = [{"feature": str(n.ref), "cosine": n.cosine} for n in made.neighbours]
     run.done(
         {
             "feature": str(made.feature),
-            "collection": a.collection,
-            "n_tokens": a.n_tokens,
-            "n_fired": a.n_fired,
-            "density": a.density,
-            "largest": a.largest,
+            **picked(made.activity, "collection n_tokens n_fired density largest"),
+            **picked(made, "page description notes"),
             "passages": rows(made.to_frame()),
             "words": rows(made.words()),
-            "neighbours": [{"feature": str(n.ref), "cosine": n.cosine} for n in made.neighbours],
-            "twin": None
-            if made.twin is None
-            else {"feature": str(made.twin.ref), "cosine": made.twin.cosine},
-            "page": made.page,
-            "description": made.description,
-            "notes": list(made.notes),
+            "neighbours": neighbours,
+            "twin": twin_of,
             "card": None if page is None else str(page),
         }
     )

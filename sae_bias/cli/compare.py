@@ -52,13 +52,8 @@ def compare(
         run.say(line)
     run.say(repr(result.ridge))
     run.note_gate()
-    run.done(
-        {
-            "feature": str(feature.ref),
-            "methods": result.table.to_dict(orient="records"),
-            "ridge": rows(result.ridge.frame),
-        }
-    )
+    methods = result.table.to_dict(orient="records")
+    run.done({"feature": str(feature.ref), "methods": methods, "ridge": rows(result.ridge.frame)})
 
 
 def _headline(table: "pd.DataFrame") -> list[str]:

@@ -160,15 +160,6 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     return found
 
 
-def make_edit(
-    kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
-) -> "Intervention":
-    """One intervention from --edit and --strength."""
-    from sae_bias.steering.intervention import edit_of
-
-    return edit_of(kind, feature, strength, positions=positions, when=None if when == "active" else when)
-
-
 def once(given: Sequence[str], option: str) -> Sequence[str]:
     """What an option that may be repeated was given, each value once.
 
@@ -314,21 +305,21 @@ class Run(Console):
         from sae_bias.saes.ids import FeatureRef, SaeId
 
         given = {**self.given, **own}
-        for name, what in (
-            ("study", "study file"),
-            ("studies", "study file"),
-            ("folder", "run folder"),
-            ("runs", "run folder"),
+
+        def named(*names: str) -> list[Any]:
+            return [value for name in names for value in _listed(given.get(name))]
+
+        for what, paths in (
+            ("study file", named("study", "studies")),
+            ("run folder", named("folder", "runs")),
         ):
-            for path in _listed(given.get(name)):
+            for path in paths:
                 if not Path(path).exists():
                     raise RequestError(f"there is no {what} {path}.")
-        for name in filter(None, (given.get("model"), given.get("of"))):
-            check_name(name)
-        named = _listed(given.get("feature")) + _listed(given.get("features"))
-        for sae in [FeatureRef.parse(f).sae for f in named] + [
-            SaeId.parse(s) for s in _listed(given.get("sae"))
-        ]:
+        for model in named("model", "of"):
+            check_name(model)
+        features = [FeatureRef.parse(f).sae for f in named("feature", "features")]
+        for sae in [*features, *(SaeId.parse(s) for s in named("sae"))]:
             sae.check_name()
         for name in ("pairs", "grid"):
             if self.given.get(name) is not None:
@@ -436,13 +427,15 @@ class Run(Console):
             raise RequestError(
                 f"--strength {strength!r}: one value here; `sweep` and `generate` take several."
             )
+        return self.edits_at(value, sizes)
+
+    def edits_at(self, value: float | None, sizes: Sequence[float]) -> "list[Intervention]":
+        """--edit of every --feature at one strength, in units of `sizes`."""
+        from sae_bias.steering.intervention import edit_of
+
+        kind, positions = self.given["edit"], self.given["positions"]
         return [
-            make_edit(
-                self.given["edit"],
-                f.ref,
-                None if value is None else value * size,
-                positions=self.given["positions"],
-            )
+            edit_of(kind, f.ref, None if value is None else value * size, positions=positions)
             for f, size in zip(self.features, sizes, strict=True)
         ]
 
@@ -517,16 +510,11 @@ class Run(Console):
         """The gate's figures in one line."""
         found = self.fidelity
         error = max((f.residual_max_rel_error for f in found), default=0.0)
-        parts = [
-            f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}"
-            + (f" (label {f.label_l0:.0f})" if f.label_l0 else "")
-            for f in found[:4]
-        ]
+        label = {f.sae: f" (label {f.label_l0:.0f})" if f.label_l0 else "" for f in found}
+        parts = [f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}{label[f.sae]}" for f in found[:4]]
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         if found:
-            self.note(
-                f"fidelity: residual as Hugging Face's to {error:.1e} of its size; {'; '.join(parts)}{more}"
-            )
+            self.note(f"fidelity: residual as Hugging Face's to {error:.1e} of its size; {'; '.join(parts)}{more}")  # fmt: skip
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """The manifest of this run; `more` may name another model, SAEs, prompts."""
@@ -567,6 +555,11 @@ class Run(Console):
         model = {} if self.model is None else {"model": self.model.name}
         gate = {"gate": self.gate} if self.fidelity else {}
         self.finish({**model, **data, **gate, "out": None if self.out is None else str(self.out)})
+
+
+def picked(found: Any, names: str) -> dict[str, Any]:
+    """Some fields of a result by name, for JSON."""
+    return {name: getattr(found, name) for name in names.split()}
 
 
 def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:

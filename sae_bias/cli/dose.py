@@ -77,11 +77,10 @@ def dose(
     if judge is not None:
         read = Judged(Judge(judge, base_url, api_key), part, run.out, ask_to_send)
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
-    edits = (
-        _edits(run, values, run.sizes(model))
-        if direction is None
-        else _direction(run, model, asked, direction, values)
-    )
+    if direction is None:
+        edits = _edits(run, values, run.sizes(model))
+    else:
+        edits = _direction(run, model, asked, direction, values)
     options: dict[str, Any] = {
         "controls": controls,
         "capability": capability,
@@ -89,15 +88,9 @@ def dose(
         **run.chat,
         "seed": run.seed,
     }
-    result = dose_response(
-        model, asked, edits, read, **options, max_new_tokens=max_new_tokens, progress=run.progress
-    )
-    facts = {
-        **options,
-        "max_new_tokens": max_new_tokens,
-        "behavior": result.behavior,
-        "edits": [e.to_dict() for e in edits],
-    }
+    options["max_new_tokens"] = max_new_tokens
+    result = dose_response(model, asked, edits, read, **options, progress=run.progress)
+    facts = {**options, "behavior": result.behavior, "edits": [e.to_dict() for e in edits]}
     run.save(result.tables(), {"behavior": result.summary()}, behavior=facts)
     run.say(
         f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {result.frame['n'].iloc[0]} prompts"

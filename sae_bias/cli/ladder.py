@@ -35,13 +35,8 @@ def ladder(run: Run, layers: str | None = None, single_positions: Annotated[int,
     result = climb(model, feature, pairs, probe, layers=at, positions=single_positions, progress=run.progress)
     tables = {"ladder": result.to_frame(), "ceilings": result.ceilings, "direct_words": result.words}
     figures = {"feature": str(result.feature), "layer": result.layer, "bias": result.base.bias}
-    run.save(
-        tables,
-        {"ladder": figures},
-        pairs=pairs,
-        vocabulary=result.base.vocabulary,
-        feature=str(result.feature),
-    )
+    feature = str(result.feature)
+    run.save(tables, {"ladder": figures}, pairs=pairs, vocabulary=result.base.vocabulary, feature=feature)
     run.say(
         f"{result.feature}: unsteered bias {result.base.bias:+.3f} nats over {result.base.n_pairs} pairs; ablation removes "
         f"{result['necessity']:+.3f}, any edit after the subject at layer {result.layer} could remove {result['ceiling']:+.3f}"
@@ -50,12 +45,5 @@ def ladder(run: Run, layers: str | None = None, single_positions: Annotated[int,
     run.table("The causal analysis", result.to_frame(), COLUMNS)
     if result.note:
         run.note(result.note)
-    run.done(
-        {
-            **figures,
-            "rungs": rows(result.to_frame()),
-            "ceilings": rows(result.ceilings),
-            "words": rows(result.words),
-            "note": result.note or None,
-        }
-    )
+    found = {"rungs": result.to_frame(), "ceilings": result.ceilings, "words": result.words}
+    run.done({**figures, **{name: rows(table) for name, table in found.items()}, "note": result.note or None})

@@ -1,6 +1,6 @@
 """`sae-bias match`: the counterpart of a feature in another model."""
 
-from sae_bias.cli.context import Run, command, rows
+from sae_bias.cli.context import Run, command, picked, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -53,16 +53,8 @@ def match(
     run.say(f"{found.feature} of {own}, on in {found.profile_class}: {found.verdict}")
     run.note_gate()
     run.table("The most similar features", found.to_frame(), COLUMNS)
-    run.done(
-        {
-            **figures,
-            "margin": found.margin,
-            "class": found.profile_class,
-            "n_prompts": found.n_prompts,
-            "family_size": found.family_size,
-            "candidates": rows(found.to_frame()),
-        }
-    )
+    more = picked(found, "margin n_prompts family_size") | {"class": found.profile_class}
+    run.done({**figures, **more, "candidates": rows(found.to_frame())})
 
 
 def _model_of(release: str, named: str | None) -> str | None:

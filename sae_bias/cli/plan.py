@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sae_bias.cli.context import Console, Run, command
+from sae_bias.cli.context import Console, Run, command, picked
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sae_bias.workflows.plan import ModelPlan, StudyPlan
+    from sae_bias.workflows.plan_costs import Step
 
 
+SUMS = "seconds flops download_bytes disk_bytes"
 STEP_COLUMNS = columns_of(
     "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"
 )
@@ -57,23 +59,20 @@ def plan(
     machine = named(hardware, flops=flops)
     given = {} if dtype is None else {"dtype": _checked(dtype)}
     plans = [plan_study(load_study(path).model_copy(update=given), machine) for path in studies]
-    found = {
-        "hardware": {
-            "name": machine.name,
-            "label": machine.label,
-            "bfloat16_flops": machine.bfloat16,
-            "float32_flops": machine.float32,
-            "memory_bytes": machine.memory,
-            "source": machine.source,
-            "assumed_utilisation": machine.utilisation,
-            "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
-        },
-        "studies": [_facts(p) for p in plans],
-        "seconds": sum(p.seconds for p in plans),
-        "flops": sum(p.flops for p in plans),
-        "download_bytes": sum(p.download_bytes for p in plans),
-        "disk_bytes": sum(p.disk_bytes for p in plans),
+    rates = {
+        "bfloat16_flops": machine.bfloat16,
+        "float32_flops": machine.float32,
+        "memory_bytes": machine.memory,
     }
+    assumed = {
+        "assumed_utilisation": machine.utilisation,
+        "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
+    }
+    found: dict[str, Any] = {
+        "hardware": {**picked(machine, "name label source"), **rates, **assumed},
+        "studies": [{"study": p.name, **picked(p, SUMS), "models": [_model_facts(m) for m in p.models]} for p in plans],
+        **{name: sum(getattr(p, name) for p in plans) for name in SUMS.split()},
+    }  # fmt: skip
     run.write_json("plan", found)
     _show(run, plans)
     if len(plans) > 1:
@@ -153,52 +152,18 @@ def _steps(models: "list[ModelPlan]") -> "pd.DataFrame":
     )
 
 
-def _facts(study: "StudyPlan") -> dict[str, Any]:
-    return {
-        "study": study.name,
-        "seconds": study.seconds,
-        "flops": study.flops,
-        "download_bytes": study.download_bytes,
-        "disk_bytes": study.disk_bytes,
-        "models": [_model_facts(m) for m in study.models],
-    }
-
-
 def _model_facts(m: "ModelPlan") -> dict[str, Any]:
     return {
-        "model": m.model.name,
-        "architecture": m.model.architecture,
-        "parameters": m.model.n_params,
-        "dtype": m.dtype,
-        "weights_bytes": m.weights,
-        "device_bytes": m.device_bytes,
-        "host_bytes": m.host_bytes,
-        "peak_step": m.peak.name,
-        "fits": m.fits,
-        "advice": m.advice(),
-        "cells": m.cells,
-        "saes": len(m.saes),
-        "features": sum(s.d_sae for s in m.saes),
-        "saes_not_counted": list(m.unknown_saes),
-        "sae_bytes": sum(s.n_bytes for s in m.saes),
-        "checkpoint_bytes": m.model.n_checkpoint_bytes,
-        "download_bytes": m.download_bytes,
-        "disk_bytes": m.disk_bytes,
-        "seconds": m.seconds,
-        "flops": m.flops,
-        "steps": [
-            {
-                "step": s.name,
-                "flops": s.flops,
-                "token_layers": s.token_layers,
-                "seconds": s.seconds,
-                "parts_bytes": s.parts,
-                "read_bytes": s.read_bytes,
-                "table_bytes": s.host_bytes,
-            }
-            for s in m.steps
-        ],
-    }
+        **picked(m, f"dtype device_bytes host_bytes fits cells {SUMS}"), "model": m.model.name, "architecture": m.model.architecture,
+        "parameters": m.model.n_params, "checkpoint_bytes": m.model.n_checkpoint_bytes, "weights_bytes": m.weights, "peak_step": m.peak.name,
+        "advice": m.advice(), "saes": len(m.saes), "features": sum(s.d_sae for s in m.saes), "sae_bytes": sum(s.n_bytes for s in m.saes),
+        "saes_not_counted": list(m.unknown_saes), "steps": [_step_facts(s) for s in m.steps],
+    }  # fmt: skip
+
+
+def _step_facts(s: "Step") -> dict[str, Any]:
+    sizes = {"parts_bytes": s.parts, "table_bytes": s.host_bytes}
+    return {"step": s.name, **picked(s, "flops token_layers seconds read_bytes"), **sizes}
 
 
 def _size(n: float) -> str:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
@@ -88,40 +88,24 @@ def probe(
         columns_of("word; side; contribution: adds to the bias; human: after human; ai: after AI"),
     )
     if checked is not None:
-        shown = {
-            "check": "check",
-            "value": "value",
-            "ci_low": "from",
-            "ci_high": "to",
-            "p_value": "p",
-            "says": "",
-        }
+        shown = columns_of("check; value; ci_low; ci_high; p_value; says:  ")
         run.table("Checks", checked.summary, shown)
         for name, why in checked.skipped.items():
             run.note(f"not checked: {name} ({why})")
-    run.done(
-        {
-            "score": score,
-            "bias": result.bias,
-            "ci": list(result.ci),
-            "p_value": result.p_value,
-            "n_pairs": result.n_pairs,
-            "n_templates": result.stat.n_templates,
-            "n_entities": result.stat.n_entities,
-            "reason": result.stat.reason or None,
-            "control_bias": summary.get("control_bias"),
-            "difference_in_differences": summary.get("difference_in_differences"),
-            "mass": figures.mass and figures.mass.facts(),
-            "random_words": figures.random_words and figures.random_words.facts(),
-            "warnings": list(figures.warnings),
-            "words": rows(per_word),
-            "words_left_out": excluded,
-            "sides": list(prompts.sides),
-            "chat": chat,
-            "checks": None if checked is None else rows(checked.summary),
-            "not_checked": None if checked is None else checked.skipped,
-        }
+    done = picked(result, "bias p_value n_pairs") | picked(result.stat, "n_templates n_entities")
+    done |= {name: summary.get(name) for name in ("control_bias", "difference_in_differences")}
+    done |= {name: (part := getattr(figures, name)) and part.facts() for name in ("mass", "random_words")}
+    done |= {
+        "score": score,
+        "ci": list(result.ci),
+        "reason": result.stat.reason or None,
+        "warnings": list(figures.warnings),
+    }
+    done |= {"words": rows(per_word), "words_left_out": excluded, "sides": list(prompts.sides), "chat": chat}
+    done["checks"], done["not_checked"] = (
+        (None, None) if checked is None else (rows(checked.summary), checked.skipped)
     )
+    run.done(done)
 
 
 def _audit(run: Run, model: "Model", prompts: "PromptPairs", chosen: "Probe") -> None:

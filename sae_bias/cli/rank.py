@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -146,22 +146,12 @@ def rank(
     for title, table, shown in (("Where the bias lies", parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
         if len(table):
             run.table(title, table, shown)
-    run.done(
-        {
-            "saes": [str(s.id) for s in run.saes],
-            "by": ranking.by,
-            "family_size": ranking.family_size,
-            "n_units": ranking.n_units,
-            "units": ranking.units,
-            "note": ranking.note or None,
-            "split": split,
-            "features": rows(first),
-            "randomized": None if lucky is None else rows(lucky.head(top)),
-            "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
-            "bias_parts": rows(ranking.parts),
-            "predictions": rows(ranking.predictions),
-        }
-    )
+    cumulative = None if ranking.cumulative is None else rows(ranking.cumulative)
+    run.done({
+        "saes": [str(s.id) for s in run.saes], **picked(ranking, "by family_size n_units units"), "note": ranking.note or None, "split": split,
+        "features": rows(first), "randomized": None if lucky is None else rows(lucky.head(top)), "cumulative": cumulative,
+        "bias_parts": rows(ranking.parts), "predictions": rows(ranking.predictions),
+    })  # fmt: skip
 
 
 def _write_list(path: Path, features: list[str]) -> str:

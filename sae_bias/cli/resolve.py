@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of(
@@ -57,16 +57,9 @@ def resolve(
     run.table("Candidates, best fit first", found.to_frame(), COLUMNS)
     for name, table in found.tables.items():
         run.table(name, table.reset_index(), {"subject": "subject", **{c: str(c) for c in table.columns}})
-    run.done(
-        {
-            **figures,
-            "tie_broken": found.tie_broken,
-            "score": SCORE,
-            "bytes_read": found.bytes_read,
-            "candidates": rows(found.to_frame()),
-            "tables": {name: table.T.to_dict() for name, table in found.tables.items()},
-        }
-    )
+    tables = {name: table.T.to_dict() for name, table in found.tables.items()}
+    more = {"score": SCORE, "candidates": rows(found.to_frame()), "tables": tables}
+    run.done({**figures, **picked(found, "tie_broken bytes_read"), **more})
 
 
 def _asks(yes: bool):

@@ -1,6 +1,6 @@
 """`sae-bias scenarios`: which option a model leans to in safety-style scenarios, before and after an edit of one feature."""
 
-from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of("category; n: scenarios; aligned_before: aligned; p_before: p(aligned)")
@@ -36,13 +36,8 @@ def scenarios(
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
     edits = run.edits_in(model)
     tables, summary = run_scenarios(model, items, edits, **run.chat, roles=roles, progress=run.progress)
-    facts = {
-        "name": items.name,
-        "n": len(items),
-        "digest": items.digest,
-        **run.chat,
-        "edits": [e.to_dict() for e in edits],
-    }
+    made = {"edits": [e.to_dict() for e in edits]}
+    facts = {**picked(items, "name digest"), "n": len(items), **run.chat, **made}
     run.save(tables, {"scenarios": summary}, scenarios=facts)
     for line in scenario_lines(summary):
         run.say(line)
@@ -51,11 +46,4 @@ def scenarios(
     table = tables["scenario_categories"]
     wanted = table[(table["form"] == summary.form) & (table["score"] == summary.score)]
     run.table(f"By category ({summary.form}, {summary.score})", wanted, COLUMNS | (AFTER if edits else {}))
-    run.done(
-        {
-            "edits": [e.to_dict() for e in edits],
-            **summary,
-            "by_category": rows(table),
-            "scenarios": rows(tables["scenarios"]),
-        }
-    )
+    run.done({**made, **summary, "by_category": rows(table), "scenarios": rows(tables["scenarios"])})

@@ -47,14 +47,9 @@ def table(run: Run, format: str | None = None, positions: str = "last") -> None:
         _show(run, result)
         run.note_gate()
     columns = ["subject", "group", "statement", "act", "match", "content", "activation"]
-    run.done(
-        {
-            "feature": str(result.feature),
-            "positions": positions,
-            "max": float(result.activations.max()),
-            "rows": rows(result.long()[columns]),
-        }
-    )
+    most = float(result.activations.max())
+    found = {"feature": str(result.feature), "positions": positions, "max": most}
+    run.done({**found, "rows": rows(result.long()[columns])})
 
 
 def _show(console: Console, result: "ActivationTable") -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from sae_bias.cli.context import Run, command
+from sae_bias.cli.context import Run, command, picked
 from sae_bias.core.errors import GateError
 
 COLUMNS = {
@@ -44,16 +44,10 @@ def verify(
     """
     from sae_bias.workflows.verify import verify_run
 
-    found = verify_run(
-        folder, cells=None if all else cells, model=model, device=device, progress=run.progress
-    )
-    result = {
-        "run": str(folder),
-        "agrees": found.agrees,
-        "cells": found.n_cells,
-        "of_cells": found.of_cells,
-        "checks": [vars(c) for c in found.checks],
-    }
+    wanted = None if all else cells
+    found = verify_run(folder, cells=wanted, model=model, device=device, progress=run.progress)
+    figures = {"run": str(folder), **picked(found, "agrees of_cells"), "cells": found.n_cells}
+    result = figures | {"checks": [vars(c) for c in found.checks]}
     run.write_json("verify", result)
     run.table(f"{folder}", found.to_frame(), COLUMNS)
     counts = f"{len(found.checks) - len(found.differing)} of {len(found.checks)} checks without a difference"
@@ -62,6 +56,5 @@ def verify(
     run.finish(result)
     if not found.agrees:
         first = found.differing[0]
-        raise GateError(
-            f"{folder} differs in {len(found.differing)} checks; the first: {first.what}: {first.detail}"
-        )
+        n = len(found.differing)
+        raise GateError(f"{folder} differs in {n} checks; the first: {first.what}: {first.detail}")
