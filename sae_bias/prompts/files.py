@@ -332,13 +332,13 @@ def bundled_yaml(name: str) -> Any:
     return read_yaml(DATA / name).value
 
 
-def read_rows(path: Path, model: type[BaseModel]) -> list[Row]:
-    """The rows of a .csv or .jsonl file, with a misspelled column refused."""
+def read_rows(path: Path, model: type[BaseModel] | None = None) -> list[Row]:
+    """The rows of a .csv or .jsonl file, with a misspelled column of `model` refused."""
     text = read_text(path, MAX_ROW_BYTES)
     rows = list(_csv_rows(path.name, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path.name, text))
     if not rows:
         raise RequestError(f"{path.name} has a header and no rows. It needs at least one row.")
-    return checked_rows(rows, model)
+    return rows if model is None else checked_rows(rows, model)
 
 
 def checked_rows(rows: list[Row], model: type[BaseModel]) -> list[Row]:
@@ -504,11 +504,11 @@ def _why(error: Any, model: type[BaseModel]) -> str:
         return "is missing"
     if kind == "too_short":
         return "is an empty list; give at least one entry"
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(error["loc"][-1])[:40]
         near = difflib.get_close_matches(key, _keys(model), 1, 0.6)
         return "is not a known key" + (f'; "{near[0]}" is' if near else "")
-    if kind in ("string_type", "model_type", "dict_type", "list_type", "tuple_type"):
+    if kind in ("string_type", "model_type", "dataclass_type", "dict_type", "list_type", "tuple_type"):
         expected = {
             "string_type": "a text; put it in quotes" if isinstance(error.get("input"), bool) else "a text",
             "list_type": "a list",
