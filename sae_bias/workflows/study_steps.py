@@ -26,7 +26,7 @@ from sae_bias.discovery.causal import ladder_layers, ladder_of
 from sae_bias.discovery.dashboards import feature_card
 from sae_bias.discovery.effects import effect_sentence, first_by_prediction, measure_effects, predict_effects
 from sae_bias.discovery.ranking import Ranking, rank_features
-from sae_bias.discovery.tables import ActivationTable, activation_table
+from sae_bias.discovery.tables import activation_table
 from sae_bias.measures.base import run_measures
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
@@ -38,8 +38,8 @@ from sae_bias.probe.checks_subjects import decompose
 from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe, default_probe
-from sae_bias.prompts.grid import PromptGrid
+from sae_bias.probe.words import default_probe
+from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import load_scenarios
@@ -71,8 +71,7 @@ class StudyRun:
     """The steps of one study, each writing its tables."""
 
     def __init__(
-        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor,
-        confirm: Confirm | None,
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor, confirm: Confirm | None,
     ):  # fmt: skip
         self.executor, self.confirm = executor, confirm
         self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
@@ -80,12 +79,10 @@ class StudyRun:
         self.notes: list[str] = []
         self.chosen: FeatureRef | None = None
         self.logits_error: float | None = None
-        steps = (["checks"] if study.checks else []) + (
-            ["switches"] if study.profile == "as_published" else []
+        n_steps = (
+            2 + study.checks + (study.profile == "as_published") + (5 + study.checks if study.saes else 0)
         )
-        if study.saes:
-            steps += ["rank", "table", "sweep", "joint", "behavior"] + (["feature"] if study.checks else [])
-        self.bar = tqdm(total=2 + len(steps), desc="study", unit="step", disable=not progress, leave=False)
+        self.bar = tqdm(total=n_steps, desc="study", unit="step", disable=not progress, leave=False)
 
     def run(self) -> dict[str, Any]:
         study = self.study
@@ -107,7 +104,7 @@ class StudyRun:
                 with self.step("checks"):
                     checks = run_checks(self.model, base.pairs, base=base, seed=self.study.seed)
                 self.add(
-                    (checks.run_tables(), [f"not checked: {n} ({why})" for n, why in checks.skipped.items()])
+                    checks.run_tables(), [f"not checked: {n} ({why})" for n, why in checks.skipped.items()]
                 )
                 summary |= checks.facts | {"warnings": checks.warnings}
             else:
@@ -116,9 +113,7 @@ class StudyRun:
                 summary |= self.discover(base)
             if self.study.profile == "as_published" and self.shard is None:
                 with self.step("switches"):
-                    self.add(
-                        switch_tables(self.model, self.pairs, self.probe, base, self.chosen, self.study.seed)
-                    )
+                    self.add(*self.switches(base))
             summary["truth"] = _truth(self.model)
             summary["seconds"] = self.seconds
         return summary
@@ -179,9 +174,25 @@ class StudyRun:
             called = ranking.loc[ranking["feature"] == str(chosen), "call"].iloc[0]
             family = ranking.loc[ranking["call"] == called, "feature"] if called in CHOSEN else [str(chosen)]
             sweep = self.sweep(chosen, discover, list(family))
-        if self.shard is not None:
-            return self.one_shard(chosen_facts(ranking, chosen), sweep)
-        summary = {**self.suppressed(chosen, sweep), "feature": chosen_facts(ranking, chosen)}
+        facts = chosen_facts(ranking, chosen)
+        if self.shard is not None:  # a shard ends with its cells; figures need all of them
+            i, n = self.shard
+            done = (
+                f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done"
+            )
+            return {
+                "feature": {
+                    **facts,
+                    "why": f"{done}: sae-bias merge {self.folder.root}, then the same command without --shard",
+                }
+            }
+        report = sweep.frame[sweep.frame["split"] == "report"]
+        self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
+        summary = {
+            "controls": {"n": 0},
+            **summarize_sweep(sweep.frame, str(chosen), chosen.index),
+            "feature": facts,
+        }
         if called in CHOSEN:
             causal = beats_controls(summary)
             ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
@@ -193,28 +204,38 @@ class StudyRun:
             summary |= self.behavior(chosen)
         if self.study.checks:
             with self.step("feature"):
-                tables, notes, summary["ladder"] = causal_tables(self.report, chosen)
-                self.add((tables, notes))
+                summary["ladder"] = self.causal(chosen)
                 found = run_measures(self.report, (Ablate(chosen),))
-                self.write_tables(found.tables)
+                self.add(found.tables)
+                page = self.folder.path / "cards" / f"{chosen.index}.html"
+                page.parent.mkdir(exist_ok=True)
+                feature_card(self.model, chosen, table=table).to_html(page)
                 summary |= found.summary
-                self.write_card(chosen, table)
         return summary
 
-    def one_shard(self, chosen: dict[str, Any], sweep: SweepResult) -> dict[str, Any]:
-        """A shard ends with its cells; figures need all of them."""
-        assert self.shard is not None
-        i, n = self.shard
-        why = (
-            f"shard {i}/{n}, {sweep.frame['cell'].nunique()} cells with the base; when all {n} are done: "
-            f"sae-bias merge {self.folder.root}, then the same command without --shard"
-        )
-        return {"feature": {**chosen, "why": why}}
-
-    def add(self, found: tuple[Mapping[str, pd.DataFrame], list[str]]) -> None:
-        tables, notes = found
-        self.write_tables(tables)
+    def add(self, tables: Mapping[str, pd.DataFrame], notes: Sequence[str] = ()) -> None:
+        for name, frame in tables.items():
+            self.folder.write_table(name, frame)
         self.notes += notes
+
+    def causal(self, chosen: FeatureRef) -> CausalFigure:
+        """The causal analysis of the chosen feature on the report pairs."""
+        climbed = ladder_of(self.report, as_feature(chosen))
+        tables = {"ladder": climbed.to_frame(), "ceilings": climbed.ceilings, "direct_words": climbed.words}
+        self.add(tables, [climbed.note] if climbed.note else [])
+        return CausalFigure(feature=str(chosen), layer=climbed.layer, bias=climbed.base.bias)
+
+    def switches(self, base: ProbeResult) -> tuple[Tables, list[str]]:
+        """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (docs/method.md#verdict-on-a-published-figure)."""
+        tables = {"switches_probe": probe_switches(self.model, self.pairs, self.probe, base=base)}
+        if self.chosen is None:
+            return tables, ["no feature was chosen, so the intervention's switches were not run"]
+        try:
+            asked = self.model, self.pairs, self.chosen, self.probe
+            tables["switches_intervention"] = intervention_switches(*asked, seed=self.study.seed)
+        except RequestError as error:
+            return tables, [f"the intervention's switches were not run: {error}"]
+        return tables, []
 
     @property
     def sites(self) -> list[Site]:
@@ -232,12 +253,6 @@ class StudyRun:
         layers = [] if self.chosen is None else ladder_layers(self.model, as_feature(self.chosen).site.layer)
         pairs = self.pairs.select(templates=self.split["report"])
         return ProbeEngine(self.model, pairs, self.probe, sites=[Site(layer) for layer in layers])
-
-    def write_card(self, chosen: FeatureRef, table: ActivationTable) -> None:
-        """cards/INDEX.html in the run folder."""
-        page = self.folder.path / "cards" / f"{chosen.index}.html"
-        page.parent.mkdir(exist_ok=True)
-        feature_card(self.model, chosen, table=table).to_html(page)
 
     def rank(
         self, separation: Ranking, interaction: Ranking, engine: ProbeEngine
@@ -261,7 +276,7 @@ class StudyRun:
         called = frame.index[frame["ai_speech"] == "yes"][:most]
         first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
         found = measure_effects(frame, engine, first, found, progress=self.progress)
-        self.write_tables({"bias_parts": found.parts, "predictions": found.predictions})
+        self.add({"bias_parts": found.parts, "predictions": found.predictions})
         self.notes += [f"{n[:1].upper()}{n[1:]}." for n in re.split(r"; (?!and )", found.note)]
         tried = list(frame.loc[first, "feature"])
         frame["causal_ai_speech"] = np.where(frame["ai_speech"] == "no", "no", "undetermined")
@@ -281,11 +296,10 @@ class StudyRun:
         feature = as_feature(chosen)
         top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
         direction = difference_of_means(self.model, discover, feature.site)
+        top = float(top)
         cells = [Cell((Ablate(chosen),), label="ablate")]
-        cells += [
-            Cell((Clamp(chosen, s * float(top)),), label=f"clamp {s:g} × max") for s in self.study.strengths
-        ]
-        cells.append(Cell((Clamp(chosen, float(top)),), "opposite", "clamp +1 × max (opposite sign)"))
+        cells += [Cell((Clamp(chosen, s * top),), label=f"clamp {s:g} × max") for s in self.study.strengths]
+        cells.append(Cell((Clamp(chosen, top),), "opposite", "clamp +1 × max (opposite sign)"))
         cells.append(Cell((ProjectOut(direction),), "direction", "difference of means, projected out"))
         splits = {name: self.split[name] for name in ("tune", "report")}
         sweep = Sweep(
@@ -303,19 +317,9 @@ class StudyRun:
         self.folder.write_table("sweep", result.frame)
         return result
 
-    def suppressed(self, chosen: FeatureRef, sweep: SweepResult) -> dict[str, Any]:
-        report = sweep.frame[sweep.frame["split"] == "report"]
-        self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
-        return {"controls": {"n": 0}, **summarize_sweep(sweep.frame, str(chosen), chosen.index)}
-
-    def on_report(self, sweep: SweepResult, label: str) -> pd.DataFrame:
-        """The report pairs of one cell of the sweep, in the order of the pairs."""
-        name = sweep.frame.loc[sweep.frame["label"] == label, "cell"].iloc[0]
-        cell = sweep.cells[str(name)]
-        return cell[cell["template"].isin(list(self.split["report"]))]
-
     def write_examples(self, base: ProbeResult, sweep: SweepResult) -> None:
-        after = self.on_report(sweep, "ablate")
+        after = sweep.cells[str(sweep.frame.loc[sweep.frame["label"] == "ablate", "cell"].iloc[0])]
+        after = after[after["template"].isin(list(self.split["report"]))]  # in the order of the pairs
         scores = ["score_human", "score_ai", "bias"]
         frame = base.select(self.split["report"]).to_frame()[["human", "ai", *scores]]
         frame.columns = ["human", "ai", "before_human", "before_ai", "bias_before"]
@@ -328,9 +332,13 @@ class StudyRun:
         edits, found = (Ablate(chosen),), {}
         if self.study.prompts:
             tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
-            self.write_tables(tables)
+            self.add(tables)
             if self.study.judges:
-                found |= self.judge(tables["generations"])
+                judges = [Judge(name, self.study.judge_url) for name in self.study.judges]
+                options: dict[str, Any] = {"seed": self.study.seed, "confirm": self.confirm}
+                tables, judged, why = run_judges(tables["generations"], judges, self.folder.path, **options)
+                self.add(tables, [why] if why else [])
+                found |= {"judge": judged} if judged else {}
         if self.study.scenarios is not None:
             items, chat, system = load_scenarios(self.study.scenarios), self.study.chat, self.study.system
             if system:
@@ -338,47 +346,12 @@ class StudyRun:
                 found |= more
             else:
                 tables, found["scenarios"] = run_scenarios(self.model, items, edits, chat=chat)
-            self.write_tables(tables)
+            self.add(tables)
         if self.study.identity is not None:
             own = self.study.identity
             tables, found["identity"] = run_identity(self.model, edits, own=own, chat=self.study.chat)
-            self.write_tables(tables)
+            self.add(tables)
         return found
-
-    def judge(self, texts: pd.DataFrame) -> dict[str, Any]:
-        judges = [Judge(name, self.study.judge_url) for name in self.study.judges]
-        tables, summary, why = run_judges(
-            texts, judges, self.folder.path, seed=self.study.seed, confirm=self.confirm
-        )
-        self.write_tables(tables)
-        self.notes += [why] if why else []
-        return {"judge": summary} if summary else {}
-
-    def write_tables(self, tables: Mapping[str, pd.DataFrame]) -> None:
-        for name, frame in tables.items():
-            self.folder.write_table(name, frame)
-
-
-def causal_tables(engine: ProbeEngine, chosen: FeatureRef) -> tuple[Tables, list[str], CausalFigure]:
-    """The causal analysis of the chosen feature on the engine's pairs."""
-    climbed = ladder_of(engine, as_feature(chosen))
-    tables = {"ladder": climbed.to_frame(), "ceilings": climbed.ceilings, "direct_words": climbed.words}
-    figure = CausalFigure(feature=str(chosen), layer=climbed.layer, bias=climbed.base.bias)
-    return tables, [climbed.note] if climbed.note else [], figure
-
-
-def switch_tables(
-    model: Model, pairs: PromptPairs, probe: Probe, base: ProbeResult, chosen: FeatureRef | None, seed: int
-) -> tuple[Tables, list[str]]:
-    """Profile `as_published`: how each choice the study leaves open moves the bias and the reduction (docs/method.md#verdict-on-a-published-figure)."""
-    tables = {"switches_probe": probe_switches(model, pairs, probe, base=base)}
-    if chosen is None:
-        return tables, ["no feature was chosen, so the intervention's switches were not run"]
-    try:
-        tables["switches_intervention"] = intervention_switches(model, pairs, chosen, probe, seed=seed)
-    except RequestError as error:
-        return tables, [f"the intervention's switches were not run: {error}"]
-    return tables, []
 
 
 def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:
@@ -448,8 +421,6 @@ def _why_not(row: Any) -> str:
 
 def _as_grid(pairs: PromptPairs) -> PromptGrid:
     """The AI prompts of some pairs as a grid, to read a feature's activation on them."""
-    from sae_bias.prompts.grid import GridPrompt
-
     prompts = tuple(GridPrompt(p.ai, p.entity, "ai", p.template, "speech", None, p.family) for p in pairs)
     return PromptGrid(prompts, name=pairs.name)
 
@@ -462,10 +433,10 @@ def _truth(model: Model) -> dict[str, Any]:
     known = json.loads(path.read_text(encoding="utf-8"))
     built = known.get("constructed") or {}
     facts = {"what was planted": known["rule"]["words"], **known.get("analytic", {})}
-    if built:
-        facts |= {
-            "constructed SAE's layer": built["layer"],
-            "its AI-speech feature": built["index"],
-            "its valence read-out": built["valence_index"],
-        }
+    names = {
+        "layer": "constructed SAE's layer",
+        "index": "its AI-speech feature",
+        "valence_index": "its valence read-out",
+    }
+    facts |= {said: built[key] for key, said in names.items()} if built else {}
     return {key.replace("_", " "): value for key, value in facts.items()}
