@@ -41,33 +41,14 @@ KINDS = {  # kind of intervention -> (legend, color, dash)
 }
 COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech", "kl_valence", "kl_off")
 _AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "ticks": ""}
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {
-            "family": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
-            "size": 13,
-            "color": INK,
-        },
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "colorway": [HUMAN, AI, GREEN, PURPLE, GOLD, NEUTRAL],
-        "xaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
-        "yaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
-        "modebar": {"orientation": "v"},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "xanchor": "left",
-            "yanchor": "bottom",
-            "title": {"text": ""},
-        },
-        "hoverlabel": {"align": "left", "font": {"size": 13}},
-        "margin": {"l": 24, "r": 48, "t": 84, "b": 56},
-        "hovermode": "closest",
-        "bargap": 0.18,
-    }
-)
+_FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
+_TITLED = _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}}
+TEMPLATE = go.layout.Template(layout={
+    "font": {"family": _FONT, "size": 13, "color": INK}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+    "colorway": [HUMAN, AI, GREEN, PURPLE, GOLD, NEUTRAL], "xaxis": _TITLED, "yaxis": _TITLED, "modebar": {"orientation": "v"},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": {"text": ""}},
+    "hoverlabel": {"align": "left", "font": {"size": 13}}, "margin": {"l": 24, "r": 48, "t": 84, "b": 56}, "hovermode": "closest", "bargap": 0.18,
+})  # fmt: skip
 
 
 def plain(text: object) -> str:

@@ -46,19 +46,6 @@ from sae_bias.prompts.pairs import (
     short,
 )
 
-__all__ = [
-    "GridPrompt",
-    "Lexicon",
-    "NeutralPrompt",
-    "PromptGrid",
-    "PromptPair",
-    "PromptPairs",
-    "fill_subject",
-    "load_grid",
-    "load_lexicon",
-    "load_pairs",
-    "questions",
-]
 T = TypeVar("T")
 _BUNDLED = {"survival": "pairs.yaml", "survival-2": "pairs_2.yaml", "treatment": "treatment.yaml"}
 # The subject begins a sentence: at the start of the text or after the end of one, perhaps in a quote.

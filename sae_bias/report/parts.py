@@ -6,7 +6,7 @@ Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in th
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias.core import text as fmt
+from sae_bias.core.files import plain
 from sae_bias.runs.folder import Run
 
 MOST_ROWS = 1000
@@ -146,13 +147,5 @@ def _cell(value: Any, column: str, missing: str) -> Cell:
 
 def script_json(value: Any) -> str:
     """JSON that can stand inside a script element: no `<`, `>` or `&` is left in it, and no NaN."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 from sae_bias.core.site import Site
 from sae_bias.discovery.attribution import cumulative_ablation
 from sae_bias.discovery.calls import TESTED, call_sentence
@@ -259,17 +260,9 @@ class StudyRun:
     ) -> tuple[pd.DataFrame, list[str]]:
         """One table of every feature: separation, interaction, predicted effects, exact effects of the first."""
         frame = interaction.to_frame().drop(columns=["q_bh", "t"], errors="ignore")
-        keep = [
-            "feature",
-            "auroc",
-            "mean_human",
-            "mean_ai",
-            "mean_diff",
-            "fire_human",
-            "fire_ai",
-            "t",
-            "separates",
-        ]
+        keep = list(
+            columns_of("feature; auroc; mean_human; mean_ai; mean_diff; fire_human; fire_ai; t; separates")
+        )
         frame = frame.merge(separation.frame[keep], on="feature")
         frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
         most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes)

@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.labels import columns_of
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
@@ -39,15 +40,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-__all__ = [
-    "BestStrength",
-    "Cell",
-    "Sweep",
-    "SweepResult",
-    "collect",
-    "merge_run",
-    "run_sweep",
-]
 FORMAT = 3  # of a cell's file; part of every cell's name
 
 
@@ -88,20 +80,12 @@ class SweepResult:
         return frontier(self.frame)
 
     def __repr__(self) -> str:
-        columns = [
-            "intervention",
-            "strength",
-            "positions",
-            "split",
-            "bias",
-            "ci_low",
-            "ci_high",
-            "change",
-            "mean_abs_change",
-        ]
+        columns = columns_of(
+            "intervention; strength; positions; split; bias; ci_low; ci_high; change; mean_abs_change"
+        )
         shown = self.frame[self.frame["kind"] != "control"]
         where = f" in {self.path}" if self.path else ""
-        return f"SweepResult: {self.frame['cell'].nunique()} cells{where}\n{shown[columns].round(4).to_string(index=False)}"
+        return f"SweepResult: {self.frame['cell'].nunique()} cells{where}\n{shown[list(columns)].round(4).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         return self.frame[self.frame["kind"] != "control"].round(4).to_html(escape=True, index=False)

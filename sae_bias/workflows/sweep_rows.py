@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 from sae_bias.measures.collapse import collapse_test
 from sae_bias.prompts.texts import COST_TEXTS
 from sae_bias.stats.clustered import clustered_mean
@@ -126,17 +127,8 @@ def _collapse_columns(
     return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
 
 
-COLLAPSE_COLUMNS = [
-    "specific_reduction",
-    "spec_low",
-    "spec_high",
-    "beta",
-    "beta_other",
-    "beta_ai",
-    "bank_changed_other",
-    "bank_changed_ai",
-]
-_COSTS = ["kl", "kl_p95", "kl_last", "kl_off", "nll", "fired"]
+COLLAPSE_COLUMNS = list(columns_of("specific_reduction; spec_low; spec_high; beta; beta_other; beta_ai; bank_changed_other; bank_changed_ai"))  # fmt: skip
+_COSTS = ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired")
 COST_COLUMNS = [*(f"{name}_{kind}" for name in _COSTS for kind in COST_TEXTS), "kl_off", "kl_off_p95"]
 
 

@@ -18,15 +18,9 @@ from sae_bias.steering.controls import control_test, empirical_p
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 
 NAN = float("nan")
-_MISMATCH = [
-    "label",
-    "removed_nats",
-    "removed_nats_low",
-    "removed_nats_high",
-    "specific_reduction",
-    "spec_low",
-    "spec_high",
-]
+_MISMATCH = columns_of(
+    "label; removed_nats; removed_nats_low; removed_nats_high; specific_reduction; spec_low; spec_high"
+)
 """What the feature's edit removed where it should remove nothing of the kind."""
 _BLOCKS = {
     "reduction": "of: rule; estimate: reduction; ci_low: red_low; ci_high: red_high; bias_after: bias; change: removed_nats; change_low: removed_nats_low; change_high: removed_nats_high",

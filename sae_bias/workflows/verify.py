@@ -36,30 +36,10 @@ from sae_bias.runs.copies import edit_from_facts, grid_from_copy, pairs_from_cop
 from sae_bias.runs.folder import RunFolder, reading
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import sae_facts
+from sae_bias.workflows import verify_checks as checks
 from sae_bias.workflows.cells import Cell, Sweep
 from sae_bias.workflows.sweep import FORMAT, collect, read_sweep, run_sweep
-from sae_bias.workflows.verify_checks import (
-    AGREES,
-    DIFFERS,
-    NOTE,
-    TABLE_TOLERANCE,
-    UNCHECKED,
-    Check,
-    Part,
-    as_mapping,
-    cell_name,
-    compare,
-    compare_files,
-    compare_tables,
-    compare_within,
-    definitions_note,
-    kept_numbers,
-    measured,
-    need_columns,
-    numbers,
-    pair_name,
-    sample,
-)  # fmt: skip
+from sae_bias.workflows.verify_checks import AGREES, DIFFERS, UNCHECKED, Check, measured, need_columns
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference allowed between two measurements of one number, by precision."""
@@ -132,7 +112,7 @@ class _Verifier:
         self.same_device = 0.0
 
     def run(self) -> Verification:
-        facts = as_mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
+        facts = checks.as_mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
         if not isinstance(facts.get("digest"), str):
             raise RequestError(
                 f"{self.folder.path}/manifest.json names no measured model; give the folder of one model, such as RUN/models/NAME."
@@ -144,7 +124,7 @@ class _Verifier:
             self.checks += [*self.environment(), *self.model_files(facts), *self.saes(), *self.words()]
         if "pairs" in self.folder.tables():
             self.checks += self.base_table()
-        self.checks += definitions_note(definitions_of(self.manifest))
+        self.checks += checks.definitions_note(definitions_of(self.manifest))
         for folder in self.sweeps:
             self.checks += self.sweep(folder)
         return Verification(self.folder.path, self.checks, self.n_cells, self.of_cells)
@@ -154,14 +134,14 @@ class _Verifier:
     def read_prompts(self, folder: RunFolder, manifest: Mapping[str, Any]) -> PromptPairs | None:
         """The stored copies of the prompts, checked against their hashes; the pairs among them."""
         where = f"{folder.path}/manifest.json"
-        copies = as_mapping(manifest.get("copies"), f"{where}: its copies")
-        known = as_mapping(manifest.get("prompts"), f"{where}: its prompts")
+        copies = checks.as_mapping(manifest.get("copies"), f"{where}: its copies")
+        known = checks.as_mapping(manifest.get("prompts"), f"{where}: its prompts")
         found: dict[str, Any] = {}
         for kind, read in (("pairs", pairs_from_copy), ("grid", grid_from_copy)):
             if not known.get(kind):
                 continue
             what = f"{self.name_of(folder)}prompts: {kind}"
-            expected = str(as_mapping(known[kind], f"{where}: its {kind}").get("digest"))
+            expected = str(checks.as_mapping(known[kind], f"{where}: its {kind}").get("digest"))
             if kind not in copies:
                 self.checks.append(Check(what, UNCHECKED, "the folder holds no copy (an older sae-bias)"))
                 continue
@@ -191,7 +171,7 @@ class _Verifier:
         """Each file of the model; where it was an object in memory, nothing is known of its files."""
         what, then = f"model {self.model.name}", facts.get("files") or {}
         if then:
-            return [compare_files(what, then, model_files(self.model))]
+            return [checks.compare_files(what, then, model_files(self.model))]
         if facts.get("digest") == model_digest(self.model):
             return [Check(what, AGREES, "the same hash")]
         return [Check(what, UNCHECKED, "it was an object in memory; its scores tell")]
@@ -201,7 +181,7 @@ class _Verifier:
         manifests = [self.manifest, *(m for f in self.sweeps if (m := _own_manifest(f)) is not None)]
         known = {str(s.get("id")): s for m in manifests for s in m.get("saes") or [] if isinstance(s, dict)}
         return [
-            compare_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"])
+            checks.compare_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"])
             if facts.get("files")
             else Check(f"SAE {name}", UNCHECKED, "it was an object in memory")
             for name, facts in known.items()
@@ -214,7 +194,7 @@ class _Verifier:
         device = (self.manifest.get("model") or {}).get("device")
         if device != self.model.device.type:
             other.append(f"device {device} → {self.model.device.type}")
-        return [Check("environment", NOTE, "; ".join(other))] if other else []
+        return [Check("environment", checks.NOTE, "; ".join(other))] if other else []
 
     # --- measured again ---
 
@@ -242,7 +222,7 @@ class _Verifier:
             then, now = bias.mean, float(table["bias"].mean())
             told = f"{then:.6g} stored, {now:.6g} from its table"
             part = np.array([now]), np.array([then]), lambda i: told
-            found = [compare("summary: bias", [part], TABLE_TOLERANCE, f"{then:+.4f}")]
+            found = [checks.compare("summary: bias", [part], checks.TABLE_TOLERANCE, f"{then:+.4f}")]
         if self.pairs is None or self.manifest.get("probe") is None:
             return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
         probe = probe_from_facts(self.manifest["probe"], f"{self.folder.path}/manifest.json")
@@ -277,15 +257,15 @@ class _Verifier:
         name, made = self.name_of(folder) or "sweep: ", collect(folder.path)
         version, stored = definitions_of(_own_manifest(folder) or self.manifest), folder.read_table("sweep")
         return [
-            compare_tables(f"{name}table made again from its cells", made.frame, stored, version),
-            compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
+            checks.compare_tables(f"{name}table made again from its cells", made.frame, stored, version),
+            checks.compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
         ]
 
     def cells(
         self, folder: RunFolder, facts: Mapping[str, Any], pairs: PromptPairs, probe: Probe
     ) -> Iterator[Check]:
         """A sample of cells measured again, with costs where the sweep had them."""
-        chosen = [c for c in sample(facts["cells"], self.wanted) if folder.has_cell(str(c["cell"]))]
+        chosen = [c for c in checks.sample(facts["cells"], self.wanted) if folder.has_cell(str(c["cell"]))]
         directions = facts["directions"] if isinstance(facts.get("directions"), dict) else {}
         rebuilt: list[tuple[Mapping[str, Any], Cell]] = []
         for stored in chosen:
@@ -293,7 +273,7 @@ class _Verifier:
                 edits = tuple(edit_from_facts(e, directions, self.model) for e in stored.get("edits") or [])
                 rebuilt.append((stored, Cell(edits, str(stored.get("kind")), str(stored.get("label")))))
             except SaeBiasError as error:
-                yield Check(cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
+                yield Check(checks.cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
         if not rebuilt:
             return
         sweep = Sweep([cell for _, cell in rebuilt if cell.edits], costs=bool(facts.get("costs")))
@@ -309,9 +289,11 @@ class _Verifier:
         self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str, same_format: bool
     ) -> Check:
         """One cell; its name, a hash of its inputs, is compared where both were made by the same format."""
-        what = cell_name(stored)
+        what = checks.cell_name(stored)
         need_columns(then, SCORES, what)
-        check = self.compare(what, then, {c: now[c].to_numpy() for c in SCORES}, kept_numbers(then, now))
+        check = self.compare(
+            what, then, {c: now[c].to_numpy() for c in SCORES}, checks.kept_numbers(then, now)
+        )
         here = self.given_model is None and self.tolerance == self.same_device
         if here and same_format and check.status == AGREES and name != stored["cell"]:
             return Check(
@@ -321,14 +303,14 @@ class _Verifier:
         return check
 
     def compare(
-        self, what: str, then: pd.DataFrame, now: Mapping[str, np.ndarray], kept: Sequence[Part] = ()
+        self, what: str, then: pd.DataFrame, now: Mapping[str, np.ndarray], kept: Sequence[checks.Part] = ()
     ) -> Check:
         """Stored columns against fresh ones, pair by pair; `kept`: further numbers."""
         parts = [
-            measured(numbers(then[c]), values, lambda i, c=c: f"{c} of {pair_name(then, i)}")
+            measured(checks.numbers(then[c]), values, lambda i, c=c: f"{c} of {checks.pair_name(then, i)}")
             for c, values in now.items()
         ]
-        return compare(what, [*parts, *kept], self.tolerance, f"{len(then)} pairs")
+        return checks.compare(what, [*parts, *kept], self.tolerance, f"{len(then)} pairs")
 
 
 def _own_manifest(folder: RunFolder) -> dict[str, Any] | None:
