@@ -5,15 +5,16 @@ from typing import Annotated, Any
 
 from sae_bias.cli.context import CHAT, FROM_MODEL, Run, ask_to_send, command, parse_numbers, rows
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
-COLUMNS = {
-    "side": "prompts", "strength": "strength", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
-    "change": "change", "change_low": "from ", "change_high": "to ", "p_value": "p", "control_change": "random controls",
-}  # fmt: skip
-CAPABILITY = {
-    "strength": "strength", "perplexity_ratio": "perplexity ×", "ratio_low": "from", "ratio_high": "to", "accuracy": "accuracy",
-    "accuracy_change": "change", "change_low": "from ", "change_high": "to ", "n_texts": "texts", "n_questions": "questions", "usable": "usable",
-}  # fmt: skip
+COLUMNS = columns_of(
+    "side: prompts; strength; n; unscored; rate; ci_low; ci_high; change; change_low: from; change_high: to; p_value; "
+    "control_change: random controls"
+)
+CAPABILITY = columns_of(
+    "strength; perplexity_ratio: perplexity ×; ratio_low: from; ratio_high: to; accuracy; accuracy_change: change; "
+    "change_low: from; change_high: to; n_texts: texts; n_questions: questions; usable"
+)
 
 
 @command(
@@ -92,9 +93,8 @@ def dose(
     result = dose_response(model, asked, edits, read, **options, progress=run.progress)
     facts = {**options, "behavior": result.behavior, "edits": [e.to_dict() for e in edits]}
     run.save(result.tables(), {"behavior": result.summary()}, behavior=facts)
-    run.say(
-        f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {result.frame['n'].iloc[0]} prompts"
-    )
+    n = result.frame["n"].iloc[0]
+    run.say(f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {n} prompts")
     run.say(result.usable())
     run.table("Behavior at each strength", result.frame, COLUMNS)
     if result.capability is not None:

@@ -112,44 +112,31 @@ def _show(console: Console, plans: "list[StudyPlan]") -> None:
 def _totals(models: "list[ModelPlan]") -> "pd.DataFrame":
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "model": m.model.name,
-                "parameters": f"{m.model.n_params / 1e9:.2f} B" if m.model.n_params >= 1e8 else f"{m.model.n_params / 1e6:.1f} M",
-                "weights": f"{_size(m.weights)} ({m.dtype})",
-                "peak": _size(m.host_bytes if m.hardware.is_cpu else m.device_bytes),
-                "step": m.peak.name,
-                "fits": "yes" if m.fits else "no",
-                "time": _time(m.seconds),
-                "saes": f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
-                "download": _size(m.download_bytes),
-                "disk": _size(m.disk_bytes),
-            }
-            for m in models
-        ]
-    )  # fmt: skip
+    rows = [
+        (
+            m.model.name, f"{m.model.n_params / 1e9:.2f} B" if m.model.n_params >= 1e8 else f"{m.model.n_params / 1e6:.1f} M",
+            f"{_size(m.weights)} ({m.dtype})", _size(m.host_bytes if m.hardware.is_cpu else m.device_bytes), m.peak.name,
+            "yes" if m.fits else "no", _time(m.seconds), f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
+            _size(m.download_bytes), _size(m.disk_bytes),
+        )
+        for m in models
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(TOTAL_COLUMNS))
 
 
 def _steps(models: "list[ModelPlan]") -> "pd.DataFrame":
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "model": m.model.name,
-                "step": s.name,
-                "operations": f"{s.flops:.1e}" if s.flops else "",
-                "time": _time(s.seconds),
-                "device": _size(m.resident + s.device_bytes),
-                "parts": ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()),
-                "read": _size(s.read_bytes) if s.read_bytes else "",
-                "host": _size(s.host_bytes) if s.host_bytes else "",
-            }
-            for m in models
-            for s in m.steps
-        ]
-    )
+    rows = [
+        (
+            m.model.name, s.name, f"{s.flops:.1e}" if s.flops else "", _time(s.seconds), _size(m.resident + s.device_bytes),
+            ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()), _size(s.read_bytes) if s.read_bytes else "",
+            _size(s.host_bytes) if s.host_bytes else "",
+        )
+        for m in models
+        for s in m.steps
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
 def _model_facts(m: "ModelPlan") -> dict[str, Any]:

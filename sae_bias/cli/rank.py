@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-CONTRAST = {
-    "feature": "feature", "auroc": "AUROC", "auroc_held_out": "AUROC held out", "mean_diff": "positive - negative", "t": "t",
-    "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "separates", "fire_positive": "fires, positive", "fire_negative": "fires, negative",
-    "density": "density",
-}  # fmt: skip
+CONTRAST = columns_of(
+    "feature; auroc; auroc_held_out: AUROC held out; mean_diff: positive - negative; t; p_fwer; q_bh: BH q; separates; "
+    "fire_positive: fires, positive; fire_negative: fires, negative; density"
+)
 COLUMNS = columns_of(
     "feature; auroc; mean_diff: AI - human; interaction; sign; attribution: attributed; "
     "integrated: integrated gradients; ablation: ablated; resampling: resampled; carrier; t; p_fwer; "
@@ -25,16 +24,9 @@ COLUMNS = columns_of(
     "survives_loo: one left out; family_size: family; fire_ai: fires, AI; fire_human: fires, human; "
     "density"
 )
-PARTS = {"sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share", "share_low": "from ", "share_high": "to ", "integrated": "integrated gradients"}  # fmt: skip
-FORETOLD = {"predictor": "predicted by", "exact": "exact effect", "rho": "Spearman ρ", "slope": "slope", "slope_low": "from", "slope_high": "to", "n": "features"}  # fmt: skip
-JOINT = {
-    "k": "first k",
-    "feature": "with",
-    "bias": "left",
-    "reduction": "removed",
-    "red_low": "low",
-    "red_high": "high",
-}
+PARTS = columns_of("sae; layer; part; effect: nats; ci_low; ci_high; share_of_bias: share; share_low: from; share_high: to; integrated: integrated gradients")  # fmt: skip
+FORETOLD = columns_of("predictor: predicted by; exact: exact effect; rho: Spearman ρ; slope; slope_low: from; slope_high: to; n: features")  # fmt: skip
+JOINT = columns_of("k: first k; feature: with; bias: left; reduction: removed; red_low: low; red_high: high")
 
 
 @command(

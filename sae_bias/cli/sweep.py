@@ -13,9 +13,6 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sae_bias.saes.sae import Feature
     from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
@@ -68,6 +65,7 @@ def sweep(
     """
     from sae_bias.saes.load import as_feature
     from sae_bias.steering.controls import observed_max
+    from sae_bias.steering.edits import edit_features
     from sae_bias.workflows.cells import Sweep
     from sae_bias.workflows.sweep import run_sweep
     from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
@@ -76,23 +74,24 @@ def sweep(
     edited = [run.feature, *map(as_feature, further)]
     if shard is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
-    pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
-    named = _edits(kinds, edited, where, when, None)[
-        0
-    ].target  # a wrong request is told before the model loads
+    pairs, kinds, refs = run.pairs, _kinds(edit, strengths, unit, when), [f.ref for f in edited]
+
+    def built(units: list[float] | None) -> "list[Intervention]":
+        """Every kind × positions × strength, of all the features together; `units` is what a strength of 1 is for each."""
+        return [
+            edit_features(kind, refs, value, units=units, positions=where.strip(), when=always)
+            for kind, (values, always) in kinds.items()
+            for where in positions.split(",")
+            for value in values
+        ]
+
+    named = built(None)[0].target  # a wrong request is told before the model loads
     probe, splits = run.probe, run.split
     held = None if splits is None else {name: splits[name] for name in ("tune", "report")}
     model = run.open(*(f.ref.sae for f in edited))
     units = [observed_max(model, f, pairs) for f in edited] if unit == "max" else None
-    edits = _edits(kinds, edited, where, when, units)
-    plan = Sweep(
-        edits,
-        controls=controls,
-        costs=costs,
-        splits=held,
-        seed=run.seed,
-        mismatches=mismatch_sae or mismatch,
-    )
+    options: dict[str, Any] = {"controls": controls, "costs": costs, "mismatches": mismatch_sae or mismatch}
+    plan = Sweep(built(units), splits=held, seed=run.seed, **options)
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
     facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
     run.save({}, facts=facts, shard=shard)  # a stopped sweep says what it was
@@ -107,51 +106,27 @@ def sweep(
     run.done({**summary, "cells": rows(frame[frame["kind"] != "control"])})
 
 
-def _kinds(edit: str, strengths: str | None, unit: str, when: str) -> dict[str, tuple[float | None, ...]]:
-    """Each kind of edit with its strengths, in the unit asked for."""
+def _kinds(
+    edit: str, strengths: str | None, unit: str, when: str
+) -> "dict[str, tuple[tuple[float | None, ...], str | None]]":
+    """Each kind of edit with its strengths, in the unit asked for, and its --when where it has one and that is not the usual."""
     from sae_bias.steering.intervention import edit_class_of
 
     kinds = {kind: edit_class_of(kind) for kind in dict.fromkeys(part.strip() for part in edit.split(","))}
+    timed = {kind for kind, rule in kinds.items() if "when" in rule.__dataclass_fields__}
     if unit not in ("act", "max"):
         raise RequestError(f"--unit {unit!r}: expected act or max.")
     if strengths is not None and all(rule.strength_field is None for rule in kinds.values()):
         raise RequestError(f"--edit {edit} has no strength; leave --strengths out, or use --edit clamp.")
-    if when != "active" and not any(_has_when(rule) for rule in kinds.values()):
+    if when != "active" and not timed:
         raise RequestError(f"--when is about clamp; {edit} has no such choice.")
-    return {kind: _strengths(rule, strengths, unit) for kind, rule in kinds.items()}
-
-
-def _strengths(rule: "type[Intervention]", given: str | None, unit: str) -> tuple[float | None, ...]:
-    """Those given, else the usual ones of the edit; (None,) where it has none."""
-    if rule.strength_field is None:
-        return (None,)
-    if given is not None:
-        return parse_numbers(given, "--strengths")
-    usual = rule.usual_shares if unit == "max" and rule.usual_shares else rule.usual_strengths
-    return usual or (None,)
-
-
-def _has_when(rule: "type[Intervention]") -> bool:
-    return "when" in rule.__dataclass_fields__
-
-
-def _edits(
-    kinds: dict[str, tuple[float | None, ...]], features: "Sequence[Feature]", positions: list[str], when: str, units: list[float] | None,
-) -> "list[Intervention]":  # fmt: skip
-    """Every kind × strength × positions, of all the features together; `units` is what a strength of 1 is for each."""
-    from sae_bias.steering.edits import edit_features
-    from sae_bias.steering.intervention import edit_class_of
-
-    refs = [f.ref for f in features]
-    return [
-        edit_features(
-            kind, refs, value, units=units, positions=where.strip(),
-            when=when if when != "active" and _has_when(edit_class_of(kind)) else None,
-        )
-        for kind, values in kinds.items()
-        for where in positions
-        for value in values
-    ]  # fmt: skip
+    found = {}
+    for kind, rule in kinds.items():
+        usual = rule.usual_shares if unit == "max" and rule.usual_shares else rule.usual_strengths
+        values = usual or (None,) if strengths is None else parse_numbers(strengths, "--strengths")
+        always = when if when != "active" and kind in timed else None
+        found[kind] = ((None,) if rule.strength_field is None else values, always)
+    return found
 
 
 def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
@@ -164,20 +139,18 @@ def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wan
     run.say(
         f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
-    for line in effect_lines(summary, where):
-        run.say(line)
+    lines = effect_lines(summary, where)
     if best := summary.get("best_strength"):
-        run.say(best_line(best, where))
+        lines.append(best_line(best, where))
     if not held_out:
-        run.say("too few templates to hold some out (12 are needed): the best strength is in-sample.")
+        lines.append("too few templates to hold some out (12 are needed): the best strength is in-sample.")
     if controls := summary.get("controls"):
-        for line in control_lines(controls):
-            run.say(line)
+        lines += control_lines(controls)
     elif controls_wanted:
-        run.say(
+        lines.append(
             "no controls: they are made for edits of features' own activations (clamp, scale, cap, ablate)."
         )
-    for line in mismatch_lines(summary.get("mismatches") or []):
+    for line in [*lines, *mismatch_lines(summary.get("mismatches") or [])]:
         run.say(line)
     run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:
