@@ -47,7 +47,7 @@ def ranking(run: Run, frame: pd.DataFrame) -> Drawn:
         f" undetermined {open_:,}, never active {dead:,}. Telling {second} from {first} is easy, because the words"
         " differ; answering to speech is the harder test."
     )
-    return Drawn(said, figures.ranking_figure(frame, sides=run.sides), frame)
+    return Drawn(said, figures.ranking_figure(run.tables["ranking"], sides=run.sides), frame)
 
 
 @drawn(
