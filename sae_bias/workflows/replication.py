@@ -133,14 +133,8 @@ class _Runner:
     """The models of one study, one at a time."""
 
     def __init__(
-        self,
-        study: Replication,
-        pairs: PromptPairs,
-        probe: Probe,
-        folder: RunFolder,
-        loader: Loader | None,
-        gate: bool,
-    ):
+        self, study: Replication, pairs: PromptPairs, probe: Probe, folder: RunFolder, loader: Loader | None, gate: bool
+    ):  # fmt: skip
         self.study, self.pairs, self.probe, self.folder = study, pairs, probe, folder
         self.loader, self.gate = loader, gate
         self.measured: dict[str, Measured] = {}

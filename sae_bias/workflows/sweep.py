@@ -158,11 +158,8 @@ def _write_plan(folder: RunFolder, plan: dict[str, Any]) -> None:
         old = folder.read_json("sweep")
         if old.get("key") != plan["key"]:
             n = len(old.get("cells") or [])
-            warnings.warn(
-                f"{folder.path} holds another sweep of {n} cells; this one takes its place in table and report, and those cells are kept. "
-                "Choose another folder to keep both.",
-                stacklevel=3,
-            )
+            place = "this one takes its place in table and report, and those cells are kept"
+            warnings.warn(f"{folder.path} holds another sweep of {n} cells; {place}. Choose another folder to keep both.", stacklevel=3)  # fmt: skip
     folder.write_json("sweep", plan)
 
 
