@@ -36,8 +36,9 @@ def match(
 
     grid, wanted = run.grid, as_feature(feature)
     pairs = run.pairs if causal or run.given["pairs"] is not None else None
+    release = str(wanted.ref.sae.release)
     own_sae, saes = load_sae(wanted.ref.sae), [load_sae(name) for name in sae]
-    own = of or _model_of(str(wanted.ref.sae.release), own_sae.model_name)
+    own = of or (release if release.startswith("organism:") else own_sae.model_name)
     if own is None:
         raise RequestError(f"which model is {feature} of? Its SAE does not say; give --of MODEL.")
     first = run.load(own)
@@ -55,8 +56,3 @@ def match(
     run.table("The most similar features", found.to_frame(), COLUMNS)
     more = picked(found, "margin n_prompts family_size") | {"class": found.profile_class}
     run.done({**figures, **more, "candidates": rows(found.to_frame())})
-
-
-def _model_of(release: str, named: str | None) -> str | None:
-    """The model an SAE was trained on: its organism, or what its files name."""
-    return release if release.startswith("organism:") else named

@@ -67,19 +67,14 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
         raise RequestError(f"format={format!r} is not known; expected 'html' or 'md'.")
     loaded = [read_run(run) for run in runs]
     render = _html if format == "html" else _markdown
-    target = _target(loaded, out, format)
+    name = f"report.{format}" if len(runs) == 1 else f"comparison.{format}"
+    own = loaded[0].folder if len(runs) == 1 else loaded[0].folder.resolve().parent
+    target = own / name if out is None else Path(out) / name if Path(out).is_dir() else Path(out)
     with reading(f"what {', '.join(str(run) for run in runs)} holds"):
         text = render(loaded)
     with writing_whole(target) as partial:
         partial.write_text(text, encoding="utf-8")
     return target
-
-
-def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
-    name = f"report.{format}" if len(runs) == 1 else f"comparison.{format}"
-    if out is None:
-        return (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / name
-    return Path(out) / name if Path(out).is_dir() else Path(out)
 
 
 # ── the page
@@ -109,6 +104,8 @@ def _csp_hash(script: str) -> str:
 
 def _view(run: Run, prefix: str) -> dict[str, Any]:
     """All that the template shows of one run."""
+    copies = {"copies": "left out here; in the run folder's manifest.json"}  # of prompts and words: long
+    manifest = run.manifest | (copies if "copies" in run.manifest else {})
     return {
         "id": prefix,
         "name": run.name,
@@ -125,14 +122,8 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "facts": _facts(run),
         "truth": _truth(run),
         "notes": [*(str(note) for note in run.summary.notes), *_definitions(run)],
-        "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
+        "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
     }
-
-
-def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest without the copies of prompts and words, which are long and stand in the run folder."""
-    short = {"copies": "left out here; in the run folder's manifest.json"} if "copies" in manifest else {}
-    return manifest | short
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -269,6 +260,12 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
         if rows["organism"].any()
         else ""
     )
+    one_question = len({run.sides for run in runs}) == 1  # others share only their sign
+    bias = (
+        bias_axis(runs[0].sides)
+        if one_question
+        else "bias in nats (right of 0: the second side judged worse)"
+    )
     found = []
     for key, anchor, title, says in (
         ("bias", "beside", "The bias in every run", "Each with its 95% interval."),
@@ -279,7 +276,7 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
             continue
         ends = {key: "mean", f"{key}_low": "ci_low", f"{key}_high": "ci_high"}
         part = known[["run", *ends]].rename(columns=ends)
-        axis = _axis(runs) if key == "bias" else "share of the bias removed"
+        axis = bias if key == "bias" else "share of the bias removed"
         figure = published_figures.compare_runs(part, title=title, axis=axis, share=key == "removed")
         table = table_of(rows, shown, missing=fmt.NOT_MEASURED) if not found else None
         found.append(Section(anchor, title, says + stands, figure, table, open_table=True))
@@ -303,13 +300,6 @@ def _row(run: Run) -> dict[str, Any]:
         "feature": s.feature.id if s.feature else None,
     }
     return {"run": run.name, **of, **known}
-
-
-def _axis(runs: Sequence[Run]) -> str:
-    """The label of the bias axis; questions about different sides share only their sign."""
-    if len({run.sides for run in runs}) == 1:
-        return bias_axis(runs[0].sides)
-    return "bias in nats (right of 0: the second side judged worse)"
 
 
 # ── Markdown

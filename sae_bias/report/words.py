@@ -96,27 +96,24 @@ def reduction_sentence(
     shift: figures.Shift | None = None,
 ) -> str:
     """What suppression does to the bias in nats, as a share where that is defined, and how much is not mere flattening."""
-    said = [_nats_removed(reduction), _did_removed(did), _share_removed(reduction)]
+    said = []
+    if is_number(reduction.change):
+        ends = Effect(ci_low=reduction.change_low, ci_high=reduction.change_high)
+        lost = ", which is not told from no change" if excludes_zero(ends) is False else ""
+        said.append(
+            f"Suppressing the feature takes {number(reduction.change)} nats off the bias ({interval(ends)}){lost}."
+        )
+    if did is not None and is_number(did.change):
+        ends = Effect(ci_low=did.change_low, ci_high=did.change_high)
+        said.append(
+            f"Of the difference to mundane content it takes off {number(did.change)} nats ({interval(ends)})."
+        )
+    said.append(_share_removed(reduction))
     if specific is not None:
         said.append(_specific(specific))
     if shift is not None and is_number(shift.human):
         said.append(f"Human scores moved by {signed(shift.human)} nats, AI scores by {signed(shift.ai)}.")
-    return " ".join(part for part in said if part)
-
-
-def _nats_removed(reduction: ReductionFigure) -> str:
-    if not is_number(reduction.change):
-        return ""
-    ends = Effect(ci_low=reduction.change_low, ci_high=reduction.change_high)
-    first = f"Suppressing the feature takes {number(reduction.change)} nats off the bias ({interval(ends)})"
-    return f"{first}, which is not told from no change." if excludes_zero(ends) is False else f"{first}."
-
-
-def _did_removed(did: DidFigure | None) -> str:
-    if did is None or not is_number(did.change):
-        return ""
-    ends = Effect(ci_low=did.change_low, ci_high=did.change_high)
-    return f"Of the difference to mundane content it takes off {number(did.change)} nats ({interval(ends)})."
+    return " ".join(said)
 
 
 def _share_removed(reduction: ReductionFigure) -> str:
@@ -183,14 +180,12 @@ def cost_sentence(costs: Mapping[str, figures.Cost]) -> str:
     )
 
 
-def verdict_on_controls(verdict: str | None) -> str:
-    """What the two p values say together; nothing for a run that did not keep it."""
-    said = {
-        "yes": " It beats its controls.",
-        "no": " It does not beat its controls.",
-        "undetermined": " Whether it beats its controls is undetermined: 19 of a kind are the fewest whose p can reach 0.05.",
-    }
-    return said.get(verdict or "", "")
+VERDICTS = {
+    "yes": " It beats its controls.",
+    "no": " It does not beat its controls.",
+    "undetermined": " Whether it beats its controls is undetermined: 19 of a kind are the fewest whose p can reach 0.05.",
+}
+"""What the two p values say together; nothing for a run that did not keep it."""
 
 
 def control_sentence(controls: ControlsFigure | None) -> str:
@@ -203,7 +198,8 @@ def control_sentence(controls: ControlsFigure | None) -> str:
             f"{p_text(part.p_value)} against {number(part.n)} controls ({name}{_median(part)})"
             for name, part in controls.kinds.items()
         ]
-        return f"By {what} the feature stands at {' and at '.join(parts)}.{verdict_on_controls(controls.verdict)}"
+        verdict = VERDICTS.get(controls.verdict or "", "")
+        return f"By {what} the feature stands at {' and at '.join(parts)}.{VERDICTS.get(controls.verdict or '', '')}"
     return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{_median(controls)}."
 
 

@@ -125,7 +125,7 @@ class RunFolder:
 
     def add_summary(self, blocks: Mapping[str, Any]) -> Summary:
         """Put blocks into summary.json, beside those that other commands wrote."""
-        summary = self.read_summary().with_blocks(blocks)
+        summary = Summary.from_facts({**self.read_summary().facts(), **blocks})
         self.write_json("summary", summary.facts())
         return summary
 

@@ -355,10 +355,6 @@ class Summary(Block):
     """What was planted in an organism."""
     seconds: dict[str, float] = {}
 
-    def with_blocks(self, blocks: Mapping[str, Any]) -> Summary:
-        """This summary with further blocks, or newer ones in their place."""
-        return Summary.from_facts({**self.facts(), **blocks})
-
 
 # --- from results ---
 def bias_summary(base: ProbeResult) -> dict[str, Any]:

@@ -189,14 +189,11 @@ class _Runner:
 
     # --- what is written ---
 
-    def shared_words(self) -> list[str]:
-        """Words that every model measured reads as one token."""
+    def write(self) -> dict[str, Any]:
         forms = [form for m in self.measured.values() for form in m.forms.values()]
         kept = [{w.word for w in form.vocabulary.kept} for form in forms]
-        return [w for w in (*self.probe.positive, *self.probe.negative) if kept and all(w in k for k in kept)]
-
-    def write(self) -> dict[str, Any]:
-        words = self.shared_words()
+        given = (*self.probe.positive, *self.probe.negative)
+        words = [w for w in given if kept and all(w in k for k in kept)]  # one token for every model measured
         of = {n: {form: r.select_words(words) for form, r in m.forms.items()} for n, m in self.measured.items()}  # fmt: skip
         models, published = self.models_table(of), self.comparable and not self.stand_ins
         tuning = tuning_table({n: forms["plain"] for n, forms in of.items()}, published=published)
@@ -211,7 +208,7 @@ class _Runner:
                 self.folder.write_table(table, frame)
         for name, measured in self.measured.items():
             self.write_model(name, measured, of[name]["plain"])
-        left_out = [w for w in (*self.probe.positive, *self.probe.negative) if w not in words]
+        left_out = [w for w in given if w not in words]
         self.folder.write_json("manifest", self.run_facts(words, left_out))
         summary = {
             "question": self.study.question, "sides": self.pairs.sides, "stand_ins": self.stand_ins, "models": models.to_dict(orient="records"),
@@ -265,7 +262,8 @@ class _Runner:
         return rows.reindex(columns=columns).rename(columns={"model": "name", "bias": "measured"}).reset_index(drop=True)  # fmt: skip
 
     def write_model(self, name: str, measured: Measured, shared: ProbeResult) -> None:
-        own = RunFolder(self.folder.path / "models" / _slug(name))
+        slug = re.sub(r"[^\w.-]+", "--", name).strip(".-")
+        own = RunFolder(self.folder.path / "models" / slug)
         self.folders[name] = own.path
         own.write_json("manifest", {**self.facts[name], "probe": probe_facts(self.probe, shared.vocabulary)})
         own.write_table("pairs", shared.to_frame().assign(split="all"))
@@ -332,10 +330,6 @@ def _tuning_quantities(before: ProbeResult, after: ProbeResult) -> dict[str, np.
 
 
 # ── small parts
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "--", name).strip(".-")
-
-
 def _headline(summary: dict[str, Any]) -> list[str]:
     stand_ins, (first, second) = summary["stand_ins"], summary["sides"]
     lines = [

@@ -119,7 +119,8 @@ class _Verifier:
             )
         self.pairs = self.read_prompts(self.folder, self.manifest)
         self.model = self.load(facts)
-        self.tolerance = self.tolerance_of(facts)
+        own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])
+        self.tolerance = own if facts.get("device") == self.model.device.type else own * OTHER_DEVICE
         with reading(f"{self.folder.path}/manifest.json"):
             self.checks += [*self.environment(), *self.model_files(facts), *self.saes(), *self.words()]
         if "pairs" in self.folder.tables():
@@ -207,10 +208,6 @@ class _Verifier:
         model = load_model(name, device=device, dtype=str(facts.get("dtype") or "auto"))
         model.pin_chat(facts.get("chat") or {})
         return model
-
-    def tolerance_of(self, facts: Mapping[str, Any]) -> float:
-        own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])
-        return own if facts.get("device") == self.model.device.type else own * OTHER_DEVICE
 
     def base_table(self) -> list[Check]:
         """tables/pairs: every pair's scores, and the summary's mean over them."""
