@@ -198,7 +198,6 @@ def control_sentence(controls: ControlsFigure | None) -> str:
             f"{p_text(part.p_value)} against {number(part.n)} controls ({name}{_median(part)})"
             for name, part in controls.kinds.items()
         ]
-        verdict = VERDICTS.get(controls.verdict or "", "")
         return f"By {what} the feature stands at {' and at '.join(parts)}.{VERDICTS.get(controls.verdict or '', '')}"
     return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{_median(controls)}."
 
