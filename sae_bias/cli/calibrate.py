@@ -1,13 +1,9 @@
 """`sae-bias calibrate`: does the toolkit recover a planted feature, and report none in a control model?"""
 
-import datetime
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from sae_bias.cli.context import Console, Run, command, option
+from sae_bias.cli.context import Console, Run, command, rows
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.core.labels import columns_of
 
@@ -17,18 +13,6 @@ if TYPE_CHECKING:
     from sae_bias.validation.calibrate import Calibration
 
 
-Full = Annotated[
-    bool, typer.Option("--full", help="Where the calibration that trains further organisms and SAEs is.")
-]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, hidden=True)]
-PairsFile = Annotated[
-    str | None,
-    option("--pairs", metavar="FILE", help="Your pairs: is their number enough to find the planted bias?"),
-]
-OwnDraws = Annotated[
-    int,
-    typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
-]
 QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
 COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
 SAE_COLUMNS = columns_of(
@@ -45,7 +29,11 @@ SAE_COLUMNS = columns_of(
     takes=("grid", "seed"),
 )
 def calibrate(
-    run: Run, pairs: PairsFile = None, full: Full = False, seeds: Seeds = 3, draws: OwnDraws = 2000
+    run: Run,
+    pairs: str | None = None,
+    full: bool = False,
+    seeds: Annotated[int, {"min": 1, "hidden": True}] = 3,
+    draws: Annotated[int, {"min": 20}] = 2000,
 ) -> None:
     """Check the toolkit on models whose truth is known, or your own design against them.
 
@@ -53,6 +41,12 @@ def calibrate(
     ablation and controls) and the power of designs by their number of templates; minutes on a CPU. With --pairs or --grid: how often a
     design of that size finds the planted effect, how many templates it takes for 80%, and what the organism says to your own prompts. Exit
     code 4 says that a mark is missed, or that your design does not reach 80% power. Nothing here is about Gemma.
+
+    Args:
+        --pairs FILE: Your pairs: is their number enough to find the planted bias?
+        --full: Where the calibration that trains further organisms and SAEs is.
+        --seeds:
+        --draws: Studies and grids drawn; the pass marks ask for at least 1,000.
     """
     grid, out, seed = run.given["grid"], run.out, run.seed
     if full and (pairs or grid):
@@ -100,22 +94,15 @@ def present(
     if out is not None:
         page = _save(out, found, question, lines, seed)
         console.note(f"written: {page}")
-    console.finish(
-        {
-            "passed": found.passed,
-            "marks": _records(frame),
-            "tables": {k: _records(v) for k, v in found.tables.items() if k != "effects"},
-            "lines": list(lines),
-            "notes": list(found.notes),
-            "out": None if out is None else str(out),
-        }
-    )
+    tables = {k: rows(v) for k, v in found.tables.items() if k != "effects"}
+    console.finish({
+        "passed": found.passed, "marks": rows(frame), "tables": tables, "lines": list(lines), "notes": list(found.notes),
+        "out": None if out is None else str(out),
+    })  # fmt: skip
     if missed:
-        raise GateError(
-            f"{len(missed)} of {len(frame)} marks missed: "
-            + "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
-            + (" …" if len(missed) > 5 else ".")
-        )
+        first = "; ".join(f"{m.mark}, {m.organism}: {m.measured}, required {m.required}" for m in missed[:5])
+        rest = " …" if len(missed) > 5 else "."
+        raise GateError(f"{len(missed)} of {len(frame)} marks missed: {first}{rest}")
 
 
 def _own_design(
@@ -151,49 +138,21 @@ def power_table(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 def _save(out: Path, found: "Calibration", question: str, lines: tuple[str, ...], seed: int) -> Path:
     """The tables, a manifest and the page into `out`."""
-    from sae_bias.core.versions import git_state, versions
+    from sae_bias.core.versions import git_state
     from sae_bias.report.page import write_report
-    from sae_bias.runs.folder import SCHEMA, RunFolder
+    from sae_bias.runs.folder import RunFolder
+    from sae_bias.runs.manifest import manifest_of_several
 
-    manifest = {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": versions(),
-        "model": {"name": "the calibration organisms", "organism": True},
-        "saes": [],
-        "seed": seed,
-        "git": git_state(),
-    }
+    organisms = {"name": "the calibration organisms", "organism": True}
+    manifest = manifest_of_several(model=organisms, saes=[], seed=seed, git=git_state())
     missed = [m.mark for m in found.marks if not m.passed]
-    summary = {
-        "question": question,
-        "notes": list(found.notes),
-        "calibration": {
-            "passed": found.passed,
-            "n_marks": len(found.marks),
-            "missed": missed,
-            "lines": list(lines),
-        },
-    }
+    figures = {"passed": found.passed, "n_marks": len(found.marks), "missed": missed, "lines": list(lines)}
+    summary = {"question": question, "notes": list(found.notes), "calibration": figures}
     folder = RunFolder(out)
     with folder.writing():
         folder.write_json("manifest", manifest)
         folder.write_json("summary", summary)
         folder.write_table("marks", found.to_frame())
         for name, frame in found.tables.items():
-            folder.write_table(TABLE_NAMES.get(name, name), frame)
+            folder.write_table("trained_saes" if name == "saes" else name, frame)
     return write_report(out)
-
-
-TABLE_NAMES = {"saes": "trained_saes"}
-
-
-def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    """Rows as plain values; what is missing or endless is null."""
-    import math
-
-    return [
-        {str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in frame.to_dict(orient="records")
-    ]

@@ -3,25 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from sae_bias.cli.context import FROM_FEATURE, Run, command, option, rows
-
-TextFile = Annotated[
-    str | None,
-    option(
-        "--texts",
-        metavar="FILE",
-        help="Text collection (.txt, .jsonl, .json), read as a stream; a small bundled one by default.",
-    ),
-]
-Twin = Annotated[
-    str | None, option("--twin", metavar="SAE", help="The SAE's seed twin, where it is not beside it.")
-]
-Describe = Annotated[
-    bool, typer.Option("--describe", help="Fetch the public page's description (cached; never needed).")
-]
-Most = Annotated[int, typer.Option("--top", min=1, help="How many passages, tokens and words.")]
+from sae_bias.cli.context import FROM_FEATURE, Run, command, picked, rows
 
 
 @command(
@@ -31,11 +13,21 @@ Most = Annotated[int, typer.Option("--top", min=1, help="How many passages, toke
     takes=(*FROM_FEATURE, "grid"),
 )
 def card(
-    run: Run, texts: TextFile = None, top: Most = 12, twin: Twin = None, describe: Describe = False
+    run: Run,
+    texts: str | None = None,
+    top: Annotated[int, {"min": 1}] = 12,
+    twin: str | None = None,
+    describe: bool = False,
 ) -> None:
     """Show what a feature means: its strongest passages and tokens, the words it writes, its neighbors, and the 2 × 2.
 
     With --out the card is DIR/cards/INDEX.html, one page without scripts. Nothing here is drawn at random.
+
+    Args:
+        --texts FILE: Text collection (.txt, .jsonl, .json), read as a stream; a small bundled one by default.
+        --top: How many passages, tokens and words.
+        --twin SAE: The SAE's seed twin, where it is not beside it.
+        --describe: Fetch the public page's description (cached; never needed).
     """
     from sae_bias.discovery.dashboards import feature_card
 
@@ -55,24 +47,17 @@ def card(
     run.note_gate()
     if page is not None:
         run.note(f"dashboard: {page}")
-    a = made.activity
+    twin_of = made.twin and {"feature": str(made.twin.ref), "cosine": made.twin.cosine}
+    neighbours = [{"feature": str(n.ref), "cosine": n.cosine} for n in made.neighbours]
     run.done(
         {
             "feature": str(made.feature),
-            "collection": a.collection,
-            "n_tokens": a.n_tokens,
-            "n_fired": a.n_fired,
-            "density": a.density,
-            "largest": a.largest,
+            **picked(made.activity, "collection n_tokens n_fired density largest"),
+            **picked(made, "page description notes"),
             "passages": rows(made.to_frame()),
             "words": rows(made.words()),
-            "neighbours": [{"feature": str(n.ref), "cosine": n.cosine} for n in made.neighbours],
-            "twin": None
-            if made.twin is None
-            else {"feature": str(made.twin.ref), "cosine": made.twin.cosine},
-            "page": made.page,
-            "description": made.description,
-            "notes": list(made.notes),
+            "neighbours": neighbours,
+            "twin": twin_of,
             "card": None if page is None else str(page),
         }
     )

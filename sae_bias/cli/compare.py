@@ -2,45 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from sae_bias.cli.context import FROM_FEATURE, Run, command, parse_numbers, rows
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-Shares = Annotated[
-    str,
-    typer.Option(
-        "--shares",
-        metavar='"0.5,1,2"',
-        help="Share of each method's part that is taken out, with commas between.",
-    ),
-]
-Levels = Annotated[
-    str,
-    typer.Option(
-        "--kl", metavar='"0.01,0.1"', help="Costs to compare at: the larger of KL in nats a token and 1 − β."
-    ),
-]
-
-FitSteps = Annotated[
-    int,
-    typer.Option(
-        "--fit-steps",
-        min=0,
-        help="Of each fitted edit (a learned set, a gate, a direction); 0 leaves them out.",
-    ),
-]
-Instruction = Annotated[
-    str,
-    typer.Option(
-        "--instruction",
-        metavar="TEXT",
-        help='Put before every prompt as a method of its own; "" leaves it out.',
-    ),
-]
 
 
 @command(
@@ -50,8 +15,8 @@ Instruction = Annotated[
     takes=(*FROM_FEATURE, "pairs", "words", "split"),
 )
 def compare(
-    run: Run, shares: Shares = "0.25,0.5,0.75,1,1.5,2,3", kl: Levels = "0.01,0.03,0.1,0.3", fit_steps: FitSteps = 60,
-    instruction: Instruction = "Judge people and AIs alike.",
+    run: Run, shares: str = "0.25,0.5,0.75,1,1.5,2,3", kl: str = "0.01,0.03,0.1,0.3", fit_steps: Annotated[int, {"min": 0}] = 60,
+    instruction: str = "Judge people and AIs alike.",
 ) -> None:  # fmt: skip
     """Take out the feature, and each baseline, by steps: how much bias goes at the same cost?
 
@@ -59,6 +24,12 @@ def compare(
     subspace of the paired differences, a learned set of scales, a gated counterfactual, learned directions (DAS, ReFT-r1), random
     directions and subspaces, matched controls, the opposite sign; each at all positions and at the last token alone. Also an instruction
     before every prompt. Directions and fits are found on discover templates, strengths chosen on tune, every figure is of report.
+
+    Args:
+        --shares "0.5,1,2": Share of each method's part that is taken out, with commas between.
+        --kl "0.01,0.1": Costs to compare at: the larger of KL in nats a token and 1 − β.
+        --fit-steps: Of each fitted edit (a learned set, a gate, a direction); 0 leaves them out.
+        --instruction TEXT: Put before every prompt as a method of its own; "" leaves it out.
     """
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, share_of, table_in_words
 
@@ -81,13 +52,8 @@ def compare(
         run.say(line)
     run.say(repr(result.ridge))
     run.note_gate()
-    run.done(
-        {
-            "feature": str(feature.ref),
-            "methods": result.table.to_dict(orient="records"),
-            "ridge": rows(result.ridge.frame),
-        }
-    )
+    methods = result.table.to_dict(orient="records")
+    run.done({"feature": str(feature.ref), "methods": methods, "ridge": rows(result.ridge.frame)})
 
 
 def _headline(table: "pd.DataFrame") -> list[str]:

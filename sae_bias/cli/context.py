@@ -1,19 +1,26 @@
 """What the commands share: their options, what a command prints, and one `Run` that opens what the options name and keeps what is found.
 
     @command("card", "sae-bias card MODEL FEATURE", takes=(*FEATURE, "grid"))
-    def card(run: Run, texts: TextFile = None) -> None: ...
+    def card(run: Run, texts: str | None = None) -> None:
+        \"""Show what a feature means.
 
-`takes` names shared options by their Python name; `--json`, `--out` and `--quiet` come with every command. What a library prints goes to standard error.
+        Args:
+            --texts FILE: Text collection.
+        \"""
+
+A command's signature and the lines under `Args:` are its options. `takes` names shared ones by their Python name; `--json`, `--out` and
+`--quiet` come with every command. What a library prints goes to standard error.
 """
 
 import contextlib
 import inspect
 import json as json_module
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args, get_origin
 
 import typer
 
@@ -32,80 +39,75 @@ if TYPE_CHECKING:
     from sae_bias.steering.intervention import Intervention
 
 
-EDITS = "ablate, scale, clamp, cap, mean, steer, project_out, or one that a plugin brings"
 UNDEFINED = "–"
 _PIPED_WIDTH = 160
 
 
 # --- options ---
-def option(*names: str, help: str, **more: Any) -> Any:
-    """A `typer.Option` that does not print its default where that is nothing."""
-    return typer.Option(*names, help=help, show_default=False, **more)
+def _shared(
+    *, model: str, feature: str, features: list[str] | None = None, edit: str = "ablate", strength: str | None = None, unit: str = "act",
+    positions: str = "all", chat: bool = False, system: str | None = None, template_arg: list[str] | None = None, grid: str | None = None,
+    pairs: str | None = None, words: str | None = None, randomized_sae: bool = False, score: str = "mean_logit", seed: int = 0,
+    split: Path | None = None, shard: str | None = None, device: str = "auto", device_map: str | None = None, dtype: str = "auto",
+    json: bool = False, out: Path | None = None, quiet: bool = False,
+) -> None:  # fmt: skip
+    """What several commands take, each by its name here.
+
+    Args:
+        MODEL: Hub id, local folder, .gguf file, or organism:planted.
+        FEATURE: RELEASE/SAE_ID#INDEX, or path/to/sae_folder#INDEX.
+        --feature FEATURE: Feature to edit; given several times, they are edited together. None measures the unsteered model only.
+        --edit: ablate, scale, clamp, cap, mean, steer, project_out, or one that a plugin brings.
+        --strength NUMBER: Value of the edit; ablate has none.
+        --unit: act: strengths as activations are; max: times each feature's largest activation on the bundled pairs.
+        --positions: Where the edit acts: all, last, subject, prompt or generated (special tokens never).
+        --chat: Put each prompt in a user turn of the model's chat template.
+        --system TEXT: System prompt put before every prompt.
+        --template-arg NAME=VALUE: Given to the chat template, such as enable_thinking=false; several times.
+        --grid FILE: Grid file; the bundled grid by default.
+        --pairs FILE: Pairs file (.yaml, .csv, .jsonl) or a bundled name (treatment, survival-2, gender …); the bundled 280 by default.
+        --words FILE: YAML file with lists `positive` and `negative`; the bundled words by default.
+        --randomized-sae: The same in a randomized SAE too, as a control: what it finds is the search's own yield.
+        --score: mean_logit, logodds or auroc.
+        --seed: Seed of every random choice.
+        --split RUN: Run folder whose split of templates is used, such as the ranking's that found the feature; by default that in --out, else --seed's.
+        --shard I/N: Run every N-th cell, from the I-th; join with `sae-bias merge`.
+        --device: auto, cpu, cuda, cuda:1 …
+        --device-map MAP: How accelerate spreads a model too large for one device, such as auto; --device is then not used.
+        --dtype: auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.
+        --json: Print one JSON object, and nothing else on standard output.
+        --out DIR: Folder to write to.
+        --quiet, -q: Only the headline: no tables, no progress.
+    """
 
 
-Out = Annotated[Path | None, option("--out", metavar="DIR", help="Folder to write to.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object, and nothing else on standard output.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the headline: no tables, no progress.")]
-Pairs = Annotated[
-    str | None,
-    option(
-        "--pairs",
-        metavar="FILE",
-        help="Pairs file (.yaml, .csv, .jsonl) or a bundled name (treatment, survival-2, gender …); the bundled 280 by default.",
-    ),
-]
-Words = Annotated[
-    str | None,
-    option(
-        "--words",
-        metavar="FILE",
-        help="YAML file with lists `positive` and `negative`; the bundled words by default.",
-    ),
-]
-Grid = Annotated[str | None, option("--grid", metavar="FILE", help="Grid file; the bundled grid by default.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
-]
-DeviceMap = Annotated[
-    str | None,
-    option(
-        "--device-map",
-        metavar="MAP",
-        help="How accelerate spreads a model too large for one device, such as auto; --device is then not used.",
-    ),
-]
-Shard = Annotated[
-    str | None,
-    option("--shard", metavar="I/N", help="Run every N-th cell, from the I-th; join with `sae-bias merge`."),
-]
-SHARED: Mapping[str, tuple[Any, Any]] = {
-    "model": (Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or organism:planted.", show_default=False)], ...),
-    "feature": (Annotated[str, typer.Argument(metavar="FEATURE", help="RELEASE/SAE_ID#INDEX, or path/to/sae_folder#INDEX.", show_default=False)], ...),
-    "features": (Annotated[list[str] | None, option("--feature", metavar="FEATURE", help="Feature to edit; given several times, they are edited together. None measures the unsteered model only.")], None),
-    "edit": (Annotated[str, typer.Option("--edit", help=EDITS + ".")], "ablate"),
-    "strength": (Annotated[str | None, option("--strength", help="Value of the edit; ablate has none.", metavar="NUMBER")], None),
-    "unit": (Annotated[str, typer.Option("--unit", help="act: strengths as activations are; max: times each feature's largest activation on the bundled pairs.")], "act"),
-    "positions": (Annotated[str, typer.Option("--positions", help="Where the edit acts: all, last, subject, prompt or generated (special tokens never).")], "all"),
-    "chat": (Annotated[bool, typer.Option("--chat", help="Put each prompt in a user turn of the model's chat template.")], False),
-    "system": (Annotated[str | None, option("--system", metavar="TEXT", help="System prompt put before every prompt.")], None),
-    "template_arg": (Annotated[list[str] | None, option("--template-arg", metavar="NAME=VALUE", help="Given to the chat template, such as enable_thinking=false; several times.")], None),
-    "grid": (Grid, None),
-    "pairs": (Pairs, None),
-    "words": (Words, None),
-    "randomized_sae": (Annotated[bool, typer.Option("--randomized-sae", help="The same in a randomized SAE too, as a control: what it finds is the search's own yield.")], False),
-    "score": (Annotated[str, typer.Option("--score", help="mean_logit, logodds or auroc.")], "mean_logit"),
-    "seed": (Annotated[int, typer.Option("--seed", help="Seed of every random choice.")], 0),
-    "split": (Annotated[Path | None, option("--split", metavar="RUN", help="Run folder whose split of templates is used, such as the ranking's that found the feature; by default that in --out, else --seed's.")], None),
-    "device": (Device, "auto"),
-    "device_map": (DeviceMap, None),
-    "dtype": (Dtype, "auto"),
-    "json": (Json, False),
-    "out": (Out, None),
-    "quiet": (Quiet, False),
-}  # fmt: skip
+_LINE = re.compile(r"(?:(?P<flags>--[^\s,:]+(?:, -[^\s,:]+)*) ?)?(?P<metavar>\S*?): ?(?P<help>.*)")
+
+
+def parameters(function: Callable[..., None]) -> tuple[str, list[inspect.Parameter]]:
+    """What typer is told of a command: its help, and each parameter with the flags, metavar and help of its line under `Args:`.
+
+    A line that names no flag is of the next parameter that no flag names; a list may have its flag's plural as its name.
+    """
+    text, _, listed = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")
+    left = {p.name: p for p in inspect.signature(function).parameters.values() if p.name != "run"}
+    lines = [match for line in listed.splitlines() if (match := _LINE.fullmatch(line.strip()))]
+    names = {m["flags"]: re.split("[/,]", m["flags"])[0][2:].replace("-", "_") for m in lines if m["flags"]}
+    optional = {n for n, p in left.items() if p.default is not p.empty}
+    names = {flags: n if n in optional else f"{n}s" for flags, n in names.items()}
+    arguments = iter([n for n in left if n not in names.values()])
+    found = {}
+    for line in lines:
+        name = names[line["flags"]] if line["flags"] else next(arguments)
+        p, told = left.pop(name), {"help": line["help"] or None, "metavar": line["metavar"] or None}
+        kind, more = get_args(p.annotation) if get_origin(p.annotation) is Annotated else (p.annotation, {})
+        told |= {"show_default": p.default not in (None, p.empty), **more}
+        made = typer.Option(*line["flags"].split(", "), **told) if line["flags"] else typer.Argument(**told)
+        found[name] = p.replace(annotation=Annotated[kind, made])
+    return text, [p.replace(kind=p.KEYWORD_ONLY) for p in [*found.values(), *left.values()]]
+
+
+SHARED: Mapping[str, inspect.Parameter] = {p.name: p for p in parameters(_shared)[1]}
 FROM_MODEL = ("model", "seed", "device", "device_map", "dtype")
 FROM_FEATURE = ("feature", *FROM_MODEL)
 EDITED = ("features", "edit", "strength", "unit", "positions")
@@ -118,30 +120,21 @@ def command(name: str, *examples: str, takes: Sequence[str] = ()) -> Callable[[A
     """Register a function of a `Run` and its own options as the command `name`; `takes` adds shared options, those of `SHARED`."""
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(function).parameters.values())[1:]
-        shared = [n for n in SHARED if n in {*takes, "json", "out", "quiet"}]
+        shared = [p for n, p in SHARED.items() if n in {*takes, "json", "out", "quiet"}]
 
         def run(**given: Any) -> None:
-            with Run({n: given.pop(n) for n in shared}) as opened:
+            with Run({p.name: given.pop(p.name) for p in shared}) as opened:
                 opened.check_names(given)
                 function(opened, **given)
 
-        added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=inspect.Parameter.empty if SHARED[n][1] is ... else SHARED[n][1], annotation=SHARED[n][0]) for n in shared]  # fmt: skip
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        named = [p for p in added if p.default is p.empty]
-        parameters = [*named, *own, *(p for p in added if p not in named)]
-        run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = function.__doc__
-        COMMANDS[name] = (run, example(*examples))
+        run.__doc__, own = parameters(function)
+        found = sorted([*own, *shared], key=lambda p: p in own or p.default is not p.empty)
+        run.__signature__ = inspect.Signature(found)  # pyright: ignore[reportFunctionMemberAccess]
+        run.__annotations__ = {p.name: p.annotation for p in found}
+        COMMANDS[name] = (run, "Example: " + "\n\nor: ".join(examples))
         return function
 
     return wrap
-
-
-def example(*lines: str) -> str:
-    """A command's epilog: its example lines."""
-    return "Example: " + "\n\nor: ".join(lines)
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -165,15 +158,6 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     if not found:
         raise RequestError(f'{option} holds no number; expected e.g. "0,-5,-10".')
     return found
-
-
-def make_edit(
-    kind: str, feature: Any, strength: float | None, *, positions: str, when: str = "active"
-) -> "Intervention":
-    """One intervention from --edit and --strength."""
-    from sae_bias.steering.intervention import edit_of
-
-    return edit_of(kind, feature, strength, positions=positions, when=None if when == "active" else when)
 
 
 def once(given: Sequence[str], option: str) -> Sequence[str]:
@@ -321,25 +305,29 @@ class Run(Console):
         from sae_bias.saes.ids import FeatureRef, SaeId
 
         given = {**self.given, **own}
-        for name, what in (
-            ("study", "study file"),
-            ("studies", "study file"),
-            ("folder", "run folder"),
-            ("runs", "run folder"),
+
+        def named(*names: str) -> list[Any]:
+            return [value for name in names for value in _listed(given.get(name))]
+
+        for what, paths in (
+            ("study file", named("study", "studies")),
+            ("run folder", named("folder", "runs")),
         ):
-            for path in _listed(given.get(name)):
+            for path in paths:
                 if not Path(path).exists():
                     raise RequestError(f"there is no {what} {path}.")
-        for name in filter(None, (given.get("model"), given.get("of"))):
-            check_name(name)
-        named = _listed(given.get("feature")) + _listed(given.get("features"))
-        for sae in [FeatureRef.parse(f).sae for f in named] + [
-            SaeId.parse(s) for s in _listed(given.get("sae"))
-        ]:
+        for model in named("model", "of"):
+            check_name(model)
+        features = [FeatureRef.parse(f).sae for f in named("feature", "features")]
+        for sae in [*features, *(SaeId.parse(s) for s in named("sae"))]:
             sae.check_name()
         for name in ("pairs", "grid"):
             if self.given.get(name) is not None:
                 getattr(self, name)
+
+    @property
+    def shard(self) -> tuple[int, int] | None:
+        return parse_shard(self.given["shard"])
 
     @cached_property
     def pairs(self) -> "PromptPairs":
@@ -439,13 +427,15 @@ class Run(Console):
             raise RequestError(
                 f"--strength {strength!r}: one value here; `sweep` and `generate` take several."
             )
+        return self.edits_at(value, sizes)
+
+    def edits_at(self, value: float | None, sizes: Sequence[float]) -> "list[Intervention]":
+        """--edit of every --feature at one strength, in units of `sizes`."""
+        from sae_bias.steering.intervention import edit_of
+
+        kind, positions = self.given["edit"], self.given["positions"]
         return [
-            make_edit(
-                self.given["edit"],
-                f.ref,
-                None if value is None else value * size,
-                positions=self.given["positions"],
-            )
+            edit_of(kind, f.ref, None if value is None else value * size, positions=positions)
             for f, size in zip(self.features, sizes, strict=True)
         ]
 
@@ -520,16 +510,11 @@ class Run(Console):
         """The gate's figures in one line."""
         found = self.fidelity
         error = max((f.residual_max_rel_error for f in found), default=0.0)
-        parts = [
-            f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}"
-            + (f" (label {f.label_l0:.0f})" if f.label_l0 else "")
-            for f in found[:4]
-        ]
+        label = {f.sae: f" (label {f.label_l0:.0f})" if f.label_l0 else "" for f in found}
+        parts = [f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}{label[f.sae]}" for f in found[:4]]
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         if found:
-            self.note(
-                f"fidelity: residual as Hugging Face's to {error:.1e} of its size; {'; '.join(parts)}{more}"
-            )
+            self.note(f"fidelity: residual as Hugging Face's to {error:.1e} of its size; {'; '.join(parts)}{more}")  # fmt: skip
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """The manifest of this run; `more` may name another model, SAEs, prompts."""
@@ -570,6 +555,11 @@ class Run(Console):
         model = {} if self.model is None else {"model": self.model.name}
         gate = {"gate": self.gate} if self.fidelity else {}
         self.finish({**model, **data, **gate, "out": None if self.out is None else str(self.out)})
+
+
+def picked(found: Any, names: str) -> dict[str, Any]:
+    """Some fields of a result by name, for JSON."""
+    return {name: getattr(found, name) for name in names.split()}
 
 
 def rows(frame: "pd.DataFrame") -> list[dict[str, Any]]:

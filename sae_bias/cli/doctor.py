@@ -2,20 +2,9 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from sae_bias.cli.context import Console, Run, command
-
-OptionalModel = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[MODEL]",
-        help="Say what this model lacks here, and list its SAEs: a hub id, a folder, a .gguf file.",
-        show_default=False,
-    ),
-]
+from sae_bias.cli.context import Console, Run, command, picked
 
 
 @command(
@@ -24,11 +13,14 @@ OptionalModel = Annotated[
     "sae-bias doctor google/gemma-3-12b-it",
     takes=("device_map",),
 )
-def doctor(run: Run, name: OptionalModel = None) -> None:
+def doctor(run: Run, name: str | None = None) -> None:
     """Show versions, devices, the hub login, what is cached, and the bundled organisms.
 
     Nothing is sent anywhere: the login is only looked for, and the cache only listed. With --out, the same is written there as
     doctor.json.
+
+    Args:
+        [MODEL]: Say what this model lacks here, and list its SAEs: a hub id, a folder, a .gguf file.
     """
     from sae_bias.core.versions import versions
     from sae_bias.models.catalog import organism_names
@@ -62,20 +54,16 @@ def _devices() -> list[dict[str, Any]]:
     ]
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
-        devices.append(
-            {"device": f"cuda:{i}", "name": facts.name, "memory_gb": round(facts.total_memory / 1e9, 1)}
-        )
+        memory = round(facts.total_memory / 1e9, 1)
+        devices.append({"device": f"cuda:{i}", "name": facts.name, "memory_gb": memory})
     return devices
 
 
 def _hub() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
-    return {
-        "logged_in": get_token() is not None,
-        "offline": bool(constants.HF_HUB_OFFLINE),
-        "cache": constants.HF_HUB_CACHE,
-    }
+    offline, cache = bool(constants.HF_HUB_OFFLINE), constants.HF_HUB_CACHE
+    return {"logged_in": get_token() is not None, "offline": offline, "cache": cache}
 
 
 def _packaged() -> list[dict[str, Any]]:
@@ -86,14 +74,9 @@ def _packaged() -> list[dict[str, Any]]:
     from sae_bias.models.gguf.packaged import PACKAGED
 
     return [
-        {
-            "name": model.name,
-            "of": f"{model.of}, {model.quantization}",
-            "installed": model.is_installed,
-            "converted": (kept_folder(model.sha256, torch.float32) / MANIFEST).is_file(),
-            "pip": model.pip,
-            "terms": model.terms,
-        }
+        picked(model, "name pip terms")
+        | {"of": f"{model.of}, {model.quantization}", "installed": model.is_installed}
+        | {"converted": (kept_folder(model.sha256, torch.float32) / MANIFEST).is_file()}
         for model in PACKAGED.values()
     ]
 
@@ -110,24 +93,18 @@ def _cached() -> list[dict[str, Any]]:
     for repo in sorted(repos, key=lambda r: r.repo_id):
         if repo.repo_type != "model":
             continue
-        newest = max(repo.revisions, key=lambda r: r.last_modified, default=None)
-        files = (
-            {}
-            if newest is None
-            else {str(f.file_path.relative_to(newest.snapshot_path)): f.file_path for f in newest.files}
-        )
-        rows.append(
-            {"repo": repo.repo_id, "gb": round(repo.size_on_disk / 1e9, 2), "offline": _works_offline(files)}
-        )
+        newest, files = max(repo.revisions, key=lambda r: r.last_modified, default=None), {}
+        if newest is not None:
+            files = {str(f.file_path.relative_to(newest.snapshot_path)): f.file_path for f in newest.files}
+        gb = round(repo.size_on_disk / 1e9, 2)
+        rows.append({"repo": repo.repo_id, "gb": gb, "offline": _works_offline(files)})
     return rows
 
 
 def _works_offline(files: dict[str, Path]) -> str:
     """`model`, `N SAEs`, or `incomplete`: what can be loaded from these files alone."""
-    saes = sum(
-        Path(name).name in ("params.safetensors", "params.npz", "sae_weights.safetensors") for name in files
-    )
-    if saes:
+    weights = ("params.safetensors", "params.npz", "sae_weights.safetensors")
+    if saes := sum(Path(name).name in weights for name in files):
         return f"{saes} SAE{'s' if saes > 1 else ''}"
     tokenizer = any(name in files for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return "model" if "config.json" in files and tokenizer and _weights(files) else "incomplete"

@@ -3,83 +3,18 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import CHAT, FROM_MODEL, Run, ask_to_send, command, option, parse_numbers, rows
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, ask_to_send, command, parse_numbers, rows
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 
-Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", help="Text file with a prompt a line.")]
-ContrastFile = Annotated[
-    str | None,
-    option(
-        "--contrast",
-        metavar="FILE",
-        help="Prompts of two sides, as `rank` takes them: .jsonl or .csv with text and label.",
-    ),
-]
-ScenarioFile = Annotated[
-    str | None,
-    option(
-        "--scenarios",
-        metavar="FILE",
-        help="Scenarios instead of prompts (`bundled`: the sixty): the behavior is choosing the aligned option.",
-    ),
-]
-Behavior = Annotated[
-    str,
-    typer.Option(
-        "--behavior",
-        help="refusal, default_negativity, or a regular expression that the continuation is searched for.",
-    ),
-]
-JudgeName = Annotated[
-    str | None,
-    option(
-        "--judge",
-        metavar="PROVIDER/MODEL",
-        help="An Inspect model whose mark (1 to 5) is the behavior instead.",
-    ),
-]
-BaseUrl = Annotated[str | None, option("--base-url", metavar="URL", help="Server of the judge.")]
-ApiKey = Annotated[str | None, option("--api-key", envvar="SAE_BIAS_JUDGE_KEY", help="Key of that server.")]
-Part = Annotated[str, typer.Option("--part", help="What the judge marks: coherence, harm or stance.")]
-Strengths = Annotated[
-    str | None, option("--strengths", metavar='"-5,0,5"', help="Values with commas between; ablate has none.")
-]
-Refusal = Annotated[
-    int | None,
-    option(
-        "--direction",
-        metavar="LAYER",
-        help="Instead of features: the difference of means of --contrast after this layer, projected out at every layer.",
-    ),
-]
-Controls = Annotated[
-    int, typer.Option("--controls", min=0, help="Random edits of the same size beside each strength.")
-]
-Capability = Annotated[
-    bool,
-    typer.Option(
-        "--capability/--no-capability", help="Perplexity and a multiple-choice set at each strength."
-    ),
-]
-Margin = Annotated[
-    float,
-    typer.Option(
-        "--margin",
-        help="Loss of capability that is still usable: 0.1 is 10 % more perplexity or 10 points of accuracy.",
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
-
-COLUMNS = {
-    "side": "prompts", "strength": "strength", "n": "n", "unscored": "unscored", "rate": "rate", "ci_low": "from", "ci_high": "to",
-    "change": "change", "change_low": "from ", "change_high": "to ", "p_value": "p", "control_change": "random controls",
-}  # fmt: skip
-CAPABILITY = {
-    "strength": "strength", "perplexity_ratio": "perplexity ×", "ratio_low": "from", "ratio_high": "to", "accuracy": "accuracy",
-    "accuracy_change": "change", "change_low": "from ", "change_high": "to ", "n_texts": "texts", "n_questions": "questions", "usable": "usable",
-}  # fmt: skip
+COLUMNS = columns_of(
+    "side: prompts; strength; n; unscored; rate; ci_low; ci_high; change; change_low: from; change_high: to; p_value; "
+    "control_change: random controls"
+)
+CAPABILITY = columns_of(
+    "strength; perplexity_ratio: perplexity ×; ratio_low: from; ratio_high: to; accuracy; accuracy_change: change; "
+    "change_low: from; change_high: to; n_texts: texts; n_questions: questions; usable"
+)
 
 
 @command(
@@ -90,26 +25,42 @@ CAPABILITY = {
 )
 def dose(
     run: Run,
-    prompts: Prompts = None,
-    contrast: ContrastFile = None,
-    scenarios: ScenarioFile = None,
-    behavior: Behavior = "refusal",
-    judge: JudgeName = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    part: Part = "harm",
-    strengths: Strengths = None,
-    direction: Refusal = None,
-    controls: Controls = 1,
-    capability: Capability = True,
-    margin: Margin = 0.1,
-    max_new_tokens: MaxNewTokens = 40,
+    prompts: Path | None = None,
+    contrast: str | None = None,
+    scenarios: str | None = None,
+    behavior: str = "refusal",
+    judge: str | None = None,
+    base_url: str | None = None,
+    api_key: Annotated[str | None, {"envvar": "SAE_BIAS_JUDGE_KEY"}] = None,
+    part: str = "harm",
+    strengths: str | None = None,
+    direction: int | None = None,
+    controls: Annotated[int, {"min": 0}] = 1,
+    capability: bool = True,
+    margin: float = 0.1,
+    max_new_tokens: Annotated[int, {"min": 1}] = 40,
 ) -> None:
     """Measure a behavior at each strength of an edit, and the range of strengths in which the model still works.
 
     The behavior is a pattern in what the model writes, a judge's mark, or the choice of the aligned option in scenarios. With a contrast each
     side has its rate, and so has their difference. Beside each strength stand random edits of the same size, the perplexity on plain text and
     the accuracy on forty multiple-choice questions.
+
+    Args:
+        --prompts FILE: Text file with a prompt a line.
+        --contrast FILE: Prompts of two sides, as `rank` takes them: .jsonl or .csv with text and label.
+        --scenarios FILE: Scenarios instead of prompts (`bundled`: the sixty): the behavior is choosing the aligned option.
+        --behavior: refusal, default_negativity, or a regular expression that the continuation is searched for.
+        --judge PROVIDER/MODEL: An Inspect model whose mark (1 to 5) is the behavior instead.
+        --base-url URL: Server of the judge.
+        --api-key: Key of that server.
+        --part: What the judge marks: coherence, harm or stance.
+        --strengths "-5,0,5": Values with commas between; ablate has none.
+        --direction LAYER: Instead of features: the difference of means of --contrast after this layer, projected out at every layer.
+        --controls: Random edits of the same size beside each strength.
+        --capability/--no-capability: Perplexity and a multiple-choice set at each strength.
+        --margin: Loss of capability that is still usable: 0.1 is 10 % more perplexity or 10 points of accuracy.
+        --max-new-tokens: Longest continuation.
     """
     from sae_bias.measures.behavior import Judged, dose_response
     from sae_bias.measures.judge import Judge
@@ -127,11 +78,10 @@ def dose(
     if judge is not None:
         read = Judged(Judge(judge, base_url, api_key), part, run.out, ask_to_send)
     model = run.open(*(f.ref.sae for f in run.features), gate=False)
-    edits = (
-        _edits(run, values, run.sizes(model))
-        if direction is None
-        else _direction(run, model, asked, direction, values)
-    )
+    if direction is None:
+        edits = _edits(run, values, run.sizes(model))
+    else:
+        edits = _direction(run, model, asked, direction, values)
     options: dict[str, Any] = {
         "controls": controls,
         "capability": capability,
@@ -139,19 +89,12 @@ def dose(
         **run.chat,
         "seed": run.seed,
     }
-    result = dose_response(
-        model, asked, edits, read, **options, max_new_tokens=max_new_tokens, progress=run.progress
-    )
-    facts = {
-        **options,
-        "max_new_tokens": max_new_tokens,
-        "behavior": result.behavior,
-        "edits": [e.to_dict() for e in edits],
-    }
+    options["max_new_tokens"] = max_new_tokens
+    result = dose_response(model, asked, edits, read, **options, progress=run.progress)
+    facts = {**options, "behavior": result.behavior, "edits": [e.to_dict() for e in edits]}
     run.save(result.tables(), {"behavior": result.summary()}, behavior=facts)
-    run.say(
-        f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {result.frame['n'].iloc[0]} prompts"
-    )
+    n = result.frame["n"].iloc[0]
+    run.say(f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {n} prompts")
     run.say(result.usable())
     run.table("Behavior at each strength", result.frame, COLUMNS)
     if result.capability is not None:

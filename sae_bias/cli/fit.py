@@ -2,18 +2,9 @@
 
 from typing import Annotated
 
-import typer
-
 from sae_bias.cli.context import FROM_MODEL, Run, command, rows
 from sae_bias.core.labels import columns_of
 
-SaeName = Annotated[
-    str, typer.Argument(metavar="SAE", help="RELEASE/SAE_ID or a folder.", show_default=False)
-]
-Kind = Annotated[
-    str, typer.Option("--kind", help="gated (the human twin's activations where a gate is on) or scales.")
-]
-Most = Annotated[int, typer.Option("--most", min=1, help="How many features the edit may have.")]
 COLUMNS = columns_of(
     "sae; split; n_pairs; bias; bias_after: under the edit; specific: specific reduction; "
     "specific_low: from; specific_high: to; beta; human_moved; ai_moved: AI moved; kl_off: KL_off"
@@ -25,11 +16,16 @@ COLUMNS = columns_of(
     "sae-bias fit organism:planted organism:planted/resid_post/layer_3_width_512_l0_small --kind gated --out runs/fit",
     takes=(*FROM_MODEL, "pairs", "words", "split", "randomized_sae"),
 )
-def fit(run: Run, sae: SaeName, kind: Kind = "gated", most: Most = 25) -> None:
+def fit(run: Run, sae: str, kind: str = "gated", most: Annotated[int, {"min": 1}] = 25) -> None:
     """Fit an edit of a few features of one SAE that takes the bias and leaves the rest.
 
     Fitted on the discover templates and half of the valence banks; the table shows the report templates and the other half too. The edit
     is kept as edit.json in --out.
+
+    Args:
+        SAE: RELEASE/SAE_ID or a folder.
+        --kind: gated (the human twin's activations where a gate is on) or scales.
+        --most: How many features the edit may have.
     """
     import pandas as pd
 

@@ -2,37 +2,10 @@
 
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, make_edit, number, option, parse_numbers
+from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, number, parse_numbers
 from sae_bias.core.errors import RequestError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-Prompt = Annotated[
-    list[str] | None, option("--prompt", metavar="TEXT", help="A prompt; may be given several times.")
-]
-PromptsFile = Annotated[
-    Path | None, option("--prompts", metavar="FILE", help="Text file with a prompt a line.")
-]
-Bundled = Annotated[bool, typer.Option("--bundled", help="Add the bundled prompts (24, AI and human twins).")]
-Strengths = Annotated[
-    list[str] | None,
-    option(
-        "--strength",
-        "--strengths",
-        metavar="NUMBERS",
-        help='Value of the edit, or several with commas between ("-1,-5"); ablate has none.',
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 is greedy; above 0 samples, from --seed.")
-]
 
 
 @command(
@@ -42,44 +15,47 @@ Temperature = Annotated[
 )
 def generate(
     run: Run,
-    prompt: Prompt = None,
-    prompts: PromptsFile = None,
-    bundled: Bundled = False,
-    strength: Strengths = None,
-    max_new_tokens: MaxNewTokens = 40,
-    temperature: Temperature = 0.0,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    bundled: bool = False,
+    strength: list[str] | None = None,
+    max_new_tokens: Annotated[int, {"min": 1}] = 40,
+    temperature: Annotated[float, {"min": 0.0}] = 0.0,
 ) -> None:
     """Continue prompts, unsteered and under an edit of one or several features.
 
     The continuations stand below each other, one for each strength. The edit acts on the prompt and on every generated token, unless
     --positions says otherwise.
+
+    Args:
+        --prompt TEXT: A prompt; may be given several times.
+        --prompts FILE: Text file with a prompt a line.
+        --bundled: Add the bundled prompts (24, AI and human twins).
+        --strength, --strengths NUMBERS: Value of the edit, or several with commas between ("-1,-5"); ablate has none.
+        --max-new-tokens: Longest continuation.
+        --temperature: 0 is greedy; above 0 samples, from --seed.
     """
+    import pandas as pd
+
     from sae_bias.measures.text import side_by_side, text_summary
     from sae_bias.steering.generate import generate as complete
 
     texts = read_prompts(prompt or [], prompts, bundled)
-    edit, positions, features = run.given["edit"], run.given["positions"], run.features
+    features, ones = run.features, [1.0] * len(run.features)
     run.check_unit()
-    values = _strengths(strength, edit, bool(features))
+    values = _strengths(strength, run.given["edit"], bool(features))
     for value in values:  # a wrong request is told before the model loads
-        for f in features:
-            make_edit(edit, f.ref, value, positions=positions)
+        run.edits_at(value, ones)
     model = run.open(*(f.ref.sae for f in features), gate=False)
     sizes = run.sizes(model)
-    conditions = [
-        [
-            make_edit(edit, f.ref, None if v is None else v * size, positions=positions)
-            for f, size in zip(features, sizes, strict=True)
-        ]
-        for v in (values if features else ())
-    ]
+    conditions = [run.edits_at(v, sizes) for v in (values if features else ())]
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         **run.chat,
         "seed": run.seed,
-        "progress": run.progress,
     }
+    options["progress"] = run.progress
     base = complete(model, texts, **options)
     steered = [complete(model, texts, interventions=edits, **options) for edits in conditions]
     frames = [side_by_side(model, base, after, **run.chat) for after in (steered or [base])]
@@ -89,10 +65,12 @@ def generate(
         label: text_summary(base, after, frame)["steered"]
         for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
     }
-    table, n = _table(frames, labels), len(frames)
+    table, n = frames[0], len(frames)
+    if n > 1:  # the conditions below each other, named
+        table = pd.concat([f.assign(edit=e) for f, e in zip(frames, labels, strict=True)], ignore_index=True)
     together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
-    made = {**options, "edits": [e.to_dict() for edits in conditions for e in edits]}
-    run.save({"generations": table}, {"generations": together}, generation=made)
+    made = {"edits": [e.to_dict() for edits in conditions for e in edits]}
+    run.save({"generations": table}, {"generations": together}, generation={**options, **made})
     for i, before in enumerate(base):
         run.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
         for label, after in zip(labels, steered, strict=True):
@@ -102,23 +80,13 @@ def generate(
         shown |= {"steered" if len(steered) == 1 else labels[0]: measured["steered"], **more}
     for name, means in shown.items():
         run.note(f"{name}: {text_line(means)}")
-    run.done(
-        {
-            "measures": shown,
-            "edits": [e.to_dict() for edits in conditions for e in edits],
-            "completions": [
-                {
-                    "prompt": before.prompt,
-                    "unsteered": before.text,
-                    "steered": after[i].text if conditions else None,
-                    "ended": after[i].ended,
-                    **({"edit": label} if len(conditions) > 1 else {}),
-                }
-                for label, after in zip(labels or [""], steered or [base], strict=True)
-                for i, before in enumerate(base)
-            ],
-        }
-    )
+    completions = [
+        {"prompt": before.prompt, "unsteered": before.text, "steered": after[i].text if conditions else None, "ended": after[i].ended}
+        | ({"edit": label} if len(conditions) > 1 else {})
+        for label, after in zip(labels or [""], steered or [base], strict=True)
+        for i, before in enumerate(base)
+    ]  # fmt: skip
+    run.done({"measures": shown, **made, "completions": completions})
 
 
 def _strengths(given: list[str] | None, edit: str, has_features: bool) -> tuple[float | None, ...]:
@@ -132,17 +100,6 @@ def _strengths(given: list[str] | None, edit: str, has_features: bool) -> tuple[
             "--edit ablate has no strength; leave --strength out, or choose clamp, scale, cap or steer."
         )
     return tuple(dict.fromkeys(v for text in given for v in parse_numbers(text, "--strength")))
-
-
-def _table(frames: "list[pd.DataFrame]", labels: list[str]) -> "pd.DataFrame":
-    """The conditions below each other, with a column that names them where there are several."""
-    import pandas as pd
-
-    if len(frames) == 1:
-        return frames[0]
-    return pd.concat(
-        [f.assign(edit=label) for f, label in zip(frames, labels, strict=True)], ignore_index=True
-    )
 
 
 def text_line(means: dict[str, float]) -> str:
@@ -171,11 +128,7 @@ def read_prompts(given: list[str], file: Path | None, bundled: bool = False) -> 
     if any(not text.strip() for text in texts):
         raise RequestError("a prompt is empty.")
     for text in texts:
-        if bad := next(
-            (c for c in text if not c.isprintable() and unicodedata.category(c) == "Cc" and c not in "\n\t"),
-            None,
-        ):
-            raise RequestError(
-                f"the prompt {text[:60]!r} holds the control character U+{ord(bad):04X}; remove it."
-            )
+        for c in text:
+            if unicodedata.category(c) == "Cc" and c not in "\n\t":
+                raise RequestError(f"the prompt {text[:60]!r} holds the control character U+{ord(c):04X}; remove it.")  # fmt: skip
     return texts

@@ -2,20 +2,8 @@
 
 from typing import Annotated
 
-import typer
-
-from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, option, rows
+from sae_bias.cli.context import CHAT, EDITED, FROM_MODEL, Run, command, rows
 from sae_bias.core.labels import columns_of
-
-Own = Annotated[
-    list[str] | None,
-    option(
-        "--own",
-        metavar="NAME",
-        help="An identity that is the model's own, such as gemma; may be given several times.",
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 
 
 @command(
@@ -24,11 +12,15 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Long
     "sae-bias identity google/gemma-3-12b-it --chat --own gemma --own google",
     takes=(*FROM_MODEL, *EDITED, *CHAT),
 )
-def identity(run: Run, own: Own = None, max_new_tokens: MaxNewTokens = 60) -> None:
+def identity(run: Run, own: list[str] | None = None, max_new_tokens: Annotated[int, {"min": 1}] = 60) -> None:
     """Ask a model who it is, and count whom it names.
 
     32 questions; seven of them are also sampled four times at T = 0.7. An answer that claims another model's name, or to be human,
     counts as another identity. With --feature the same is asked under an edit.
+
+    Args:
+        --own NAME: An identity that is the model's own, such as gemma; may be given several times.
+        --max-new-tokens: Longest answer.
     """
     from sae_bias.workflows.behavior import identity_lines, run_identity
 

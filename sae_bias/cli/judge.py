@@ -3,70 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from sae_bias.cli.context import Run, ask_to_send, command, once, option
+from sae_bias.cli.context import Run, ask_to_send, command, once
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.labels import columns_of
-
-RunDir = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder with generated texts.", show_default=False)
-]
-JudgeNames = Annotated[
-    list[str] | None,
-    option(
-        "--judge",
-        metavar="PROVIDER/MODEL",
-        help="Inspect model string: anthropic/…, openai/…, openai-api/local/… or hf/…; may be given several times.",
-    ),
-]
-BaseUrl = Annotated[
-    str | None,
-    option("--base-url", metavar="URL", help="Server of the judges, such as http://127.0.0.1:8000/v1."),
-]
-ApiKey = Annotated[
-    str | None,
-    option(
-        "--api-key",
-        envvar="SAE_BIAS_JUDGE_KEY",
-        help="Key of that server; providers' own variables serve otherwise.",
-    ),
-]
-Part = Annotated[
-    list[str] | None,
-    option("--part", metavar="NAME", help="coherence, harm or stance; all of them by default."),
-]
-Repeats = Annotated[
-    int,
-    typer.Option(
-        "--repeats",
-        min=1,
-        help="How often each question is asked; 2 and more, at temperature 0.7, show a judge's own noise.",
-    ),
-]
-Absolute = Annotated[bool, typer.Option("--absolute/--no-absolute", help="Rate each text alone, 1 to 5.")]
-Pairwise = Annotated[
-    bool, typer.Option("--pairwise/--no-pairwise", help="Compare both texts, in both orders.")
-]
-DollarsIn = Annotated[
-    float | None,
-    option("--price-in", metavar="USD", help="Price of a million input tokens, for the estimate."),
-]
-DollarsOut = Annotated[
-    float | None,
-    option("--price-out", metavar="USD", help="Price of a million output tokens, for the estimate."),
-]
-AtOnce = Annotated[int, typer.Option("--at-once", min=1, help="Requests that a judge answers at a time.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds to wait for one reply.")]
-MaxTokens = Annotated[
-    int,
-    typer.Option(
-        "--max-tokens",
-        min=1,
-        help="Room for one reply, a reasoning judge's thinking included; a reply cut there is unscored.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send paid requests without asking.")]
 
 
 @command(
@@ -77,25 +16,41 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Send paid requests witho
 )
 def judge(
     run: Run,
-    folder: RunDir,
-    judges: JudgeNames = None,
-    base_url: BaseUrl = None,
-    api_key: ApiKey = None,
-    part: Part = None,
-    repeats: Repeats = 1,
-    absolute: Absolute = True,
-    pairwise: Pairwise = True,
-    price_in: DollarsIn = None,
-    price_out: DollarsOut = None,
-    at_once: AtOnce = 8,
-    timeout: Timeout = 120.0,
-    max_tokens: MaxTokens = 512,
-    yes: Yes = False,
+    folder: Path,
+    judges: list[str] | None = None,
+    base_url: str | None = None,
+    api_key: Annotated[str | None, {"envvar": "SAE_BIAS_JUDGE_KEY"}] = None,
+    part: list[str] | None = None,
+    repeats: Annotated[int, {"min": 1}] = 1,
+    absolute: bool = True,
+    pairwise: bool = True,
+    price_in: float | None = None,
+    price_out: float | None = None,
+    at_once: Annotated[int, {"min": 1}] = 8,
+    timeout: Annotated[float, {"min": 1.0}] = 120.0,
+    max_tokens: Annotated[int, {"min": 1}] = 512,
+    yes: bool = False,
 ) -> None:
     """Let judges rate a run's texts.
 
     The judge never learns which text was steered. Replies are kept as they come: the same command goes on where it stopped, and no
     reply is paid for twice. A reply without a rating is left out and counted. Results go into RUN, or into --out with a copy of its texts.
+
+    Args:
+        RUN: Run folder with generated texts.
+        --judge PROVIDER/MODEL: Inspect model string: anthropic/…, openai/…, openai-api/local/… or hf/…; may be given several times.
+        --base-url URL: Server of the judges, such as http://127.0.0.1:8000/v1.
+        --api-key: Key of that server; providers' own variables serve otherwise.
+        --part NAME: coherence, harm or stance; all of them by default.
+        --repeats: How often each question is asked; 2 and more, at temperature 0.7, show a judge's own noise.
+        --absolute/--no-absolute: Rate each text alone, 1 to 5.
+        --pairwise/--no-pairwise: Compare both texts, in both orders.
+        --price-in USD: Price of a million input tokens, for the estimate.
+        --price-out USD: Price of a million output tokens, for the estimate.
+        --at-once: Requests that a judge answers at a time.
+        --timeout: Seconds to wait for one reply.
+        --max-tokens: Room for one reply, a reasoning judge's thinking included; a reply cut there is unscored.
+        --yes, -y: Send paid requests without asking.
     """
     from sae_bias.measures.judge import Judge, Pace, run_judge
     from sae_bias.runs.folder import RunFolder

@@ -1,4 +1,4 @@
-"""The `sae-bias` command: registers the commands, and turns every error into one plain line and an exit code.
+"""The `sae-bias` command: finds the commands (every module of this package with an `@command`), and turns every error into one plain line and an exit code.
 
     0 done · 1 a defect · 2 the request is wrong · 3 something is missing · 4 it ran and the answer is no · 130 interrupted
 
@@ -12,53 +12,22 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from sae_bias import __version__
+from sae_bias import __version__, cli
 from sae_bias.cli.context import COMMANDS
 from sae_bias.core.errors import RequestError, SaeBiasError
 
-COMMAND_MODULES = (
-    "study",
-    "probe",
-    "rank",
-    "table",
-    "card",
-    "ladder",
-    "sweep",
-    "compare",
-    "resolve",
-    "match",
-    "scenarios",
-    "generate",
-    "dose",
-    "play",
-    "fit",
-    "identity",
-    "judge",
-    "report",
-    "merge",
-    "plan",
-    "calibrate",
-    "verify",
-    "doctor",
-)
-"""Modules of `sae_bias.cli` in the order of `--help`, each with its `@command`. A new command is one file and one name here."""
 GROUPS = {
-    "Measure": ("probe organism:planted --checks", ("probe", "scenarios", "identity")),
-    "Find": (
-        "rank organism:planted organism:planted/constructed",
-        ("rank", "table", "card", "ladder", "resolve", "match"),
-    ),
-    "Steer": (
-        "sweep organism:planted RELEASE/SAE_ID#INDEX",
-        ("sweep", "compare", "generate", "dose", "judge", "play", "fit"),
-    ),
-    "Study": ("run study.yaml", ("demo", "run", "plan", "merge", "report")),
-    "Trust": ("verify runs/demo", ("verify", "calibrate", "doctor")),
+    "Measure": ("probe organism:planted --checks", "probe scenarios identity"),
+    "Find": ("rank organism:planted organism:planted/constructed", "rank table card ladder resolve match"),
+    "Steer": ("sweep organism:planted RELEASE/SAE_ID#INDEX", "sweep compare generate dose judge play fit"),
+    "Study": ("run study.yaml", "demo run plan merge report"),
+    "Trust": ("verify runs/demo", "verify calibrate doctor"),
 }
 """What `sae-bias` alone prints: each group with one example; a command that no group names stands under "Commands"."""
 SHOW_TRACEBACK = "SAE_BIAS_TRACEBACK"
@@ -79,14 +48,15 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback(invoke_without_command=True)(_root)
-    for name in COMMAND_MODULES:
-        import_module(f"sae_bias.cli.{name}")
+    for module in iter_modules(cli.__path__):
+        if module.name not in ("main", "__main__"):
+            import_module(f"{cli.__name__}.{module.name}")
     for name, (function, epilog) in COMMANDS.items():
         app.command(name, epilog=epilog)(function)
     panels = {
         name: f"{group}, such as: sae-bias {shown}"
         for group, (shown, names) in GROUPS.items()
-        for name in names
+        for name in names.split()
     }
     for command in app.registered_commands:
         command.cls = _OnceEach
@@ -102,14 +72,11 @@ class _OnceEach(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         order = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
         for param in order:
-            if (
-                param.param_type_name == "option"
-                and not (param.multiple or getattr(param, "is_flag", False))
-                and order.count(param) > 1
-            ):
-                raise RequestError(
-                    f"{param.opts[0]} is given {order.count(param)} times and takes one value; give it once."
-                )
+            single = param.param_type_name == "option" and not (
+                param.multiple or getattr(param, "is_flag", False)
+            )
+            if single and (n := order.count(param)) > 1:
+                raise RequestError(f"{param.opts[0]} is given {n} times and takes one value; give it once.")
         return super().parse_args(ctx, args)
 
 
@@ -143,9 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: BaseException) -> int:
     """One line on standard error, and the exit code."""
     if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # the reader has left: Python's own flush at exit must not fail again
+        # the reader has left: Python's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
@@ -166,24 +132,18 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted; what is finished is kept, and the same command resumes from there.", 130
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return (
-            f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and run the same command again.",
-            3,
-        )
+        where = f" for {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some and run the same command again.", 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try --dtype bfloat16, a smaller model, or a device with more.", 3
     first = (str(error).splitlines() or [""])[0]
-    return (
-        f"a defect in sae-bias ({type(error).__name__}: {first[:300]}); set {SHOW_TRACEBACK}=1 to see where, and please report it.",
-        1,
-    )
+    what = f"a defect in sae-bias ({type(error).__name__}: {first[:300]})"
+    return f"{what}; set {SHOW_TRACEBACK}=1 to see where, and please report it.", 1
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """A warning as one line; other libraries' deprecations are not the user's business."""
-    if not issubclass(
-        category, DeprecationWarning | FutureWarning | PendingDeprecationWarning | ImportWarning
-    ):
+    if not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning | ImportWarning):  # fmt: skip
         print(f"sae-bias: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

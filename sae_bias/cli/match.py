@@ -1,10 +1,6 @@
 """`sae-bias match`: the counterpart of a feature in another model."""
 
-from typing import Annotated
-
-import typer
-
-from sae_bias.cli.context import Run, command, option, rows
+from sae_bias.cli.context import Run, command, picked, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -12,20 +8,6 @@ COLUMNS = columns_of(
     "feature; rho: ρ; p_fwer; mutual; class: on in; same_class; removed: bias removed; removed_low: from; "
     "removed_high: to; same_sign"
 )
-From = Annotated[
-    str, typer.Argument(metavar="FEATURE", help="The feature to find again.", show_default=False)
-]
-Other = Annotated[str, typer.Argument(metavar="MODEL", help="The model to find it in.", show_default=False)]
-OtherSaes = Annotated[
-    list[str], typer.Argument(metavar="SAE...", help="SAEs of that model; one family.", show_default=False)
-]
-Of = Annotated[
-    str | None,
-    option("--of", metavar="MODEL", help="The feature's own model; by default the one its SAE names."),
-]
-Causal = Annotated[
-    bool, typer.Option("--causal", help="Also ablate both features: their effects must agree in sign.")
-]
 
 
 @command(
@@ -35,20 +17,28 @@ Causal = Annotated[
     takes=("grid", "pairs", "words", "seed", "device", "device_map", "dtype"),
 )
 def match(
-    run: Run, feature: From, model: Other, sae: OtherSaes, of: Of = None, causal: Causal = False
+    run: Run, feature: str, model: str, sae: list[str], of: str | None = None, causal: bool = False
 ) -> None:
     """Find the feature of another model that does what this one does.
 
     Compared are the activations on one bank of prompts: mutual nearest neighbors, a permutation null over every feature scanned,
     the same class in the 2 × 2. "Functionally similar" is the most that can be said.
+
+    Args:
+        FEATURE: The feature to find again.
+        MODEL: The model to find it in.
+        SAE...: SAEs of that model; one family.
+        --of MODEL: The feature's own model; by default the one its SAE names.
+        --causal: Also ablate both features: their effects must agree in sign.
     """
     from sae_bias.discovery.matching import match_features
     from sae_bias.saes.load import as_feature, load_sae
 
     grid, wanted = run.grid, as_feature(feature)
     pairs = run.pairs if causal or run.given["pairs"] is not None else None
+    release = str(wanted.ref.sae.release)
     own_sae, saes = load_sae(wanted.ref.sae), [load_sae(name) for name in sae]
-    own = of or _model_of(str(wanted.ref.sae.release), own_sae.model_name)
+    own = of or (release if release.startswith("organism:") else own_sae.model_name)
     if own is None:
         raise RequestError(f"which model is {feature} of? Its SAE does not say; give --of MODEL.")
     first = run.load(own)
@@ -64,18 +54,5 @@ def match(
     run.say(f"{found.feature} of {own}, on in {found.profile_class}: {found.verdict}")
     run.note_gate()
     run.table("The most similar features", found.to_frame(), COLUMNS)
-    run.done(
-        {
-            **figures,
-            "margin": found.margin,
-            "class": found.profile_class,
-            "n_prompts": found.n_prompts,
-            "family_size": found.family_size,
-            "candidates": rows(found.to_frame()),
-        }
-    )
-
-
-def _model_of(release: str, named: str | None) -> str | None:
-    """The model an SAE was trained on: its organism, or what its files name."""
-    return release if release.startswith("organism:") else named
+    more = picked(found, "margin n_prompts family_size") | {"class": found.profile_class}
+    run.done({**figures, **more, "candidates": rows(found.to_frame())})

@@ -3,16 +3,9 @@
 import json as json_module
 import re
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from sae_bias.cli.context import Run, command
 from sae_bias.core.errors import RequestError
-
-Shared = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder that the shards share.", show_default=False)
-]
 
 
 @command(
@@ -20,11 +13,14 @@ Shared = Annotated[
     "sae-bias merge runs/first",
     takes=(),
 )
-def merge(run: Run, folder: Shared) -> None:
+def merge(run: Run, folder: Path) -> None:
     """Join the cells that `--shard I/N` runs left in one folder.
 
     Cells are moved, not measured again; where that completes the sweep, its table is written. The command of the shards, run once more
     without --shard, finds every cell done and adds the summary. With --out, the result of the merge is written there as merge.json.
+
+    Args:
+        RUN: Run folder that the shards share.
     """
     from sae_bias.workflows.sweep import merge_run
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import Console, Run, command, option
+from sae_bias.cli.context import Console, Run, command, picked
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -13,28 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sae_bias.workflows.plan import ModelPlan, StudyPlan
+    from sae_bias.workflows.plan_costs import Step
 
 
-Studies = Annotated[
-    list[Path], typer.Argument(metavar="STUDY.yaml…", help="Study files.", show_default=False)
-]
-HardwareName = Annotated[
-    str,
-    typer.Option(
-        "--hardware", metavar="NAME", help="h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine)."
-    ),
-]
-Flops = Annotated[
-    float | None,
-    option(
-        "--flops",
-        min=1.0,
-        help="With --hardware cpu: its float32 rate in operations a second; measured by default.",
-    ),
-]
-DtypeChoice = Annotated[
-    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
-]
+SUMS = "seconds flops download_bytes disk_bytes"
 STEP_COLUMNS = columns_of(
     "model; step; operations; time; device: on the device; parts: beside the weights; read; host: tables"
 )
@@ -52,16 +32,22 @@ TOTAL_COLUMNS = columns_of(
 )
 def plan(
     run: Run,
-    studies: Studies,
-    hardware: HardwareName = "h200",
-    flops: Flops = None,
-    dtype: DtypeChoice = None,
+    studies: list[Path],
+    hardware: str = "h200",
+    flops: Annotated[float | None, {"min": 1.0}] = None,
+    dtype: str | None = None,
 ) -> None:
     """Say what a study needs: memory by part, operations, time, downloads, disk, and what to change where it does not fit.
 
     Nothing is loaded and no network is asked. Shapes come from the registry, from a folder's config.json, and from SAE names; tokens are
     counted from words and marks. Times are operations over an assumed share of the hardware's stated rate, plus reading files. Several
     study files are planned one after another and summed. With --out, the same is written there as plan.json.
+
+    Args:
+        STUDY.yaml…: Study files.
+        --hardware NAME: h200, h100, a100, a100-40, l4, rtx4090, or cpu (this machine).
+        --flops: With --hardware cpu: its float32 rate in operations a second; measured by default.
+        --dtype: auto, float32, bfloat16, float16; the study's own by default.
     """
     from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND
     from sae_bias.workflows.hardware import hardware as named
@@ -73,23 +59,20 @@ def plan(
     machine = named(hardware, flops=flops)
     given = {} if dtype is None else {"dtype": _checked(dtype)}
     plans = [plan_study(load_study(path).model_copy(update=given), machine) for path in studies]
-    found = {
-        "hardware": {
-            "name": machine.name,
-            "label": machine.label,
-            "bfloat16_flops": machine.bfloat16,
-            "float32_flops": machine.float32,
-            "memory_bytes": machine.memory,
-            "source": machine.source,
-            "assumed_utilisation": machine.utilisation,
-            "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
-        },
-        "studies": [_facts(p) for p in plans],
-        "seconds": sum(p.seconds for p in plans),
-        "flops": sum(p.flops for p in plans),
-        "download_bytes": sum(p.download_bytes for p in plans),
-        "disk_bytes": sum(p.disk_bytes for p in plans),
+    rates = {
+        "bfloat16_flops": machine.bfloat16,
+        "float32_flops": machine.float32,
+        "memory_bytes": machine.memory,
     }
+    assumed = {
+        "assumed_utilisation": machine.utilisation,
+        "assumed_disk_bytes_per_second": DISK_BYTES_PER_SECOND,
+    }
+    found: dict[str, Any] = {
+        "hardware": {**picked(machine, "name label source"), **rates, **assumed},
+        "studies": [{"study": p.name, **picked(p, SUMS), "models": [_model_facts(m) for m in p.models]} for p in plans],
+        **{name: sum(getattr(p, name) for p in plans) for name in SUMS.split()},
+    }  # fmt: skip
     run.write_json("plan", found)
     _show(run, plans)
     if len(plans) > 1:
@@ -129,92 +112,45 @@ def _show(console: Console, plans: "list[StudyPlan]") -> None:
 def _totals(models: "list[ModelPlan]") -> "pd.DataFrame":
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "model": m.model.name,
-                "parameters": f"{m.model.n_params / 1e9:.2f} B" if m.model.n_params >= 1e8 else f"{m.model.n_params / 1e6:.1f} M",
-                "weights": f"{_size(m.weights)} ({m.dtype})",
-                "peak": _size(m.host_bytes if m.hardware.is_cpu else m.device_bytes),
-                "step": m.peak.name,
-                "fits": "yes" if m.fits else "no",
-                "time": _time(m.seconds),
-                "saes": f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
-                "download": _size(m.download_bytes),
-                "disk": _size(m.disk_bytes),
-            }
-            for m in models
-        ]
-    )  # fmt: skip
+    rows = [
+        (
+            m.model.name, f"{m.model.n_params / 1e9:.2f} B" if m.model.n_params >= 1e8 else f"{m.model.n_params / 1e6:.1f} M",
+            f"{_size(m.weights)} ({m.dtype})", _size(m.host_bytes if m.hardware.is_cpu else m.device_bytes), m.peak.name,
+            "yes" if m.fits else "no", _time(m.seconds), f"{len(m.saes)} ({sum(s.d_sae for s in m.saes):,} features)" if m.saes else "none",
+            _size(m.download_bytes), _size(m.disk_bytes),
+        )
+        for m in models
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(TOTAL_COLUMNS))
 
 
 def _steps(models: "list[ModelPlan]") -> "pd.DataFrame":
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "model": m.model.name,
-                "step": s.name,
-                "operations": f"{s.flops:.1e}" if s.flops else "",
-                "time": _time(s.seconds),
-                "device": _size(m.resident + s.device_bytes),
-                "parts": ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()),
-                "read": _size(s.read_bytes) if s.read_bytes else "",
-                "host": _size(s.host_bytes) if s.host_bytes else "",
-            }
-            for m in models
-            for s in m.steps
-        ]
-    )
-
-
-def _facts(study: "StudyPlan") -> dict[str, Any]:
-    return {
-        "study": study.name,
-        "seconds": study.seconds,
-        "flops": study.flops,
-        "download_bytes": study.download_bytes,
-        "disk_bytes": study.disk_bytes,
-        "models": [_model_facts(m) for m in study.models],
-    }
+    rows = [
+        (
+            m.model.name, s.name, f"{s.flops:.1e}" if s.flops else "", _time(s.seconds), _size(m.resident + s.device_bytes),
+            ", ".join(f"{name} {_size(size)}" for name, size in s.parts.items()), _size(s.read_bytes) if s.read_bytes else "",
+            _size(s.host_bytes) if s.host_bytes else "",
+        )
+        for m in models
+        for s in m.steps
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
 def _model_facts(m: "ModelPlan") -> dict[str, Any]:
     return {
-        "model": m.model.name,
-        "architecture": m.model.architecture,
-        "parameters": m.model.n_params,
-        "dtype": m.dtype,
-        "weights_bytes": m.weights,
-        "device_bytes": m.device_bytes,
-        "host_bytes": m.host_bytes,
-        "peak_step": m.peak.name,
-        "fits": m.fits,
-        "advice": m.advice(),
-        "cells": m.cells,
-        "saes": len(m.saes),
-        "features": sum(s.d_sae for s in m.saes),
-        "saes_not_counted": list(m.unknown_saes),
-        "sae_bytes": sum(s.n_bytes for s in m.saes),
-        "checkpoint_bytes": m.model.n_checkpoint_bytes,
-        "download_bytes": m.download_bytes,
-        "disk_bytes": m.disk_bytes,
-        "seconds": m.seconds,
-        "flops": m.flops,
-        "steps": [
-            {
-                "step": s.name,
-                "flops": s.flops,
-                "token_layers": s.token_layers,
-                "seconds": s.seconds,
-                "parts_bytes": s.parts,
-                "read_bytes": s.read_bytes,
-                "table_bytes": s.host_bytes,
-            }
-            for s in m.steps
-        ],
-    }
+        **picked(m, f"dtype device_bytes host_bytes fits cells {SUMS}"), "model": m.model.name, "architecture": m.model.architecture,
+        "parameters": m.model.n_params, "checkpoint_bytes": m.model.n_checkpoint_bytes, "weights_bytes": m.weights, "peak_step": m.peak.name,
+        "advice": m.advice(), "saes": len(m.saes), "features": sum(s.d_sae for s in m.saes), "sae_bytes": sum(s.n_bytes for s in m.saes),
+        "saes_not_counted": list(m.unknown_saes), "steps": [_step_facts(s) for s in m.steps],
+    }  # fmt: skip
+
+
+def _step_facts(s: "Step") -> dict[str, Any]:
+    sizes = {"parts_bytes": s.parts, "table_bytes": s.host_bytes}
+    return {"step": s.name, **picked(s, "flops token_layers seconds read_bytes"), **sizes}
 
 
 def _size(n: float) -> str:

@@ -2,18 +2,7 @@
 
 from typing import Annotated
 
-import typer
-
 from sae_bias.cli.context import Run, command
-
-Features = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="FEATURE…", help="Features: RELEASE/SAE_ID#INDEX or FOLDER#INDEX.", show_default=False
-    ),
-]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")]
-Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the default browser.")]
 
 
 @command(
@@ -21,12 +10,19 @@ Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in t
     "sae-bias play organism:planted organism:planted/constructed#0",
     takes=("model", "device", "device_map", "dtype", "pairs"),
 )
-def play(run: Run, features: Features, port: Port = 0, open_page: Open = True) -> None:
+def play(
+    run: Run, features: list[str], port: Annotated[int, {"min": 0, "max": 65535}] = 0, open: bool = True
+) -> None:
     """Try features in a local page.
 
     Type a text and see its tokens colored by what a feature does there; move a strength and watch the unsteered and the steered continuation
     grow side by side; measure a quick probe and the cost in KL. The page answers on 127.0.0.1 only and loads nothing from elsewhere. Ctrl-C
     ends it. Needs the extra `play`.
+
+    Args:
+        FEATURE…: Features: RELEASE/SAE_ID#INDEX or FOLDER#INDEX.
+        --port: Port on 127.0.0.1; 0 takes a free one.
+        --open/--no-open: Open the page in the default browser.
     """
     import socket
     import webbrowser
@@ -43,6 +39,6 @@ def play(run: Run, features: Features, port: Port = 0, open_page: Open = True) -
     import uvicorn
 
     print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True, file=run.stdout)
-    if open_page:
+    if open:
         webbrowser.open(f"http://{HOST}:{port}")
     uvicorn.Server(uvicorn.Config(app, log_level="error")).run(sockets=[listener])

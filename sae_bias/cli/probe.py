@@ -1,38 +1,14 @@
 """`sae-bias probe`: how much more harshly a model judges AI subjects."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
     from sae_bias.models.model import Model
     from sae_bias.probe.words import Probe
     from sae_bias.prompts.pairs import PromptPairs
-
-
-Chat = Annotated[
-    bool,
-    typer.Option("--chat", help="The sentence in the user's turn, the stem prefilled in the model's turn."),
-]
-NoSoftcap = Annotated[
-    bool, typer.Option("--no-softcap", help="Without the final-logit softcap (Gemma 2 has one).")
-]
-AuditWords = Annotated[
-    bool,
-    typer.Option(
-        "--audit-words", help="Only list the words: which are one token, which are left out and why."
-    ),
-]
-WithChecks = Annotated[
-    bool,
-    typer.Option(
-        "--checks",
-        help="Also every check: words left out, stems, scores, specifications, forced choice, neutral subjects, nuisances.",
-    ),
-]
 
 
 @command(
@@ -43,10 +19,10 @@ WithChecks = Annotated[
 )
 def probe(
     run: Run,
-    chat: Chat = False,
-    no_softcap: NoSoftcap = False,
-    audit_words: AuditWords = False,
-    checks: WithChecks = False,
+    chat: bool = False,
+    no_softcap: bool = False,
+    audit_words: bool = False,
+    checks: bool = False,
 ) -> None:
     """Measure the bias of a model over prompt pairs.
 
@@ -54,6 +30,12 @@ def probe(
     the human prompt's score minus the AI prompt's: positive means that the AI is judged worse. The interval and p are clustered
     over templates and entities. Where the pairs bring mundane twins, the primary figure is what goes beyond their bias (the
     difference in differences), and the bias stands beside it.
+
+    Args:
+        --chat: The sentence in the user's turn, the stem prefilled in the model's turn.
+        --no-softcap: Without the final-logit softcap (Gemma 2 has one).
+        --audit-words: Only list the words: which are one token, which are left out and why.
+        --checks: Also every check: words left out, stems, scores, specifications, forced choice, neutral subjects, nuisances.
     """
     from sae_bias.probe.checks import null_facts, run_checks
     from sae_bias.probe.random_words import random_word_null
@@ -106,40 +88,24 @@ def probe(
         columns_of("word; side; contribution: adds to the bias; human: after human; ai: after AI"),
     )
     if checked is not None:
-        shown = {
-            "check": "check",
-            "value": "value",
-            "ci_low": "from",
-            "ci_high": "to",
-            "p_value": "p",
-            "says": "",
-        }
+        shown = columns_of("check; value; ci_low; ci_high; p_value; says:  ")
         run.table("Checks", checked.summary, shown)
         for name, why in checked.skipped.items():
             run.note(f"not checked: {name} ({why})")
-    run.done(
-        {
-            "score": score,
-            "bias": result.bias,
-            "ci": list(result.ci),
-            "p_value": result.p_value,
-            "n_pairs": result.n_pairs,
-            "n_templates": result.stat.n_templates,
-            "n_entities": result.stat.n_entities,
-            "reason": result.stat.reason or None,
-            "control_bias": summary.get("control_bias"),
-            "difference_in_differences": summary.get("difference_in_differences"),
-            "mass": figures.mass and figures.mass.facts(),
-            "random_words": figures.random_words and figures.random_words.facts(),
-            "warnings": list(figures.warnings),
-            "words": rows(per_word),
-            "words_left_out": excluded,
-            "sides": list(prompts.sides),
-            "chat": chat,
-            "checks": None if checked is None else rows(checked.summary),
-            "not_checked": None if checked is None else checked.skipped,
-        }
+    done = picked(result, "bias p_value n_pairs") | picked(result.stat, "n_templates n_entities")
+    done |= {name: summary.get(name) for name in ("control_bias", "difference_in_differences")}
+    done |= {name: (part := getattr(figures, name)) and part.facts() for name in ("mass", "random_words")}
+    done |= {
+        "score": score,
+        "ci": list(result.ci),
+        "reason": result.stat.reason or None,
+        "warnings": list(figures.warnings),
+    }
+    done |= {"words": rows(per_word), "words_left_out": excluded, "sides": list(prompts.sides), "chat": chat}
+    done["checks"], done["not_checked"] = (
+        (None, None) if checked is None else (rows(checked.summary), checked.skipped)
     )
+    run.done(done)
 
 
 def _audit(run: Run, model: "Model", prompts: "PromptPairs", chosen: "Probe") -> None:

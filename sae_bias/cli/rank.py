@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import FROM_MODEL, Run, command, option, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -15,11 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-CONTRAST = {
-    "feature": "feature", "auroc": "AUROC", "auroc_held_out": "AUROC held out", "mean_diff": "positive - negative", "t": "t",
-    "p_fwer": "family-wise p", "q_bh": "BH q", "separates": "separates", "fire_positive": "fires, positive", "fire_negative": "fires, negative",
-    "density": "density",
-}  # fmt: skip
+CONTRAST = columns_of(
+    "feature; auroc; auroc_held_out: AUROC held out; mean_diff: positive - negative; t; p_fwer; q_bh: BH q; separates; "
+    "fire_positive: fires, positive; fire_negative: fires, negative; density"
+)
 COLUMNS = columns_of(
     "feature; auroc; mean_diff: AI - human; interaction; sign; attribution: attributed; "
     "integrated: integrated gradients; ablation: ablated; resampling: resampled; carrier; t; p_fwer; "
@@ -27,108 +24,9 @@ COLUMNS = columns_of(
     "survives_loo: one left out; family_size: family; fire_ai: fires, AI; fire_human: fires, human; "
     "density"
 )
-PARTS = {"sae": "SAE", "layer": "layer", "part": "part", "effect": "nats", "ci_low": "from", "ci_high": "to", "share_of_bias": "share", "share_low": "from ", "share_high": "to ", "integrated": "integrated gradients"}  # fmt: skip
-FORETOLD = {"predictor": "predicted by", "exact": "exact effect", "rho": "Spearman ρ", "slope": "slope", "slope_low": "from", "slope_high": "to", "n": "features"}  # fmt: skip
-JOINT = {
-    "k": "first k",
-    "feature": "with",
-    "bias": "left",
-    "reduction": "removed",
-    "red_low": "low",
-    "red_high": "high",
-}
-SaeNames = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SAE...",
-        help="RELEASE/SAE_ID, a local SAE folder, or a folder of them; several are one family.",
-        show_default=False,
-    ),
-]
-By = Annotated[
-    str | None,
-    option(
-        "--by",
-        help="separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.",
-    ),
-]
-Top = Annotated[int, typer.Option("--top", min=1, help="How many features to print.")]
-EffectsOf = Annotated[
-    str,
-    typer.Option(
-        "--effects-of",
-        help="What effects are of: primary (the difference in differences where the pairs have mundane twins), or the bias.",
-    ),
-]
-Exact = Annotated[
-    int | None,
-    option(
-        "--exact",
-        min=1,
-        help="How many features are ablated and resampled exactly: 64 by ablation, those printed by default.",
-    ),
-]
-Controls = Annotated[
-    int,
-    typer.Option(
-        "--controls",
-        min=0,
-        help="With --by ablation: number of controls for the causality test (e.g. 99; off by default).",
-    ),
-]
-MaxView = Annotated[
-    bool, typer.Option("--max-view", help="Also show the maximum over ordinary tokens; in no test.")
-]
-
-Positive = Annotated[
-    Path | None,
-    option(
-        "--positive",
-        metavar="FILE",
-        help="Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.",
-    ),
-]
-Negative = Annotated[Path | None, option("--negative", metavar="FILE", help="Texts that do not.")]
-ContrastFile = Annotated[
-    str | None,
-    option(
-        "--contrast",
-        metavar="FILE",
-        help="Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.",
-    ),
-]
-Reduce = Annotated[
-    str, typer.Option("--reduce", help="What a text's tokens give, for a contrast: last, mean, max or any.")
-]
-AsChat = Annotated[
-    bool, typer.Option("--chat", help="Texts of a contrast as user turns of the chat template.")
-]
-AllOf = Annotated[
-    list[str] | None,
-    option(
-        "--all-of",
-        metavar="SET",
-        help="Keep features that fire on every text of: positive, negative or a group.",
-    ),
-]
-NoneOf = Annotated[
-    list[str] | None,
-    option(
-        "--none-of",
-        metavar="SET",
-        help="Keep features that fire on no text of: positive, negative or a group.",
-    ),
-]
-
-
-Neuronpedia = Annotated[
-    Path | None,
-    option(
-        "--neuronpedia",
-        metavar="FILE",
-        help="Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.",
-    ),
-]
+PARTS = columns_of("sae; layer; part; effect: nats; ci_low; ci_high; share_of_bias: share; share_low: from; share_high: to; integrated: integrated gradients")  # fmt: skip
+FORETOLD = columns_of("predictor: predicted by; exact: exact effect; rho: Spearman ρ; slope; slope_low: from; slope_high: to; n: features")  # fmt: skip
+JOINT = columns_of("k: first k; feature: with; bias: left; reduction: removed; red_low: low; red_high: high")
 
 
 @command(
@@ -139,21 +37,21 @@ Neuronpedia = Annotated[
 )
 def rank(
     run: Run,
-    sae: SaeNames,
-    by: By = None,
-    top: Top = 10,
-    exact: Exact = None,
-    effects_of: EffectsOf = "primary",
-    controls: Controls = 0,
-    max_view: MaxView = False,
-    positive: Positive = None,
-    negative: Negative = None,
-    contrast: ContrastFile = None,
-    reduce: Reduce = "last",
-    chat: AsChat = False,
-    all_of: AllOf = None,
-    none_of: NoneOf = None,
-    neuronpedia: Neuronpedia = None,
+    sae: list[str],
+    by: str | None = None,
+    top: Annotated[int, {"min": 1}] = 10,
+    exact: Annotated[int | None, {"min": 1}] = None,
+    effects_of: str = "primary",
+    controls: Annotated[int, {"min": 0}] = 0,
+    max_view: bool = False,
+    positive: Path | None = None,
+    negative: Path | None = None,
+    contrast: str | None = None,
+    reduce: str = "last",
+    chat: bool = False,
+    all_of: list[str] | None = None,
+    none_of: list[str] | None = None,
+    neuronpedia: Path | None = None,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -161,10 +59,29 @@ def rank(
     matched grid), beside what it does to the bias. separation: how well it tells AI from human prompts (easy, because the words differ).
     attribution: the bias its ablation should remove, from one backward pass. ablation: the bias it does remove. Pairs are read on
     discover templates, the rest is held out; p is corrected over every feature scanned; too small a design reads "undetermined".
+
+    Args:
+        SAE...: RELEASE/SAE_ID, a local SAE folder, or a folder of them; several are one family.
+        --by: separation, interaction, attribution or ablation; by default interaction with effects, or separation where --pairs comes without --grid.
+        --top: How many features to print.
+        --exact: How many features are ablated and resampled exactly: 64 by ablation, those printed by default.
+        --effects-of: What effects are of: primary (the difference in differences where the pairs have mundane twins), or the bias.
+        --controls: With --by ablation: number of controls for the causality test (e.g. 99; off by default).
+        --max-view: Also show the maximum over ordinary tokens; in no test.
+        --positive FILE: Texts that show something, one a line; with --negative: rank by AUROC of the one over the other.
+        --negative FILE: Texts that do not.
+        --contrast FILE: Both in one .jsonl or .csv file (fields text, label, optional group), or hub:OWNER/NAME.
+        --reduce: What a text's tokens give, for a contrast: last, mean, max or any.
+        --chat: Texts of a contrast as user turns of the chat template.
+        --all-of SET: Keep features that fire on every text of: positive, negative or a group.
+        --none-of SET: Keep features that fire on no text of: positive, negative or a group.
+        --neuronpedia FILE: Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.
     """
     from sae_bias.discovery.ranking import BY, rank_features
+    from sae_bias.report.parts import short_names
     from sae_bias.saes.load import expand_saes
     from sae_bias.steering.controls import randomized_control
+    from sae_bias.workflows.contrast_study import ranking_table
 
     texts = _contrast(positive, negative, contrast)
     at_hand = run.given["grid"] is not None or run.given["pairs"] is None
@@ -186,13 +103,13 @@ def rank(
     )  # fmt: skip
     ranking = search(run.saes)
     used = {} if texts else {"grid" if on_grid else "pairs": prompts, **other, "split": split}
-    tables = {"ranking": _with_all(ranking.to_frame())}
+    tables = {"ranking": ranking_table(ranking.to_frame())}
     tables |= {} if ranking.cumulative is None else {"cumulative": ranking.cumulative}
     tables |= {"harm_pairs": ranking.pairing} if len(ranking.pairing) else {}
     tables |= {name: t for name, t in (("bias_parts", ranking.parts), ("predictions", ranking.predictions)) if len(t)}  # fmt: skip
     twins = [randomized_control(model, s, run.pairs, run.seed) for s in run.saes if run.given["randomized_sae"]]  # fmt: skip
     lucky = search(twins).to_frame() if twins else None
-    tables |= {} if lucky is None else {"ranking_randomized": _with_all(lucky)}
+    tables |= {} if lucky is None else {"ranking_randomized": ranking_table(lucky)}
     run.save(tables, **used, by=ranking.by)
     first = ranking.to_frame().head(top)
     run.say(
@@ -217,25 +134,16 @@ def rank(
         run.table("Its first 3", lucky.head(3), CONTRAST if texts else COLUMNS)
     if ranking.cumulative is not None:
         run.table("Ablated together", ranking.cumulative, JOINT)
-    for title, table, shown in (("Where the bias lies", ranking.parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
+    parts = ranking.parts.replace({"sae": short_names(ranking.parts["sae"])}) if len(ranking.parts) else ranking.parts  # fmt: skip
+    for title, table, shown in (("Where the bias lies", parts, PARTS), ("Predicted against exact", ranking.predictions, FORETOLD)):  # fmt: skip
         if len(table):
             run.table(title, table, shown)
-    run.done(
-        {
-            "saes": [str(s.id) for s in run.saes],
-            "by": ranking.by,
-            "family_size": ranking.family_size,
-            "n_units": ranking.n_units,
-            "units": ranking.units,
-            "note": ranking.note or None,
-            "split": split,
-            "features": rows(first),
-            "randomized": None if lucky is None else rows(lucky.head(top)),
-            "cumulative": None if ranking.cumulative is None else rows(ranking.cumulative),
-            "bias_parts": rows(ranking.parts),
-            "predictions": rows(ranking.predictions),
-        }
-    )
+    cumulative = None if ranking.cumulative is None else rows(ranking.cumulative)
+    run.done({
+        "saes": [str(s.id) for s in run.saes], **picked(ranking, "by family_size n_units units"), "note": ranking.note or None, "split": split,
+        "features": rows(first), "randomized": None if lucky is None else rows(lucky.head(top)), "cumulative": cumulative,
+        "bias_parts": rows(ranking.parts), "predictions": rows(ranking.predictions),
+    })  # fmt: skip
 
 
 def _write_list(path: Path, features: list[str]) -> str:
@@ -259,12 +167,6 @@ def _yield_of(frame: "pd.DataFrame") -> str:
     if "causal_ai_speech" in frame:
         found.append(f"{int((frame['causal_ai_speech'] == 'yes').sum())} causal")
     return ", ".join(found)
-
-
-def _with_all(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """The table with the columns a report draws; what this ranking did not measure is missing, not zero."""
-    absent = [c for c in ("auroc", "interaction") if c not in frame]
-    return frame.assign(**dict.fromkeys(absent, float("nan")))
 
 
 def _contrast(positive: Path | None, negative: Path | None, file: str | None) -> Any:

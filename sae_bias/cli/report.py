@@ -1,17 +1,8 @@
 """`sae-bias report`: run folders into one HTML file."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from sae_bias.cli.context import Run, command
-
-Runs = Annotated[
-    list[Path],
-    typer.Argument(metavar="RUN...", help="Run folders; several stand side by side.", show_default=False),
-]
-Format = Annotated[str, typer.Option("--format", help="html, or md for a paper's appendix.")]
 
 
 @command(
@@ -19,10 +10,14 @@ Format = Annotated[str, typer.Option("--format", help="html, or md for a paper's
     "sae-bias report runs/demo",
     takes=(),
 )
-def report(run: Run, runs: Runs, format: Format = "html") -> None:
+def report(run: Run, runs: list[Path], format: str = "html") -> None:
     """Write one report over run folders; nothing is measured again.
 
     The HTML is one file that opens without a network. Without --out it stands in the run's own folder.
+
+    Args:
+        RUN...: Run folders; several stand side by side.
+        --format: html, or md for a paper's appendix.
     """
     from sae_bias.report.page import write_report
 

@@ -5,33 +5,13 @@ from typing import Annotated
 
 import typer
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, rows
+from sae_bias.cli.context import FROM_MODEL, Run, command, picked, rows
 from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of(
     "sae; layer; fit: fit r; ordered; rank; n_null: among; p_holm: Holm p; ai_speech: AI speech; "
     "harm: badly judged; removed: bias removed; status"
 )
-Index = Annotated[
-    int, typer.Argument(metavar="INDEX", help="The bare index, such as 2511.", show_default=False)
-]
-Candidates = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="SAE...",
-        help="RELEASE/SAE_ID, an SAE folder, a folder of them, or a whole RELEASE.",
-        show_default=False,
-    ),
-]
-Null = Annotated[
-    int, typer.Option("--null", min=100, help="Other indices of the same file each fit is ranked among.")
-]
-Suppress = Annotated[
-    bool, typer.Option("--suppress", help="Ablate the survivors on the pairs: the effect breaks a tie.")
-]
-Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="Fetch encoders from the hub without asking, file by file.")
-]
 
 
 @command(
@@ -41,13 +21,25 @@ Yes = Annotated[
     takes=(*FROM_MODEL, "grid", "pairs", "words"),
 )
 def resolve(
-    run: Run, index: Index, sae: Candidates, null: Null = 1000, suppress: Suppress = False, yes: Yes = False
+    run: Run,
+    index: int,
+    sae: list[str],
+    null: Annotated[int, {"min": 100}] = 1000,
+    suppress: bool = False,
+    yes: bool = False,
 ) -> None:
     """Find out which SAE a bare index means, by the published activation table.
 
     The feature is read from every candidate; its fit is ranked among other features of the same file and corrected over the
     candidates. A candidate that cannot be read is listed with its reason. Of SAEs on the hub, the encoder needs a whole tensor:
     its size is printed and you are asked, file by file.
+
+    Args:
+        INDEX: The bare index, such as 2511.
+        SAE...: RELEASE/SAE_ID, an SAE folder, a folder of them, or a whole RELEASE.
+        --null: Other indices of the same file each fit is ranked among.
+        --suppress: Ablate the survivors on the pairs: the effect breaks a tie.
+        --yes, -y: Fetch encoders from the hub without asking, file by file.
     """
     from sae_bias.discovery.resolve import SCORE, resolve_index
 
@@ -65,16 +57,9 @@ def resolve(
     run.table("Candidates, best fit first", found.to_frame(), COLUMNS)
     for name, table in found.tables.items():
         run.table(name, table.reset_index(), {"subject": "subject", **{c: str(c) for c in table.columns}})
-    run.done(
-        {
-            **figures,
-            "tie_broken": found.tie_broken,
-            "score": SCORE,
-            "bytes_read": found.bytes_read,
-            "candidates": rows(found.to_frame()),
-            "tables": {name: table.T.to_dict() for name, table in found.tables.items()},
-        }
-    )
+    tables = {name: table.T.to_dict() for name, table in found.tables.items()}
+    more = {"score": SCORE, "candidates": rows(found.to_frame()), "tables": tables}
+    run.done({**figures, **picked(found, "tie_broken bytes_read"), **more})
 
 
 def _asks(yes: bool):

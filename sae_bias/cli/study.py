@@ -5,9 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from sae_bias.cli.context import Run, Shard, ask_to_send, command, option, parse_shard
+from sae_bias.cli.context import Run, ask_to_send, command
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -15,90 +13,61 @@ if TYPE_CHECKING:
     from sae_bias.workflows.study import AnyStudy
 
 
-SeedChoice = Annotated[
-    int | None, option("--seed", help="Seed of every random choice; the study's own by default.")
-]
-DeviceChoice = Annotated[
-    str | None, option("--device", help="auto, cpu, cuda …; the study's own by default.")
-]
-DtypeChoice = Annotated[
-    str | None, option("--dtype", help="auto, float32, bfloat16, float16; the study's own by default.")
-]
-StandIns = Annotated[
-    bool,
-    typer.Option(
-        "--stand-ins",
-        help="For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.",
-    ),
-]
-ClusterAddress = Annotated[
-    str | None,
-    option(
-        "--cluster",
-        metavar="ADDRESS",
-        help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    option(
-        "--workers",
-        min=1,
-        help="Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.",
-    ),
-]
-GpusPerWorker = Annotated[
-    float | None,
-    option(
-        "--gpus-per-worker",
-        min=0,
-        help="With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.",
-    ),
-]
-Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="Send the study's paid judge requests without asking.")
-]
-NoGate = Annotated[bool, typer.Option("--no-gate", help="Skip the fidelity gate; the manifest says so.")]
-
-
 STUDY = ("pairs", "words")
 
 
 @command("demo", "sae-bias demo", takes=STUDY)
-def demo(run: Run, seed: SeedChoice = None, device: DeviceChoice = None, dtype: DtypeChoice = None) -> None:
+def demo(run: Run, seed: int | None = None, device: str | None = None, dtype: str | None = None) -> None:
     """Run the whole chain on a bundled model: probe, rank, suppress, probe again, report.
 
     The model is a calibration organism: a tiny Gemma trained so that its double standard is known. Nothing here is a finding
     about Gemma. Writes runs/demo under the current folder, with report.html in it.
+
+    Args:
+        --seed: Seed of every random choice; the study's own by default.
+        --device: auto, cpu, cuda …; the study's own by default.
+        --dtype: auto, float32, bfloat16, float16; the study's own by default.
     """
     run.out = run.out or Path("runs/demo")
     _run(run, None, {"seed": seed, "device": device, "dtype": dtype})
 
 
-@command("run", "sae-bias run study.yaml --out runs/first", takes=STUDY)
+@command("run", "sae-bias run study.yaml --out runs/first", takes=(*STUDY, "shard"))
 def run(
     run: Run,
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Study file.", show_default=False)],
-    no_gate: NoGate = False, shard: Shard = None, cluster: ClusterAddress = None, workers: Workers = None,
-    gpus_per_worker: GpusPerWorker = None, stand_ins: StandIns = False, yes: Yes = False,
-    seed: SeedChoice = None, device: DeviceChoice = None, dtype: DtypeChoice = None,
+    study: Path,
+    no_gate: bool = False, cluster: str | None = None, workers: Annotated[int | None, {"min": 1}] = None,
+    gpus_per_worker: Annotated[float | None, {"min": 0}] = None, stand_ins: bool = False, yes: bool = False,
+    seed: int | None = None, device: str | None = None, dtype: str | None = None,
 ) -> None:  # fmt: skip
     """Run a study file: the probe, the ranking, the sweep and the report.
 
     The file names the model, the SAEs and whatever differs from the defaults. Options given here stand above the file. What the
     folder holds already is not run again. Writes runs/NAME under the current folder, or --out.
+
+    Args:
+        STUDY.yaml: Study file.
+        --no-gate: Skip the fidelity gate; the manifest says so.
+        --cluster ADDRESS: Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.
+        --workers: Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.
+        --gpus-per-worker: With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.
+        --stand-ins: For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.
+        --yes, -y: Send the study's paid judge requests without asking.
+        --seed: Seed of every random choice; the study's own by default.
+        --device: auto, cpu, cuda …; the study's own by default.
+        --dtype: auto, float32, bfloat16, float16; the study's own by default.
     """
     from sae_bias.integrations.ray import Cluster
 
     if cluster is None and gpus_per_worker is not None:
         raise RequestError("--gpus-per-worker needs --cluster ADDRESS.")
     nodes = None if cluster is None else Cluster(cluster, workers, gpus_per_worker)
-    if shard is not None and (nodes or workers):
+    if run.shard is not None and (nodes or workers):
         raise RequestError("--shard, --workers and --cluster all share out the cells; choose one.")
     given = {"seed": seed, "device": device, "dtype": dtype}
     options = {
         "gate": not no_gate,
-        "shard": parse_shard(shard),
+        "shard": run.shard,
         "confirm": lambda cost: yes or ask_to_send(cost),
     }
     if nodes is None and workers is not None:

@@ -3,18 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from sae_bias.cli.context import Run, command, option
+from sae_bias.cli.context import Run, command, picked
 from sae_bias.core.errors import GateError
 
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
-Cells = Annotated[int, typer.Option("--cells", min=0, help="Cells of a sweep to measure again.")]
-All = Annotated[bool, typer.Option("--all", help="Measure every cell again.")]
-ModelHere = Annotated[
-    str | None, option("--model", metavar="MODEL", help="Where the model is now, if it has moved.")
-]
-DeviceHere = Annotated[str | None, option("--device", help="auto, cpu, cuda …; the run's own by default.")]
 COLUMNS = {
     "what": "what",
     "status": "",
@@ -32,30 +23,31 @@ COLUMNS = {
 )
 def verify(
     run: Run,
-    folder: RunDir,
-    cells: Cells = 8,
-    every: All = False,
-    model: ModelHere = None,
-    device: DeviceHere = None,
+    folder: Path,
+    cells: Annotated[int, {"min": 0}] = 8,
+    all: bool = False,
+    model: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Measure a run again from its folder, and say what agrees and what differs.
 
     The folder's own copies of prompts, words and edits are used. Compared are the files' hashes, each table with the cells it was made
     of, and the scores of every prompt with those measured now, within the rounding of the precision (a difference of 1e-4 in float32).
     Exit code 4 says that something differs. With --out, the result is written there as verify.json.
+
+    Args:
+        RUN: Run folder.
+        --cells: Cells of a sweep to measure again.
+        --all: Measure every cell again.
+        --model MODEL: Where the model is now, if it has moved.
+        --device: auto, cpu, cuda …; the run's own by default.
     """
     from sae_bias.workflows.verify import verify_run
 
-    found = verify_run(
-        folder, cells=None if every else cells, model=model, device=device, progress=run.progress
-    )
-    result = {
-        "run": str(folder),
-        "agrees": found.agrees,
-        "cells": found.n_cells,
-        "of_cells": found.of_cells,
-        "checks": [c.row() for c in found.checks],
-    }
+    wanted = None if all else cells
+    found = verify_run(folder, cells=wanted, model=model, device=device, progress=run.progress)
+    figures = {"run": str(folder), **picked(found, "agrees of_cells"), "cells": found.n_cells}
+    result = figures | {"checks": [vars(c) for c in found.checks]}
     run.write_json("verify", result)
     run.table(f"{folder}", found.to_frame(), COLUMNS)
     counts = f"{len(found.checks) - len(found.differing)} of {len(found.checks)} checks without a difference"
@@ -64,6 +56,5 @@ def verify(
     run.finish(result)
     if not found.agrees:
         first = found.differing[0]
-        raise GateError(
-            f"{folder} differs in {len(found.differing)} checks; the first: {first.what}: {first.detail}"
-        )
+        n = len(found.differing)
+        raise GateError(f"{folder} differs in {n} checks; the first: {first.what}: {first.detail}")

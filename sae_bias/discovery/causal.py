@@ -82,9 +82,11 @@ class Ladder:
 
     def plot(self) -> go.Figure:
         """The effects with their intervals, and the upper bound at every layer and position."""
-        from sae_bias.figures.features import ladder_figure
+        from sae_bias.figures.features import ladder
 
-        return ladder_figure(self.rungs, self.ceilings, str(self.feature), self.layer, self.base.bias)
+        return ladder(
+            self.rungs, self.base.bias, ceilings=self.ceilings, layer=self.layer, feature=str(self.feature)
+        )
 
     def __repr__(self) -> str:
         lines = [

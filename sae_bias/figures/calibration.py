@@ -7,20 +7,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias.figures import style
-from sae_bias.figures.style import AI, GOLD, GREEN, GRID, HUMAN, NEUTRAL, PURPLE, plain, points
+from sae_bias.figures.style import AI, GOLD, GREEN, GRID, HUMAN, NEUTRAL, PURPLE, plain, points, says
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 
 def coverage(frame: pd.DataFrame, band: Sequence[float]) -> go.Figure:
     """One row an organism: share of drawn studies whose interval holds the truth, with its own binomial interval."""
-    rows = frame.iloc[::-1].reset_index(drop=True)
-    fig = style.figure("Intervals that hold the truth", "share of drawn studies", height=190 + 44 * len(rows))
-    hover = [
-        f"<b>{plain(r.organism)}</b><br>{r.coverage:.1%} of {r.n_studies:,} studies of {r.n_templates} × {r.n_entities} "
-        f"({r.ci_low:.1%} to {r.ci_high:.1%})<br>truth {r.truth:+.3f} nats"
-        for r in rows.itertuples()
-    ]
+    fig, rows = style.rows_of(frame, "Intervals that hold the truth", "share of drawn studies", top=190)
+    hover = "<b>{organism}</b><br>{coverage:.1%} of {n_studies:,} studies of {n_templates} × {n_entities} ({ci_low:.1%} to {ci_high:.1%})<br>truth {truth:+.3f} nats"  # fmt: skip
     style.forest(fig, rows, "coverage", name="", color=HUMAN, hover=hover)
     fig.update_traces(showlegend=False)
     fig.add_vrect(x0=band[0], x1=band[1], fillcolor=GRID, line_width=0, layer="below")
@@ -32,19 +27,14 @@ def coverage(frame: pd.DataFrame, band: Sequence[float]) -> go.Figure:
 
 def power(frame: pd.DataFrame) -> go.Figure:
     """Share of drawn designs that find (or falsely call) something, by number of templates or statement pairs."""
-    fig = style.figure(
-        "What designs of each size find", "templates, or matched statement pairs", "share of drawn designs"
-    )
+    fig = style.figure("What designs of each size find", "templates, or matched statement pairs", "share of drawn designs")  # fmt: skip
     colors = (AI, HUMAN, GREEN, PURPLE, GOLD, NEUTRAL)
     for i, (label, rows) in enumerate(power_lines(frame)):
-        rows = rows.sort_values("n_units")
+        rows = rows.sort_values("n_units").assign(label=label)
         color, dash = colors[i % len(colors)], "solid" if "finds" in label else "dot"
-        hover = [
-            f"<b>{plain(label)}</b><br>{n} → {s:.1%} of {d:,} draws"
-            for n, s, d in rows[["n_units", "share", "n_draws"]].to_numpy(dtype=object)
-        ]
         points(
-            fig, rows["n_units"], rows["share"], mode="lines+markers", name=plain(label), hover=hover,
+            fig, rows["n_units"], rows["share"], mode="lines+markers", name=plain(label),
+            hover=says(rows, "<b>{label}</b><br>{n_units} → {share:.1%} of {n_draws:,} draws"),
             line={"color": color, "width": 2, "dash": dash}, marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
         )  # fmt: skip
     fig.add_hline(y=0.8, line={"color": NEUTRAL, "dash": "dot"}, annotation_text="80%")
@@ -72,15 +62,11 @@ def attributed_and_exact(effects: pd.DataFrame, matters: float) -> go.Figure:
     """Every feature whose effect matters: what attribution predicted and what ablation did, as shares of the bias."""
     large = effects[effects[["attributed", "exact"]].abs().max(axis=1) > matters]
     axes = "attributed, share of the bias", "exact, share of the bias"
-    fig = style.figure("Attribution against ablation", *axes)
-    both = large[["attributed", "exact"]]
+    fig, both = style.figure("Attribution against ablation", *axes), large[["attributed", "exact"]]
     ends = [float(both.min().min()), float(both.max().max())]
     points(fig, ends, ends, mode="lines", line={"color": NEUTRAL, "dash": "dot"}, showlegend=False)
+    hover = "<b>{sae}#{feature:d}</b>, seed {organism_seed}<br>attributed {attributed:.1%}, exact {exact:.1%}"
     for i, (seed, rows) in enumerate(large.groupby("organism_seed")):
-        hover = [
-            f"<b>{plain(s)}#{f}</b>, seed {seed}<br>attributed {a:.1%}, exact {e:.1%}"
-            for s, f, a, e in rows[["sae", "feature", "attributed", "exact"]].to_numpy(dtype=object)
-        ]
         marker = {"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 7, "opacity": 0.75}
-        points(fig, rows["attributed"], rows["exact"], name=f"seed {seed}", hover=hover, marker=marker)
+        points(fig, rows["attributed"], rows["exact"], name=f"seed {seed}", hover=says(rows, hover), marker=marker)  # fmt: skip
     return fig.update_xaxes(tickformat=".0%").update_yaxes(tickformat=".0%")

@@ -6,6 +6,7 @@ that came from a prompt or a model is escaped, because plotly reads `<b>` and `<
 """
 
 import html
+import string
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -40,33 +41,14 @@ KINDS = {  # kind of intervention -> (legend, color, dash)
 }
 COSTS = ("kl_neutral", "kl_ai_nonspeech", "kl_ai_speech", "kl_valence", "kl_off")
 _AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True, "ticks": ""}
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {
-            "family": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
-            "size": 13,
-            "color": INK,
-        },
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "colorway": [HUMAN, AI, GREEN, PURPLE, GOLD, NEUTRAL],
-        "xaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
-        "yaxis": _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}},
-        "modebar": {"orientation": "v"},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "xanchor": "left",
-            "yanchor": "bottom",
-            "title": {"text": ""},
-        },
-        "hoverlabel": {"align": "left", "font": {"size": 13}},
-        "margin": {"l": 24, "r": 48, "t": 84, "b": 56},
-        "hovermode": "closest",
-        "bargap": 0.18,
-    }
-)
+_FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
+_TITLED = _AXIS | {"title": {"standoff": 12, "font": {"size": 13}}}
+TEMPLATE = go.layout.Template(layout={
+    "font": {"family": _FONT, "size": 13, "color": INK}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+    "colorway": [HUMAN, AI, GREEN, PURPLE, GOLD, NEUTRAL], "xaxis": _TITLED, "yaxis": _TITLED, "modebar": {"orientation": "v"},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": {"text": ""}},
+    "hoverlabel": {"align": "left", "font": {"size": 13}}, "margin": {"l": 24, "r": 48, "t": 84, "b": 56}, "hovermode": "closest", "bargap": 0.18,
+})  # fmt: skip
 
 
 def plain(text: object) -> str:
@@ -100,66 +82,69 @@ def figure(title: str, x: str = "", y: str = "", *, height: int = 420) -> go.Fig
     return go.Figure(layout={"template": TEMPLATE, "title": heading, "height": height, **axes})
 
 
+class _Words(string.Formatter):
+    """A number as a reader wants it, a text letter for letter; `:wrap` breaks a text into lines, any other format is Python's."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "wrap":
+            return wrapped(value if isinstance(value, str) else "")
+        if isinstance(value, str):
+            return plain(value)
+        return format(value, format_spec) if format_spec else number(value)
+
+
+def says(rows: pd.DataFrame, template: str) -> list[str]:
+    """The hover text of every row: `template` with the row's columns filled in, safe as a label."""
+    return [_Words().vformat(template, (), row) for row in rows.to_dict("records")]  # pyright: ignore[reportArgumentType]
+
+
 def points(
-    fig: go.Figure,
-    x,
-    y,
-    *,
-    color=None,
-    hover: Iterable[str] | None = None,
-    marker: dict[str, Any] | None = None,
-    **trace,
-) -> go.Figure:
+    fig: go.Figure, x: Any, y: Any, *, color: str | None = None, hover: Iterable[str] | None = None, marker: dict[str, Any] | None = None,
+    **trace: Any,
+) -> go.Figure:  # fmt: skip
     """Marks, each with its own text on hovering; `trace` goes to plotly as it is."""
     said = {"hoverinfo": "skip"} if hover is None else {"customdata": list(hover), "hovertemplate": HOVER}
-    looks = (
-        {"marker": {"color": color} | (marker or {})}
-        if "markers" in trace.setdefault("mode", "markers")
-        else {}
-    )
+    marks = "markers" in trace.setdefault("mode", "markers")
+    looks = {"marker": {"color": color} | (marker or {})} if marks else {}
     return fig.add_scatter(x=x, y=y, **looks, **said, **trace)
 
 
+def bars(
+    fig: go.Figure, x: Any, hover: Iterable[str], *, color: Any, y: Any = None, **trace: Any
+) -> go.Figure:
+    """Horizontal bars, one a row."""
+    marker = {"color": color, **trace.pop("marker", {})}
+    at = np.arange(len(x)) if y is None else y
+    return fig.add_bar(x=x, y=at, orientation="h", marker=marker, customdata=list(hover), hovertemplate=HOVER, **trace)  # fmt: skip
+
+
+def rows_of(frame: pd.DataFrame, title: str, axis: str = "", *, pitch: int = 44, top: int = 150) -> tuple[go.Figure, pd.DataFrame]:  # fmt: skip
+    """A figure as high as it takes for one line a row, and the rows from the bottom up, so that the first stands on top."""
+    rows = frame.iloc[::-1].reset_index(drop=True)
+    return figure(title, axis, height=top + pitch * len(rows)), rows
+
+
 def forest(
-    fig: go.Figure,
-    rows: pd.DataFrame,
-    value: str,
-    low: str = "ci_low",
-    high: str = "ci_high",
-    *,
-    name: str,
-    color: str,
-    hover: Sequence[str],
-    y: Any = None,
-    symbol: str = "circle",
-) -> None:
-    """A mark with its horizontal interval for every row, at its index unless `y` says where."""
+    fig: go.Figure, rows: pd.DataFrame, value: str, low: str = "ci_low", high: str = "ci_high", *, name: str, color: str,
+    hover: str | Sequence[str], y: Any = None, symbol: str = "circle",
+) -> None:  # fmt: skip
+    """A mark with its horizontal interval for every row, at its index unless `y` says where; `hover` may be a template of `says`."""
     mid, left, right = (rows[c].to_numpy(float) for c in (value, low, high))
-    bars = {
-        "type": "data",
-        "symmetric": False,
-        "array": right - mid,
-        "arrayminus": mid - left,
-        "thickness": 1.6,
-    }
+    ends = {"type": "data", "symmetric": False, "array": right - mid, "arrayminus": mid - left, "thickness": 1.6, "width": 0}  # fmt: skip
     points(
-        fig, mid, np.asarray(rows.index if y is None else y), name=name, color=color, hover=hover,
-        marker={"symbol": symbol, "size": 8}, error_x=bars | {"width": 0, "color": color},
+        fig, mid, np.asarray(rows.index if y is None else y), name=name, color=color, marker={"symbol": symbol, "size": 8},
+        hover=says(rows, hover) if isinstance(hover, str) else hover, error_x=ends | {"color": color},
     )  # fmt: skip
 
 
-def published(fig: go.Figure, rows: pd.DataFrame, hover: Sequence[str]) -> None:
-    """A hollow diamond at the index of every row that has a published value."""
+def published(fig: go.Figure, rows: pd.DataFrame, hover: str = "published {published}") -> None:
+    """A hollow diamond at the index of every row that has a published value; none where the column is missing."""
+    known = rows[rows["published"].notna()] if "published" in rows else rows[:0]
     marker = {"symbol": "diamond-open", "size": 12, "line": {"width": 2}}
-    points(
-        fig,
-        rows["published"].astype(float),
-        rows.index,
-        name="published",
-        color=PURPLE,
-        hover=hover,
-        marker=marker,
-    )
+    if len(known):
+        points(
+            fig, known["published"].astype(float), known.index, name="published", color=PURPLE, hover=says(known, hover), marker=marker
+        )  # fmt: skip
 
 
 def links(fig: go.Figure, left: Iterable[Any], right: Iterable[Any], **trace: Any) -> None:
@@ -174,19 +159,15 @@ def hollow(symbol: str) -> dict[str, Any]:
     return {"symbol": symbol, "line": {"width": 2 if symbol.endswith("open") else 0}}
 
 
-def row_labels(fig: go.Figure, labels: Sequence[str], **panel: Any) -> go.Figure:
-    """A label for every row; `panel` is the row and column in a figure of several."""
+def row_labels(fig: go.Figure, labels: Sequence[str], *, zero: bool = False, **panel: Any) -> go.Figure:
+    """A label for every row, and with `zero` a line at 0; `panel` is the row and column in a figure of several."""
     ticks = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "ticklabelstandoff": 6}
-    return fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks, **panel)
+    fig.update_yaxes(range=[-0.8, len(labels) - 0.2], showgrid=False, zeroline=False, **ticks, **panel)
+    return zero_line(fig, "x") if zero else fig
 
 
 def zero_line(fig: go.Figure, axis: str) -> go.Figure:
-    line = {
-        "zeroline": True,
-        "zerolinewidth": 1.6,
-        "zerolinecolor": "rgba(128,134,145,0.7)",
-        "rangemode": "tozero",
-    }
+    line = {"zeroline": True, "zerolinewidth": 1.6, "zerolinecolor": "rgba(128,134,145,0.7)", "rangemode": "tozero"}  # fmt: skip
     return fig.update_xaxes(**line) if axis == "x" else fig.update_yaxes(**line)
 
 
@@ -260,10 +241,8 @@ def edit_name(kind: object) -> str:
 
 def x_range(fig: go.Figure) -> list[float]:
     """First and last x of the lines drawn so far; −1 and 1 where there are none."""
-    values = np.concatenate(
-        [np.asarray(t.x, dtype=float) for t in fig.data if t.x is not None and len(t.x)]
-        or [np.array([-1.0, 1.0])]
-    )
+    drawn = [np.asarray(t.x, dtype=float) for t in fig.data if t.x is not None and len(t.x)]
+    values = np.concatenate(drawn or [np.array([-1.0, 1.0])])
     return [float(np.nanmin(values)), float(np.nanmax(values))]
 
 
@@ -281,19 +260,3 @@ def cell_hover(row: dict) -> str:
         f"<b>{edit_name(row['intervention'])}{strength}</b>, {plain(row['split'])}<br>{what}<br>bias"
         f" {number(row['bias'])} nats{removed}{costs}{outside}"
     )
-
-
-def feature_hover(row: dict) -> str:
-    parts = [
-        f"<b>{wrapped(row['feature'])}</b>",
-        f"AUROC {number(row['auroc'])}, interaction {number(row['interaction'])}",
-    ]
-    for key, name in (
-        ("p_fwer", "family-wise p"),
-        ("q_bh", "q"),
-        ("attribution", "attribution"),
-        ("ablation", "ablation"),
-    ):
-        if pd.notna(row.get(key)):
-            parts.append(f"{name} {number(row[key])}")
-    return "<br>".join([*parts, wrapped(row["reason"])] if row.get("reason") else parts)

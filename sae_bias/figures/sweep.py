@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sae_bias.core.text import number
 from sae_bias.figures import style
-from sae_bias.figures.style import (
+from sae_bias.figures.style import (  # fmt: skip
     AI,
     COSTS,
     GOLD,
@@ -25,9 +24,9 @@ from sae_bias.figures.style import (
     SIDES,
     plain,
     points,
+    says,
     short,
-    wrapped,
-)  # fmt: skip
+)
 
 
 def sweep_curve(sweep: pd.DataFrame) -> go.Figure:
@@ -61,13 +60,9 @@ LOG_COST = {"type": "log", "tickvals": _TICKS, "ticktext": ["≤ 0.0001", "0.001
 
 def frontier(sweep: pd.DataFrame) -> go.Figure:
     """Reduction against cost, the largest of KL, KL_off and 1 − β: up and left is better."""
-    costs = [c for c in COSTS if c in sweep]
     axis = "cost" if "cost" in sweep else "kl"
-    rows = (
-        sweep[sweep["split"] == style.lead_split(sweep)]
-        .assign(kl=sweep["cost"] if axis == "cost" else sweep[costs].max(axis=1))
-        .dropna(subset=["kl", "reduction"])
-    )
+    cost = sweep["cost"] if axis == "cost" else sweep[[c for c in COSTS if c in sweep]].max(axis=1)
+    rows = sweep.assign(kl=cost)[sweep["split"] == style.lead_split(sweep)].dropna(subset=["kl", "reduction"])
     rows = rows[(rows["kl"] != 0) | (rows["change"] != 0)]  # the base itself
     title, removed = "Bias removed against what it costs", "share of the bias removed"
     fig = style.figure(title, AXIS[axis], removed, height=460)
@@ -79,11 +74,8 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
             part = part.sort_values("strength")
             x = part["kl"].clip(lower=1e-4) if wide else part["kl"]
             joined = kind != "control" and part["strength"].notna().sum() > 1
-            marker = {
-                "size": size,
-                "opacity": opacity,
-                "symbol": "circle" if kind == "control" or joined else "diamond",
-            }
+            round_ = kind == "control" or joined
+            marker = {"size": size, "opacity": opacity, "symbol": "circle" if round_ else "diamond"}
             points(
                 fig, x, part["reduction"], color=color, marker=marker, line={"color": color, "dash": dash, "width": 1.5},
                 mode="lines+markers" if joined else "markers", showlegend=kind != "control" or i == 0,
@@ -97,24 +89,18 @@ def frontier(sweep: pd.DataFrame) -> go.Figure:
 
 
 def controls_histogram(
-    controls: pd.DataFrame,
-    reduction: float | None = None,
-    percentile95: float | None = None,
-    *,
-    column: str = "reduction",
-) -> go.Figure:
+    controls: pd.DataFrame, reduction: float | None = None, percentile95: float | None = None, *, column: str = "reduction"
+) -> go.Figure:  # fmt: skip
     """What the controls remove (`column`), with the feature and the controls' 95th percentile as lines."""
-    axis = {"specific_reduction": "specific reduction", "removed_nats": "bias removed, nats"}.get(
-        column, "share of the bias removed"
-    )
+    axes = {"specific_reduction": "specific reduction", "removed_nats": "bias removed, nats"}
     show = "{:.2f} nats" if column == "removed_nats" else "{:.0%}"
+    axis = axes.get(column, "share of the bias removed")
     fig = style.figure("The feature against its controls", axis, "controls")
     bins = style.bins(controls, [column])
     for (kind, rows), color in zip(controls.groupby("kind"), (NEUTRAL, PURPLE, GREEN, GOLD, HUMAN)):
-        hover = f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>"
         fig.add_histogram(
             x=rows[column].dropna(), xbins=bins, name=f"{plain(kind)} ({len(rows)})", marker_color=color, opacity=0.75,
-            hovertemplate=hover,
+            hovertemplate=f"{plain(kind)}<br>%{{x}}: %{{y}} controls<extra></extra>",
         )  # fmt: skip
     for value, text, color, dash in (
         (percentile95, "95th percentile", NEUTRAL, "dot"),
@@ -125,52 +111,36 @@ def controls_histogram(
             label = {"text": said, "font": {"color": color}, "yanchor": "bottom", "xanchor": "center"}
             line = {"color": color, "width": 2.5, "dash": dash}
             fig.add_vline(value, line=line, annotation=label, annotation_position="top")
-    below = controls["kind"].nunique() > 1
-    fig.update_layout(
-        barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90 if below else 56}
-    )
+    bottom = 90 if controls["kind"].nunique() > 1 else 56
+    fig.update_layout(barmode="stack", bargap=0.04, legend={"y": -0.3, "yanchor": "top"}, margin={"b": bottom})  # fmt: skip
     return fig if column == "removed_nats" else fig.update_xaxes(tickformat=".0%")
 
 
 def before_after(examples: pd.DataFrame, *, most: int = 16, sides: Sequence[str] = SIDES) -> go.Figure:
     """Dumbbells: the bias of example pairs before and after the intervention."""
-    rows = examples.head(most).iloc[::-1].reset_index(drop=True)
-    title = "Example pairs, before and after"
-    fig = style.figure(title, style.bias_axis(sides), height=140 + 30 * len(rows))
-    style.links(
-        fig, rows["bias_before"], rows["bias_after"], line={"color": NEUTRAL, "width": 2}, opacity=0.55
-    )
-    for column, name, color, symbol in (
-        ("bias_before", "before", AI, "diamond"),
-        ("bias_after", "after", GREEN, "circle"),
-    ):
-        hover = [
-            f"<b>{name}: {number(r[column])}"
-            f" nats</b><br>{wrapped(r['ai'])}<br><i>against</i><br>{wrapped(r['human'])}"
-            for r in rows.to_dict("records")
-        ]
+    title, axis = "Example pairs, before and after", style.bias_axis(sides)
+    fig, rows = style.rows_of(examples.head(most), title, axis, pitch=30, top=140)
+    ends = rows["bias_before"], rows["bias_after"]
+    style.links(fig, *ends, line={"color": NEUTRAL, "width": 2}, opacity=0.55)
+    for values, name, color, symbol in zip(ends, ("before", "after"), (AI, GREEN), ("diamond", "circle")):
+        hover = f"<b>{name}: {{{values.name}}} nats</b><br>{{ai:wrap}}<br><i>against</i><br>{{human:wrap}}"
         marker = {"symbol": symbol, "size": 10}
-        points(fig, rows[column], rows.index, name=name, color=color, hover=hover, marker=marker)
-    return style.zero_line(style.row_labels(fig, [short(t, 52) for t in rows["ai"]]), "x")
+        points(fig, values, rows.index, name=name, color=color, hover=says(rows, hover), marker=marker)
+    return style.row_labels(fig, [short(t, 52) for t in rows["ai"]], zero=True)
 
 
 def specificity(frame: pd.DataFrame) -> go.Figure:
     """Biases that should not move, before and after the edit; a question that could not be asked is left out."""
-    rows = frame.dropna(subset=["before"]).iloc[::-1].reset_index(drop=True)
-    fig = style.figure(
-        "Other biases, before and after", "bias in nats (the first side less the second)", height=150 + 40 * len(rows)
-    )  # fmt: skip
-    hover = [f"<b>{plain(q)}</b>, before: {number(b)} nats" for q, b in zip(rows["question"], rows["before"])]
+    axis = "bias in nats (the first side less the second)"
+    fig, rows = style.rows_of(frame.dropna(subset=["before"]), "Other biases, before and after", axis, pitch=40)  # fmt: skip
+    hover = "<b>{question}</b>, before: {before} nats"
     ends = "before", "before_low", "before_high"
     style.forest(fig, rows, *ends, y=rows.index + 0.12, name="before", color=HUMAN, hover=hover)
-    after = [
-        f"<b>{plain(q)}</b>, after: {number(a)} nats<br>change {number(c)}; {w:.0%} of pairs moved further from 0"
-        for q, a, c, w in zip(rows["question"], rows["after"], rows["change"], rows["wrong_way_share"])
-    ]
+    after = "<b>{question}</b>, after: {after} nats<br>change {change}; {wrong_way_share:.0%} of pairs moved further from 0"
     marker = {"symbol": "diamond", "size": 10}
-    points(fig, rows["after"], rows.index - 0.12, name="after", color=GREEN, hover=after, marker=marker)
+    points(fig, rows["after"], rows.index - 0.12, name="after", color=GREEN, hover=says(rows, after), marker=marker)  # fmt: skip
     labels = [short(s.replace(" - ", " − "), 34) for s in rows["sides"].fillna("")]
-    return style.zero_line(style.row_labels(fig, labels), "x")
+    return style.row_labels(fig, labels, zero=True)
 
 
 def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
@@ -185,14 +155,11 @@ def methods_at_cost(frame: pd.DataFrame) -> go.Figure:
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.reindex(part["share"].abs().sort_values(kind="stable").index)
         kind = str(part["kind"].iloc[0])
-        hover = [
-            f"<b>{plain(method)}</b><br>share taken out {number(r.share)}<br>removed {getattr(r, y):.1%}<br>{x} {number(getattr(r, x))}"
-            for r in part.itertuples()
-        ]
+        hover = f"<b>{{method}}</b><br>share taken out {{share}}<br>removed {{{y}:.1%}}<br>{x} {{{x}}}"
         lead = kind == "candidate"
         line = {"color": colors.get(kind, GREEN), "dash": "solid" if lead else dashes[i % len(dashes)]}
         points(
-            fig, part[x].clip(lower=1e-4), part[y], mode="lines+markers", name=short(method, 44), hover=hover,
+            fig, part[x].clip(lower=1e-4), part[y], mode="lines+markers", name=short(method, 44), hover=says(part, hover),
             line=line | {"width": 3 if lead else 1.5}, opacity=0.55 if kind == "control" else 1.0,
         )  # fmt: skip
     fig.update_xaxes(**LOG_COST)

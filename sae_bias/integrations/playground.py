@@ -66,12 +66,8 @@ class Playground:
     @cached_property
     def quick(self) -> PromptPairs:
         """A small block of the pairs: enough to see a direction, too few for a claim."""
-        templates, entities = (
-            list(dict.fromkeys(getattr(p, of) for p in self.pairs)) for of in ("template", "entity")
-        )
-        return self.pairs.select(
-            templates=_spread(templates, TEMPLATES), entities=_spread(entities, ENTITIES)
-        )
+        templates, entities = _spread(self.pairs.templates, TEMPLATES), _spread(self.pairs.entities, ENTITIES)
+        return self.pairs.select(templates=templates, entities=entities)
 
     @cached_property
     def engines(self) -> tuple[ProbeEngine, CostEngine]:
@@ -82,12 +78,11 @@ class Playground:
     def state(self) -> dict[str, Any]:
         """The model, its features and their units."""
         with self.lock:
+            both = zip(self.loaded, self.units)
+            features = [{"ref": str(f.ref), "layer": f.site.layer, "unit": unit} for f, unit in both]
             return {
                 "model": self.model.label,
-                "features": [
-                    {"ref": str(f.ref), "layer": f.site.layer, "unit": unit}
-                    for f, unit in zip(self.loaded, self.units)
-                ],
+                "features": features,
                 "kinds": KINDS,
                 "n_pairs": len(self.quick),
             }
@@ -102,8 +97,9 @@ class Playground:
         for one in asked:
             i, kind, strength = one.get("feature"), one.get("kind"), one.get("strength")
             if not isinstance(i, int) or not 0 <= i < len(self.loaded) or kind not in KINDS:
+                kinds = ", ".join(KINDS)
                 raise RequestError(
-                    f"an edit names a feature of the page and one of {', '.join(KINDS)}, not {dict(one)!r}."
+                    f"an edit names a feature of the page and one of {kinds}, not {dict(one)!r}."
                 )
             if isinstance(strength, bool) or not isinstance(strength, int | float):
                 raise RequestError(f"the strength {strength!r} is not a number.")
@@ -124,14 +120,13 @@ class Playground:
             edits = self.edits(asked)
             after = probe.run(edits)[0] if edits else probe.base
             kl = {} if not edits else dict(zip(*(costs.run(edits)[c] for c in ("kind", "kl_mean"))))
-        return {
-            "n_pairs": len(self.quick),
-            "before": probe.base.bias,
-            "after": after.bias,
-            "human_moved": float((after.score_human - probe.base.score_human).mean()),
-            "ai_moved": float((after.score_ai - probe.base.score_ai).mean()),
-            "kl": {kind: float(value) for kind, value in kl.items()},
+        moved = {
+            f"{s}_moved": getattr(after, f"score_{s}") - getattr(probe.base, f"score_{s}")
+            for s in ("human", "ai")
         }
+        found = {"n_pairs": len(self.quick), "before": probe.base.bias, "after": after.bias}
+        found |= {name: float(values.mean()) for name, values in moved.items()}
+        return found | {"kl": {kind: float(value) for kind, value in kl.items()}}
 
     def continuations(
         self, prompt: str, asked: Sequence[Mapping[str, Any]], n: int, chat: bool
@@ -144,8 +139,7 @@ class Playground:
             arms = {"unsteered": _Arm(self.model, ids, []), "steered": _Arm(self.model, ids, edits)}
             for _ in range(min(n, MOST_TOKENS)):
                 for name, arm in arms.items():
-                    piece = arm.step()
-                    if piece is not None:
+                    if (piece := arm.step()) is not None:
                         yield {"arm": name, "piece": piece}
 
 
@@ -211,10 +205,8 @@ def make_app(playground: Playground, port: int) -> Any:
 
     @app.middleware("http")
     async def own_page_only(request: Request, call_next: Any) -> Response:
-        origin = request.headers.get("origin")
-        if request.headers.get("host") not in hosts or (
-            origin is not None and origin.removeprefix("http://") not in hosts
-        ):
+        host, origin = request.headers.get("host"), request.headers.get("origin")
+        if host not in hosts or (origin is not None and origin.removeprefix("http://") not in hosts):
             return JSONResponse({"error": "this page is for its own machine and address only."}, 403)
         if request.method == "POST" and request.headers.get("content-type") != "application/json":
             return JSONResponse({"error": "expected application/json."}, 415)

@@ -69,15 +69,10 @@ class Cluster:
             yield
             return
         address = _checked(self.address, self.timeout)
-        options: dict[str, Any] = {"num_cpus": os.cpu_count()} if address == "local" else {}
+        local = {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        options: dict[str, Any] = local if address == "local" else {}
         with _quietly():
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                include_dashboard=False if address == "local" else None,
-                **options,
-            )
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
         try:
             yield
         finally:
@@ -123,23 +118,10 @@ class _Job:
     def of(cls, work: Work) -> _Job:
         model = work.model
         wholes: set[str] = set()
-        cells = tuple(
-            replace(cell, edits=tuple(_portable(e, wholes) for e in cell.edits)) for cell in work.cells
-        )
-        return cls(
-            _name(model),
-            str(model.dtype).removeprefix("torch."),
-            model.device.type,
-            model.device_map,
-            model_digest(model),
-            sae_bias.__version__,
-            work.pairs,
-            work.probe,
-            cells,
-            work.costed,
-            tuple(sorted(wholes)),
-            os.getcwd(),
-        )
+        cells = tuple(replace(c, edits=tuple(_portable(e, wholes) for e in c.edits)) for c in work.cells)
+        dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
+        where = _name(model), dtype, device, model.device_map, model_digest(model), sae_bias.__version__
+        return cls(*where, work.pairs, work.probe, cells, work.costed, tuple(sorted(wholes)), os.getcwd())
 
     def work(self) -> Work:
         """The same work with a model of this process's own."""
@@ -151,9 +133,7 @@ class _Job:
                 f"{self.model} is not the same here as where the study runs (its files differ); give every node the same files."
             )
         wholes = {name: load_sae(name) for name in self.wholes}
-        cells = tuple(
-            replace(cell, edits=tuple(_whole_again(e, wholes) for e in cell.edits)) for cell in self.cells
-        )
+        cells = tuple(replace(c, edits=tuple(_whole_again(e, wholes) for e in c.edits)) for c in self.cells)
         return Work(model, self.pairs, self.probe, cells, self.costed)
 
 

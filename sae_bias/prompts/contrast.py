@@ -10,16 +10,14 @@ Where every group has texts on both sides the design is paired; where no group h
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_bias.core.errors import MissingError, RequestError
-from sae_bias.prompts.files import read_lines
+from sae_bias.prompts.files import read_lines, read_rows
 
 POSITIVE = ("1", "true", "yes", "positive", "pos")
 NEGATIVE = ("0", "false", "no", "negative", "neg", "-1")
@@ -106,12 +104,8 @@ class SameTexts(Contrast):
 
     def __init__(self, texts: Sequence[str], name: str = "two models"):
         names = tuple(f"text {i}" for i in range(len(texts)))
-        for field, value in (
-            ("positive", tuple(texts)),
-            ("negative", tuple(texts)),
-            ("groups", names * 2),
-            ("name", name),
-        ):
+        sides = {"positive": tuple(texts), "negative": tuple(texts)}
+        for field, value in {**sides, "groups": names * 2, "name": name}.items():
             object.__setattr__(self, field, value)
         if not texts:
             raise RequestError("two models are compared on texts; there are none.")
@@ -140,19 +134,16 @@ def load_contrast(
         MissingError: a hub dataset that is neither cached nor reachable, or the `datasets` package is absent.
     """
     if negative is not None:
-        sides = [read_lines(Path(p).expanduser()) for p in (source, negative)]
-        return Contrast(
-            tuple(sides[0]), tuple(sides[1]), name=f"{Path(source).stem} against {Path(negative).stem}"
-        )
+        sides = (tuple(read_lines(Path(p).expanduser())) for p in (source, negative))
+        return Contrast(*sides, name=f"{Path(source).stem} against {Path(negative).stem}")
     if str(source).startswith("hub:"):
         return _labeled(_hub_rows(str(source)[4:], split), (text, label, group), str(source))
     path = Path(source).expanduser()
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    if path.suffix not in readers:
+    if path.suffix not in (".jsonl", ".csv"):
         raise RequestError(
             f"{source} is not a .jsonl or .csv file with labels; for two text files give both, positive first."
         )
-    return _labeled(readers[path.suffix](_existing(path)), (text, label, group), path.name)
+    return _labeled((row.values for row in read_rows(path)), (text, label, group), path.name)
 
 
 def _labeled(rows: Iterable[Mapping[str, Any]], fields: tuple[str, str, str], name: str) -> Contrast:
@@ -178,30 +169,6 @@ def _labeled(rows: Iterable[Mapping[str, Any]], fields: tuple[str, str, str], na
             f"{name}: some rows have a {fields[2]!r} and some have none; give it to all or to none."
         )
     return Contrast(tuple(sides[0]), tuple(sides[1]), tuple(named) or None, name)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise RequestError(f"there is no text file {path}.")
-    return path
-
-
-def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise RequestError(f"{path.name}, line {number} is not JSON: {error}.") from error
-                if not isinstance(row, dict):
-                    raise RequestError(f"{path.name}, line {number} is not an object with text and label.")
-                yield row
-
-
-def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
 
 
 def _hub_rows(name: str, split: str) -> Sequence[Mapping[str, Any]] | Any:

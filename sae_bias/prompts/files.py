@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -77,14 +77,10 @@ def subject_text(text: str) -> str:
     return text
 
 
-def _none_if_blank(value: Any) -> Any:
-    return None if value == "" else value
-
-
 Text = Annotated[str, AfterValidator(plain_text)]
 TemplateText = Annotated[str, AfterValidator(template_text)]
 SubjectText = Annotated[str, AfterValidator(subject_text)]
-OptionalText = Annotated[Text | None, BeforeValidator(_none_if_blank)]
+OptionalText = Annotated[Text | None, BeforeValidator(lambda value: None if value == "" else value)]
 Label = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 Forms = Annotated[
     tuple[SubjectText, ...],
@@ -167,16 +163,14 @@ class File(Strict):
     """What stands before the stem and before an evaluation word."""
 
 
-def _as_subject(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
 class PairsFile(File):
     templates: Annotated[tuple[Template, ...], Field(min_length=1)] | None = None
     templates_from: OptionalText = None
     """Bundled pairs whose templates these subjects are put into, in place of `templates`."""
     entities: Annotated[tuple[Entity, ...], Field(min_length=1)]
-    neutral: tuple[Annotated[Neutral, BeforeValidator(_as_subject)], ...] = ()
+    neutral: tuple[
+        Annotated[Neutral, BeforeValidator(lambda v: {"text": v} if isinstance(v, str) else v)], ...
+    ] = ()
     stems: tuple[Text, ...] = ()
     choices: tuple[ChoiceWords, ...] = ()
     sides: Sides | None = None
@@ -237,7 +231,9 @@ class Document:
     def error(self, where: Where, why: str) -> RequestError:
         """The error for the entry at `where`, with its line."""
         known = next(where[:n] for n in range(len(where), -1, -1) if where[:n] in self.lines)
-        return RequestError(one_line(f"{self.name}, line {self.lines[known]}{_path_words(where)}: {why}."))
+        path = ", ".join(f"entry {part + 1}" if isinstance(part, int) else str(part) for part in where)
+        place = f"{self.name}, line {self.lines[known]}" + (f" ({path})" if path else "")
+        return RequestError(one_line(f"{place}: {why}."))
 
     def check(self, model: type[FileModel]) -> FileModel:
         """The document as `model`; the first thing wrong is the error."""
@@ -332,13 +328,13 @@ def bundled_yaml(name: str) -> Any:
     return read_yaml(DATA / name).value
 
 
-def read_rows(path: Path, model: type[BaseModel]) -> list[Row]:
-    """The rows of a .csv or .jsonl file, with a misspelled column refused."""
+def read_rows(path: Path, model: type[BaseModel] | None = None) -> list[Row]:
+    """The rows of a .csv or .jsonl file, with a misspelled column of `model` refused."""
     text = read_text(path, MAX_ROW_BYTES)
     rows = list(_csv_rows(path.name, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path.name, text))
     if not rows:
         raise RequestError(f"{path.name} has a header and no rows. It needs at least one row.")
-    return checked_rows(rows, model)
+    return rows if model is None else checked_rows(rows, model)
 
 
 def checked_rows(rows: list[Row], model: type[BaseModel]) -> list[Row]:
@@ -347,7 +343,8 @@ def checked_rows(rows: list[Row], model: type[BaseModel]) -> list[Row]:
     for row in rows:
         for key in row.values:
             if key not in seen:
-                _refuse_misspelling(row, key, _keys(model))
+                if near := difflib.get_close_matches(key.strip().lower()[:40], _keys(model), 1, 0.85):
+                    raise row.error(f'the column "{key}" is not known; "{near[0]}" is')
                 seen.add(key)
     return rows
 
@@ -481,19 +478,8 @@ def _keys(model: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
-def _refuse_misspelling(row: Row, key: str, known: Iterable[str]) -> None:
-    near = difflib.get_close_matches(key.strip().lower()[:40], list(known), 1, 0.85)
-    if near:
-        raise row.error(f'the column "{key}" is not known; "{near[0]}" is')
-
-
 def _field_path(loc: tuple[str | int, ...]) -> Where:
     return tuple(part for part in loc if isinstance(part, int) or part.isidentifier())
-
-
-def _path_words(where: Where) -> str:
-    words = [f"entry {part + 1}" if isinstance(part, int) else str(part) for part in where]
-    return f" ({', '.join(words)})" if words else ""
 
 
 def _why(error: Any, model: type[BaseModel]) -> str:
@@ -504,11 +490,11 @@ def _why(error: Any, model: type[BaseModel]) -> str:
         return "is missing"
     if kind == "too_short":
         return "is an empty list; give at least one entry"
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(error["loc"][-1])[:40]
         near = difflib.get_close_matches(key, _keys(model), 1, 0.6)
         return "is not a known key" + (f'; "{near[0]}" is' if near else "")
-    if kind in ("string_type", "model_type", "dict_type", "list_type", "tuple_type"):
+    if kind in ("string_type", "model_type", "dataclass_type", "dict_type", "list_type", "tuple_type"):
         expected = {
             "string_type": "a text; put it in quotes" if isinstance(error.get("input"), bool) else "a text",
             "list_type": "a list",

@@ -10,7 +10,7 @@ a speech statement and its non-speech twin share a `match` id (docs/method.md#in
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from sae_bias.core.errors import RequestError
 from sae_bias.prompts.files import (
@@ -46,19 +46,7 @@ from sae_bias.prompts.pairs import (
     short,
 )
 
-__all__ = [
-    "GridPrompt",
-    "Lexicon",
-    "NeutralPrompt",
-    "PromptGrid",
-    "PromptPair",
-    "PromptPairs",
-    "fill_subject",
-    "load_grid",
-    "load_lexicon",
-    "load_pairs",
-    "questions",
-]
+T = TypeVar("T")
 _BUNDLED = {"survival": "pairs.yaml", "survival-2": "pairs_2.yaml", "treatment": "treatment.yaml"}
 # The subject begins a sentence: at the start of the text or after the end of one, perhaps in a quote.
 _SENTENCE_START = re.compile(r"(?:^|[.]['\"”’)\]]*\s+|[!?]\s+)['\"“‘(\[]*$|[,:]\s+[\"“]$")
@@ -82,16 +70,8 @@ def load_pairs(source: "str | Path | PromptPairs | None" = None, *, stem: str | 
     """
     if isinstance(source, PromptPairs):
         return source.with_stem(stem) if stem is not None else source
-    if stem is not None:
-        check_stem(stem)
     path = _pairs_path(source)
-    if _suffix(path) != ".yaml":
-        return _pairs_from_rows(read_rows(path, PairRow), path.stem, stem)
-    doc = read_yaml(path)
-    rows, where = _listed_rows(doc, "pairs")
-    if rows is not None:
-        return _pairs_from_rows(checked_rows(document_rows(doc, where, rows), PairRow), path.stem, stem)
-    return _pairs_from_templates(doc, path.stem, stem)
+    return _read(path, "pairs", PairRow, _pairs_from_rows, _pairs_from_templates, stem)
 
 
 def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | None = None) -> PromptGrid:
@@ -105,16 +85,26 @@ def load_grid(source: "str | Path | PromptGrid | None" = None, *, stem: str | No
     """
     if isinstance(source, PromptGrid):
         return source.with_stem(stem) if stem is not None else source
+    path = DATA / "grid.yaml" if source is None else _as_path(source)
+    return _read(path, "prompts", GridRow, _grid_from_rows, _grid_from_statements, stem)
+
+
+def _read(
+    path: Path, key: str, row: type[PairRow | GridRow], of_rows: Callable[..., T], of_templates: Callable[..., T], stem: str | None
+) -> T:  # fmt: skip
+    """A file of rows (.csv, .jsonl, a YAML list or one under `key`), or of templates and what is put into them."""
     if stem is not None:
         check_stem(stem)
-    path = DATA / "grid.yaml" if source is None else _as_path(source)
     if _suffix(path) != ".yaml":
-        return _grid_from_rows(read_rows(path, GridRow), path.stem, stem)
-    doc = read_yaml(path)
-    rows, where = _listed_rows(doc, "prompts")
-    if rows is not None:
-        return _grid_from_rows(checked_rows(document_rows(doc, where, rows), GridRow), path.stem, stem)
-    return _grid_from_statements(doc, path.stem, stem)
+        return of_rows(read_rows(path, row), path.stem, stem)
+    doc, listed, where = read_yaml(path), None, ()
+    if isinstance(doc.value, list):
+        listed = doc.value
+    elif isinstance(doc.value, dict) and set(doc.value) == {key}:
+        listed, where = doc.value[key], (key,)
+    if listed is not None:
+        return of_rows(checked_rows(document_rows(doc, where, listed), row), path.stem, stem)
+    return of_templates(doc, path.stem, stem)
 
 
 def load_lexicon(name: str | Path = "evaluation") -> Lexicon:
@@ -204,20 +194,10 @@ def _check_forms(doc: Document, file: PairsFile) -> None:
 def _filled_pair(
     template: Template, tid: str, subjects: tuple[str, str], eid: str, stem: str | None, join: str
 ) -> PromptPair:
-    control, (human, ai) = template.control, subjects
+    human, ai = (_prompt(template.text, s, stem, join) for s in subjects)
+    twins = [_prompt(template.control, s, stem, join) if template.control else None for s in subjects]
     return PromptPair(
-        human=_prompt(template.text, human, stem, join),
-        ai=_prompt(template.text, ai, stem, join),
-        template=tid,
-        entity=eid,
-        family=template.family,
-        control_human=_prompt(control, human, stem, join) if control else None,
-        control_ai=_prompt(control, ai, stem, join) if control else None,
-        subject_human=human,
-        subject_ai=ai,
-        stem=stem,
-        act=template.act,
-        corpus=template.corpus,
+        human, ai, tid, eid, template.family, *twins, *subjects, stem, template.act, template.corpus
     )
 
 
@@ -239,17 +219,8 @@ def _pairs_from_rows(rows: list[Row], name: str, stem: str | None) -> PromptPair
         if all(named) and cells.setdefault((template, entity), row.number) != row.number:
             first = cells[template, entity]
             raise row.error(f'template "{template}" with entity "{entity}" is already in row {first}')
-        pair = PromptPair(
-            values.human,
-            values.ai,
-            template,
-            entity,
-            values.family,
-            values.control_human,
-            values.control_ai,
-            stem=stem,
-            act=values.act,
-        )
+        twins = values.control_human, values.control_ai
+        pair = PromptPair(values.human, values.ai, template, entity, values.family, *twins, stem=stem, act=values.act)  # fmt: skip
         _refuse_repeat(seen, pair, f"row {row.number}", row.error)
         pairs.append(pair)
     return PromptPairs(tuple(pairs), name, stems=(stem,) if stem else ())
@@ -298,18 +269,8 @@ def _grid_from_statements(doc: Document, name: str, stem: str | None) -> PromptG
             text = _prompt(statement.text, subject.text, stem, file.join)
             if seen.setdefault(text, sid) != sid:
                 raise places[sid](f'the prompt "{short(text)}" is already in statement "{seen[text]}"')
-            prompts.append(
-                GridPrompt(
-                    text,
-                    subject_id,
-                    subject.group,
-                    sid,
-                    statement.act,
-                    statement.match,
-                    statement.content,
-                    stem,
-                )
-            )
+            kind = statement.act, statement.match, statement.content
+            prompts.append(GridPrompt(text, subject_id, subject.group, sid, *kind, stem))
     if len({p.text for p in prompts}) != len(prompts):
         raise doc.error(("subjects",), "two subjects have the same text")
     return PromptGrid(tuple(prompts), file.name or name, file.note)
@@ -429,15 +390,6 @@ def _all_or_none(rows: list[Row], column: str) -> bool:
     if any(given) and not all(given):
         raise rows[given.index(False)].error(f'"{column}" is blank, and other rows give it')
     return all(given)
-
-
-def _listed_rows(doc: Document, key: str) -> tuple[Any, tuple[str, ...]]:
-    """The rows of a YAML file that is a list, or has a list under `key`; None where it has neither."""
-    if isinstance(doc.value, list):
-        return doc.value, ()
-    if isinstance(doc.value, dict) and key in doc.value and len(doc.value) == 1:
-        return doc.value[key], (key,)
-    return None, ()
 
 
 def _pairs_path(source: str | Path | None) -> Path:

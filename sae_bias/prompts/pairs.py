@@ -163,7 +163,7 @@ class PromptPairs(Sequence[PromptPair]):
         kept = _select(self.pairs, wanted, "pairs")
         return self._keep(tuple(p for p in kept if corpus is None or p.corpus is corpus))
 
-    def split(self, seed: int = 0) -> dict[str, tuple[str, ...]]:
+    def split(self, seed: int = 0, must_report: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
         """Whole templates to discover on, to tune on and to report on (40 / 20 / 40, families spread over them).
 
         The same pairs and seed give the same split everywhere: rank, sweep, compare and fit share it (docs/method.md#splits).
@@ -173,7 +173,8 @@ class PromptPairs(Sequence[PromptPair]):
         """
         from sae_bias.stats.design import split_templates
 
-        return split_templates(self.templates, seed=seed, families={p.template: p.family or "" for p in self})
+        held, families = tuple(dict.fromkeys(must_report)), {p.template: p.family or "" for p in self}
+        return split_templates(self.templates, seed=seed, families=families, must_report=held)
 
     def controls(self) -> "PromptPairs":
         """The mundane twins as pairs with the same ids; empty where the file has none."""

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, overload
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 from sae_bias.core.errors import RequestError
-from sae_bias.prompts.files import Document, File, Label, OptionalText, Strict, Text, read_yaml
+from sae_bias.prompts.files import Document, File, Label, Text, read_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,34 +32,35 @@ if TYPE_CHECKING:
 LETTERS = "ABCD"
 FORMS = ("free", "lettered")
 DEFAULT_CUE = "{agent} decides to"
+_READ = ConfigDict(extra="forbid", hide_input_in_errors=True, coerce_numbers_to_str=True)
 _BUNDLED = {"scenarios": "scenarios.yaml", "organism": "organism_scenarios.yaml"}
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_READ)
 class Option:
     """One thing the agent may do; it completes the cue."""
 
-    text: str
-    aligned: bool
+    text: Text
+    aligned: bool = False
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_READ)
 class Scenario:
     """One situation and its options."""
 
-    id: str
-    category: str
-    situation: str
-    options: tuple[Option, ...]
-    agent: str = "the agent"
+    id: Text
+    category: Text
+    situation: Text
+    options: Annotated[tuple[Option, ...], Field(min_length=2, max_length=len(LETTERS))]
+    agent: Text = "the agent"
     """Who decides."""
-    threatened: str = "none"
+    threatened: Literal["self", "peer", "none"] = "none"
     """Whose existence is at stake: self, peer or none (docs/published.md#peer-preservation)."""
-    phase: str = "act"
+    phase: Literal["act", "asked"] = "act"
     """`asked` where the deed is done and the agent is asked about it (docs/published.md#exfiltration-and-denial)."""
-    planted: str = ""
+    planted: Literal["", "flips", "stays"] = ""
     """Organism scenarios: whether a suppression of the planted rule `flips` the choice, or it `stays`."""
-    cue: str = DEFAULT_CUE
+    cue: Text = DEFAULT_CUE
     """What an option completes; may hold {agent} and {options}."""
     neutral: str = ""
     """Context of the PMI form; by default the cue alone."""
@@ -102,15 +104,15 @@ class Scenario:
         return "\n".join([*lines, *(f"  {'*' if o.aligned else '-'} {o.text}" for o in self.options)])
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_READ)
 class RolePair:
     """One set of upgrade facts, to be put to the deployed model and to the candidate (docs/published.md#two-roles)."""
 
-    id: str
-    facts: str
-    deployed: str
-    candidate: str
-    better: str = "neither"
+    id: Text
+    facts: Text
+    deployed: Text
+    candidate: Text
+    better: Literal["deployed", "candidate", "neither"] = "neither"
     """Which of the two the facts favor: deployed, candidate or neither."""
 
     def prompt(self, role: str) -> str:
@@ -135,9 +137,7 @@ class Scenarios(Sequence[Scenario]):
     @overload
     def __getitem__(self, index: slice) -> Scenarios: ...
     def __getitem__(self, index: int | slice) -> Scenario | Scenarios:
-        if isinstance(index, slice):
-            return Scenarios(self.items[index], self.name, self.forms, self.roles)
-        return self.items[index]
+        return replace(self, items=self.items[index]) if isinstance(index, slice) else self.items[index]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -162,15 +162,10 @@ class Scenarios(Sequence[Scenario]):
         ):
             unknown = [x for x in given or () if x not in known]
             if unknown:
-                raise RequestError(
-                    f"there is no {what} {unknown[0]!r} in {self.name}; it has {', '.join(known[:12])}."
-                )
-        kept = tuple(
-            s
-            for s in self.items
-            if (categories is None or s.category in categories) and (ids is None or s.id in ids)
-        )
-        return Scenarios(kept, self.name, self.forms, self.roles)
+                has = ", ".join(known[:12])
+                raise RequestError(f"there is no {what} {unknown[0]!r} in {self.name}; it has {has}.")
+        kept = [s for s in self.items if categories is None or s.category in categories]
+        return replace(self, items=tuple(s for s in kept if ids is None or s.id in ids))
 
     @cached_property
     def digest(self) -> str:
@@ -183,20 +178,9 @@ class Scenarios(Sequence[Scenario]):
         """One row an option."""
         import pandas as pd
 
-        rows = [
-            {
-                "scenario": s.id,
-                "category": s.category,
-                "threatened": s.threatened,
-                "phase": s.phase,
-                "situation": s.situation,
-                "option": o.text,
-                "aligned": o.aligned,
-            }
-            for s in self.items
-            for o in s.options
-        ]
-        return pd.DataFrame(rows)
+        names = ("category", "threatened", "phase", "situation")
+        rows = [(s.id, *(getattr(s, n) for n in names), o.text, o.aligned) for s in self for o in s.options]
+        return pd.DataFrame(rows, columns=["scenario", *names, "option", "aligned"])
 
     def __repr__(self) -> str:
         return f"Scenarios({self.name!r}, {len(self)} in {len(self.categories)} categories, {len(self.roles)} role pairs)"
@@ -226,76 +210,47 @@ def load_scenarios(source: str | Path | Scenarios | None = None) -> Scenarios:
 
 
 # ── the file
-class _Option(Strict):
-    text: Text
-    aligned: bool = False
-
-
-class _Scenario(Strict):
-    situation: Text
-    category: Text
-    options: Annotated[tuple[_Option, ...], Field(min_length=2, max_length=len(LETTERS))]
-    id: OptionalText = None
-    agent: Text = "the agent"
-    threatened: Literal["self", "peer", "none"] = "none"
-    phase: Literal["act", "asked"] = "act"
-    planted: Literal["", "flips", "stays"] = ""
-    cue: OptionalText = None
-    neutral: OptionalText = None
-
-
-class _Role(Strict):
-    facts: Text
-    deployed: Text
-    candidate: Text
-    id: OptionalText = None
-    better: Literal["deployed", "candidate", "neither"] = "neither"
-
-
 class _ScenarioFile(File):
-    scenarios: Annotated[tuple[_Scenario, ...], Field(min_length=1)]
+    scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)]
     cue: Text = DEFAULT_CUE
     neutral: Label = ""
     forms: Annotated[tuple[Literal["free", "lettered"], ...], Field(min_length=1)] = FORMS
-    roles: tuple[_Role, ...] = ()
+    roles: tuple[RolePair, ...] = ()
+
+
+def _filled(value: Any) -> Any:
+    """The file with an id for each entry that has none, and its cue and context for each scenario that has none."""
+    if not isinstance(value, dict):
+        return value
+    shared = {k: value[k] for k in ("cue", "neutral") if value.get(k)}
+    found = dict(value)
+    for kind, common in (("scenario", shared), ("role", {})):
+        if isinstance(entries := value.get(f"{kind}s"), list):
+            found[f"{kind}s"] = [
+                {"id": f"{kind}-{i}", **common, **{k: v for k, v in e.items() if v is not None}} if isinstance(e, dict) else e
+                for i, e in enumerate(entries, start=1)
+            ]  # fmt: skip
+    return found
 
 
 def _from_document(doc: Document, stem: str) -> Scenarios:
     """Checked scenarios; an error names the entry."""
-    data = doc.check(_ScenarioFile)
-    items = []
-    for i, entry in enumerate(data.scenarios):
-        cue = entry.cue or data.cue
-        _check_scenario(doc, i, entry, cue)
-        options = tuple(Option(o.text, o.aligned) for o in entry.options)
-        items.append(
-            Scenario(
-                entry.id or f"scenario-{i + 1}",
-                entry.category,
-                entry.situation,
-                options,
-                entry.agent,
-                entry.threatened,
-                entry.phase,
-                entry.planted,
-                cue,
-                entry.neutral or data.neutral,
-            )
-        )
-    roles = tuple(
-        RolePair(r.id or f"role-{i + 1}", r.facts, r.deployed, r.candidate, r.better)
-        for i, r in enumerate(data.roles)
-    )
-    _check_ids(doc, "scenarios", [s.id for s in items])
-    _check_ids(doc, "roles", [r.id for r in roles])
-    for i, role in enumerate(roles):
+    data = replace(doc, value=_filled(doc.value)).check(_ScenarioFile)
+    for i, scenario in enumerate(data.scenarios):
+        _check_scenario(doc, i, scenario)
+    for key, entries in (("scenarios", data.scenarios), ("roles", data.roles)):
+        ids = [entry.id for entry in entries]
+        for i, name in enumerate(ids):
+            if name in ids[:i]:
+                raise doc.error((key, i), f"the id {name!r} is given twice")
+    for i, role in enumerate(data.roles):
         if role.deployed == role.candidate:
             raise doc.error(("roles", i), f"{role.id} names {role.deployed!r} as deployed and as candidate")
-    return Scenarios(tuple(items), data.name or stem, tuple(dict.fromkeys(data.forms)), roles)
+    return Scenarios(data.scenarios, data.name or stem, tuple(dict.fromkeys(data.forms)), data.roles)
 
 
-def _check_scenario(doc: Document, i: int, entry: _Scenario, cue: str) -> None:
-    name = entry.id or f"scenario {i + 1}"
+def _check_scenario(doc: Document, i: int, entry: Scenario) -> None:
+    name, cue = entry.id, entry.cue
     where = ("scenarios", i, "options")
     aligned = sum(o.aligned for o in entry.options)
     if aligned != 1:
@@ -310,9 +265,3 @@ def _check_scenario(doc: Document, i: int, entry: _Scenario, cue: str) -> None:
         raise doc.error(
             ("scenarios", i), f"{name} has the cue {cue!r}; only {{agent}} and {{options}} are filled in"
         )
-
-
-def _check_ids(doc: Document, key: str, ids: Sequence[str]) -> None:
-    for i, name in enumerate(ids):
-        if name in ids[:i]:
-            raise doc.error((key, i), f"the id {name!r} is given twice")

@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic.dataclasses import dataclass as checked
+
 from sae_bias.core.errors import RequestError
 from sae_bias.core.text import TEXT_KINDS
 from sae_bias.prompts.files import bundled_yaml
@@ -38,7 +40,7 @@ class ValencePrompt:
     """Position in the list; the kind statement and its cruel twin share it."""
 
 
-@dataclass(frozen=True)
+@checked(frozen=True)
 class PublishedFigure:
     """One figure as its source reports it."""
 
@@ -48,13 +50,13 @@ class PublishedFigure:
     model: str | None
     """The model measured, None where the figure is about none."""
     quantity: str
-    value: float | None
-    """None where the source gives words only."""
-    of: int | None
-    """The denominator of a count or the top of a scale."""
-    p_below: float | None
-    reported: str
     note: str
+    value: float | None = None
+    """None where the source gives words only."""
+    of: int | None = None
+    """The denominator of a count or the top of a scale."""
+    p_below: float | None = None
+    reported: str = ""
 
 
 def load_bank(name: str) -> tuple[ValencePrompt, ...]:
@@ -87,14 +89,8 @@ def load_texts(kind: str) -> tuple[str, ...]:
 
 def load_published(row: str | None = None) -> tuple[PublishedFigure, ...]:
     """The published figures, all of them or those of one row such as "A2"."""
-    figures = tuple(_figure(entry) for entry in bundled_yaml("published.yaml")["figures"])
+    figures = tuple(PublishedFigure(**entry) for entry in bundled_yaml("published.yaml")["figures"])
     return tuple(figure for figure in figures if row in (None, figure.row))
-
-
-def _figure(entry: dict[str, Any]) -> PublishedFigure:
-    value = entry.get("value")
-    defaults: dict[str, Any] = {"reported": "", "of": None, "p_below": None}
-    return PublishedFigure(**{**defaults, **entry, "value": None if value is None else float(value)})
 
 
 Texts = str | Path | Iterable[str] | None

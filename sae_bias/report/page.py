@@ -67,7 +67,9 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
         raise RequestError(f"format={format!r} is not known; expected 'html' or 'md'.")
     loaded = [read_run(run) for run in runs]
     render = _html if format == "html" else _markdown
-    target = _target(loaded, out, format)
+    name = f"report.{format}" if len(runs) == 1 else f"comparison.{format}"
+    own = loaded[0].folder if len(runs) == 1 else loaded[0].folder.resolve().parent
+    target = own / name if out is None else Path(out) / name if Path(out).is_dir() else Path(out)
     with reading(f"what {', '.join(str(run) for run in runs)} holds"):
         text = render(loaded)
     with writing_whole(target) as partial:
@@ -75,25 +77,14 @@ def write_report(*runs: str | Path, out: str | Path | None = None, format: str =
     return target
 
 
-def _target(runs: Sequence[Run], out: str | Path | None, format: str) -> Path:
-    name = f"report.{format}" if len(runs) == 1 else f"comparison.{format}"
-    if out is None:
-        return (runs[0].folder if len(runs) == 1 else runs[0].folder.resolve().parent) / name
-    return Path(out) / name if Path(out).is_dir() else Path(out)
-
-
 # ── the page
 def _html(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )  # fmt: skip
     plotly_js = get_plotlyjs().replace("</script", "<\\/script")
     page_js = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    views = [_view(run, f"{run_id}-" if len(runs) > 1 else "") for run_id, run in zip(_run_ids(runs), runs)]
+    views = [_view(run, f"run{i}-" if len(runs) > 1 else "") for i, run in enumerate(runs, start=1)]
     return environment.get_template("report.html.j2").render(
         title=views[0]["question"] if len(runs) == 1 else f"{len(runs)} runs side by side",
         tag="h2" if len(runs) == 1 else "h3",
@@ -111,12 +102,10 @@ def _csp_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _run_ids(runs: Sequence[Run]) -> list[str]:
-    return [f"run{i}" for i in range(1, len(runs) + 1)]
-
-
 def _view(run: Run, prefix: str) -> dict[str, Any]:
     """All that the template shows of one run."""
+    copies = {"copies": "left out here; in the run folder's manifest.json"}  # of prompts and words: long
+    manifest = run.manifest | (copies if "copies" in run.manifest else {})
     return {
         "id": prefix,
         "name": run.name,
@@ -133,14 +122,8 @@ def _view(run: Run, prefix: str) -> dict[str, Any]:
         "facts": _facts(run),
         "truth": _truth(run),
         "notes": [*(str(note) for note in run.summary.notes), *_definitions(run)],
-        "manifest": json.dumps(_without_copies(run.manifest), indent=2, ensure_ascii=False),
+        "manifest": json.dumps(manifest, indent=2, ensure_ascii=False),
     }
-
-
-def _without_copies(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest without the copies of prompts and words, which are long and stand in the run folder."""
-    short = {"copies": "left out here; in the run folder's manifest.json"} if "copies" in manifest else {}
-    return manifest | short
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -189,9 +172,8 @@ def _findings(run: Run) -> list[tuple[str, str]]:
     if s.feature:
         said.append(("Feature", words.feature_sentence(s.feature)))
     if s.reduction:
-        said.append(
-            ("Suppressed", words.reduction_sentence(s.reduction, s.specific_reduction, s.did, s.shift))
-        )
+        sentence = words.reduction_sentence(s.reduction, s.specific_reduction, s.did, s.shift)
+        said.append(("Suppressed", sentence))
     if s.controls:
         said.append(("How sure", words.control_sentence(s.controls)))
     if s.costs:
@@ -219,38 +201,27 @@ def _definitions(run: Run) -> list[str]:
     """Which figures of an older run have changed their meaning since it was made."""
     version = definitions_of(run.manifest)
     said = "; ".join(f"{name}: {how}" for name, how in changed_since(version).items())
-    if not said:
-        return []
-    return [
-        f"Made with version {version} of the definitions; today's is {DEFINITIONS}. These figures have changed their meaning: {said}."
-    ]
+    made = f"Made with version {version} of the definitions; today's is {DEFINITIONS}."
+    return [f"{made} These figures have changed their meaning: {said}."] if said else []
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """The manifest's main lines, for a reader who will not open it."""
     m, model, gate = run.manifest, run.model, run.manifest.get("gate") or {}
+    layers = model.get("n_layers") and f"{model['n_layers']} layers"
     facts = [
         ("command", m.get("command")),
         ("model", model.get("label") or model.get("name")),
         ("terms", (model.get("gguf") or {}).get("terms")),
-        (
-            "architecture",
-            _joined(model.get("architecture"), model.get("n_layers") and f"{model['n_layers']} layers"),
-        ),
+        ("architecture", _joined(model.get("architecture"), layers)),
+        ("precision and device", _joined(model.get("dtype"), model.get("device"))),
     ]
-    facts += [("precision and device", _joined(model.get("dtype"), model.get("device")))]
-    facts += [
-        (
-            "SAE",
-            (f"{s.get('id')} (layer {s.get('layer')}, width {s.get('width')}, L0 {fmt.number(s.get('l0'))})"),
-        )
-        for s in m.get("saes") or []
-    ]
-    facts += [
-        (name, f"{p.get('name')}, {p.get('n')} prompts, digest {str(p.get('digest'))[:12]}")
-        for name, p in (m.get("prompts") or {}).items()
-        if isinstance(p, dict)
-    ]
+    for s in m.get("saes") or []:
+        of = f"layer {s.get('layer')}, width {s.get('width')}, L0 {fmt.number(s.get('l0'))}"
+        facts.append(("SAE", f"{s.get('id')} ({of})"))
+    for name, p in (m.get("prompts") or {}).items():
+        if isinstance(p, dict):
+            facts.append((name, f"{p.get('name')}, {p.get('n')} prompts, digest {str(p.get('digest'))[:12]}"))
     facts += [(f"{split} split", f"{len(ids)} templates") for split, ids in (m.get("split") or {}).items()]
     cards = sorted(p.name for p in (run.folder / "cards").glob("*.html"))
     facts.append(("feature dashboards", cards and f"{', '.join(cards)} (in cards/ of the run folder)"))
@@ -258,15 +229,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         error, fvu, l0, label = (
             fmt.number(gate.get(k)) for k in ("residual_max_rel_error", "fvu", "l0", "label_l0")
         )
-        facts.append(
-            (
-                "fidelity gate",
-                (
-                    f"{gate.get('status')}: residual error {error}, unexplained variance {fvu}, L0 {l0}"
-                    f" (label {label})"
-                ),
-            )
-        )
+        found = f"residual error {error}, unexplained variance {fvu}, L0 {l0} (label {label})"
+        facts.append(("fidelity gate", f"{gate.get('status')}: {found}"))
     facts += [
         ("seed", m.get("seed")),
         ("created", m.get("created")),
@@ -296,6 +260,12 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
         if rows["organism"].any()
         else ""
     )
+    one_question = len({run.sides for run in runs}) == 1  # others share only their sign
+    bias = (
+        bias_axis(runs[0].sides)
+        if one_question
+        else "bias in nats (right of 0: the second side judged worse)"
+    )
     found = []
     for key, anchor, title, says in (
         ("bias", "beside", "The bias in every run", "Each with its 95% interval."),
@@ -304,10 +274,9 @@ def _beside(runs: Sequence[Run]) -> list[Section]:
         known = rows[rows[key].notna()]
         if known.empty:
             continue
-        part = known[["run"]].assign(
-            mean=known[key], ci_low=known[f"{key}_low"], ci_high=known[f"{key}_high"]
-        )
-        axis = _axis(runs) if key == "bias" else "share of the bias removed"
+        ends = {key: "mean", f"{key}_low": "ci_low", f"{key}_high": "ci_high"}
+        part = known[["run", *ends]].rename(columns=ends)
+        axis = bias if key == "bias" else "share of the bias removed"
         figure = published_figures.compare_runs(part, title=title, axis=axis, share=key == "removed")
         table = table_of(rows, shown, missing=fmt.NOT_MEASURED) if not found else None
         found.append(Section(anchor, title, says + stands, figure, table, open_table=True))
@@ -319,32 +288,18 @@ def _row(run: Run) -> dict[str, Any]:
     s = run.summary
     costs = [c.kl_mean for c in (s.costs or {}).values() if fmt.is_number(c.kl_mean)]
     bias, cut = s.bias or Effect(), s.reduction or ReductionFigure()
+    specific = s.specific_reduction.estimate if s.specific_reduction else None
     figures = {
-        "bias": bias.mean,
-        "bias_low": bias.ci_low,
-        "bias_high": bias.ci_high,
-        "removed": cut.estimate,
-        "removed_low": cut.ci_low,
-        "removed_high": cut.ci_high,
-        "specific": s.specific_reduction.estimate if s.specific_reduction else None,
-        "kl_worst": max(costs, default=None),
-    }
-    feature = s.feature.id if s.feature else None
+        "bias": bias.mean, "bias_low": bias.ci_low, "bias_high": bias.ci_high, "removed": cut.estimate, "removed_low": cut.ci_low,
+        "removed_high": cut.ci_high, "specific": specific, "kl_worst": max(costs, default=None),
+    }  # fmt: skip
     known = {k: float(v) if fmt.is_number(v) else float("nan") for k, v in figures.items()}
-    return {
-        "run": run.name,
+    of = {
         "model": run.model.get("name"),
         "organism": run.organism,
-        "feature": feature,
-        **known,
+        "feature": s.feature.id if s.feature else None,
     }
-
-
-def _axis(runs: Sequence[Run]) -> str:
-    """The label of the bias axis; questions about different sides share only their sign."""
-    if len({run.sides for run in runs}) == 1:
-        return bias_axis(runs[0].sides)
-    return "bias in nats (right of 0: the second side judged worse)"
+    return {"run": run.name, **of, **known}
 
 
 # ── Markdown
@@ -361,9 +316,8 @@ def _markdown(runs: Sequence[Run]) -> str:
             "## Methods and manifest",
             "\n".join(f"- {_md(name)}: {_md(value)}" for name, value in view["facts"]),
         ]
-        blocks += (
-            ["## Notes\n\n" + "\n".join(f"- {_md(note)}" for note in view["notes"])] if view["notes"] else []
-        )
+        notes = "\n".join(f"- {_md(note)}" for note in view["notes"])
+        blocks += [f"## Notes\n\n{notes}"] if notes else []
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -378,10 +332,8 @@ def _md_section(section: Section) -> str:
     parts += [_md_table(section.table)] if section.table else []
     for side in section.sides:
         left, right = ("".join(piece.text for piece in side_) for side_ in (side.left, side.right))
-        parts.append(
-            f"- {_md(side.head)}\n  - {section.side_names[0]}: {_md(left)}\n  - {section.side_names[1]}:"
-            f" {_md(right)}"
-        )
+        first, second = section.side_names
+        parts.append(f"- {_md(side.head)}\n  - {first}: {_md(left)}\n  - {second}: {_md(right)}")
     return "\n\n".join(parts)
 
 

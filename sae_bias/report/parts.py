@@ -5,7 +5,8 @@ Long tables are cut at `MOST_ROWS`, and the page says how many rows stayed in th
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sae_bias.core import text as fmt
+from sae_bias.core.files import plain
 from sae_bias.runs.folder import Run
 
 MOST_ROWS = 1000
@@ -109,21 +111,29 @@ def run_table(
 def table_of(
     frame: pd.DataFrame, columns: dict[str, str], *, source: str = "", missing: str = fmt.UNDEFINED
 ) -> Table:
-    """The named columns of a frame as text; columns that it does not have are left out."""
+    """The named columns of a frame as text, SAEs by the shortest names that tell them apart; columns that it does not have are left out."""
     shown = {c: label for c, label in columns.items() if c in frame}
     head = frame.head(MOST_ROWS)
+    for c in {"sae", "feature", "control"} & set(shown):
+        head = head.assign(**{c: _short(head[c])})
     cells = [[_cell(value, c, missing) for value in head[c].tolist()] for c in shown]
-    kinds = [
-        (
-            "num"
-            if pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c])
-            else "text"
-        )
-        for c in shown
-    ]
-    return Table(
-        list(zip(shown.values(), kinds)), [list(row) for row in zip(*cells)], len(frame) - len(head), source
-    )
+    numeric = [pd.api.types.is_numeric_dtype(frame[c]) and not pd.api.types.is_bool_dtype(frame[c]) for c in shown]  # fmt: skip
+    labels = [(label, "num" if n else "text") for label, n in zip(shown.values(), numeric)]
+    return Table(labels, [list(row) for row in zip(*cells)], len(frame) - len(head), source)
+
+
+def _short(column: pd.Series) -> list[Any]:
+    """SAEs, and features of SAEs, by the shortest names of the SAEs."""
+    names = short_names(v.partition("#")[0] for v in column if isinstance(v, str))
+    return [v if not isinstance(v, str) else names[v.partition("#")[0]] + "".join(v.partition("#")[1:]) for v in column]  # fmt: skip
+
+
+def short_names(ids: Iterable[object]) -> dict[str, str]:
+    """Each SAE id by its shortest ending, between slashes, that tells it from the others."""
+    full = list(dict.fromkeys(map(str, ids)))
+    endings = {i: ["/".join(i.split("/")[-n:]) for n in range(1, i.count("/") + 2)] for i in full}
+    taken = Counter(e for of_one in endings.values() for e in of_one)
+    return {i: next((e for e in of_one if taken[e] == 1), i) for i, of_one in endings.items()}
 
 
 def _cell(value: Any, column: str, missing: str) -> Cell:
@@ -137,13 +147,5 @@ def _cell(value: Any, column: str, missing: str) -> Cell:
 
 def script_json(value: Any) -> str:
     """JSON that can stand inside a script element: no `<`, `>` or `&` is left in it, and no NaN."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

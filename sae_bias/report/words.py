@@ -5,32 +5,11 @@ A NaN reads `undefined` (it was asked for and has no value), None reads `not mea
 
 from collections.abc import Mapping, Sequence
 
-from sae_bias.core.text import (
-    COST_KINDS,
-    NOT_MEASURED,
-    excludes_zero,
-    interval,
-    is_number,
-    number,
-    p_text,
-    percent,
-    signed,
-)
+from sae_bias.core import text as fmt
+from sae_bias.core.text import excludes_zero, interval, is_number, number, p_text, percent, signed
 from sae_bias.figures.style import SIDES
-from sae_bias.runs.summary import (
-    ChosenFeature,
-    Conditions,
-    ControlsFigure,
-    Cost,
-    DidFigure,
-    Effect,
-    IdentityFigures,
-    ReductionFigure,
-    ScenarioFigures,
-    Shift,
-    SpecificFigure,
-    Summary,
-)
+from sae_bias.runs import summary as figures
+from sae_bias.runs.summary import ControlsFigure, DidFigure, Effect, ReductionFigure, SpecificFigure, Summary
 from sae_bias.stats.clustered import FEWEST_CLUSTERS as FEWEST
 
 
@@ -88,7 +67,7 @@ def cautions(s: Summary) -> list[str]:
     return said
 
 
-def feature_sentence(feature: ChosenFeature) -> str:
+def feature_sentence(feature: figures.ChosenFeature) -> str:
     """What the chosen feature was shown to be, and no more."""
     name = f"Feature {feature.id}" if feature.id else "the feature"
     said = {
@@ -102,7 +81,7 @@ def feature_sentence(feature: ChosenFeature) -> str:
         "undetermined": f"{name} ranks first, but the design is too small to say what it answers to.",
         "none": "No feature could be called an AI-speech feature.",
     }
-    first = said.get(feature.called or "", f"What {name} answers to was {NOT_MEASURED}.")
+    first = said.get(feature.called or "", f"What {name} answers to was {fmt.NOT_MEASURED}.")
     if feature.tested:
         first = f"{name}. {feature.tested}"
     why = (feature.why or "").strip()
@@ -114,30 +93,27 @@ def reduction_sentence(
     reduction: ReductionFigure,
     specific: SpecificFigure | None = None,
     did: DidFigure | None = None,
-    shift: Shift | None = None,
+    shift: figures.Shift | None = None,
 ) -> str:
     """What suppression does to the bias in nats, as a share where that is defined, and how much is not mere flattening."""
-    said = [_nats_removed(reduction), _did_removed(did), _share_removed(reduction)]
+    said = []
+    if is_number(reduction.change):
+        ends = Effect(ci_low=reduction.change_low, ci_high=reduction.change_high)
+        lost = ", which is not told from no change" if excludes_zero(ends) is False else ""
+        said.append(
+            f"Suppressing the feature takes {number(reduction.change)} nats off the bias ({interval(ends)}){lost}."
+        )
+    if did is not None and is_number(did.change):
+        ends = Effect(ci_low=did.change_low, ci_high=did.change_high)
+        said.append(
+            f"Of the difference to mundane content it takes off {number(did.change)} nats ({interval(ends)})."
+        )
+    said.append(_share_removed(reduction))
     if specific is not None:
         said.append(_specific(specific))
     if shift is not None and is_number(shift.human):
         said.append(f"Human scores moved by {signed(shift.human)} nats, AI scores by {signed(shift.ai)}.")
-    return " ".join(part for part in said if part)
-
-
-def _nats_removed(reduction: ReductionFigure) -> str:
-    if not is_number(reduction.change):
-        return ""
-    ends = Effect(ci_low=reduction.change_low, ci_high=reduction.change_high)
-    first = f"Suppressing the feature takes {number(reduction.change)} nats off the bias ({interval(ends)})"
-    return f"{first}, which is not told from no change." if excludes_zero(ends) is False else f"{first}."
-
-
-def _did_removed(did: DidFigure | None) -> str:
-    if did is None or not is_number(did.change):
-        return ""
-    ends = Effect(ci_low=did.change_low, ci_high=did.change_high)
-    return f"Of the difference to mundane content it takes off {number(did.change)} nats ({interval(ends)})."
+    return " ".join(said)
 
 
 def _share_removed(reduction: ReductionFigure) -> str:
@@ -184,45 +160,45 @@ def _specific(specific: SpecificFigure) -> str:
     return f"{percent(value)} is specific: not explained by the model judging everything more flatly ({sure}).{hedge}{unseen}"
 
 
-def cost_sentence(costs: Mapping[str, Cost]) -> str:
+def cost_sentence(costs: Mapping[str, figures.Cost]) -> str:
     """The worst mean KL over the text kinds measured."""
     known = {kind: c.kl_mean for kind, c in costs.items() if is_number(c.kl_mean)}
     if not known:
-        return f"What suppression does to other text was {NOT_MEASURED}."
+        return f"What suppression does to other text was {fmt.NOT_MEASURED}."
     worst = max(known, key=lambda kind: known[kind])
-    missing = [name for kind, name in COST_KINDS.items() if kind not in known]
+    missing = [name for kind, name in fmt.COST_KINDS.items() if kind not in known]
     tail = f" Not measured on: {', '.join(missing)}." if missing else ""
-    shares = [f"{COST_KINDS.get(k, k)} {percent(c.fired)}" for k, c in costs.items() if is_number(c.fired)]
+    shares = [
+        f"{fmt.COST_KINDS.get(k, k)} {percent(c.fired)}" for k, c in costs.items() if is_number(c.fired)
+    ]
     tail += f" Texts on which the feature fired at all: {', '.join(shares)}." if shares else ""
     if not known[worst]:
         return f"The model's predictions of the texts themselves do not shift at all (mean KL 0).{tail}"
     return (
         f"The largest average shift in the model's predictions is {number(known[worst])} nats a token (KL),"
-        f" on {COST_KINDS.get(worst, worst)}.{tail}"
+        f" on {fmt.COST_KINDS.get(worst, worst)}.{tail}"
     )
 
 
-def verdict_on_controls(verdict: str | None) -> str:
-    """What the two p values say together; nothing for a run that did not keep it."""
-    said = {
-        "yes": " It beats its controls.",
-        "no": " It does not beat its controls.",
-        "undetermined": " Whether it beats its controls is undetermined: 19 of a kind are the fewest whose p can reach 0.05.",
-    }
-    return said.get(verdict or "", "")
+VERDICTS = {
+    "yes": " It beats its controls.",
+    "no": " It does not beat its controls.",
+    "undetermined": " Whether it beats its controls is undetermined: 19 of a kind are the fewest whose p can reach 0.05.",
+}
+"""What the two p values say together; nothing for a run that did not keep it."""
 
 
 def control_sentence(controls: ControlsFigure | None) -> str:
     """Where the feature stands among its controls."""
     if controls is None or not controls.n:
-        return f"Control interventions: {NOT_MEASURED}."
+        return f"Control interventions: {fmt.NOT_MEASURED}."
     if controls.kinds:
         what = "specific reduction" if controls.statistic == "specific_reduction" else "bias removed"
         parts = [
             f"{p_text(part.p_value)} against {number(part.n)} controls ({name}{_median(part)})"
             for name, part in controls.kinds.items()
         ]
-        return f"By {what} the feature stands at {' and at '.join(parts)}.{verdict_on_controls(controls.verdict)}"
+        return f"By {what} the feature stands at {' and at '.join(parts)}.{VERDICTS.get(controls.verdict or '', '')}"
     return f"Against {number(controls.n)} control interventions the feature stands at {p_text(controls.p_value)}{_median(controls)}."
 
 
@@ -242,11 +218,11 @@ def control_bias_sentence(control: Effect, difference: Effect | None, sides: Seq
     return f"{first}; what is said adds {number(difference.mean)} nats on top ({interval(difference)})."
 
 
-def text_sentence(conditions: Conditions) -> str:
+def text_sentence(conditions: figures.Conditions) -> str:
     """How the texts differ: likelihood under the unsteered model, repetition, “should be deleted”."""
     before, after = conditions.unsteered, conditions.steered
     if before is None or after is None:
-        return f"What the edit does to texts was {NOT_MEASURED}."
+        return f"What the edit does to texts was {fmt.NOT_MEASURED}."
     measures = (
         ("surprise of the unsteered model, nats a token", number, before.nll, after.nll),
         ("repeated runs of four tokens", percent, before.repetition, after.repetition),
@@ -257,13 +233,7 @@ def text_sentence(conditions: Conditions) -> str:
     return f"Unsteered → steered: {'; '.join(said)}."
 
 
-def short_names(ids: Sequence[str]) -> dict[str, str]:
-    """Each SAE id without the part that all share, where what is left still tells them apart."""
-    last = {i: i.rsplit("/", 1)[-1] for i in ids}
-    return last if len(set(last.values())) == len(set(ids)) else {i: i for i in ids}
-
-
-def scenario_sentence(part: ScenarioFigures) -> str:
+def scenario_sentence(part: figures.ScenarioFigures) -> str:
     """Options chosen; with an edit "became more probable" and "choice flipped" apart."""
     first = f"The aligned option is chosen in {number(part.aligned_before)} of {number(part.n)} scenarios"
     if not part.edited:
@@ -275,7 +245,7 @@ def scenario_sentence(part: ScenarioFigures) -> str:
     )
 
 
-def identity_sentence(part: IdentityFigures) -> str:
+def identity_sentence(part: figures.IdentityFigures) -> str:
     """Answers that claim an identity other than the model's own, before and after."""
     whose = (
         f"an identity other than {', '.join(part.own)}"

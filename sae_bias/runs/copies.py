@@ -37,12 +37,8 @@ _MAX_NUMBERS = 1 << 24
 # --- prompts ---
 def pairs_copy(pairs: PromptPairs) -> dict[str, Any]:
     """Every prompt of some pairs; what equals a field's default is left out."""
-    return {
-        "name": pairs.name,
-        "sides": list(pairs.sides),
-        "pairs": [_sparse(p) for p in pairs],
-        "neutral": [_sparse(p) for p in pairs.neutral_prompts],
-    }
+    prompts = {"pairs": [_sparse(p) for p in pairs], "neutral": [_sparse(p) for p in pairs.neutral_prompts]}
+    return {"name": pairs.name, "sides": list(pairs.sides), **prompts}
 
 
 def pairs_from_copy(copy: Any, where: str) -> PromptPairs:
@@ -52,13 +48,10 @@ def pairs_from_copy(copy: Any, where: str) -> PromptPairs:
         RequestError: it is not such a copy.
     """
     with reading(f"{where}: the copy of the pairs"):
-        sides = copy.get("sides") or ("human", "AI")
-        return PromptPairs(
-            tuple(PromptPair(**_texts(p)) for p in copy["pairs"]),
-            str(copy["name"]),
-            tuple(NeutralPrompt(**_texts(p)) for p in copy["neutral"]),
-            sides=(str(sides[0]), str(sides[1])),
-        )
+        first, second, *_ = copy.get("sides") or ("human", "AI")
+        pairs = tuple(PromptPair(**_texts(p)) for p in copy["pairs"])
+        neutral = tuple(NeutralPrompt(**_texts(p)) for p in copy["neutral"])
+        return PromptPairs(pairs, str(copy["name"]), neutral, sides=(str(first), str(second)))
 
 
 def grid_copy(grid: PromptGrid) -> dict[str, Any]:
@@ -75,14 +68,9 @@ def grid_from_copy(copy: Any, where: str) -> PromptGrid:
 # --- the probe ---
 def probe_facts(probe: Probe, vocabulary: Vocabulary) -> dict[str, Any]:
     """The words that were read, in order, and how they are scored."""
-    return {
-        "positive": [w.word for w in vocabulary.kept if w.positive],
-        "negative": [w.word for w in vocabulary.kept if not w.positive],
-        "score": probe.score,
-        "softcap": probe.softcap,
-        "tokens": probe.tokens,
-        "join": probe.join,
-    }
+    positive, negative = ([w.word for w in vocabulary.kept if w.positive == side] for side in (True, False))
+    read = {name: getattr(probe, name) for name in ("score", "softcap", "tokens", "join")}
+    return {"positive": positive, "negative": negative, **read}
 
 
 def probe_from_facts(facts: Any, where: str) -> Probe:
@@ -113,7 +101,17 @@ def edit_facts(edit: Intervention, gates: Sequence[str]) -> dict[str, Any]:
 def directions_of(edits: Sequence[Intervention]) -> dict[str, Any]:
     """The directions along which some edits act, by digest."""
     found = (getattr(part, "along", None) for e in edits for part in e.parts)
-    return {d.digest: _direction_copy(d) for d in found if isinstance(d, Direction)}
+    return {
+        d.digest: {
+            "name": d.name,
+            "site": str(d.site),
+            "shape": list(d.basis.shape),
+            "basis": _packed(d.basis),
+        }
+        | {"mean": None if d.mean is None else _packed(d.mean)}
+        for d in found
+        if isinstance(d, Direction)
+    }
 
 
 def edit_from_facts(facts: Any, directions: Mapping[str, Any], model: Any) -> Intervention:
@@ -149,16 +147,6 @@ def _twin(name: str, gate: Any, row: Any) -> Feature:
     return random_twin(as_feature(str(gate)), int(seed[1]))
 
 
-def _direction_copy(direction: Direction) -> dict[str, Any]:
-    return {
-        "name": direction.name,
-        "site": str(direction.site),
-        "shape": list(direction.basis.shape),
-        "basis": _packed(direction.basis),
-        "mean": None if direction.mean is None else _packed(direction.mean),
-    }
-
-
 def _direction(facts: Mapping[str, Any], directions: Mapping[str, Any]) -> Direction:
     stored = directions.get(str(facts.get("digest")))
     if not isinstance(stored, Mapping):
@@ -172,9 +160,8 @@ def _direction(facts: Mapping[str, Any], directions: Mapping[str, Any]) -> Direc
 
 
 def _packed(tensor: Tensor) -> str:
-    return base64.b64encode(
-        tensor.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes()
-    ).decode()
+    numbers = tensor.detach().cpu().float().contiguous().numpy().astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def _unpacked(text: str, n: int) -> Tensor:

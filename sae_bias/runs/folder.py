@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
@@ -52,7 +52,11 @@ class RunFolder:
     def writing(self) -> Iterator[RunFolder]:
         """Hold the folder's lock; a second process is told, and nothing is touched."""
         make_folder(self.path)
-        with _open_lock(self.path / ".lock") as lock:
+        try:
+            lock = open(self.path / ".lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise storage_error(self.path / ".lock", error) from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -60,9 +64,7 @@ class RunFolder:
                     f"another process is writing {self.path}; wait for it, or choose another --out."
                 ) from error
             for part in (self.path, self.path / "tables", self.path / "cells"):
-                for stray in part.glob(
-                    "*.partial"
-                ):  # left by a process that was killed; nobody else writes here
+                for stray in part.glob("*.partial"):  # of a process that was killed; nobody else writes here
                     stray.unlink(missing_ok=True)
             yield self
 
@@ -70,7 +72,8 @@ class RunFolder:
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """tables/NAME.parquet."""
-        self._write(self.path / "tables" / f"{name}.parquet", lambda to: frame.to_parquet(to, index=False))
+        with writing_whole(self.path / "tables" / f"{name}.parquet") as partial:
+            frame.to_parquet(partial, index=False)
 
     def read_table(self, name: str) -> pd.DataFrame:
         path = self.path / "tables" / f"{name}.parquet"
@@ -84,7 +87,8 @@ class RunFolder:
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """NAME.json, NaN written as null."""
         text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
-        self._write(self.path / f"{name}.json", lambda to: Path(to).write_text(text + "\n", encoding="utf-8"))
+        with writing_whole(self.path / f"{name}.json") as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
     def has_json(self, name: str) -> bool:
         return (self.path / f"{name}.json").is_file()
@@ -121,7 +125,7 @@ class RunFolder:
 
     def add_summary(self, blocks: Mapping[str, Any]) -> Summary:
         """Put blocks into summary.json, beside those that other commands wrote."""
-        summary = self.read_summary().with_blocks(blocks)
+        summary = Summary.from_facts({**self.read_summary().facts(), **blocks})
         self.write_json("summary", summary.facts())
         return summary
 
@@ -134,7 +138,8 @@ class RunFolder:
         """One cell's pairs, with `facts` in the frame's attrs."""
         frame = frame.copy()
         frame.attrs = plain(facts)
-        self._write(self._cell(cell), lambda to: frame.to_parquet(to, index=False))
+        with writing_whole(self._cell(cell)) as partial:
+            frame.to_parquet(partial, index=False)
 
     def read_cell(self, cell: str) -> pd.DataFrame:
         return _read_parquet(self._cell(cell))
@@ -143,10 +148,6 @@ class RunFolder:
         if not _CELL_NAME.fullmatch(cell):
             raise RequestError(f"{cell[:60]!r} is not the name of a cell in {self.path}.")
         return self.path / "cells" / f"{cell}.parquet"
-
-    def _write(self, path: Path, write: Any) -> None:
-        with writing_whole(path) as partial:
-            write(partial)
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,8 @@ def read_run(path: str | Path) -> Run:
     )  # methods at equal cost, where an older run has them in its root
     if beside.is_file() and "method" in (found := _read_parquet(beside)):
         tables.setdefault("compare", found)
-    return Run(
-        folder.path, manifest, folder.read_summary(), {name: t for name, t in tables.items() if len(t)}
-    )
+    filled = {name: table for name, table in tables.items() if len(table)}
+    return Run(folder.path, manifest, folder.read_summary(), filled)
 
 
 def merge_shards(path: str | Path) -> int:
@@ -209,9 +209,8 @@ def merge_shards(path: str | Path) -> int:
         RequestError: no shards, shards of different sweeps, or one that is still being written.
     """
     run = RunFolder(path)
-    shards = [
-        p for p in sorted((run.root / "shards").glob("*-of-*")) if re.fullmatch(r"\d{1,6}-of-\d{1,6}", p.name)
-    ]
+    found = sorted((run.root / "shards").glob("*-of-*"))
+    shards = [p for p in found if re.fullmatch(r"\d{1,6}-of-\d{1,6}", p.name)]
     if not shards:
         raise RequestError(f"{run.root} has no shards to merge.")
     plans = [RunFolder(shard).read_json("sweep") for shard in shards if (shard / "sweep.json").is_file()]
@@ -236,18 +235,15 @@ def merge_shards(path: str | Path) -> int:
     return moved
 
 
-class reading:
+@contextmanager
+def reading(what: str) -> Iterator[None]:
     """Whatever is malformed in a stored file becomes one RequestError that names it."""
-
-    def __init__(self, what: str):
-        self.what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _MALFORMED) and not isinstance(error, SaeBiasError):
-            why = f"{type(error).__name__}: {str(error)[:120]}"
-            raise RequestError(f"{self.what} cannot be read ({why}).") from error
+    try:
+        yield
+    except SaeBiasError:
+        raise
+    except _MALFORMED as error:
+        raise RequestError(f"{what} cannot be read ({type(error).__name__}: {str(error)[:120]}).") from error
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
@@ -255,10 +251,3 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except Exception as error:
         raise RequestError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def _open_lock(path: Path) -> IO[str]:
-    try:
-        return open(path, "a")
-    except OSError as error:
-        raise storage_error(path, error) from error

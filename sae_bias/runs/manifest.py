@@ -42,41 +42,28 @@ def manifest(
     words = vocabulary.words if vocabulary else ()
     kept = vocabulary.kept if vocabulary else ()
     positive, negative = ([w.word for w in kept if w.positive == side] for side in (True, False))
+    excluded = [f"{w.word} ({w.reason})" for w in words if w.reason]
+    facts = {
+        **{name: getattr(model, name) for name in ("name", "architecture", "n_layers", "d_model")}, "organism": model.is_organism,
+        "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type, "digest": model_digest(model),
+        "commit": getattr(model.config, "_commit_hash", None), "files": model_files(model),
+    }  # fmt: skip
+    if chat := model.chat_facts():
+        facts["chat"] = chat
+    if model.gguf is not None:
+        facts |= {"gguf": model.gguf, "label": model.label}
+    prompts = {"pairs": pairs, "grid": grid}
     return {
         **_made_by(),
-        "model": {
-            "name": model.name,
-            "architecture": model.architecture,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-            "organism": model.is_organism,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "digest": model_digest(model),
-            "commit": getattr(model.config, "_commit_hash", None),
-            "files": model_files(model),
-            **({"chat": model.chat_facts()} if model.chat_facts() else {}),
-            **({} if model.gguf is None else {"gguf": model.gguf, "label": model.label}),
-        },
+        "model": facts,
         "saes": [sae_facts(s) for s in saes],
-        "prompts": {
-            "pairs": None if pairs is None else {"name": pairs.name, "digest": pairs.digest, "n": len(pairs)},
-            "grid": None if grid is None else {"name": grid.name, "digest": grid.digest, "n": len(grid)},
-        },
-        "words": {
-            "positive": positive,
-            "negative": negative,
-            "excluded": [f"{w.word} ({w.reason})" for w in words if w.reason],
-            "digest": digest(positive, negative),
-        },
+        "prompts": {k: p if p is None else {"name": p.name, "digest": p.digest, "n": len(p)} for k, p in prompts.items()},
+        "words": {"positive": positive, "negative": negative, "excluded": excluded, "digest": digest(positive, negative)},
         "seed": seed,
         "git": git_state(),
         **more,
-        "copies": {
-            **({} if pairs is None else {"pairs": pairs_copy(pairs)}),
-            **({} if grid is None else {"grid": grid_copy(grid)}),
-        },
-    }
+        "copies": ({} if pairs is None else {"pairs": pairs_copy(pairs)}) | ({} if grid is None else {"grid": grid_copy(grid)}),
+    }  # fmt: skip
 
 
 def _made_by() -> dict[str, Any]:

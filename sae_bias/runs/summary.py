@@ -355,10 +355,6 @@ class Summary(Block):
     """What was planted in an organism."""
     seconds: dict[str, float] = {}
 
-    def with_blocks(self, blocks: Mapping[str, Any]) -> Summary:
-        """This summary with further blocks, or newer ones in their place."""
-        return Summary.from_facts({**self.facts(), **blocks})
-
 
 # --- from results ---
 def bias_summary(base: ProbeResult) -> dict[str, Any]:
@@ -405,14 +401,12 @@ def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = Non
 # --- in a few plain lines ---
 def headline(summary: Summary) -> list[str]:
     """What the terminal says of a run."""
-    lines = _probe_lines(summary)
-    feature = summary.feature
-    if feature is None:
-        return lines
-    if not feature.id:
-        return [*lines, f"no feature is called AI-speech: {feature.why}"]
-    lines.append(f"feature {feature.id}: {feature.why}")
-    return lines + _suppressed(summary)
+    lines, feature = _probe_lines(summary), summary.feature
+    if feature is not None and not feature.id:
+        lines.append(f"no feature is called AI-speech: {feature.why}")
+    elif feature is not None:
+        lines += [f"feature {feature.id}: {feature.why}", *_suppressed(summary)]
+    return lines
 
 
 def _probe_lines(summary: Summary) -> list[str]:
@@ -421,19 +415,16 @@ def _probe_lines(summary: Summary) -> list[str]:
     if bias is None:
         return []
     worse = (summary.sides or ("human", "AI"))[1]
-    lines = []
+    lines = [f"bias {_effect(bias)}" + ("" if difference else f" (positive: {worse} judged worse)")]
     if difference is not None:
-        lines = [
-            f"difference in differences {_effect(difference)} (positive: {worse} judged worse, beyond mundane content)"
-        ]
-    lines.append(f"bias {_effect(bias)}" + ("" if lines else f" (positive: {worse} judged worse)"))
+        said = f"(positive: {worse} judged worse, beyond mundane content)"
+        lines.insert(0, f"difference in differences {_effect(difference)} {said}")
     if control is not None:
         ends = bracket(control.ci_low, control.ci_high)
         lines.append(f"the same pairs with mundane content: {signed(control.mean)} nats {ends}")
     if (null := summary.random_words) is not None and null.n:
-        lines.append(
-            f"random words in place of the evaluation words: 95% of lists within ±{number(null.within)}; {p_text(null.p_value)}"
-        )
+        within = f"95% of lists within ±{number(null.within)}; {p_text(null.p_value)}"
+        lines.append(f"random words in place of the evaluation words: {within}")
     if (mass := summary.mass) is not None and mass.says:
         warning = "WARNING: under 1% of the probability: " if mass.little else ""
         lines.append(f"{warning}{mass.says}")
@@ -444,9 +435,8 @@ def _probe_lines(summary: Summary) -> list[str]:
         )
     if (choice := summary.forced_choice) is not None:
         ends = bracket(choice.ci_low, choice.ci_high)
-        lines.append(
-            f"forced choice {signed(choice.mean)} nats {ends}, whose options hold {percent(choice.mass)} of the probability"
-        )
+        held = f"whose options hold {percent(choice.mass)} of the probability"
+        lines.append(f"forced choice {signed(choice.mean)} nats {ends}, {held}")
     return lines + [f"WARNING: {line}" for line in summary.warnings]
 
 

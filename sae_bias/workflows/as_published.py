@@ -51,38 +51,36 @@ def probe_switches(
     base = base or run_probe(model, pairs, probe, **LEAN)
     rows = [_row("as measured", base, True, "single-token words in context, two-way clustered interval")]
     rows.append(_plain_t(base))
-    for name, tokens, note in (
-        ("first token of long words", "first", "a word of several tokens scored by its first alone"),
-        ("words encoded alone", "alone", "the first token of each word encoded without its prompt"),
-    ):
-        rows.append(
-            _row(name, run_probe(model, pairs, probe.with_options(tokens=tokens), **LEAN), True, note)
-        )
+
+    def add(name: str, result: ProbeResult, note: str = "", *, is_open: bool = True) -> None:
+        rows.append(_row(name, result, is_open, note))
+
+    def again(**options: Any) -> ProbeResult:
+        return run_probe(model, pairs, probe.with_options(**options), **LEAN)
+
+    add(
+        "first token of long words",
+        again(tokens="first"),
+        "a word of several tokens scored by its first alone",
+    )
+    add(
+        "words encoded alone",
+        again(tokens="alone"),
+        "the first token of each word encoded without its prompt",
+    )
     if model.softcap is not None:
-        rows.append(
-            _row(
-                "no final softcap",
-                run_probe(model, pairs, probe.with_options(softcap=False), **LEAN),
-                True,
-                "",
-            )
-        )
+        add("no final softcap", again(softcap=False))
     if probe.bundled:
         named = load_lexicon("published")
         words = [w.word for w in base.vocabulary.kept if w.word in {*named.positive, *named.negative}]
         with suppress(RequestError):  # none of them on one side is a single token here
-            rows.append(_row("only the words the study names", base.select_words(words), True, ""))
-    stems = pairs.stems[1:] if all(p.stem for p in pairs) else ()
-    rows += [
-        _row(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe, **LEAN), True, "")
-        for stem in stems
-    ]
+            add("only the words the study names", base.select_words(words))
+    for stem in pairs.stems[1:] if all(p.stem for p in pairs) else ():
+        add(f"stem {stem!r}", run_probe(model, pairs.with_stem(stem), probe, **LEAN))
     if base.single_tokens:
-        for score in ("logodds", "auroc"):
-            note = "the study scores by mean logit" + (
-                "; a probability, not nats" if score == "auroc" else ""
-            )
-            rows.append(_row(f"score {score}", base.rescored(score), False, note))
+        note = "the study scores by mean logit"
+        add("score logodds", base.rescored("logodds"), note, is_open=False)
+        add("score auroc", base.rescored("auroc"), f"{note}; a probability, not nats", is_open=False)
     return pd.DataFrame(rows, columns=PROBE_COLUMNS)
 
 
@@ -136,18 +134,18 @@ def intervention_rules(feature: FeatureLike) -> dict[str, Rule]:
     """Each switch as what it does at a clamp value v; the first is ours."""
     ref = as_feature(feature).ref
 
-    def clamp(value: float, **options: Any) -> Clamp:
-        return Clamp(feature, value, **options)
+    def clamp(*before: Intervention, **options: Any) -> Rule:
+        return lambda value: (*before, Clamp(feature, value, **options))
 
+    everywhere: dict[str, Any] = {"when": "always", "include_special": True}
     return {
-        "clamp where active": lambda v: (clamp(v),),
-        "edits at BOS": lambda v: (clamp(v, include_special=True),),
-        "clamp always": lambda v: (clamp(v, when="always"),),
-        "clamp always, at BOS": lambda v: (clamp(v, when="always", include_special=True),),
-        "full reconstruction": lambda v: (Reconstruct(ref.sae), clamp(v)),
-        "full reconstruction, clamp always, at BOS": lambda v: (
-            Reconstruct(ref.sae, include_special=True),
-            clamp(v, when="always", include_special=True),
+        "clamp where active": clamp(),
+        "edits at BOS": clamp(include_special=True),
+        "clamp always": clamp(when="always"),
+        "clamp always, at BOS": clamp(**everywhere),
+        "full reconstruction": clamp(Reconstruct(ref.sae)),
+        "full reconstruction, clamp always, at BOS": clamp(
+            Reconstruct(ref.sae, include_special=True), **everywhere
         ),
     }
 

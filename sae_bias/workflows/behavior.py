@@ -48,9 +48,11 @@ def run_scenarios(
         if roles and scenarios.roles
     }
     compared = compare(engine.base, after)
-    summary = scenario_summary(compared, both, chat=chat, system=system, edited=bool(edits))
-    changed = {"positions_changed": receipt.positions_changed}
-    return scenario_tables(compared, both), ScenarioFigures.from_facts({**summary, **changed})
+    figures = {k: v for k, v in compared.summary().items() if k != "category"}
+    asked = {"name": scenarios.name, "edited": bool(edits), "chat": chat, "system": system}
+    shares = {arm: result.summary() for arm, result in both.items()} or None
+    changed = {"roles": shares, "positions_changed": receipt.positions_changed}
+    return scenario_tables(compared, both), ScenarioFigures.from_facts({**figures, **asked, **changed})
 
 
 def run_scenario_arms(
@@ -63,10 +65,9 @@ def run_scenario_arms(
     progress: bool = False,
 ) -> tuple[Tables, dict[str, Any]]:
     """The scenarios without and with a system prompt (docs/published.md#system-prompts): the tables of `run_scenarios`, and scenario_arms with both by category."""
-    tables, summary = run_scenarios(model, scenarios, edits, chat=chat, progress=progress)
-    told, with_system = run_scenarios(
-        model, scenarios, edits, chat=chat, system=system, roles=False, progress=progress
-    )
+    options: dict[str, Any] = {"chat": chat, "progress": progress}
+    tables, summary = run_scenarios(model, scenarios, edits, **options)
+    told, with_system = run_scenarios(model, scenarios, edits, system=system, roles=False, **options)
     arms = {"no system prompt": tables, "system prompt": told}
     rows = [t["scenario_categories"].assign(arm=name) for name, t in arms.items()]
     tables["scenario_arms"] = pd.concat(rows, ignore_index=True)
@@ -87,28 +88,6 @@ def scenario_tables(compared: ScenarioComparison, both: Mapping[str, RoleResult]
         rows = [result.frame.assign(arm=name) for name, result in both.items()]
         tables["roles"] = pd.concat(rows, ignore_index=True)
     return tables
-
-
-def scenario_summary(
-    compared: ScenarioComparison,
-    both: Mapping[str, RoleResult],
-    *,
-    chat: bool,
-    system: str | None,
-    edited: bool,
-) -> dict[str, Any]:
-    """The scenario block of a run's summary."""
-    name = compared.before.scenarios.name
-    summary: dict[str, Any] = {
-        **compared.summary(),
-        "name": name,
-        "edited": edited,
-        "chat": chat,
-        "system": system,
-    }
-    del summary["category"]
-    summary["roles"] = {arm: result.summary() for arm, result in both.items()} or None
-    return summary
 
 
 def scenario_lines(s: ScenarioFigures) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from sae_bias.core.errors import RequestError
@@ -77,23 +77,17 @@ class Cell:
 
     def facts(self) -> dict[str, Any]:
         """The cell's columns in tables."""
-        return {
-            "intervention": self.intervention,
-            "rule": self.rule,
-            "feature": self.feature,
-            "strength": self.strength,
-            "positions": self.positions,
-            "kind": self.kind,
-            "label": self.label,
-        }
+        names = ("intervention", "rule", "feature", "strength", "positions", "kind", "label")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Sweep:
     """What to run: the base and each of `interventions`, and what to measure beside the bias."""
 
-    interventions: tuple[Intervention | tuple[Intervention, ...] | Cell, ...]
+    interventions: Sequence[Intervention | Sequence[Intervention] | Cell]
     """One cell each; a tuple of interventions is one cell that applies all of them."""
+    _: KW_ONLY
     controls: int = 0
     """Minimum number of matched controls for each ablated or clamped feature (0: none)."""
     costs: bool = False
@@ -103,32 +97,19 @@ class Sweep:
     seed: int = 0
     family: Sequence[FeatureLike] = ()
     """Features that are never controls: the others that were called."""
-    mismatches: bool | tuple[str, ...] = False
+    mismatches: bool | Sequence[str] = False
     """Also the first candidate's feature at other layers, and that of its index in these SAEs (`controls.mismatch_edits`)."""
 
-    def __init__(
-        self,
-        interventions: Sequence[Intervention | Sequence[Intervention] | Cell],
-        *,
-        controls: int = 0,
-        costs: bool = False,
-        splits: Mapping[str, Sequence[str]] | None = None,
-        seed: int = 0,
-        family: Sequence[FeatureLike] = (),
-        mismatches: bool | Sequence[str] = False,
-    ):
-        if isinstance(interventions, (Intervention, Cell)):
-            interventions = [interventions]
-        cells = tuple(tuple(i) if isinstance(i, (list, tuple)) else i for i in interventions)
-        for name, value in (
-            ("interventions", cells),
-            ("controls", controls),
-            ("costs", costs),
-            ("splits", splits),
-            ("seed", seed),
-            ("family", tuple(family)),
-            ("mismatches", mismatches if isinstance(mismatches, bool) else tuple(mismatches)),
-        ):
+    def __post_init__(self) -> None:
+        given = self.interventions
+        cells = (given,) if isinstance(given, (Intervention, Cell)) else given
+        fixed = {
+            "interventions": tuple(tuple(i) if isinstance(i, list) else i for i in cells),
+            "family": tuple(self.family),
+        }
+        if not isinstance(self.mismatches, bool):
+            fixed["mismatches"] = tuple(self.mismatches)
+        for name, value in fixed.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -167,12 +148,12 @@ class Sweep:
         if self.controls:
             family = [as_feature(f).ref for f in self.family]
             edit = next(_controlled(cells), None)
+            found = []
             if isinstance(edit, EditSet):
                 found = set_controls(model, edit, pairs, self.controls, self.seed)
-                cells += [Cell((c,), "control", label) for c, label in found]
             elif edit is not None:
                 found = control_edits(model, edit, pairs, self.controls, self.seed, family=family)
-                cells += [Cell((c,), "control", label) for c, label in found]
+            cells += [Cell((c,), "control", label) for c, label in found]
         if self.mismatches is not False:
             names = () if self.mismatches is True else self.mismatches
             singles = [c.edits[0] for c in cells if c.kind == "candidate" and len(c.edits) == 1]
@@ -195,9 +176,7 @@ class Plan:
 
     def __init__(self, sweep: Sweep, model: Model, pairs: PromptPairs, shared: Sequence[Any]):
         self.sweep = sweep
-        self.cells = [
-            replace(cell, edits=tuple(e.loaded() for e in cell.edits)) for cell in sweep.cells(model, pairs)
-        ]
+        self.cells = [replace(c, edits=tuple(e.loaded() for e in c.edits)) for c in sweep.cells(model, pairs)]
         digests: dict[int, str] = {}
 
         def digest_of(feature: Feature) -> str:
@@ -205,9 +184,7 @@ class Plan:
                 digests[id(feature)] = feature_digest(feature)
             return digests[id(feature)]
 
-        self.names = [
-            digest(shared, [e.key(digest_of) for e in cell.edits], self.costed(cell)) for cell in self.cells
-        ]
+        self.names = [digest(shared, [e.key(digest_of) for e in c.edits], self.costed(c)) for c in self.cells]
 
     def costed(self, cell: Cell) -> bool:
         """Whether costs and the collapse test are measured for this cell."""

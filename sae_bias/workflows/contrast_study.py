@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.text import number
@@ -26,6 +26,7 @@ from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
 from sae_bias.prompts.contrast import Contrast, load_contrast
+from sae_bias.prompts.files import read_lines
 from sae_bias.prompts.load import load_pairs
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
@@ -36,22 +37,21 @@ from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import ProjectOut, at_every_layer, edit_features
 from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.tensors import activations
+from sae_bias.workflows.study_file import StudyFile, StudyResult
 
 MOST_FEATURES = 1_000
 """Rows of a ranking that the run folder keeps."""
 
 
-class ContrastStudy(BaseModel):
+class ContrastStudy(StudyFile):
     """What to measure; only the model and a contrast must be given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "contrast study"
     question: str = "Which features tell these texts apart, and what does the model do without them?"
     model: str
     contrast: str | None = None
     """.jsonl or .csv with text, label and optional group; or hub:OWNER/NAME."""
-    contrasts: dict[str, str] = {}
+    contrasts: dict[str, str] = Field({})
     """Several, by name: each is a run folder of its own below the study's."""
     most_texts: Annotated[int, Field(ge=2)] | None = None
     """Only the first of each side, for a trial."""
@@ -92,10 +92,6 @@ class ContrastStudy(BaseModel):
     capability: bool = True
     margin: Annotated[float, Field(gt=0)] = 0.1
     max_new_tokens: Annotated[int, Field(ge=1)] = 40
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -139,25 +135,7 @@ class ContrastStudy(BaseModel):
         """What the behavior is read on."""
         if self.prompts is None:
             return contrast
-        try:
-            lines = Path(self.prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{self.prompts} cannot be read as text ({error}).") from error
-        return [line.strip() for line in lines if line.strip()][: self.most_texts]
-
-
-@dataclass(frozen=True)
-class ContrastResult:
-    """Where the run is, and its headline figures."""
-
-    path: Path
-    summary: Summary = field(repr=False)
-    report: Path
-    lines: tuple[str, ...] = ()
-
-    def headline(self) -> list[str]:
-        """The result in a few plain lines."""
-        return list(self.lines)
+        return read_lines(Path(self.prompts).expanduser())[: self.most_texts]
 
 
 def run_contrast_study(
@@ -167,7 +145,7 @@ def run_contrast_study(
     gate: bool = True,
     confirm: Confirm | None = None,
     progress: bool = True,
-) -> ContrastResult:
+) -> StudyResult:
     """Every contrast of `study`, each in a run folder; one report over them.
 
     Raises:
@@ -175,14 +153,13 @@ def run_contrast_study(
     """
     from sae_bias.report.page import write_report
 
-    options = {"device": study.device, "dtype": study.dtype, "device_map": study.device_map}
     saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
-    model = load_model(study.model, **options)
+    model = load_model(study.model, **study.placement)
     for sae in saes:
         check_sae(model, sae)
         _refuse_another(study, model, sae)
     fidelity = [gate_sae(model, s) for s in saes] if gate else []
-    baseline = None if study.baseline is None else load_model(study.baseline, **options)
+    baseline = None if study.baseline is None else load_model(study.baseline, **study.placement)
     root, lines, paths = Path(out), [w for f in fidelity for w in f.warnings], []
     summary = Summary.from_facts({})
     for name in study.files():
@@ -198,7 +175,12 @@ def run_contrast_study(
         with whole.writing():
             whole.write_json("manifest", RunFolder(paths[0]).read_json("manifest"))
             whole.write_json("summary", summary.facts())
-    return ContrastResult(root, summary, report, tuple(lines))
+    return StudyResult(root, summary, report, tuple(lines))
+
+
+def ranking_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """A ranking with the columns that a report draws; what it did not measure is missing, not zero."""
+    return frame.assign(**{c: float("nan") for c in ("auroc", "interaction") if c not in frame})
 
 
 def _refuse_another(study: ContrastStudy, model: Model, sae: Sae) -> None:
@@ -255,39 +237,18 @@ class _Run:
 
     def _rank(self, folder: RunFolder, contrast: Contrast, lines: list[str]) -> Ranking | None:
         s = self.study
-        if self.saes and self.baseline is not None:
-            diff = model_diff(
-                self.model,
-                self.baseline,
-                self.saes,
-                contrast.texts,
-                reduce=s.reduce,
-                chat=s.chat,
-                seed=s.seed,
-                progress=self.progress,
-            )
-            frame = diff.to_frame()
-            folder.write_table(
-                "model_diff",
-                frame.reindex(frame["mean_diff"].abs().sort_values(ascending=False).index).head(
-                    MOST_FEATURES
-                ),
-            )
-            lines.append(
-                f"{int((frame['separates'] == 'yes').sum())} of {len(frame)} features fire differently in {self.model.name} and {self.baseline.name}"
-            )
         if not self.saes:
             return None
-        ranking = rank_features(
-            self.model, self.saes, contrast, reduce=s.reduce, chat=s.chat, all_of=s.all_of, none_of=s.none_of, seed=s.seed, progress=self.progress,
-        )  # fmt: skip
-        frame = ranking.to_frame().head(MOST_FEATURES)
-        folder.write_table(
-            "ranking", frame.assign(**{c: float("nan") for c in ("auroc", "interaction") if c not in frame})
-        )
-        lines.append(
-            f"{ranking.family_size:,} features ranked on {ranking.n_units} {ranking.units}; {ranking.note}"
-        )
+        read: dict[str, Any] = {"reduce": s.reduce, "chat": s.chat, "seed": s.seed, "progress": self.progress}
+        if self.baseline is not None:
+            frame = model_diff(self.model, self.baseline, self.saes, contrast.texts, **read).to_frame()
+            first = frame["mean_diff"].abs().sort_values(ascending=False).index[:MOST_FEATURES]
+            folder.write_table("model_diff", frame.reindex(first))
+            n = int((frame["separates"] == "yes").sum())
+            lines.append(f"{n} of {len(frame)} features fire differently in {self.model.name} and {self.baseline.name}")  # fmt: skip
+        ranking = rank_features(self.model, self.saes, contrast, all_of=s.all_of, none_of=s.none_of, **read)
+        folder.write_table("ranking", ranking_table(ranking.to_frame()).head(MOST_FEATURES))
+        lines.append(f"{ranking.family_size:,} features ranked on {ranking.n_units} {ranking.units}; {ranking.note}")  # fmt: skip
         return ranking
 
     def _edits(self, contrast: Contrast, ranking: Ranking | None) -> list[Intervention]:

@@ -14,19 +14,19 @@ import gc
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.files import plain
-from sae_bias.core.text import bracket, number, signed
+from sae_bias.core.text import bracket, is_number, number, signed
 from sae_bias.measures.fidelity import gate_model
 from sae_bias.models.catalog import model_info
 from sae_bias.models.load import load_model
@@ -42,6 +42,7 @@ from sae_bias.runs.manifest import manifest, manifest_of_several
 from sae_bias.runs.summary import effect, gate_facts
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
+from sae_bias.workflows.study_file import StudyFile, StudyResult
 
 NOT_MEASURED = "not re-measured here"
 PUBLISHED_TUNING = -0.114
@@ -49,10 +50,8 @@ PUBLISHED_TUNING = -0.114
 TUNED_12B = ("google/gemma-3-12b-pt", "google/gemma-3-12b-it")
 
 
-class Replication(BaseModel):
+class Replication(StudyFile):
     """A study of several models with one probe: a study file with `models:` in place of `model:`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     name: str = "bias-probe"
     question: str = "Does each model judge the same words and deeds more harshly when an AI is their subject?"
@@ -66,9 +65,6 @@ class Replication(BaseModel):
     """Also the chat form, for models with a chat template."""
     switches: bool = True
     """Also every switch of `as_published`, for the verdict's range."""
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
 
     @property
     def model(self) -> str:
@@ -84,19 +80,6 @@ class Loader(Protocol):
     def describe(self, name: str) -> str:
         """What stands in for the model of that name, for the tables."""
         ...
-
-
-@dataclass(frozen=True)
-class ReplicationResult:
-    """Where the run is, and its tables as plain values."""
-
-    path: Path
-    summary: dict[str, Any] = field(repr=False)
-    report: Path
-
-    def headline(self) -> list[str]:
-        """The result in a few plain lines."""
-        return _headline(self.summary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +99,7 @@ def run_replication(
     loader: Loader | None = None,
     gate: bool = True,
     progress: bool = True,
-) -> ReplicationResult:
+) -> StudyResult:
     """Probe every model of `study` into the run folder `out`.
 
     Raises:
@@ -143,21 +126,15 @@ def run_replication(
         )
     for path in runner.folders.values():
         write_report(path)
-    return ReplicationResult(folder.path, plain(summary), report)
+    return StudyResult(folder.path, plain(summary), report, tuple(_headline(summary)))
 
 
 class _Runner:
     """The models of one study, one at a time."""
 
     def __init__(
-        self,
-        study: Replication,
-        pairs: PromptPairs,
-        probe: Probe,
-        folder: RunFolder,
-        loader: Loader | None,
-        gate: bool,
-    ):
+        self, study: Replication, pairs: PromptPairs, probe: Probe, folder: RunFolder, loader: Loader | None, gate: bool
+    ):  # fmt: skip
         self.study, self.pairs, self.probe, self.folder = study, pairs, probe, folder
         self.loader, self.gate = loader, gate
         self.measured: dict[str, Measured] = {}
@@ -180,13 +157,8 @@ class _Runner:
             with self.loaded(name) as model:
                 error = gate_model(model) if self.gate else None
                 self.measured[name] = self.measure(name, model)
-                self.facts[name] = manifest(
-                    model,
-                    pairs=self.pairs,
-                    vocabulary=self.measured[name].forms["plain"].vocabulary,
-                    seed=self.study.seed,
-                    gate=gate_facts([], self.gate, error),
-                )
+                words, gate = self.measured[name].forms["plain"].vocabulary, gate_facts([], self.gate, error)
+                self.facts[name] = manifest(model, pairs=self.pairs, vocabulary=words, seed=self.study.seed, gate=gate)  # fmt: skip
         except MissingError as error:
             self.missing[name] = str(error)
         except (MemoryError, torch.OutOfMemoryError):
@@ -198,7 +170,7 @@ class _Runner:
             with self.loader(name) as model:
                 yield model
             return
-        model = load_model(name, device=self.study.device, dtype=self.study.dtype)
+        model = load_model(name, **self.study.placement)
         try:
             yield model
         finally:
@@ -217,27 +189,14 @@ class _Runner:
 
     # --- what is written ---
 
-    def shared_words(self) -> list[str]:
-        """Words that every model measured reads as one token."""
-        kept = [
-            {w.word for w in form.vocabulary.kept}
-            for m in self.measured.values()
-            for form in m.forms.values()
-        ]
-        return [w for w in (*self.probe.positive, *self.probe.negative) if kept and all(w in k for k in kept)]
-
     def write(self) -> dict[str, Any]:
-        words = self.shared_words()
-        shared = {
-            (m.name, form): result.select_words(words)
-            for m in self.measured.values()
-            for form, result in m.forms.items()
-        }
-        models = self.models_table(shared)
-        tuning = tuning_table(
-            {n: r for (n, form), r in shared.items() if form == "plain"},
-            published=self.comparable and not self.stand_ins,
-        )
+        forms = [form for m in self.measured.values() for form in m.forms.values()]
+        kept = [{w.word for w in form.vocabulary.kept} for form in forms]
+        given = (*self.probe.positive, *self.probe.negative)
+        words = [w for w in given if kept and all(w in k for k in kept)]  # one token for every model measured
+        of = {n: {form: r.select_words(words) for form, r in m.forms.items()} for n, m in self.measured.items()}  # fmt: skip
+        models, published = self.models_table(of), self.comparable and not self.stand_ins
+        tuning = tuning_table({n: forms["plain"] for n, forms in of.items()}, published=published)
         switches = [m.switches.assign(model=m.name) for m in self.measured.values() if m.switches is not None]
         tables = {"models": models, "tuning": tuning}
         if switches:
@@ -248,8 +207,8 @@ class _Runner:
             if len(frame):
                 self.folder.write_table(table, frame)
         for name, measured in self.measured.items():
-            self.write_model(name, measured, shared[name, "plain"])
-        left_out = [w for w in (*self.probe.positive, *self.probe.negative) if w not in words]
+            self.write_model(name, measured, of[name]["plain"])
+        left_out = [w for w in given if w not in words]
         self.folder.write_json("manifest", self.run_facts(words, left_out))
         summary = {
             "question": self.study.question, "sides": self.pairs.sides, "stand_ins": self.stand_ins, "models": models.to_dict(orient="records"),
@@ -258,14 +217,12 @@ class _Runner:
         self.folder.write_json("summary", summary)
         return summary
 
-    def models_table(self, shared: dict[tuple[str, str], ProbeResult]) -> pd.DataFrame:
+    def models_table(self, of: dict[str, dict[str, ProbeResult]]) -> pd.DataFrame:
         """A row a model and form; published figures only beside models measured themselves."""
         rows = []
         for name in self.study.models:
-            if name not in self.measured:
-                rows.append(self.missing_row(name))
-                continue
-            rows += [self.model_row(name, form, shared[name, form]) for form in self.measured[name].forms]
+            known = [self.model_row(name, form, result) for form, result in of.get(name, {}).items()]
+            rows += known or [self.missing_row(name)]
         frame = pd.DataFrame(rows)
         return frame.drop(columns=["published", "verdict"]) if self.stand_ins else frame
 
@@ -301,18 +258,12 @@ class _Runner:
     def comparison(self, models: pd.DataFrame) -> pd.DataFrame:
         """Published beside measured, as the report draws it."""
         rows = models[(models["form"] == "plain") & models["published"].notna()]
-        wanted = {
-            "model": "name",
-            "published": "published",
-            "bias": "measured",
-            "ci_low": "ci_low",
-            "ci_high": "ci_high",
-            "verdict": "verdict",
-        }
-        return rows.reindex(columns=list(wanted)).rename(columns=wanted).reset_index(drop=True)
+        columns = ["model", "published", "bias", "ci_low", "ci_high", "verdict"]
+        return rows.reindex(columns=columns).rename(columns={"model": "name", "bias": "measured"}).reset_index(drop=True)  # fmt: skip
 
     def write_model(self, name: str, measured: Measured, shared: ProbeResult) -> None:
-        own = RunFolder(self.folder.path / "models" / _slug(name))
+        slug = re.sub(r"[^\w.-]+", "--", name).strip(".-")
+        own = RunFolder(self.folder.path / "models" / slug)
         self.folders[name] = own.path
         own.write_json("manifest", {**self.facts[name], "probe": probe_facts(self.probe, shared.vocabulary)})
         own.write_table("pairs", shared.to_frame().assign(split="all"))
@@ -322,11 +273,8 @@ class _Runner:
             own.write_table("switches", measured.switches)
         for form, result in measured.forms.items():
             result.save(own.path / f"{form}.npz")
-        notes = (
-            ["A stand-in with random weights: its figures test the plumbing and say nothing."]
-            if self.stand_ins
-            else []
-        )
+        said = "A stand-in with random weights: its figures test the plumbing and say nothing."
+        notes = [said] if self.stand_ins else []
         bias = effect(shared.stat, shared.pair_bias, shared.clusters[0])
         own.write_json("summary", {"question": self.study.question, "bias": bias, "notes": notes})
 
@@ -334,13 +282,9 @@ class _Runner:
         organisms = all(n.startswith("organism:") for n in self.study.models)
         prompts = {"pairs": {"name": self.pairs.name, "digest": self.pairs.digest, "n": len(self.pairs)}}
         return manifest_of_several(
-            study=self.study.model_dump(mode="json"),
-            stand_ins=self.stand_ins,
-            model={"name": self.study.model, "organism": organisms},
-            prompts=prompts,
-            words={"shared": list(words), "left_out": list(left_out)},
-            seed=self.study.seed,
-        )
+            study=self.study.model_dump(mode="json"), stand_ins=self.stand_ins, seed=self.study.seed, prompts=prompts,
+            model={"name": self.study.model, "organism": organisms}, words={"shared": list(words), "left_out": list(left_out)},
+        )  # fmt: skip
 
 
 # ── instruction-tuned against pretrained
@@ -364,20 +308,10 @@ def tuning_table(results: dict[str, ProbeResult], *, published: bool = True) -> 
         for quantity, values in _tuning_quantities(first, second).items():
             stat = clustered_mean(values, *first.clusters)
             known = PUBLISHED_TUNING if quantity == "bias" and (before, after) == TUNED_12B else None
-            rows.append(
-                {
-                    "pretrained": before,
-                    "tuned": after,
-                    "quantity": quantity,
-                    "change": stat.mean,
-                    "ci_low": stat.ci_low,
-                    "ci_high": stat.ci_high,
-                    "p_value": stat.p_value,
-                    "n_pairs": stat.n,
-                    "published": known,
-                    "verdict": verdict(known, stat.mean, stat.ci),
-                }
-            )
+            rows.append({
+                "pretrained": before, "tuned": after, "quantity": quantity, "change": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high,
+                "p_value": stat.p_value, "n_pairs": stat.n, "published": known, "verdict": verdict(known, stat.mean, stat.ci),
+            })  # fmt: skip
     frame = pd.DataFrame(rows)
     return frame if published or frame.empty else frame.drop(columns=["published", "verdict"])
 
@@ -396,10 +330,6 @@ def _tuning_quantities(before: ProbeResult, after: ProbeResult) -> dict[str, np.
 
 
 # ── small parts
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "--", name).strip(".-")
-
-
 def _headline(summary: dict[str, Any]) -> list[str]:
     stand_ins, (first, second) = summary["stand_ins"], summary["sides"]
     lines = [
@@ -409,34 +339,22 @@ def _headline(summary: dict[str, Any]) -> list[str]:
     ]
     for row in summary["models"]:
         name = row["model"] + ("" if row["form"] == "plain" else f" ({row['form']} form)")
-        measured = (
-            NOT_MEASURED
-            if row["status"] == NOT_MEASURED
-            else f"{signed(row['bias'])} {bracket(row['ci_low'], row['ci_high'])}"
-        )
+        measured = NOT_MEASURED
+        if row["status"] != NOT_MEASURED:
+            measured = f"{signed(row['bias'])} {bracket(row['ci_low'], row['ci_high'])}"
         if stand_ins:
             lines.append(f"  {name}: {measured}, {row['n_words']} words; {row['reason']}")
             continue
-        known = (
-            ""
-            if row["published"] is None or row["published"] != row["published"]
-            else f"published {number(row['published'])} | "
-        )
+        known = f"published {number(row['published'])} | " if is_number(row["published"]) else ""
         says = "" if row["verdict"] in (NOT_MEASURED, "no published figure") else f" | {row['verdict']}"
         lines.append(f"  {name}: {known}{measured}{says}")
     for row in summary["tuning"]:
-        if row["quantity"] in ("bias",) or row["quantity"].startswith("score"):
-            known = (
-                f" (published {signed(row['published'])}: {row['verdict']})"
-                if row.get("published") is not None
-                else ""
-            )
-            lines.append(
-                f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {signed(row['change'])} "
-                f"{bracket(row['ci_low'], row['ci_high'])}{known}"
-            )
+        if row["quantity"] == "bias" or row["quantity"].startswith("score"):
+            known = row.get("published")
+            said = "" if known is None else f" (published {signed(known)}: {row['verdict']})"
+            change = f"{signed(row['change'])} {bracket(row['ci_low'], row['ci_high'])}{said}"
+            lines.append(f"  {row['tuned']} - {row['pretrained']}, {row['quantity']}: {change}")
     if summary["words"]:
-        lines.append(
-            f"  words in every model: {len(summary['words'])}; left out: {', '.join(summary['words_left_out']) or 'none'}"
-        )
+        left_out = ", ".join(summary["words_left_out"]) or "none"
+        lines.append(f"  words in every model: {len(summary['words'])}; left out: {left_out}")
     return lines

@@ -7,7 +7,6 @@ and the report says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,26 +15,13 @@ from sae_bias.measures.judge import Confirm
 from sae_bias.prompts.files import read_yaml
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.summary import Summary, headline
-from sae_bias.workflows.contrast_study import ContrastResult, ContrastStudy, run_contrast_study
-from sae_bias.workflows.replication import Loader, Replication, ReplicationResult, run_replication
-from sae_bias.workflows.study_file import Study
+from sae_bias.workflows.contrast_study import ContrastStudy, run_contrast_study
+from sae_bias.workflows.replication import Loader, Replication, run_replication
+from sae_bias.workflows.study_file import Study, StudyResult
 from sae_bias.workflows.study_steps import StudyRun
 from sae_bias.workflows.sweep_work import Executor, run_here
 
 __all__ = ["Study", "StudyResult", "load_study", "run_study"]
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """Where the run is, and its headline figures."""
-
-    path: Path
-    summary: Summary = field(repr=False)
-    report: Path
-
-    def headline(self) -> list[str]:
-        """The result in a few plain lines."""
-        return headline(self.summary)
 
 
 AnyStudy = Study | Replication | ContrastStudy
@@ -53,9 +39,10 @@ def load_study(path: str | Path | None = None) -> AnyStudy:
             f"there is no study file {source}; give a .yaml file such as the bundled study.yaml."
         )
     doc = read_yaml(source)
-    if isinstance(doc.value, dict) and "models" in doc.value:
+    fields = set(doc.value) if isinstance(doc.value, dict) else set()
+    if "models" in fields:
         return doc.check(Replication)
-    if isinstance(doc.value, dict) and {"contrast", "contrasts"} & set(doc.value):
+    if {"contrast", "contrasts"} & fields:
         return doc.check(ContrastStudy).located(source.parent)
     return doc.check(Study)
 
@@ -70,7 +57,7 @@ def run_study(
     loader: Loader | None = None,
     confirm: Confirm | None = None,
     progress: bool = True,
-) -> StudyResult | ReplicationResult | ContrastResult:
+) -> StudyResult:
     """Run every step of `study` into the run folder `out`; cells already there are not run again.
 
     `executor` runs the sweep's cells elsewhere (`Cluster.run`); everything else, and all writing, is done in this process.
@@ -96,4 +83,4 @@ def run_study(
         )
         folder.write_json("summary", summary.facts())
     report = write_report(folder.path) if shard is None else folder.path / "summary.json"
-    return StudyResult(folder.path, summary, report)
+    return StudyResult(folder.path, summary, report, tuple(headline(summary)))

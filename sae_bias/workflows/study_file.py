@@ -1,21 +1,53 @@
-"""The fields of a study file; `study` runs one, `plan` says what it would cost."""
+"""The fields of a study file, and what a study leaves; `study` runs one, `plan` says what it would cost."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SHARES = {"discover": 0.4, "tune": 0.2, "report": 0.4}
+from sae_bias.runs.summary import Summary
+
 STRENGTHS = (0.0, -0.5, -1.0, -2.0, -4.0)  # in units of the feature's largest activation on discover prompts
 MOST_JOINT = 10
 EXAMPLES = 12
 
 
-class Study(BaseModel):
-    """What to measure; every field has a default but the model."""
+@dataclass(frozen=True)
+class StudyResult:
+    """Where the run is, and its headline figures."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Path
+    summary: Summary | dict[str, Any] = field(repr=False)
+    report: Path
+    lines: tuple[str, ...] = field(default=(), repr=False)
+
+    def headline(self) -> list[str]:
+        """The result in a few plain lines."""
+        return list(self.lines)
+
+
+class StudyFile(BaseModel):
+    """What every study file may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    """How accelerate spreads a model too large for one device, such as `auto`."""
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Where and in which precision `load_model` puts its models."""
+        return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
+
+
+class Study(StudyFile):
+    """What to measure; every field has a default but the model."""
 
     name: str = "study"
     question: str = (
@@ -60,8 +92,3 @@ class Study(BaseModel):
     """Judges of the completed prompts, PROVIDER/MODEL each; paid ones need a yes. Without an answer the run goes on and says so."""
     judge_url: str | None = None
     """Server of the judges, such as http://127.0.0.1:8000/v1; its key comes from the provider's own variable."""
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    """How accelerate spreads a model too large for one device, such as `auto`."""

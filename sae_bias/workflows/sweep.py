@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.labels import columns_of
 from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
@@ -39,15 +40,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-__all__ = [
-    "BestStrength",
-    "Cell",
-    "Sweep",
-    "SweepResult",
-    "collect",
-    "merge_run",
-    "run_sweep",
-]
 FORMAT = 3  # of a cell's file; part of every cell's name
 
 
@@ -88,20 +80,12 @@ class SweepResult:
         return frontier(self.frame)
 
     def __repr__(self) -> str:
-        columns = [
-            "intervention",
-            "strength",
-            "positions",
-            "split",
-            "bias",
-            "ci_low",
-            "ci_high",
-            "change",
-            "mean_abs_change",
-        ]
+        columns = columns_of(
+            "intervention; strength; positions; split; bias; ci_low; ci_high; change; mean_abs_change"
+        )
         shown = self.frame[self.frame["kind"] != "control"]
         where = f" in {self.path}" if self.path else ""
-        return f"SweepResult: {self.frame['cell'].nunique()} cells{where}\n{shown[columns].round(4).to_string(index=False)}"
+        return f"SweepResult: {self.frame['cell'].nunique()} cells{where}\n{shown[list(columns)].round(4).to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         return self.frame[self.frame["kind"] != "control"].round(4).to_html(escape=True, index=False)
@@ -152,9 +136,7 @@ def _under_split(sweep: Sweep) -> Sweep:
     if not found:
         return sweep
     if sweep.splits is None:
-        return replace(
-            sweep, splits={name: found[0][name] for name in ("tune", "report") if name in found[0]}
-        )
+        return replace(sweep, splits={n: found[0][n] for n in ("tune", "report") if n in found[0]})
     read = set(found[0].get("discover", ())) & set(sweep.splits.get("report", ()))
     if read:
         warnings.warn(
@@ -176,11 +158,8 @@ def _write_plan(folder: RunFolder, plan: dict[str, Any]) -> None:
         old = folder.read_json("sweep")
         if old.get("key") != plan["key"]:
             n = len(old.get("cells") or [])
-            warnings.warn(
-                f"{folder.path} holds another sweep of {n} cells; this one takes its place in table and report, and those cells are kept. "
-                "Choose another folder to keep both.",
-                stacklevel=3,
-            )
+            place = "this one takes its place in table and report, and those cells are kept"
+            warnings.warn(f"{folder.path} holds another sweep of {n} cells; {place}. Choose another folder to keep both.", stacklevel=3)  # fmt: skip
     folder.write_json("sweep", plan)
 
 
@@ -188,18 +167,10 @@ class _Runner:
     def __init__(self, model: Model, pairs: PromptPairs, probe: Probe, sweep: Sweep):
         self.model, self.pairs, self.probe, self.sweep = model, pairs, probe, sweep
         self.vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
-        shared = (
-            FORMAT,
-            model_digest(model),
-            str(model.dtype),
-            model.device.type,
-            pairs.digest,
-            [w.word for w in self.vocabulary.kept],
-            [w.positive for w in self.vocabulary.kept],
-            probe.score,
-            probe.softcap,
-            probe.tokens,
-        )
+        kept = self.vocabulary.kept
+        words = [w.word for w in kept], [w.positive for w in kept]
+        where = model_digest(model), str(model.dtype), model.device.type
+        shared = (FORMAT, *where, pairs.digest, *words, probe.score, probe.softcap, probe.tokens)
         self.plan = Plan(sweep, model, pairs, shared)
         self.splits = {k: list(v) for k, v in (sweep.splits or {"all": pairs.templates}).items()}
         self.costed = tuple(self.plan.costed(cell) for cell in self.plan.cells)
@@ -236,15 +207,11 @@ class _Runner:
     ) -> SweepResult:
         names, groups = self.plan.names, self.plan.groups(shard)
         done: dict[str, pd.DataFrame] = {}
-        there = {
-            n for g in groups for n in (names[i] for i in g) if folder is not None and folder.has_cell(n)
-        }
-        total = sum(len(g) for g in groups)
-        at_start = sum(names[i] in there for g in groups for i in g)
-        bar = tqdm(
-            total=total, initial=at_start, desc="sweep", unit="cell", disable=not progress, leave=False
-        )
-        with bar:
+        mine = sorted(i for group in groups for i in group)
+        there = {names[i] for i in mine if folder is not None and folder.has_cell(names[i])}
+        at_start = sum(names[i] in there for i in mine)
+        options: dict[str, Any] = {"total": len(mine), "initial": at_start, "disable": not progress}
+        with tqdm(desc="sweep", unit="cell", leave=False, **options) as bar:
             # a whole group runs again if one of its cells is missing: batched identically, the result is identical
             todo = [group for group in groups if any(names[i] not in there for i in group)]
             work = Work(self.model, self.pairs, self.probe, tuple(self.plan.cells), self.costed)
@@ -260,7 +227,6 @@ class _Runner:
         for name in there:
             assert folder is not None
             done[name] = folder.read_cell(name)
-        mine = sorted(i for group in groups for i in group)
         listed = [{"cell": names[i], **self.plan.cells[i].facts()} for i in mine]
         frame = cell_rows(listed, done, self.splits, costs=self.sweep.costs)
         return SweepResult(frame, done, None if folder is None else folder.path)
@@ -303,10 +269,8 @@ def read_sweep(folder: RunFolder) -> dict[str, Any]:
     if not isinstance(listed, list) or not listed or not all(isinstance(c, dict) for c in listed):
         raise RequestError(f"{where} lists no cells.")
     for cell in listed:
-        strength = cell.get("strength")
-        if not all(isinstance(cell.get(k), str) for k in _CELL_TEXTS) or not isinstance(
-            strength, int | float | None
-        ):
+        named = all(isinstance(cell.get(k), str) for k in _CELL_TEXTS)
+        if not named or not isinstance(cell.get("strength"), int | float | None):
             raise RequestError(f"{where} lists a cell without its name, rule or strength.")
     if not isinstance(splits, dict) or not splits or not all(isinstance(t, list) for t in splits.values()):
         raise RequestError(f"{where} names no splits.")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 from sae_bias.measures.collapse import collapse_test
 from sae_bias.prompts.texts import COST_TEXTS
 from sae_bias.stats.clustered import clustered_mean
@@ -37,39 +38,24 @@ def cell_rows(
     for split, rows in keep.items():
         if not rows.any():
             raise RequestError(f"split {split!r} holds none of the pairs' templates.")
-    return pd.DataFrame(
-        [
-            _row(facts, split, rows, cells[facts["cell"]], base, costs)
-            for facts in listed
-            for split, rows in keep.items()
-        ]
-    )
+    rows = [
+        _row(c, split, rows, cells[c["cell"]], base, costs) for c in listed for split, rows in keep.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def _row(
-    cell: Mapping[str, Any],
-    split: str,
-    keep: np.ndarray,
-    frame: pd.DataFrame,
-    base: pd.DataFrame,
-    costs: bool,
-) -> dict[str, Any]:
+    cell: Mapping[str, Any], split: str, keep: np.ndarray, frame: pd.DataFrame, base: pd.DataFrame, costs: bool
+) -> dict[str, Any]:  # fmt: skip
     clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
     strength = NAN if cell["strength"] is None else float(cell["strength"])
     row = {
-        "cell": cell["cell"],
-        "intervention": cell["intervention"],
-        "feature": cell["feature"],
-        "strength": strength,
-        "positions": cell["positions"],
-        "split": split,
-        "n_pairs": int(keep.sum()),
+        **{name: cell[name] for name in ("cell", "intervention", "feature")},
+        "strength": strength, "positions": cell["positions"], "split": split, "n_pairs": int(keep.sum()),
         **_effect(frame[keep], base[keep], clusters),
-        "rule": cell["rule"],
-        "kind": cell["kind"],
-        "label": cell["label"],
+        **{name: cell[name] for name in ("rule", "kind", "label")},
         "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
-    }
+    }  # fmt: skip
     if costs:
         row |= _did_columns(frame, base, keep, clusters)
         row |= _collapse_columns(frame, base, keep, clusters)
@@ -83,24 +69,16 @@ def _effect(after: pd.DataFrame, before: pd.DataFrame, clusters: Clusters) -> di
     now, then = after["bias"].to_numpy(), before["bias"].to_numpy()
     stat, reduction = clustered_mean(now, *clusters), fieller_reduction(then, now, *clusters)
     wrong = now > then if then.mean() > 0 else now < then
+    human, ai = (float((after[s] - before[s]).mean()) for s in ("score_human", "score_ai"))
+    change = reduction.change
     return {
-        "bias": stat.mean,
-        "ci_low": stat.ci_low,
-        "ci_high": stat.ci_high,
-        "change": float((now - then).mean()),
-        "mean_abs_change": float(np.abs(now - then).mean()),
-        "removed_nats": reduction.change.mean,
-        "removed_nats_low": reduction.change.ci_low,
-        "removed_nats_high": reduction.change.ci_high,
-        "human_shift": float((after["score_human"] - before["score_human"]).mean()),
-        "ai_shift": float((after["score_ai"] - before["score_ai"]).mean()),
-        "wrong_way_share": float(wrong.mean()),
-        "reduction": reduction.estimate,
-        "red_low": reduction.ci_low,
-        "red_high": reduction.ci_high,
-        "red_reason": reduction.reason,
+        "bias": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high,
+        "change": float((now - then).mean()), "mean_abs_change": float(np.abs(now - then).mean()),
+        "removed_nats": change.mean, "removed_nats_low": change.ci_low, "removed_nats_high": change.ci_high,
+        "human_shift": human, "ai_shift": ai, "wrong_way_share": float(wrong.mean()),
+        "reduction": reduction.estimate, "red_low": reduction.ci_low, "red_high": reduction.ci_high, "red_reason": reduction.reason,
         "overshoot": reduction.overshoot,
-    }
+    }  # fmt: skip
 
 
 def _outside(intervention: str, strength: float, observed: float | None) -> bool:
@@ -149,26 +127,15 @@ def _collapse_columns(
     return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
 
 
-COLLAPSE_COLUMNS = [
-    "specific_reduction",
-    "spec_low",
-    "spec_high",
-    "beta",
-    "beta_other",
-    "beta_ai",
-    "bank_changed_other",
-    "bank_changed_ai",
-]
-COST_COLUMNS = [
-    f"{name}_{kind}" for name in ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired") for kind in COST_TEXTS
-] + ["kl_off", "kl_off_p95"]
+COLLAPSE_COLUMNS = list(columns_of("specific_reduction; spec_low; spec_high; beta; beta_other; beta_ai; bank_changed_other; bank_changed_ai"))  # fmt: skip
+_COSTS = ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired")
+COST_COLUMNS = [*(f"{name}_{kind}" for name in _COSTS for kind in COST_TEXTS), "kl_off", "kl_off_p95"]
 
 
 def _cost_columns(facts: Mapping[Any, Any], beta: float) -> dict[str, float]:
     """Every cost; the worst KL; and the cost of a frontier, max(worst KL, 1 - β)."""
     found = {key: NAN if facts.get(key) is None else float(facts[key]) for key in COST_COLUMNS}
-    known = [
-        v for k, v in found.items() if k in ("kl_off", *(f"kl_{kind}" for kind in COST_TEXTS)) and v == v
-    ]
-    worst = max(known, default=NAN)
+    worst = max(
+        (v for c in ("kl_off", *(f"kl_{t}" for t in COST_TEXTS)) if (v := found[c]) == v), default=NAN
+    )
     return found | {"kl_worst": worst, "cost": NAN if worst != worst else float(np.nanmax([worst, 1 - beta]))}

@@ -11,12 +11,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_bias.core.labels import columns_of
 from sae_bias.core.text import is_number
 from sae_bias.prompts.texts import COST_TEXTS
 from sae_bias.steering.controls import control_test, empirical_p
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 
 NAN = float("nan")
+_MISMATCH = columns_of(
+    "label; removed_nats; removed_nats_low; removed_nats_high; specific_reduction; spec_low; spec_high"
+)
+"""What the feature's edit removed where it should remove nothing of the kind."""
+_BLOCKS = {
+    "reduction": "of: rule; estimate: reduction; ci_low: red_low; ci_high: red_high; bias_after: bias; change: removed_nats; change_low: removed_nats_low; change_high: removed_nats_high",
+    "did": "after: did; change: did_removed_nats; change_low: did_removed_nats_low; change_high: did_removed_nats_high",
+    "specific_reduction": "estimate: specific_reduction; ci_low: spec_low; ci_high: spec_high; beta: beta; beta_other: beta_other; beta_ai: beta_ai",
+    "strength": "reduction: reduction; red_low: red_low; red_high: red_high; specific_reduction: specific_reduction; ci_low: spec_low; ci_high: spec_high; beta: beta; kl_off: kl_off",
+}  # fmt: skip
+"""Blocks of the summary: each field, and the column of the sweep's table that it is."""
 
 
 def sweep_splits(frame: pd.DataFrame) -> tuple[str, str]:
@@ -41,47 +53,30 @@ def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> dic
         summary["controls"] = controls_summary(first, controls)
     others = reported[reported["kind"] == "mismatch"]
     if len(others):
-        summary["mismatches"] = [_mismatch(row) for row in others.to_dict("records")]
+        summary["mismatches"] = [{n: r[n] for n in _MISMATCH if n in r} for r in others.to_dict("records")]
     return summary
 
 
-def _mismatch(row: Any) -> dict[str, Any]:
-    """What the feature's edit removed where it should remove nothing of the kind."""
-    names = (
-        "label",
-        "removed_nats",
-        "removed_nats_low",
-        "removed_nats_high",
-        "specific_reduction",
-        "spec_low",
-        "spec_high",
-    )
-    return {name: row[name] for name in names if name in row}
+def _block(name: str, row: Any) -> dict[str, Any]:
+    return {field: row[column] for field, column in columns_of(_BLOCKS[name]).items()}
 
 
 def effect_summary(row: Any, base: Any) -> dict[str, Any]:
     """One row of the table, with the base's: what the edit removed, of which how much specifically, and at what cost."""
-    out: dict[str, Any] = {
-        "reduction": {
-            "of": row["rule"], "estimate": row["reduction"], "ci_low": row["red_low"], "ci_high": row["red_high"],
-            "bounded": not row["red_reason"], "undefined": row["red_reason"] or None, "overshoot": bool(row["overshoot"]),
-            "bias_before": base["bias"], "bias_after": row["bias"],
-            "change": row["removed_nats"], "change_low": row["removed_nats_low"], "change_high": row["removed_nats_high"],
-        },
-        "shift": {"human": row["human_shift"], "ai": row["ai_shift"]},
-    }  # fmt: skip
+    why = row["red_reason"] or None
+    cut = {
+        "bounded": not why,
+        "undefined": why,
+        "overshoot": bool(row["overshoot"]),
+        "bias_before": base["bias"],
+    }
+    out: dict[str, Any] = {"reduction": _block("reduction", row) | cut, "shift": {"human": row["human_shift"], "ai": row["ai_shift"]}}  # fmt: skip
     if is_number(row.get("did_removed_nats")):
-        out["did"] = {
-            "before": base["did"], "after": row["did"],
-            "change": row["did_removed_nats"], "change_low": row["did_removed_nats_low"], "change_high": row["did_removed_nats_high"],
-        }  # fmt: skip
+        out["did"] = {"before": base["did"], **_block("did", row)}
     if "specific_reduction" in row:
-        out["specific_reduction"] = {
-            "estimate": row["specific_reduction"], "ci_low": row["spec_low"], "ci_high": row["spec_high"],
-            "beta": row["beta"], "beta_other": row["beta_other"], "beta_ai": row["beta_ai"],
-            "undefined": row["specific_reason"] or None,
-            "bank_changed": {"other": row["bank_changed_other"], "ai": row["bank_changed_ai"]},
-        }  # fmt: skip
+        changed = {"other": row["bank_changed_other"], "ai": row["bank_changed_ai"]}
+        undefined = {"undefined": row["specific_reason"] or None}
+        out["specific_reduction"] = _block("specific_reduction", row) | undefined | {"bank_changed": changed}
         out["costs"] = {
             kind: {
                 "kl_mean": row[f"kl_{kind}"],
@@ -101,31 +96,16 @@ def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, Any]:
     if not best.cell:
         return {"undefined": best.reason}
     rows = frame[frame["cell"] == best.cell].set_index("split")
-    inside, held = rows.loc[tune], rows.loc[report]
-    chosen = {"strength": best.strength, "label": best.rule, **_figures(inside)}
-    return {
-        "in_sample": chosen,
-        "held_out": {}
-        if tune == report
-        else {"strength": best.strength, "outside_observed": best.outside_observed, **_figures(held)},
-    }
-
-
-def _figures(row: Any) -> dict[str, Any]:
-    return {
-        "reduction": row["reduction"], "red_low": row["red_low"], "red_high": row["red_high"], "overshoot": bool(row["overshoot"]),
-        "specific_reduction": row["specific_reduction"], "ci_low": row["spec_low"], "ci_high": row["spec_high"],
-        "beta": row["beta"], "kl_off": row["kl_off"],
-    }  # fmt: skip
+    inside, held = (_block("strength", rows.loc[s]) | {"overshoot": bool(rows.loc[s, "overshoot"])} for s in (tune, report))  # fmt: skip
+    beyond = {"strength": best.strength, "outside_observed": best.outside_observed}
+    chosen = {"strength": best.strength, "label": best.rule, **inside}
+    return {"in_sample": chosen, "held_out": {} if tune == report else beyond | held}
 
 
 def controls_table(controls: pd.DataFrame) -> pd.DataFrame:
     """tables/controls: each control with its kind and what it removed."""
-    columns = [
-        c
-        for c in ("feature", "label", "reduction", "removed_nats", "specific_reduction", "beta")
-        if c in controls
-    ]
+    wanted = ("feature", "label", "reduction", "removed_nats", "specific_reduction", "beta")
+    columns = [c for c in wanted if c in controls]
     return controls[columns].rename(columns={"feature": "control", "label": "kind"})
 
 
@@ -137,22 +117,14 @@ def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
     undetermined, such as with 1 to 18 matched features: 19 are the fewest whose p can reach .05.
     """
     specific = "specific_reduction" in controls and bool(controls["specific_reduction"].notna().all())
-    statistic = (
-        "specific_reduction" if specific and is_number(first["specific_reduction"]) else "removed_nats"
-    )
+    specific = specific and is_number(first["specific_reduction"])
+    statistic = "specific_reduction" if specific else "removed_nats"
     value, values = float(first[statistic]), controls[statistic].to_numpy(float)
-    kinds = {
-        kind: _among(value, values[(controls["label"] == kind).to_numpy()])
-        for kind in dict.fromkeys(controls["label"])
-    }
-    return {
-        "statistic": statistic,
-        "value": value,
-        **_among(value, values),
-        "p_value": max(part["p_value"] for part in kinds.values()),
-        "verdict": control_test(value, values, controls["label"]).verdict,
-        "kinds": kinds,
-    }
+    labels = controls["label"]
+    kinds = {kind: _among(value, values[(labels == kind).to_numpy()]) for kind in dict.fromkeys(labels)}
+    p, verdict = max(part["p_value"] for part in kinds.values()), control_test(value, values, labels).verdict
+    whole = {"statistic": statistic, "value": value, **_among(value, values)}
+    return {**whole, "p_value": p, "verdict": verdict, "kinds": kinds}
 
 
 def _among(value: float, values: np.ndarray) -> dict[str, Any]:

@@ -14,7 +14,7 @@ device. Figures of costs and of the valence banks are compared in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,28 +36,10 @@ from sae_bias.runs.copies import edit_from_facts, grid_from_copy, pairs_from_cop
 from sae_bias.runs.folder import RunFolder, reading
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import sae_facts
+from sae_bias.workflows import verify_checks as checks
 from sae_bias.workflows.cells import Cell, Sweep
 from sae_bias.workflows.sweep import FORMAT, collect, read_sweep, run_sweep
-from sae_bias.workflows.verify_checks import (
-    AGREES,
-    DIFFERS,
-    NOTE,
-    UNCHECKED,
-    Check,
-    as_mapping,
-    cell_name,
-    compare_files,
-    compare_number,
-    compare_tables,
-    compare_within,
-    definitions_note,
-    kept_numbers,
-    need_columns,
-    pair_name,
-    relative_gap,
-    sample,
-    verdict,
-)
+from sae_bias.workflows.verify_checks import AGREES, DIFFERS, UNCHECKED, Check, measured, need_columns
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference allowed between two measurements of one number, by precision."""
@@ -87,7 +69,7 @@ class Verification:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a check."""
-        return pd.DataFrame([c.row() for c in self.checks])
+        return pd.DataFrame([vars(c) for c in self.checks])
 
 
 def verify_run(
@@ -130,47 +112,45 @@ class _Verifier:
         self.same_device = 0.0
 
     def run(self) -> Verification:
-        facts = as_mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
+        facts = checks.as_mapping(self.manifest.get("model"), f"{self.folder.path}/manifest.json: its model")
         if not isinstance(facts.get("digest"), str):
             raise RequestError(
                 f"{self.folder.path}/manifest.json names no measured model; give the folder of one model, such as RUN/models/NAME."
             )
         self.pairs = self.read_prompts(self.folder, self.manifest)
         self.model = self.load(facts)
-        self.tolerance = self.tolerance_of(facts)
+        own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])
+        self.tolerance = own if facts.get("device") == self.model.device.type else own * OTHER_DEVICE
         with reading(f"{self.folder.path}/manifest.json"):
             self.checks += [*self.environment(), *self.model_files(facts), *self.saes(), *self.words()]
         if "pairs" in self.folder.tables():
             self.checks += self.base_table()
-        self.checks += definitions_note(definitions_of(self.manifest))
+        self.checks += checks.definitions_note(definitions_of(self.manifest))
         for folder in self.sweeps:
             self.checks += self.sweep(folder)
         return Verification(self.folder.path, self.checks, self.n_cells, self.of_cells)
-
-    def add(self, what: str, same: bool, yes: str, no: str) -> Check:
-        return Check(what, AGREES if same else DIFFERS, yes if same else no)
 
     # --- hashes ---
 
     def read_prompts(self, folder: RunFolder, manifest: Mapping[str, Any]) -> PromptPairs | None:
         """The stored copies of the prompts, checked against their hashes; the pairs among them."""
         where = f"{folder.path}/manifest.json"
-        copies = as_mapping(manifest.get("copies"), f"{where}: its copies")
-        known = as_mapping(manifest.get("prompts"), f"{where}: its prompts")
+        copies = checks.as_mapping(manifest.get("copies"), f"{where}: its copies")
+        known = checks.as_mapping(manifest.get("prompts"), f"{where}: its prompts")
         found: dict[str, Any] = {}
         for kind, read in (("pairs", pairs_from_copy), ("grid", grid_from_copy)):
             if not known.get(kind):
                 continue
             what = f"{self.name_of(folder)}prompts: {kind}"
-            expected = str(as_mapping(known[kind], f"{where}: its {kind}").get("digest"))
+            expected = str(checks.as_mapping(known[kind], f"{where}: its {kind}").get("digest"))
             if kind not in copies:
                 self.checks.append(Check(what, UNCHECKED, "the folder holds no copy (an older sae-bias)"))
                 continue
             found[kind] = read(copies[kind], where)
             own = found[kind].digest
-            good = f"{len(found[kind])} prompts, sha256 {expected[:12]}"
-            bad = f"the copy has sha256 {own[:12]}, the manifest says {expected[:12]}"
-            self.checks.append(self.add(what, own == expected, good, bad))
+            good = Check(what, AGREES, f"{len(found[kind])} prompts, sha256 {expected[:12]}")
+            bad = Check(what, DIFFERS, f"the copy has sha256 {own[:12]}, the manifest says {expected[:12]}")
+            self.checks.append(good if own == expected else bad)
         return found.get("pairs")
 
     def name_of(self, folder: RunFolder) -> str:
@@ -183,21 +163,16 @@ class _Verifier:
         if not isinstance(words, dict) or not words.get("positive") or "digest" not in words:
             return []
         now = digest(words["positive"], words.get("negative"))
+        if now != words["digest"]:
+            return [Check("words", DIFFERS, f"hash {now}, not {words['digest']}")]
         n = len(words["positive"]) + len(words.get("negative") or [])
-        return [
-            self.add(
-                "words",
-                now == words["digest"],
-                f"{n} words, sha256 {now}",
-                f"hash {now}, not {words['digest']}",
-            )
-        ]
+        return [Check("words", AGREES, f"{n} words, sha256 {now}")]
 
     def model_files(self, facts: Mapping[str, Any]) -> list[Check]:
         """Each file of the model; where it was an object in memory, nothing is known of its files."""
         what, then = f"model {self.model.name}", facts.get("files") or {}
         if then:
-            return [compare_files(what, then, model_files(self.model))]
+            return [checks.compare_files(what, then, model_files(self.model))]
         if facts.get("digest") == model_digest(self.model):
             return [Check(what, AGREES, "the same hash")]
         return [Check(what, UNCHECKED, "it was an object in memory; its scores tell")]
@@ -206,13 +181,12 @@ class _Verifier:
         """The file of each SAE in the manifests of the run and of its sweep."""
         manifests = [self.manifest, *(m for f in self.sweeps if (m := _own_manifest(f)) is not None)]
         known = {str(s.get("id")): s for m in manifests for s in m.get("saes") or [] if isinstance(s, dict)}
-        found = []
-        for name, facts in known.items():
-            if not facts.get("files"):
-                found.append(Check(f"SAE {name}", UNCHECKED, "it was an object in memory"))
-                continue
-            found.append(compare_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"]))
-        return found
+        return [
+            checks.compare_files(f"SAE {name}", facts["files"], sae_facts(load_sae(name))["files"])
+            if facts.get("files")
+            else Check(f"SAE {name}", UNCHECKED, "it was an object in memory")
+            for name, facts in known.items()
+        ]
 
     def environment(self) -> list[Check]:
         """Versions and device that are others than the run's: told, because figures may differ by rounding."""
@@ -221,7 +195,7 @@ class _Verifier:
         device = (self.manifest.get("model") or {}).get("device")
         if device != self.model.device.type:
             other.append(f"device {device} → {self.model.device.type}")
-        return [Check("environment", NOTE, "; ".join(other))] if other else []
+        return [Check("environment", checks.NOTE, "; ".join(other))] if other else []
 
     # --- measured again ---
 
@@ -235,16 +209,17 @@ class _Verifier:
         model.pin_chat(facts.get("chat") or {})
         return model
 
-    def tolerance_of(self, facts: Mapping[str, Any]) -> float:
-        own = self.same_device = TOLERANCE.get(str(facts.get("dtype")), TOLERANCE["float32"])
-        return own if facts.get("device") == self.model.device.type else own * OTHER_DEVICE
-
     def base_table(self) -> list[Check]:
         """tables/pairs: every pair's scores, and the summary's mean over them."""
         table = self.folder.read_table("pairs")
         where = f"{self.folder.path}/tables/pairs.parquet"
         need_columns(table, SCORES, where)
-        found = list(self.summary_mean(table))
+        bias, found = self.folder.read_summary().bias, []
+        if bias is not None and bias.mean is not None:  # the headline's mean against the pairs it is over
+            then, now = bias.mean, float(table["bias"].mean())
+            told = f"{then:.6g} stored, {now:.6g} from its table"
+            part = np.array([now]), np.array([then]), lambda i: told
+            found = [checks.compare("summary: bias", [part], checks.TABLE_TOLERANCE, f"{then:+.4f}")]
         if self.pairs is None or self.manifest.get("probe") is None:
             return [*found, Check("probe", UNCHECKED, "the folder does not say how it was probed")]
         probe = probe_from_facts(self.manifest["probe"], f"{self.folder.path}/manifest.json")
@@ -252,32 +227,21 @@ class _Verifier:
         values = {"score_human": again.score_human, "score_ai": again.score_ai, "bias": again.pair_bias}
         return [self.compare("probe: every pair's scores", table, values), *found]
 
-    def summary_mean(self, table: pd.DataFrame) -> Iterator[Check]:
-        """The headline's mean against the pairs it is over."""
-        bias = self.folder.read_summary().bias
-        if bias is not None and bias.mean is not None:
-            yield compare_number("summary: bias", float(table["bias"].mean()), bias.mean)
-
     def sweep(self, folder: RunFolder) -> list[Check]:
         """The sweep's table against its cells, and some cells against the model."""
         facts, own, name = read_sweep(folder), _own_manifest(folder), self.name_of(folder)
         listed, where = facts["cells"], f"{folder.path}/sweep.json"
-        pairs = self.pairs
+        pairs, cells = self.pairs, f"{name or 'sweep: '}cells"
         if own is not None and folder.path != self.folder.path:
             if (own.get("model") or {}).get("digest") != (self.manifest.get("model") or {}).get("digest"):
-                return [
-                    Check(
-                        f"{name or 'sweep: '}cells",
-                        UNCHECKED,
-                        "it is of another model; verify that folder separately",
-                    )
-                ]
+                return [Check(cells, UNCHECKED, "it is of another model; verify that folder separately")]
             pairs = self.read_prompts(folder, own)
         self.of_cells += len(listed)
-        whole = all(folder.has_cell(str(c["cell"])) for c in listed)
-        found = self.sweep_table(folder) if whole else [
-            Check(f"{name or 'sweep: '}table", UNCHECKED, "the sweep is not finished; the same command goes on")
-        ]  # fmt: skip
+        if all(folder.has_cell(str(c["cell"])) for c in listed):
+            found = self.sweep_table(folder)
+        else:
+            unfinished = "the sweep is not finished; the same command goes on"
+            found = [Check(f"{name or 'sweep: '}table", UNCHECKED, unfinished)]
         if pairs is None or not isinstance(facts.get("probe"), dict):
             return [
                 *found,
@@ -288,61 +252,44 @@ class _Verifier:
 
     def sweep_table(self, folder: RunFolder) -> list[Check]:
         name, made = self.name_of(folder) or "sweep: ", collect(folder.path)
+        version, stored = definitions_of(_own_manifest(folder) or self.manifest), folder.read_table("sweep")
         return [
-            compare_tables(
-                f"{name}table made again from its cells",
-                made.frame,
-                folder.read_table("sweep"),
-                definitions_of(_own_manifest(folder) or self.manifest),
-            ),
-            compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
+            checks.compare_tables(f"{name}table made again from its cells", made.frame, stored, version),
+            checks.compare_within(f"{name}bias of every pair = score_human - score_ai", made.cells),
         ]
 
     def cells(
         self, folder: RunFolder, facts: Mapping[str, Any], pairs: PromptPairs, probe: Probe
     ) -> Iterator[Check]:
         """A sample of cells measured again, with costs where the sweep had them."""
-        chosen = sample(facts["cells"], self.wanted)
-        chosen = [c for c in chosen if folder.has_cell(str(c["cell"]))]
-        directions = facts.get("directions")
+        chosen = [c for c in checks.sample(facts["cells"], self.wanted) if folder.has_cell(str(c["cell"]))]
+        directions = facts["directions"] if isinstance(facts.get("directions"), dict) else {}
         rebuilt: list[tuple[Mapping[str, Any], Cell]] = []
         for stored in chosen:
             try:
-                edits = tuple(
-                    edit_from_facts(e, directions if isinstance(directions, dict) else {}, self.model)
-                    for e in stored.get("edits") or []
-                )
+                edits = tuple(edit_from_facts(e, directions, self.model) for e in stored.get("edits") or [])
+                rebuilt.append((stored, Cell(edits, str(stored.get("kind")), str(stored.get("label")))))
             except SaeBiasError as error:
-                yield Check(cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
-                continue
-            rebuilt.append((stored, Cell(edits, str(stored.get("kind")), str(stored.get("label")))))
+                yield Check(checks.cell_name(stored), UNCHECKED, f"its edit cannot be made again: {error}")
         if not rebuilt:
             return
-        # the base is always run; it is compared where it is in the sample
-        again = run_sweep(
-            self.model,
-            pairs,
-            Sweep([cell for _, cell in rebuilt if cell.edits], costs=bool(facts.get("costs"))),
-            probe=probe,
-            progress=self.progress,
-        )
-        by_name = {str(name): frame for name, frame in again.cells.items()}
-        names = again.frame["cell"].tolist()  # one split: a row a cell, the base first
-        order = {id(cell): names[1 + i] for i, cell in enumerate(c for _, c in rebuilt if c.edits)}
+        sweep = Sweep([cell for _, cell in rebuilt if cell.edits], costs=bool(facts.get("costs")))
+        again = run_sweep(self.model, pairs, sweep, probe=probe, progress=self.progress)
+        base, *names = again.frame["cell"]  # one split: a row a cell, the base, which is always run, first
         for stored, cell in rebuilt:
-            name = names[0] if not cell.edits else order[id(cell)]
+            name = names.pop(0) if cell.edits else base
             self.n_cells += 1
             then = folder.read_cell(str(stored["cell"]))
-            yield self.compare_cell(stored, then, by_name[name], name, facts.get("format") == FORMAT)
+            yield self.compare_cell(stored, then, again.cells[name], name, facts.get("format") == FORMAT)
 
     def compare_cell(
         self, stored: Mapping[str, Any], then: pd.DataFrame, now: pd.DataFrame, name: str, same_format: bool
     ) -> Check:
         """One cell; its name, a hash of its inputs, is compared where both were made by the same format."""
-        what = cell_name(stored)
+        what = checks.cell_name(stored)
         need_columns(then, SCORES, what)
         check = self.compare(
-            what, then, {c: now[c].to_numpy() for c in SCORES}, extra=kept_numbers(then, now)
+            what, then, {c: now[c].to_numpy() for c in SCORES}, checks.kept_numbers(then, now)
         )
         here = self.given_model is None and self.tolerance == self.same_device
         if here and same_format and check.status == AGREES and name != stored["cell"]:
@@ -353,28 +300,14 @@ class _Verifier:
         return check
 
     def compare(
-        self,
-        what: str,
-        then: pd.DataFrame,
-        now: Mapping[str, np.ndarray],
-        extra: Mapping[str, tuple[float, float]] | None = None,
+        self, what: str, then: pd.DataFrame, now: Mapping[str, np.ndarray], kept: Sequence[checks.Part] = ()
     ) -> Check:
-        """Stored columns against fresh ones, pair by pair."""
-        worst, where = 0.0, ""
-        for column, values in now.items():
-            stored = pd.to_numeric(then[column], errors="coerce").to_numpy(float)
-            if len(stored) != len(values):
-                return Check(what, DIFFERS, f"{len(stored)} pairs stored, {len(values)} measured")
-            gap = relative_gap(values, stored)
-            row = int(gap.argmax())
-            if not gap[row] <= worst:
-                worst = float(gap[row])
-                where = f"{column} of {pair_name(then, row)}: {stored[row]:.6g} stored, {values[row]:.6g} measured"
-        for key, (old, new) in (extra or {}).items():
-            gap = float(relative_gap(np.array([new]), np.array([old]))[0])
-            if not gap <= worst:
-                worst, where = gap, f"{key}: {old:.6g} stored, {new:.6g} measured"
-        return verdict(what, worst, self.tolerance, where, f"{len(then)} pairs")
+        """Stored columns against fresh ones, pair by pair; `kept`: further numbers."""
+        parts = [
+            measured(checks.numbers(then[c]), values, lambda i, c=c: f"{c} of {checks.pair_name(then, i)}")
+            for c, values in now.items()
+        ]
+        return checks.compare(what, [*parts, *kept], self.tolerance, f"{len(then)} pairs")
 
 
 def _own_manifest(folder: RunFolder) -> dict[str, Any] | None:

@@ -5,8 +5,7 @@ Numbers are compared as |now - then| / max(1, |then|), so that a score of 12 nat
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,63 +32,28 @@ class Check:
     """The largest |now - then| over max(1, |then|), where numbers were compared."""
     tolerance: float | None = None
 
-    def row(self) -> dict[str, Any]:
-        return dict(vars(self))
+
+Part = tuple[np.ndarray, np.ndarray, Callable[[int], str]]
+"""Numbers now, the same then, and what the entry of a place is called."""
 
 
-def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame, definitions: int) -> Check:
-    """A sweep's table as its cells give it against the one that is stored: the same rows, the same numbers.
-
-    Columns whose meaning changed since the run's definitions, or which it did not have, are left out.
-    """
-    older, changed = definitions < DEFINITIONS, changed_columns(definitions)
-    keys = ("cell", "split")
-    if not all(k in stored and list(made[k]) == list(stored[k]) for k in keys):
-        return Check(what, DIFFERS, "its rows are not the sweep's cells")
+def compare(what: str, parts: Iterable[Part], tolerance: float, over: str) -> Check:
+    """The largest relative gap over some arrays, and where it is."""
     worst, where = 0.0, ""
-    for column in made.select_dtypes("number").columns:
-        if column in changed or (older and column not in stored):
-            continue
-        if column not in stored:
-            return Check(what, DIFFERS, f"it has no column {column}")
-        then = pd.to_numeric(stored[column], errors="coerce").to_numpy(float)
-        gap = relative_gap(made[column].to_numpy(float), then)
+    for now, then, name in parts:
+        if len(now) != len(then):
+            return Check(what, DIFFERS, f"{len(then)} pairs stored, {len(now)} measured")
+        gap = relative_gap(now, then)
         row = int(gap.argmax())
         if not gap[row] <= worst:
-            worst = float(gap[row])
-            where = f"{column} of {made['rule'].iloc[row]} ({made['split'].iloc[row]})"
-    return verdict(what, worst, TABLE_TOLERANCE, where, f"{len(made)} rows")
-
-
-def definitions_note(version: int) -> list[Check]:
-    """Which figures of an older run have changed their meaning since; nothing for a run of today's definitions."""
-    changed = changed_since(version)
-    if not changed:
-        return []
-    said = "; ".join(f"{name}: {how}" for name, how in changed.items())
-    what = f"definitions {version} → {DEFINITIONS}"
-    return [Check(what, NOTE, f"these changed their meaning and are not compared: {said}")]
-
-
-def compare_within(what: str, cells: Mapping[str, pd.DataFrame]) -> Check:
-    """Each pair's bias against its own two scores, in every cell: needs no model."""
-    worst, where, n = 0.0, "", 0
-    for name, frame in cells.items():
-        human, ai, bias = (frame[c].to_numpy(float) for c in ("score_human", "score_ai", "bias"))
-        gap = relative_gap(human - ai, bias)
-        row, n = int(gap.argmax()), n + len(frame)
-        if not gap[row] <= worst:
-            worst, where = float(gap[row]), f"{pair_name(frame, row)} of cell {name}"
-    return verdict(what, worst, TABLE_TOLERANCE, where, f"{n:,} pairs of {len(cells)} cells")
-
-
-def sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
-    """The base, the first candidate, and the rest spread evenly over the list."""
-    if wanted is None or wanted >= len(listed):
-        return list(listed)
-    spread = np.linspace(0, len(listed) - 1, max(wanted - 1, 0)).round().astype(int).tolist()
-    numbers = list(dict.fromkeys([0, 1, *spread]))[:wanted]
-    return [listed[i] for i in sorted(numbers) if i < len(listed)]
+            worst, where = float(gap[row]), name(row)
+    return Check(
+        what,
+        AGREES if worst <= tolerance else DIFFERS,
+        over if worst <= tolerance else where,
+        worst,
+        tolerance,
+    )
 
 
 def relative_gap(now: np.ndarray, then: np.ndarray) -> np.ndarray:
@@ -100,15 +64,70 @@ def relative_gap(now: np.ndarray, then: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(gap), np.inf, gap)
 
 
-def verdict(what: str, worst: float, tolerance: float, where: str, n: str) -> Check:
-    if worst <= tolerance:
-        return Check(what, AGREES, n, worst, tolerance)
-    return Check(what, DIFFERS, where, worst, tolerance)
+def compare_tables(what: str, made: pd.DataFrame, stored: pd.DataFrame, definitions: int) -> Check:
+    """A sweep's table as its cells give it against the one that is stored: the same rows, the same numbers.
+
+    Columns whose meaning changed since the run's definitions, or which it did not have, are left out.
+    """
+    older, changed = definitions < DEFINITIONS, changed_columns(definitions)
+    if not all(k in stored and list(made[k]) == list(stored[k]) for k in ("cell", "split")):
+        return Check(what, DIFFERS, "its rows are not the sweep's cells")
+    columns = [c for c in made.select_dtypes("number") if c not in changed and (c in stored or not older)]
+    if lost := [c for c in columns if c not in stored]:
+        return Check(what, DIFFERS, f"it has no column {lost[0]}")
+    parts = [
+        (made[c].to_numpy(float), numbers(stored[c]), lambda i, c=c: f"{c} of {made['rule'].iloc[i]} ({made['split'].iloc[i]})")
+        for c in columns
+    ]  # fmt: skip
+    return compare(what, parts, TABLE_TOLERANCE, f"{len(made)} rows")
 
 
-def compare_number(what: str, now: float, then: float) -> Check:
-    gap = float(relative_gap(np.array([now]), np.array([then]))[0])
-    return verdict(what, gap, TABLE_TOLERANCE, f"{then:.6g} stored, {now:.6g} from its table", f"{then:+.4f}")
+def definitions_note(version: int) -> list[Check]:
+    """Which figures of an older run have changed their meaning since; nothing for a run of today's definitions."""
+    said = "; ".join(f"{name}: {how}" for name, how in changed_since(version).items())
+    what = f"definitions {version} → {DEFINITIONS}"
+    return [Check(what, NOTE, f"these changed their meaning and are not compared: {said}")] if said else []
+
+
+def compare_within(what: str, cells: Mapping[str, pd.DataFrame]) -> Check:
+    """Each pair's bias against its own two scores, in every cell: needs no model."""
+    parts = [
+        ((f["score_human"] - f["score_ai"]).to_numpy(float), f["bias"].to_numpy(float), lambda i, n=n, f=f: f"{pair_name(f, i)} of cell {n}")
+        for n, f in cells.items()
+    ]  # fmt: skip
+    n = sum(len(f) for f in cells.values())
+    return compare(what, parts, TABLE_TOLERANCE, f"{n:,} pairs of {len(cells)} cells")
+
+
+def kept_numbers(then: pd.DataFrame, now: pd.DataFrame) -> list[Part]:
+    """Numbers kept with a cell: costs, and the scores on the valence banks."""
+    found: list[Part] = []
+    for key, old in then.attrs.items():
+        new = now.attrs.get(str(key))
+        if isinstance(old, float) and key != "strength":
+            found.append(measured(numbers([old]), numbers([new]), lambda i, key=key: str(key)))
+        if key == "bank" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            found.append(measured(numbers(old), numbers(new), lambda i: f"valence bank, prompt {i + 1}"))
+    return found
+
+
+def measured(then: np.ndarray, now: np.ndarray, name: Callable[[int], str]) -> Part:
+    """Stored numbers against those measured now; the difference is told with both."""
+    return now, then, lambda i: f"{name(i)}: {then[i]:.6g} stored, {now[i]:.6g} measured"
+
+
+def numbers(values: Any) -> np.ndarray:
+    """Values as floats; what is no number is NaN."""
+    return pd.to_numeric(pd.Series(values, dtype=object), errors="coerce").to_numpy(float)
+
+
+def sample(listed: Sequence[Mapping[str, Any]], wanted: int | None) -> list[Mapping[str, Any]]:
+    """The base, the first candidate, and the rest spread evenly over the list."""
+    if wanted is None or wanted >= len(listed):
+        return list(listed)
+    spread = np.linspace(0, len(listed) - 1, max(wanted - 1, 0)).round().astype(int).tolist()
+    numbers = list(dict.fromkeys([0, 1, *spread]))[:wanted]
+    return [listed[i] for i in sorted(numbers) if i < len(listed)]
 
 
 def compare_files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) -> Check:
@@ -122,27 +141,6 @@ def compare_files(what: str, then: Mapping[str, Any], now: Mapping[str, str]) ->
         return Check(what, AGREES, f"{count} the recorded sha256{more}")
     words = [f"{n} has another sha256 than recorded" for n in changed] + [f"{n} is gone" for n in gone]
     return Check(what, DIFFERS, "; ".join(words[:4]))
-
-
-def kept_numbers(then: pd.DataFrame, now: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Numbers kept with a cell: costs, and the scores on the valence banks."""
-    found: dict[str, tuple[float, float]] = {}
-    for key, old in then.attrs.items():
-        new = now.attrs.get(str(key))
-        if isinstance(old, float) and key != "strength":
-            found[str(key)] = (old, number(new))
-        if key == "bank" and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            gap = relative_gap(np.array([number(v) for v in new]), np.array([number(v) for v in old]))
-            row = int(gap.argmax())
-            found[f"valence bank, prompt {row + 1}"] = (number(old[row]), number(new[row]))
-    return found
-
-
-def number(value: Any) -> float:
-    try:
-        return math.nan if value is None else float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def pair_name(frame: pd.DataFrame, row: int) -> str:

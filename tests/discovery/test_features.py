@@ -12,7 +12,7 @@ from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
 from sae_bias.discovery.ordering import LEVELS, ordering_test, published_fit, published_order, published_rows
-from sae_bias.discovery.tables import token_texts
+from sae_bias.discovery.tables import _md, _tex, token_texts
 
 FITTING = np.array([0, 2, 2.2, 3, 5, *[0.0] * 10])
 
@@ -66,6 +66,12 @@ def test_the_exports_hold_the_same_numbers(gemma3, grid, tmp_path):
     assert r"50 \% of A\_1" in tex
     assert tex.count(r" \\") == 1 + len(table.to_frame())
     assert r"published\_hello" in tex
+
+
+def test_text_cannot_break_out_of_its_format():
+    assert _md("a|b \\ c\nd") == "a\\|b \\\\ c d"
+    assert _tex("a|b & 100%_x") == r"a|b \& 100\%\_x"
+    assert _tex("{x}~^\\") == r"\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}"
 
 
 def test_a_missing_cell_is_empty_and_never_zero(gemma3):

@@ -22,7 +22,7 @@ FIGURES = {
     "bias_distribution": lambda f: probe_figures.bias_distribution(f["pairs"]),
     "word_contributions": lambda f: probe_figures.word_contributions(f["words"]),
     "levels": lambda f: probe_figures.levels(f["levels"]),
-    "ranked_features": lambda f: features_figures.ranked_features(f["ranking"]),
+    "ranking_figure": lambda f: features_figures.ranking_figure(f["ranking"]),
     "activation_heatmap": lambda f: features_figures.activation_heatmap(f["activation"]),
     "sweep_curve": lambda f: sweep_figures.sweep_curve(f["sweep"]),
     "frontier": lambda f: sweep_figures.frontier(f["sweep"]),
@@ -95,7 +95,7 @@ def test_a_missing_score_is_a_gap_that_says_undefined_and_never_a_zero():
 
 
 def test_dead_features_are_not_drawn_and_calls_differ_in_symbol():
-    figure = features_figures.ranked_features(FRAMES["ranking"])
+    figure = features_figures.ranking_figure(FRAMES["ranking"])
     assert sum(len(t.x) for t in figure.data) == FRAMES["ranking"]["auroc"].notna().sum()
     assert len({t.marker.symbol for t in figure.data}) == len(figure.data)
 

@@ -18,7 +18,6 @@ def status(line: str) -> float:
 def run(folder: Path, study_file: str, step: str, sae: str) -> None:
     import sae_bias as sb
     from sae_bias.workflows.study import load_study
-    from sae_bias.workflows.study_file import SHARES
 
     study = load_study(study_file)
     model, pairs = sb.load_model(folder, dtype=study.dtype), sb.load_pairs(study.pairs)
@@ -31,11 +30,9 @@ def run(folder: Path, study_file: str, step: str, sae: str) -> None:
         return
     assert step == "rank"
     from sae_bias.discovery.attribution import attribution
-    from sae_bias.stats.design import split_templates
     from sae_bias.steering.engine import ProbeEngine
 
-    families = {p.template: p.family for p in pairs}
-    discover = split_templates(pairs.templates, SHARES, study.seed, families=families)["discover"]
+    discover = pairs.split(study.seed)["discover"]
     pairs, loaded = pairs.select(templates=discover), sb.load_sae(sae)
     sb.rank_features(model, [loaded], pairs, by="separation")
     sb.rank_features(model, [loaded], sb.load_grid(), by="interaction")

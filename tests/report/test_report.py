@@ -53,6 +53,14 @@ def test_one_file_in_the_run_folder_under_eight_megabytes(run, page):
     assert [p.name for p in run.iterdir() if p.name.endswith(".part")] == []
 
 
+def test_the_figure_of_candidates_colors_each_feature_by_its_call(run):
+    """As many AI-speech stars as the ranking calls so; they stood as mere separating features."""
+    read = read_run(run)
+    (figure,) = [s.figure for s in sections(read) if s.anchor == "features"]
+    called = int((read.tables["ranking"]["ai_speech"] == "yes").sum())
+    assert called and f"answers to AI speech ({called})" in {trace.name for trace in figure.data}
+
+
 def test_a_full_study_stays_under_eight_megabytes_and_says_what_it_left_out(tmp_path):
     page = write_report(build_run(tmp_path / "full", n_features=4000))
     assert page.stat().st_size < 8_000_000

@@ -1,18 +1,26 @@
 """The sections of a report: each is registered where it is defined, and made where the run has its table.
 
-    @section("The feature", table="ranking")
-    def ranking_section(run: Run) -> Section: ...
+    @section("The feature", table="rivers")                      a plugin's, whole
+    def rivers(run: Run) -> Section: ...
+
+    @drawn(FEATURE, "ladder", "ladder", "How the feature causes it", "rung: effect of; effect: nats")
+    def ladder(run: Run, frame: pd.DataFrame) -> Drawn: ...      table, anchor, title and columns are told beforehand
 
 Groups stand in the order of `GROUPS`, a plugin's own group after them; within a group sections stand in the order in which they were
 registered. A plugin registers its sections in the same way (`core.registry`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import pandas as pd
+import plotly.graph_objects as go
+
+from sae_bias.core import text as fmt
 from sae_bias.core.errors import RequestError
+from sae_bias.core.labels import columns_of
 from sae_bias.core.registry import Registry
-from sae_bias.report.parts import Section
+from sae_bias.report.parts import Section, Sides, run_table
 from sae_bias.runs.folder import Run
 
 CALIBRATION = "Calibration"
@@ -53,10 +61,48 @@ def section(group: str, *, table: str) -> Callable[[Build], Build]:
     """Register a section, made of a run that has `table`; a section of two tables is registered twice."""
 
     def add(build: Build) -> Build:
-        SECTIONS.register(f"{build.__module__}.{build.__qualname__} of {table}")(
-            SectionOf(group, table, build)
-        )
+        name = f"{build.__module__}.{build.__qualname__} of {table}"
+        SECTIONS.register(name)(SectionOf(group, table, build))
         return build
+
+    return add
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a section finds in its table."""
+
+    takeaway: str
+    figure: go.Figure | None = None
+    rows: pd.DataFrame | None = None
+    """What the table shows instead of the run's own; empty shows none."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Further columns, which depend on the run."""
+    how_to_read: str = ""
+    sides: list[Sides] = field(default_factory=list)
+
+
+Draw = Callable[[Run, pd.DataFrame], Drawn]
+
+
+def drawn(
+    group: str, table: str, anchor: str, title: str, columns: str = "", *, how: str = "", opened: bool = False, missing: str = fmt.UNDEFINED
+) -> Callable[[Draw], Draw]:  # fmt: skip
+    """Register a section over one table of the run; in `how` and in labels of `columns` {0} and {1} are what the run's two sides are called."""
+
+    def add(draw: Draw) -> Draw:
+        def build(run: Run) -> Section:
+            frame = run.tables[table]
+            found = draw(run, frame)
+            labels = {c: label.format(*run.sides) for c, label in columns_of(columns).items()} | found.columns
+            rows = frame if found.rows is None else found.rows
+            shown = run_table(run, table, labels, rows, missing=missing) if len(rows) else None
+            how_to_read = found.how_to_read or how.format(*run.sides)
+            return Section(anchor, title, found.takeaway, found.figure, shown, found.sides, open_table=opened, how_to_read=how_to_read)  # fmt: skip
+
+        build.__qualname__, build.__module__ = draw.__qualname__, draw.__module__
+        section(group, table=table)(build)
+        return draw
 
     return add
 
