@@ -255,15 +255,12 @@ def _read(candidate: _Candidate, resid: dict[Site, Tensor], index: int) -> None:
     blocks = []
     if sae.reduces_to_one_row:
         for start, stop in candidate.spans:
-            w_enc, b_enc, threshold = (t.to(x.device) for t in sae.columns(start, stop))
-            h = torch.addmm(b_enc, x, w_enc)
-            blocks.append(torch.where(h > threshold, h, 0.0))
+            columns, i = sae.columns(start, stop), index - start
+            blocks.append(columns.to(x.device).acts(x))
             if start <= index < stop:
-                i = index - start
                 (w_dec,) = sae.W_dec_rows([index])
-                candidate.feature = Feature(
-                    FeatureRef(sae.id, index), w_enc[:, i].cpu().contiguous(), w_dec, b_enc[i].cpu(), threshold[i].cpu(), sae.site
-                )  # fmt: skip
+                own = columns.w_enc[:, i].contiguous(), w_dec, columns.b_enc[i], columns.threshold[i]
+                candidate.feature = Feature(FeatureRef(sae.id, index), *own, sae.site)
     else:
         blocks.append(sae.encode(x))
         candidate.feature = sae.feature(index)

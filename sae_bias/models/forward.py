@@ -201,10 +201,10 @@ def capture_layers(
     tokens: Tokens,
     layers: Sequence[Where],
     *,
-    to_end: bool = False,
     packed: Packed | None = None,
+    mask: Tensor | None = None,
 ) -> dict[Where, Resid]:
-    """The tensor at each of some sites (resid_post, where a layer is given); layers above the highest are not run unless `to_end`.
+    """The tensor at each of some sites (resid_post, where a layer is given); layers above the highest are not run.
 
     Raises:
         RequestError: a residual that is not finite; names the layer and, where it is a weight's fault, the weight.
@@ -214,18 +214,16 @@ def capture_layers(
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Stop
 
+    more = {} if packed is None else packed.arguments(model)
+    more |= {} if mask is None else {"attention_mask": mask.to(tokens.device)}
     with keeping(model, layers) as kept:
-        top = None if to_end else model.layer(max(Site.parse(layer).layer for layer in layers))
-        handle = None if top is None else top.register_forward_hook(stop)
+        handle = model.layer(max(Site.parse(layer).layer for layer in layers)).register_forward_hook(stop)
         try:
-            model.base(
-                input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model))
-            )
+            model.base(input_ids=tokens, use_cache=False, **more)
         except _Stop:
             pass
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
     for layer, x in kept.items():
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bool(bad.any()):
