@@ -864,9 +864,7 @@ def test_each_of_the_sixteen_mistakes_has_a_mutant():
     assert all(m.test.__name__.startswith("test_") for m in MUTANTS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.mistake)
-def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
+def kill(mutant: Mutant, request: pytest.FixtureRequest, make_tiny: Callable[[str], Any]) -> None:
     """The named test passes on the code and fails on the mutant, each on models loaded anew."""
     arguments = dict(mutant.arguments)
     architecture = arguments.pop("architecture", None)
@@ -890,13 +888,19 @@ def test_each_mutant_is_killed(mutant, request, monkeypatch, make_tiny, capsys):
             mutant.test(**given)
 
     run("whole")
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         mutant.apply(patch)
         with pytest.raises(
             (AssertionError, pytest.fail.Exception, sb.SaeBiasError, RuntimeError, ValueError)
         ) as killed:
             run("mutant")
     assert not str(killed.value).endswith("rewrite the mutant")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.mistake)
+def test_each_mutant_is_killed(mutant, request, make_tiny):
+    kill(mutant, request, make_tiny)
     TABLE.append((mutant.mistake, mutant.killer))
     tally(f"mutants killed (of {len(MUTANTS)}; the method page lists {len(MISTAKES)} mistakes)")
 

@@ -113,6 +113,32 @@ def test_more_cost_never_leaves_more_bias_on_the_split_that_chose(points, a, b):
     assert left[0] <= 1 + 1e-12
 
 
+def test_a_method_acts_where_its_name_says(gemma3):
+    method = compare._taken_out(gemma3.feature(3))
+    cells = compare._cells({"feature": method, "other": method}, (0.5, 1.0))
+    assert len(cells) == 8
+    for cell in cells:
+        assert f", {compare.POSITIONS[cell.edits[0].positions]} | " in cell.label
+    assert {c.label for c in cells if c.edits[0].positions == "last"} == {
+        f"{name}, last token | {share:g}" for name in ("feature", "other") for share in (0.5, 1.0)
+    }
+
+
+def test_the_difference_of_means_compared_is_of_the_last_tokens(gemma3, pairs):
+    """From the residuals of plain transformers, prompt by prompt."""
+    plain, layer = Plain.load(gemma3.folder), gemma3.feature(3).site.layer
+    means = [
+        torch.stack([plain.residual(getattr(p, side), layer)[-1] for p in pairs]).mean(0)
+        for side in ("human", "ai")
+    ]
+    ridge = sb.ridge_probe(gemma3.model, pairs, folds=3)
+    methods = compare._methods(gemma3.model, gemma3.feature(3), pairs, ridge, 2, 0)
+    [(_, edit)] = methods["difference of means"]((1.0,), "all")
+    by_hand = torch.nn.functional.normalize(means[1] - means[0], dim=0)
+    torch.testing.assert_close(edit.along.basis[0], by_hand, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(edit.along.mean @ by_hand, means[0] @ by_hand, atol=1e-3, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def setting():
     truth = json.loads((organism_folder("planted") / "truth.json").read_text())["constructed"]

@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import sae_bias as sb
-from sae_bias.steering.banks import BankEngine, specific_reductions
+from sae_bias.discovery.attribution import attribution
+from sae_bias.prompts.texts import BANKS
+from sae_bias.steering.banks import BankEngine, bank_items, specific_reductions
 from sae_bias.steering.engine import ProbeEngine
+from sae_bias.workflows import fit as fitting
 from sae_bias.workflows.fit import _Fit, fit_direction, fit_split
 from sae_bias.workflows.fit_loss import bank_half
 
 SAE = "organism:planted/resid_post/layer_3_width_512_l0_small"
+SEEN = bank_half(0)
+"""Of each bank item, whether a fit of seed 0 reads it."""
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +67,51 @@ def test_a_fit_edits_as_the_scales_that_it_returns(model, fit):
     assert scores[place[:, 0]] == pytest.approx(after.score_human, abs=1e-3)
 
 
-def test_report_templates_and_half_of_the_statements_are_never_read(fit):
+def test_half_of_the_statements_are_never_read(model):
+    """Whole statements: none is read of some subjects and unread of others."""
+    pairs = sb.load_pairs().select(entities=["human"])
+    prompts = fitting.FitPrompts(model, sb.load_sae(SAE).site, pairs, sb.Probe(), 0)
+    read = np.zeros(len(SEEN), dtype=bool)
+    read[[i for item in prompts.bank_items for i in item.batch.index]] = True
+    assert read.tolist() == (SEEN & prompts.others).tolist()
+    assert read.sum() == pytest.approx(prompts.others.sum() / 2, rel=0.1)
+    statements = np.array(bank_items()[2])
+    assert not set(statements[read]) & set(statements[prompts.others & ~read])
+
+
+@pytest.mark.parametrize("kind", ["scales", "gated"])
+def test_a_fit_reads_discover_templates_alone(model, monkeypatch, kind):
+    seen = []
+
+    def stop(_model, _sae, pairs, *_):
+        seen.append(pairs.templates)
+        raise sb.RequestError("seen enough")
+
+    monkeypatch.setattr(fitting, "_Fit", stop)
     pairs = sb.load_pairs()
-    assert not set(fit_split(pairs, 0)["discover"]) & set(fit_split(pairs, 0)["report"])
-    read = sorted(i for item in fit.prompts.bank_items for i in item.batch.index)
-    assert read == np.flatnonzero(bank_half(0) & fit.prompts.others).tolist()
+    with pytest.raises(sb.RequestError, match="seen enough"):
+        fitting.fit_feature_set(model, SAE, pairs, kind=kind, seed=2)
+    assert set(seen[0]) == set(pairs.split(2)["discover"])
+
+
+def test_a_fits_report_is_of_the_statements_that_it_never_read(model):
+    """β of each row by scipy's regression over its own half of the banks."""
+    pairs = sb.load_pairs().select(entities=["human", "person"])
+    edit = sb.Ablate(f"{SAE}#{_busiest(model, pairs)}")
+    rows = sb.fit_report(model, edit, pairs).set_index("split")
+    banks = BankEngine(model, sb.Probe())
+    after, names = banks.scores([[edit]])[0], np.array(bank_items()[1])
+    for split, half in (("discover", SEEN), ("report", ~SEEN)):
+        slopes = [
+            stats.linregress(banks.base[m], after[m]).slope for m in ((names == b) & half for b in BANKS)
+        ]
+        assert rows.loc[split, "beta"] == pytest.approx(min(*slopes, 1.0), abs=1e-6)
+    assert abs(rows.loc["discover", "beta"] - rows.loc["report", "beta"]) > 1e-3
+
+
+def _busiest(model, pairs) -> int:
+    """The feature that ablation is predicted to take most of the bias with."""
+    return int(attribution(ProbeEngine(model, pairs, sb.Probe()), sb.load_sae(SAE)).argmax())
 
 
 @pytest.mark.parametrize("rule", [sb.ProjectOut, sb.RectifiedProjectOut])

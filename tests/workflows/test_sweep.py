@@ -16,6 +16,7 @@ from sae_bias.runs.folder import RunFolder
 from sae_bias.stats.reduction import NOT_DISTINGUISHABLE
 from sae_bias.steering import runner as runner_module
 from sae_bias.steering import shared as shared_module
+from sae_bias.steering.banks import bank_items
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.best_strength import choose_strength
 from sae_bias.workflows.cells import Cell
@@ -121,6 +122,18 @@ def test_the_strength_is_chosen_by_specific_reduction_and_reported_held_out():
     assert "in-sample" in repr(best)
 
 
+def test_an_edit_that_turns_the_bias_round_is_not_chosen():
+    """0.2 of the bias left is better than −0.9 of it: an overshoot is a bias too."""
+    bank = list(np.random.default_rng(0).normal(0, 2, len(bank_items()[0])))
+    facts = {"bank": bank, "kl_off": 0.0}
+    left = {"base": 1.0, "most gone": 0.2, "turned round": -0.9}
+    cells = {name: _cell_frame([k, 1.1 * k, 0.9 * k, 1.05 * k], facts) for name, k in left.items()}
+    splits = {"tune": ["t0", "t1"], "report": ["t0", "t1"]}
+    rows = cell_rows([_facts(n) for n in cells], cells, splits, costs=True)
+    best = choose_strength(rows, "tune", "report")
+    assert (best.cell, best.held_out) == ("most gone", pytest.approx(0.8))
+
+
 @pytest.mark.parametrize(
     ("table", "why"),
     [
@@ -174,8 +187,6 @@ def test_wrong_way_share_counts_pairs_made_worse():
 
 def test_specific_reduction_of_each_split_from_the_stored_scores():
     """A cell that halves every score, the banks' too, reduces by half and specifically by nothing."""
-    from sae_bias.measures.collapse import bank_items
-
     bank = list(np.random.default_rng(0).normal(0, 2, len(bank_items()[0])))
     base = _cell_frame([1.0, 1.1, 0.9, 1.05], {"bank": bank})
     flat = _cell_frame([0.5, 0.55, 0.45, 0.525], {"bank": [s / 2 for s in bank]})
