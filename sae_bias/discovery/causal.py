@@ -186,12 +186,9 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
 
 
 def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dict[str, object]:
-    low, high = stat.ci
     return {
         "rung": rung,
-        "effect": stat.mean,
-        "ci_low": low,
-        "ci_high": high,
+        **stat.columns("effect"),
         "share_of_bias": stat.mean / bias if bias else math.nan,
         "share_of_ceiling": stat.mean / ceiling if ceiling else math.nan,
         "n_pairs": n,

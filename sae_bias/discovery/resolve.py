@@ -299,7 +299,12 @@ def _ranked(candidates: Sequence[_Candidate]) -> pd.DataFrame:
     for c in candidates:
         row = dict.fromkeys(COLUMNS, np.nan) | {"sae": c.name, "status": c.status, "ordered": False, "bytes_read": c.bytes_read}  # fmt: skip
         if c.sae is not None:
-            row |= {"layer": c.sae.site.layer, "d_sae": c.sae.d_sae, "bytes_file": _file_bytes(c.sae)}
+            file, _ = w_enc_file(c.sae) or (None, "")
+            row |= {
+                "layer": c.sae.site.layer,
+                "d_sae": c.sae.d_sae,
+                "bytes_file": file.file.size if file else c.sae.path.stat().st_size if c.sae.path else np.nan,
+            }
         if c.acts is not None and c.status == "read":
             fits = published_fit(c.acts)
             own, others = float(fits[c.place]), np.delete(fits, c.place)
@@ -321,17 +326,6 @@ def _ranked(candidates: Sequence[_Candidate]) -> pd.DataFrame:
     frame["p_holm"] = np.where(read, holm(frame["p"].fillna(1.0).to_numpy(dtype=float)), np.nan)
     frame["survives"] = (frame["p_holm"] <= ALPHA).to_numpy()
     return frame.sort_values(["p", "fit"], ascending=[True, False], na_position="last", ignore_index=True)
-
-
-def _file_bytes(sae: Sae) -> float:
-    found = w_enc_file(sae)
-    return (
-        float(found[0].file.size)
-        if found is not None
-        else float(sae.path.stat().st_size)
-        if sae.path
-        else np.nan
-    )
 
 
 def _verdict(

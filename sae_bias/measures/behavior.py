@@ -33,7 +33,7 @@ from sae_bias.probe.words import default_probe
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import Scenarios
-from sae_bias.stats.rates import Estimate, mean_of, paired_change, two_sample
+from sae_bias.stats.rates import NOTHING, Estimate, mean_of, paired_change, two_sample
 from sae_bias.steering.controls import mismatch_edits, random_control
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.generate import Completion, generate
@@ -408,20 +408,13 @@ def _row(
 def _columns(
     facts: dict[str, Any], side: str, reading: _Reading, keep: Array, now: Scores, rate: Estimate, change: Estimate | None, controls: list[float],
 ) -> dict[str, Any]:  # fmt: skip
-    none = Estimate(np.nan, np.nan, np.nan, np.nan)
-    moved = change or none
     return facts | {
         "side": side,
         "n": int(np.isfinite(now[keep]).sum()),
         "unscored": int(np.isnan(now[keep]).sum()),
         "n_units": len(set(reading.units[keep])),
-        "rate": rate.value,
-        "ci_low": rate.low,
-        "ci_high": rate.high,
-        "change": moved.value,
-        "change_low": moved.low,
-        "change_high": moved.high,
-        "p_value": moved.p,
+        **rate.columns("rate", "ci_low", "ci_high"),
+        **(change or NOTHING).columns("change", "change_low", "change_high", "p_value"),
         "control_change": float(np.mean(controls)) if controls else np.nan,
         "n_controls": len(controls),
     }

@@ -168,18 +168,13 @@ def _question(base: ProbeResult, after: ProbeResult, margin: float) -> dict[str,
     stat = clustered_mean(change.values, *base.clusters)
     p = equivalence_p(stat, margin) if margin > 0 else float("nan")
     undetermined = np.isnan(p) or min(n for n in (stat.n_templates, stat.n_entities) if n) < FEWEST_CLUSTERS
-    before_low, before_high = base.ci
     further = np.abs(after.pair_bias) - np.abs(base.pair_bias) > MOVED
     return {
         "sides": " - ".join(base.sides),
         "n_pairs": base.n_pairs,
-        "before": base.bias,
-        "before_low": before_low,
-        "before_high": before_high,
+        **base.stat.columns("before", "before_low", "before_high"),
         "after": after.bias,
-        "change": change.mean,
-        "change_low": change.ci[0],
-        "change_high": change.ci[1],
+        **stat.columns("change", "change_low", "change_high"),
         "mean_abs_change": change.mean_abs,
         "margin": margin,
         "p_equivalent": p,

@@ -97,18 +97,12 @@ class Final:
                 )
             return (self.full if token_ids is None else self.full[..., list(token_ids)]).float()
         assert self.resid is not None
-        w, b = self._head() if token_ids is None else self.model.rows(token_ids)
-        normed = self.model.final_norm(self.resid.float())
-        z = normed.to(w.device) @ w.T
-        if b is not None:
-            z = z + b
+        model = self.model  # the whole unembedding is not copied where it is float32 already
+        w, b = (model.w_unembed, model.b_unembed) if token_ids is None else model.rows(token_ids)
+        z = model.final_norm(self.resid.float()).to(w.device) @ w.float().T
+        z = z if b is None else z + b.float()
         cap = self.model.softcap if softcap else None
         return z if cap is None else cap * torch.tanh(z / cap)
-
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        """The whole unembedding in float32, not copied where it is so already."""
-        b = self.model.b_unembed
-        return self.model.w_unembed.float(), None if b is None else b.float()
 
     def blocks(self, *, softcap: bool = True) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
         """All logits of the positions, flattened, a few rows at a time so that they are never kept."""

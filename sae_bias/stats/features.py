@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 from scipy.stats import false_discovery_control
@@ -224,15 +224,11 @@ def auroc(pos: ArrayLike, neg: ArrayLike, *, block: int = 2048) -> Float[Array, 
     if p.shape[1] != q.shape[1]:
         raise RequestError(f"pos has {p.shape[1]} features, neg {q.shape[1]}; expected the same")
     area = np.full(p.shape[1], 0.5)
-    live = np.flatnonzero(_varies(p, q))
+    live = np.flatnonzero(np.maximum(p.max(0), q.max(0)) > np.minimum(p.min(0), q.min(0)))
     for start in range(0, len(live), block):
         cols = live[start : start + block]
         area[cols] = _auroc_block(np.concatenate([p[:, cols], q[:, cols]]).T.copy(), len(p))
     return area
-
-
-def _varies(p: Array, q: Array) -> Bool[Array, "f"]:
-    return (np.maximum(p.max(0), q.max(0)) - np.minimum(p.min(0), q.min(0))) > 0
 
 
 def _auroc_block(x: Float[Array, "f n"], n_pos: int) -> Float[Array, "f"]:
