@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.core.site import Site
 from sae_bias.discovery.ordering import LEVELS, SUBJECTS, published_fit, published_order, published_rows
 from sae_bias.models.model import Model
@@ -51,10 +52,6 @@ from sae_bias.stats.features import holm
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-
 ALPHA = 0.05
 PAGE = 4096
 SCORE = "Pearson's r with the published levels 0, 2, 2, 3, 4 (AI) and 0 (human, dog)"
@@ -62,9 +59,10 @@ COLUMNS = ["sae", "status", "layer", "d_sae", "fit", "ordered", "rank", "n_null"
 
 
 @dataclass(frozen=True, eq=False)
-class Resolution:
+class Resolution(Framed):
     """What a bare index is in each candidate SAE, and which of them the published table fits."""
 
+    frame_field: ClassVar[str] = "candidates"
     index: int
     candidates: pd.DataFrame
     """One row a candidate, best fit first; those that could not be read say why in `status`."""
@@ -75,9 +73,6 @@ class Resolution:
     """The feature meant, where the evidence identifies one."""
     tie_broken: bool = False
     """Whether it took the effect of suppression."""
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.candidates.copy()
 
     def table(self, sae: str) -> pd.DataFrame:
         """One candidate's subjects × statements."""
@@ -91,7 +86,7 @@ class Resolution:
     def bytes_read(self) -> int:
         return int(self.candidates["bytes_read"].fillna(0).sum())
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Every candidate's fit against its own file's other features."""
         from sae_bias.figures.features import candidates_figure
 
@@ -109,13 +104,6 @@ class Resolution:
             )
             lines.append(self.tables[row["sae"]].round(2).to_string())
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(f'Feature {self.index}: {self.verdict}')}</p>" + self.candidates.round(3).to_html(
-            escape=True, index=False
-        )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure
 from sae_bias.discovery.ordering import OrderingTest, ai_and_others, ordering_test
 from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
@@ -32,10 +33,6 @@ from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature, check_sae
 from sae_bias.steering.intervention import FeatureLike
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 POSITIONS = ("last", "max", "tokens")
 
@@ -126,7 +123,7 @@ class ActivationTable:
     def _which(self) -> str:
         return "last token" if self.positions == "last" else "maximum over tokens"
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Heat map of subjects × statements."""
         from sae_bias.figures.features import activation_heatmap
 

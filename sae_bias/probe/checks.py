@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Framed
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked, read_together
 from sae_bias.probe.checks_subjects import Decomposition, Nuisances, ask_decomposition, ask_nuisances
@@ -38,9 +39,10 @@ _IN_A_RUN = {"subjects": "levels", "levels": "word_levels"}
 
 
 @dataclass(frozen=True, eq=False)
-class Checks:
+class Checks(Framed):
     """The tables of `run_checks`, and one row a check."""
 
+    frame_field: ClassVar[str] = "summary"
     result: ProbeResult
     summary: pd.DataFrame
     """check, value, ci_low, ci_high, p_value, says: the primary figure first."""
@@ -52,9 +54,6 @@ class Checks:
     """What belongs in the headline: the sign hangs on the stem, the forced choice disagrees."""
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     """Blocks of a run's summary: random_words, multiverse, forced_choice."""
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.summary.copy()
 
     def run_tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the name they have in a run folder: `checks` (the summary), `levels`, `word_levels`, `check_…`."""
