@@ -61,6 +61,7 @@ class Scan:
     frame: pd.DataFrame
     n_units: int
     note: str = ""
+    units: str = "templates"
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
     """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
@@ -194,8 +195,8 @@ def separation(
             contrast = units @ (ai - human)
             family.add(contrast, floor)
             if without:
-                full = paired_t(contrast, floor).t
-                loo.append(_toward_zero(full, [paired_t(w @ (ai - human), floor).t for w in without]))
+                full = paired_t(contrast, floor)
+                loo.append(_toward_zero(full, [paired_t(w @ (ai - human), floor) for w in without]))
         if held is not None:
             h, m = a[2 * n : 2 * n + len(held)], a[2 * n + len(held) :]
             out |= {"held_auroc": auroc(m, h), "held_mean_diff": (m - h).mean(0)}
@@ -403,7 +404,7 @@ def interaction(
     if everywhere is not None:
         size = lambda top: {"interaction_max": interaction_contrast({c: m @ top for c, m in everything.items()}).mean(0)}  # noqa: E731  # fmt: skip
         _add_max(frame, saes, everywhere, {"interaction_max": 0.0}, size)
-    return Scan(frame, len(ranked), note, held, pairing)
+    return Scan(frame, len(ranked), note, "matched statement pairs", held, pairing)
 
 
 class _Tests:
@@ -428,9 +429,9 @@ class _Tests:
         self.interaction.add(contrast, floor)
         self.main.add((means["AS"] + means["AN"] - means["HS"] - means["HN"]) / 2, floor)
         if self.without:
-            full = paired_t(contrast, floor).t
+            full = paired_t(contrast, floor)
             dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left in self.without]
-            self.loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
+            self.loo_t.append(_toward_zero(full, [paired_t(d, floor) for d in dropped]))
 
 
 def _worst_size(dropped: Sequence[_Sizing], a: Array, sign: Array) -> Array:

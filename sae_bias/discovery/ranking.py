@@ -33,7 +33,7 @@ from sae_bias.discovery.effects import (
     predict_effects,
 )
 from sae_bias.discovery.integrated import COLUMNS as PARTS
-from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
+from sae_bias.discovery.text_contrasts import scan_contrast
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
@@ -268,7 +268,7 @@ class _Work:
         main, grid_scan = scans[self.main], scans.get("interaction", scans[self.main])
         notes = [*(scan.note for scan in scans.values()), *([found.note] if found else [])]
         return Ranking(
-            self.by, frame, len(frame), main.n_units, "matched statement pairs" if self.by == "interaction" else "templates",
+            self.by, frame, len(frame), main.n_units, main.units,
             "; ".join(note for note in notes if note), main.held or grid_scan.held, found.agreement if found else None, joint,
             grid_scan.pairing, *((found.parts, found.predictions) if found else ()), templates=self.templates,
         )  # fmt: skip
@@ -303,7 +303,7 @@ class _Work:
         return found, joint
 
 
-def of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+def of_contrast(scan: Scan, saes: Sequence[Sae]) -> Ranking:
     """The ranking of a contrast's scan, by AUROC."""
     frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
     _add_families(frame, saes)

@@ -115,13 +115,6 @@ class Final:
             rows = slice(start, start + ROWS)
             yield rows, flat[rows].logits(softcap=softcap)[:, 0]
 
-    def log_normaliser(self, *, softcap: bool = True) -> Float[Tensor, "batch pos"]:
-        """log Σ exp of all logits."""
-        whole = self.full if self.resid is None else self.resid
-        assert whole is not None
-        parts = [log_sum_exp(z) for _, z in self.blocks(softcap=softcap)]
-        return torch.cat(parts).reshape(whole.shape[:2])
-
 
 def log_sum_exp(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
     """log Σ exp of each row in the widest float, a few rows at a time: the exponentials take as much memory as the logits."""
