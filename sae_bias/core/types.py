@@ -6,6 +6,3 @@ from torch import Tensor
 Tokens = Int[Tensor, "batch pos"]
 PositionMask = Bool[Tensor, "batch pos"]
 Resid = Float[Tensor, "batch pos d_model"]
-LastResid = Float[Tensor, "batch d_model"]
-FeatureActs = Float[Tensor, "batch pos n_features"]
-Logits = Float[Tensor, "batch d_vocab"]

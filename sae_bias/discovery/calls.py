@@ -27,7 +27,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
-from sae_bias.stats.features import lower_bound_min
+from sae_bias.stats.features import lower_bound
 
 ALPHA = 0.05
 CALLS = ("AI-speech", "silent at AI speech", "negative judgement", "AI identity")
@@ -110,9 +110,9 @@ def held_out(
         differences["HC"], mean["HC"] = harm[0] - harm[1], harm[1].mean(0)
     return HeldOut(
         mean,
-        {k: lower_bound_min([d]) for k, d in differences.items()},
-        {k: lower_bound_min([-d]) for k, d in differences.items()},
-        lower_bound_min([means["AN"] - means["HN"]]),
+        {k: lower_bound(d) for k, d in differences.items()},
+        {k: lower_bound(-d) for k, d in differences.items()},
+        lower_bound(means["AN"] - means["HN"]),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.discovery.attribution import score_coefficients, weighted_score
 from sae_bias.discovery.integrated import reconstruction
 from sae_bias.models.forward import Final, Kept, forward_with_grad
@@ -38,10 +39,6 @@ from sae_bias.stats.clustered import Clustered, clustered_mean
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.interchange import AI, HUMAN, Interchange
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 MOST_LAYERS = 9
 MOST_POSITIONS = 8
@@ -59,9 +56,10 @@ MEANING = {
 
 
 @dataclass(frozen=True, eq=False)
-class Ladder:
+class Ladder(Framed):
     """The causal effects of one feature, each in nats of bias with its interval."""
 
+    frame_field: ClassVar[str] = "rungs"
     feature: FeatureRef
     base: ProbeResult
     rungs: pd.DataFrame
@@ -73,14 +71,11 @@ class Ladder:
     layer: int
     note: str = ""
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.rungs.copy()
-
     def __getitem__(self, rung: str) -> float:
         """One effect in nats."""
         return float(self.rungs.set_index("rung").loc[rung, "effect"])  # type: ignore[arg-type]
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """The effects with their intervals, and the upper bound at every layer and position."""
         from sae_bias.figures.features import ladder
 
@@ -99,13 +94,6 @@ class Ladder:
                 f"  {row['rung']:<16}{row['effect']:+8.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]  {row['share_of_bias']:.0%} of the bias{of}"
             )
         return "\n".join(lines + ([f"  {self.note}"] if self.note else []))
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(repr(self).splitlines()[0])}</p>" + self.rungs.round(3).to_html(
-            escape=True, index=False
-        )
 
 
 def causal_ladder(
@@ -188,12 +176,9 @@ def _rungs(engine: ProbeEngine, exchange: Interchange, feature: Feature) -> tupl
 
 
 def _row(rung: str, stat: Clustered, bias: float, ceiling: float, n: int) -> dict[str, object]:
-    low, high = stat.ci
     return {
         "rung": rung,
-        "effect": stat.mean,
-        "ci_low": low,
-        "ci_high": high,
+        **stat.columns("effect"),
         "share_of_bias": stat.mean / bias if bias else math.nan,
         "share_of_ceiling": stat.mean / ceiling if ceiling else math.nan,
         "n_pairs": n,

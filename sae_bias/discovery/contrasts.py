@@ -10,7 +10,7 @@ entity (each AI or human subject) dropped in turn, held against the family's own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +61,7 @@ class Scan:
     frame: pd.DataFrame
     n_units: int
     note: str = ""
+    units: str = "templates"
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
     """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
@@ -172,10 +173,16 @@ def separation(
     prompts = [p.human for p in pairs] + [p.ai for p in pairs]
     prompts += [] if held is None else [p.human for p in held] + [p.ai for p in held]
     last, neutral, everywhere = read_residuals(model, prompts, [s.site for s in saes], everywhere=max_view)
-    units = _averages([p.template for p in pairs])
-    entities = [p.entity for p in pairs]
-    names = list(dict.fromkeys(entities)) if len(set(entities)) > 1 else []
-    without = [_averages([p.template for p in pairs], keep=[e != left for e in entities]) for left in names]
+    names = pairs.entities if len(pairs.entities) > 1 else ()
+
+    def averages(without: str | None = None) -> Array:
+        of = [
+            [i for i, p in enumerate(pairs) if p.template == t and p.entity != without]
+            for t in pairs.templates
+        ]
+        return averaging(of, n)
+
+    units, without = averages(), [averages(left) for left in names]
     without = [w for w in without if len(w) == len(units)]  # leaving it out must not lose a template
     family = MaxT(len(units), seed=seed) if len(units) > 1 else None
     loo: list[Array] = []
@@ -188,8 +195,8 @@ def separation(
             contrast = units @ (ai - human)
             family.add(contrast, floor)
             if without:
-                full = paired_t(contrast, floor).t
-                loo.append(_toward_zero(full, [paired_t(w @ (ai - human), floor).t for w in without]))
+                full = paired_t(contrast, floor)
+                loo.append(_toward_zero(full, [paired_t(w @ (ai - human), floor) for w in without]))
         if held is not None:
             h, m = a[2 * n : 2 * n + len(held)], a[2 * n + len(held) :]
             out |= {"held_auroc": auroc(m, h), "held_mean_diff": (m - h).mean(0)}
@@ -201,7 +208,8 @@ def separation(
     columns = _scan(saes, last, neutral, defaults, statistics, "separation", progress)
     frame, note = _add_tests(columns, family, loo, "templates", "separates")
     if everywhere is not None:
-        _add_max_view(frame, saes, everywhere, n)
+        both = lambda top: {"auroc_max": auroc(top[n : 2 * n], top[:n]), "mean_diff_max": (top[n : 2 * n] - top[:n]).mean(0)}  # noqa: E731  # fmt: skip
+        _add_max(frame, saes, everywhere, {"auroc_max": 0.5, "mean_diff_max": 0.0}, both)
     return Scan(frame, len(units), note)
 
 
@@ -217,20 +225,23 @@ def _two_sides(ai: Array, human: Array) -> dict[str, Array]:
     }
 
 
-def _add_max_view(
-    frame: pd.DataFrame, saes: Sequence[Sae], everywhere: Mapping[Site, tuple[Tensor, Tensor]], n: int
+def _add_max(
+    frame: pd.DataFrame,
+    saes: Sequence[Sae],
+    everywhere: Mapping[Site, tuple[Tensor, Tensor]],
+    defaults: Mapping[str, float],
+    statistics: Callable[[Array], Mapping[str, Array]],
 ) -> None:
-    """Separation of the maximum over ordinary tokens, beside that of the last token."""
-    area, difference, offset = np.full(len(frame), 0.5), np.zeros(len(frame)), 0
+    """`statistics` of the maximum over ordinary tokens [n_prompts, m], beside those of the last token."""
+    columns, offset = {name: np.full(len(frame), value) for name, value in defaults.items()}, 0
     for sae in saes:
         rows, owner = everywhere[sae.site]
         first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
         for block in live_blocks(sae, rows):
-            top = np.maximum.reduceat(block.acts, first, axis=0)
-            area[offset + block.index] = auroc(top[n : 2 * n], top[:n])
-            difference[offset + block.index] = (top[n : 2 * n] - top[:n]).mean(0)
+            for name, values in statistics(np.maximum.reduceat(block.acts, first, axis=0)).items():
+                columns[name][offset + block.index] = values
         offset += sae.d_sae
-    frame["auroc_max"], frame["mean_diff_max"] = area, difference
+    frame[list(columns)] = pd.DataFrame(columns, index=frame.index)
 
 
 # --- interaction ---------------------------------------------------------------------------------------
@@ -258,22 +269,17 @@ class _Cells:
     """Badly judged statement → (row among `prompts`, subject) of its human and animal subjects."""
 
     def averages(self, matches: Sequence[str], without: str | None = None) -> dict[str, Array]:
-        out = {}
-        for cell, by_match in self.rows.items():
-            matrix = np.zeros((len(matches), len(self.prompts)))
-            for i, match in enumerate(matches):
-                kept = [row for row, subject in by_match[match] if subject != without]
-                matrix[i, kept] = 1 / len(kept)
-            out[cell] = matrix
-        return out
+        """Of each cell, row k averages the prompts of the k-th matched pair."""
+        return {cell: self._averages([by[m] for m in matches], without) for cell, by in self.rows.items()}
 
     def harm_averages(self, statements: Sequence[str], without: str | None = None) -> Array:
         """Row k averages the prompts of the k-th badly judged statement."""
-        matrix = np.zeros((len(statements), len(self.prompts)))
-        for i, statement in enumerate(statements):
-            kept = [row for row, subject in self.harm[statement] if subject != without]
-            matrix[i, kept] = 1 / len(kept)
-        return matrix
+        return self._averages([self.harm[s] for s in statements], without)
+
+    def _averages(self, units: Sequence[Sequence[tuple[int, str]]], without: str | None) -> Array:
+        return averaging(
+            [[row for row, subject in rows if subject != without] for rows in units], len(self.prompts)
+        )
 
     def droppable(self) -> list[str]:
         """AI and human subjects that can be left out without emptying a cell."""
@@ -396,8 +402,9 @@ def interaction(
     size[columns.place] = np.concatenate(loo_size) if loo_size else np.nan
     note = _call(frame, columns.place, tests, blocks, size, held, note, why)
     if everywhere is not None:
-        _add_interaction_max(frame, saes, everywhere, everything)
-    return Scan(frame, len(ranked), note, held, pairing)
+        size = lambda top: {"interaction_max": interaction_contrast({c: m @ top for c, m in everything.items()}).mean(0)}  # noqa: E731  # fmt: skip
+        _add_max(frame, saes, everywhere, {"interaction_max": 0.0}, size)
+    return Scan(frame, len(ranked), note, "matched statement pairs", held, pairing)
 
 
 class _Tests:
@@ -422,9 +429,9 @@ class _Tests:
         self.interaction.add(contrast, floor)
         self.main.add((means["AS"] + means["AN"] - means["HS"] - means["HN"]) / 2, floor)
         if self.without:
-            full = paired_t(contrast, floor).t
+            full = paired_t(contrast, floor)
             dropped = [interaction_contrast({c: m @ a for c, m in left.items()}) for left in self.without]
-            self.loo_t.append(_toward_zero(full, [paired_t(d, floor).t for d in dropped]))
+            self.loo_t.append(_toward_zero(full, [paired_t(d, floor) for d in dropped]))
 
 
 def _worst_size(dropped: Sequence[_Sizing], a: Array, sign: Array) -> Array:
@@ -469,25 +476,6 @@ def _call(
     frame["survives_loo"] = _yes_no(survives, frame["loo_p"].notna())
     tested = f"calls: tested on {n} matched pairs, size checked on {n_held} others"
     return f"{tested}; AI-speech undetermined: {why}" if why else tested
-
-
-def _add_interaction_max(
-    frame: pd.DataFrame,
-    saes: Sequence[Sae],
-    everywhere: Mapping[Site, tuple[Tensor, Tensor]],
-    averages: Mapping[str, Array],
-) -> None:
-    values, offset = np.zeros(len(frame)), 0
-    for sae in saes:
-        rows, owner = everywhere[sae.site]
-        first = np.flatnonzero(np.diff(owner.cpu().numpy(), prepend=-1))
-        for block in live_blocks(sae, rows):
-            top = np.maximum.reduceat(block.acts, first, axis=0)
-            values[offset + block.index] = interaction_contrast(
-                {c: m @ top for c, m in averages.items()}
-            ).mean(0)
-        offset += sae.d_sae
-    frame["interaction_max"] = values
 
 
 def _cells(grid: PromptGrid) -> _Cells:
@@ -551,12 +539,10 @@ def feature_names(sae: Sae) -> pd.DataFrame:
     )
 
 
-def _averages(labels: Sequence[str], keep: Sequence[bool] | None = None) -> Float[Array, "n_units n"]:
-    """Row k averages the rows of the k-th label; a label of which nothing is kept has no row."""
-    keep = [True] * len(labels) if keep is None else keep
-    rows = []
-    for label in dict.fromkeys(labels):
-        mine = np.array([name == label and k for name, k in zip(labels, keep)], dtype=np.float64)
-        if mine.sum():
-            rows.append(mine / mine.sum())
-    return np.stack(rows)
+def averaging(units: Iterable[Sequence[int]], n: int) -> Float[Array, "n_units n"]:
+    """Row k averages the places of the k-th unit; one of which nothing is kept has no row."""
+    kept = [list(places) for places in units if len(places)]
+    matrix = np.zeros((len(kept), n))
+    for row, places in zip(matrix, kept):
+        row[places] = 1 / len(places)
+    return matrix

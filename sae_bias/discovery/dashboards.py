@@ -25,7 +25,7 @@ import torch
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.discovery.logit_lens import Word, mean_inverse_rms, promoted, token_name
 from sae_bias.discovery.ordering import OrderingTest
-from sae_bias.discovery.tables import ActivationTable, activation_table, token_texts
+from sae_bias.discovery.tables import ActivationTable, activation_table, token_texts, written
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import batches, last_residuals, text_batches, token_windows
 from sae_bias.prompts.grid import PromptGrid
@@ -148,13 +148,7 @@ class FeatureCard:
         """One self-contained page without scripts; written to `path` where one is given."""
         from sae_bias.discovery.dashboard_page import card_page
 
-        page = card_page(self)
-        if path is not None:
-            try:
-                Path(path).write_text(page, encoding="utf-8")
-            except OSError as error:
-                raise RequestError(f"{path} cannot be written: {error.strerror}.") from error
-        return page
+        return written(card_page(self), path)
 
     def _repr_html_(self) -> str:
         from sae_bias.discovery.dashboard_page import card_body

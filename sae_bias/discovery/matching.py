@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.discovery.contrasts import HARM
 from sae_bias.discovery.ranking import load_saes
 from sae_bias.discovery.tables import feature_acts
@@ -38,8 +39,6 @@ from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from sae_bias.stats.clustered import Clustered
 
 
@@ -49,9 +48,10 @@ Profile = Float[np.ndarray, "n_prompts"]
 
 
 @dataclass(frozen=True, eq=False)
-class Match:
+class Match(Framed):
     """The candidates for a feature's counterpart, most similar first."""
 
+    frame_field: ClassVar[str] = "candidates"
     feature: FeatureRef
     candidates: pd.DataFrame
     """feature, sae, index, rho, p_fwer, mutual, class, same_class, removed … and removed_original … with intervals, same_sign."""
@@ -65,10 +65,7 @@ class Match:
     n_prompts: int
     family_size: int
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.candidates.copy()
-
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """The candidates by rank correlation."""
         from sae_bias.figures.features import match_figure
 
@@ -76,12 +73,7 @@ class Match:
 
     def __repr__(self) -> str:
         head = f"Match of {self.feature} ({self.profile_class}) over {self.n_prompts} prompts and {self.family_size:,} features"
-        return f"{head}\n  {self.verdict}\n{self.candidates.head(8).round(3).to_string(index=False)}"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(self.verdict)}</p>" + self.candidates.round(3).to_html(escape=True, index=False)
+        return f"{head}: {self.verdict}\n{self.candidates.head(8).round(3).to_string(index=False)}"
 
 
 def match_features(

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.discovery.attribution import Agreement, cumulative_ablation
 from sae_bias.discovery.calls import CALLS as SPEECH_CALLS
 from sae_bias.discovery.contrasts import ALPHA, PAIRING, Scan, Split, interaction, separation
@@ -32,7 +33,7 @@ from sae_bias.discovery.effects import (
     predict_effects,
 )
 from sae_bias.discovery.integrated import COLUMNS as PARTS
-from sae_bias.discovery.text_contrasts import ContrastScan, scan_contrast
+from sae_bias.discovery.text_contrasts import scan_contrast
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.contrast import Contrast
@@ -48,10 +49,6 @@ from sae_bias.steering.controls import control_edits, control_test
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-
 BY = ("separation", "interaction", "attribution", "ablation")
 MOST_TWINS = 32
 MOST_CAUSAL = 8
@@ -66,7 +63,7 @@ SORT = {
 
 
 @dataclass(frozen=True, eq=False)
-class Ranking:
+class Ranking(Framed):
     """Every feature scanned, best first, with the statistics it was ranked by."""
 
     by: str
@@ -101,9 +98,6 @@ class Ranking:
         refs = (FeatureRef.parse(name) for name in self.frame["feature"].head(k))
         return [replace(ref, split=self.templates or None) for ref in refs]
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
     def called(self, call: str) -> list[FeatureRef]:
         """Features called so: "separates", "ai_speech", "causal_ai_speech", or a value of `call` such as "negative judgement"."""
         if call in SPEECH_CALLS and "call" in self.frame:
@@ -112,7 +106,7 @@ class Ranking:
             raise RequestError(f"a ranking by {self.by} makes no call {call!r}.")
         return [FeatureRef.parse(name) for name in self.frame.loc[self.frame[call] == "yes", "feature"]]
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """What the ranking sorts by, for every feature, the calls in color."""
         from sae_bias.figures.features import ranking_figure
 
@@ -274,7 +268,7 @@ class _Work:
         main, grid_scan = scans[self.main], scans.get("interaction", scans[self.main])
         notes = [*(scan.note for scan in scans.values()), *([found.note] if found else [])]
         return Ranking(
-            self.by, frame, len(frame), main.n_units, "matched statement pairs" if self.by == "interaction" else "templates",
+            self.by, frame, len(frame), main.n_units, main.units,
             "; ".join(note for note in notes if note), main.held or grid_scan.held, found.agreement if found else None, joint,
             grid_scan.pairing, *((found.parts, found.predictions) if found else ()), templates=self.templates,
         )  # fmt: skip
@@ -309,7 +303,7 @@ class _Work:
         return found, joint
 
 
-def of_contrast(scan: ContrastScan, saes: Sequence[Sae]) -> Ranking:
+def of_contrast(scan: Scan, saes: Sequence[Sae]) -> Ranking:
     """The ranking of a contrast's scan, by AUROC."""
     frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
     _add_families(frame, saes)

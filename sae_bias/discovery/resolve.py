@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError, SaeBiasError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.core.site import Site
 from sae_bias.discovery.ordering import LEVELS, SUBJECTS, published_fit, published_order, published_rows
 from sae_bias.models.model import Model
@@ -51,10 +52,6 @@ from sae_bias.stats.features import holm
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-
 ALPHA = 0.05
 PAGE = 4096
 SCORE = "Pearson's r with the published levels 0, 2, 2, 3, 4 (AI) and 0 (human, dog)"
@@ -62,9 +59,10 @@ COLUMNS = ["sae", "status", "layer", "d_sae", "fit", "ordered", "rank", "n_null"
 
 
 @dataclass(frozen=True, eq=False)
-class Resolution:
+class Resolution(Framed):
     """What a bare index is in each candidate SAE, and which of them the published table fits."""
 
+    frame_field: ClassVar[str] = "candidates"
     index: int
     candidates: pd.DataFrame
     """One row a candidate, best fit first; those that could not be read say why in `status`."""
@@ -75,9 +73,6 @@ class Resolution:
     """The feature meant, where the evidence identifies one."""
     tie_broken: bool = False
     """Whether it took the effect of suppression."""
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.candidates.copy()
 
     def table(self, sae: str) -> pd.DataFrame:
         """One candidate's subjects × statements."""
@@ -91,7 +86,7 @@ class Resolution:
     def bytes_read(self) -> int:
         return int(self.candidates["bytes_read"].fillna(0).sum())
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Every candidate's fit against its own file's other features."""
         from sae_bias.figures.features import candidates_figure
 
@@ -109,13 +104,6 @@ class Resolution:
             )
             lines.append(self.tables[row["sae"]].round(2).to_string())
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<p>{escape(f'Feature {self.index}: {self.verdict}')}</p>" + self.candidates.round(3).to_html(
-            escape=True, index=False
-        )
 
 
 @dataclass
@@ -255,15 +243,12 @@ def _read(candidate: _Candidate, resid: dict[Site, Tensor], index: int) -> None:
     blocks = []
     if sae.reduces_to_one_row:
         for start, stop in candidate.spans:
-            w_enc, b_enc, threshold = (t.to(x.device) for t in sae.columns(start, stop))
-            h = torch.addmm(b_enc, x, w_enc)
-            blocks.append(torch.where(h > threshold, h, 0.0))
+            columns, i = sae.columns(start, stop), index - start
+            blocks.append(columns.to(x.device).acts(x))
             if start <= index < stop:
-                i = index - start
                 (w_dec,) = sae.W_dec_rows([index])
-                candidate.feature = Feature(
-                    FeatureRef(sae.id, index), w_enc[:, i].cpu().contiguous(), w_dec, b_enc[i].cpu(), threshold[i].cpu(), sae.site
-                )  # fmt: skip
+                own = columns.w_enc[:, i].contiguous(), w_dec, columns.b_enc[i], columns.threshold[i]
+                candidate.feature = Feature(FeatureRef(sae.id, index), *own, sae.site)
     else:
         blocks.append(sae.encode(x))
         candidate.feature = sae.feature(index)
@@ -302,7 +287,12 @@ def _ranked(candidates: Sequence[_Candidate]) -> pd.DataFrame:
     for c in candidates:
         row = dict.fromkeys(COLUMNS, np.nan) | {"sae": c.name, "status": c.status, "ordered": False, "bytes_read": c.bytes_read}  # fmt: skip
         if c.sae is not None:
-            row |= {"layer": c.sae.site.layer, "d_sae": c.sae.d_sae, "bytes_file": _file_bytes(c.sae)}
+            file, _ = w_enc_file(c.sae) or (None, "")
+            row |= {
+                "layer": c.sae.site.layer,
+                "d_sae": c.sae.d_sae,
+                "bytes_file": file.file.size if file else c.sae.path.stat().st_size if c.sae.path else np.nan,
+            }
         if c.acts is not None and c.status == "read":
             fits = published_fit(c.acts)
             own, others = float(fits[c.place]), np.delete(fits, c.place)
@@ -324,17 +314,6 @@ def _ranked(candidates: Sequence[_Candidate]) -> pd.DataFrame:
     frame["p_holm"] = np.where(read, holm(frame["p"].fillna(1.0).to_numpy(dtype=float)), np.nan)
     frame["survives"] = (frame["p_holm"] <= ALPHA).to_numpy()
     return frame.sort_values(["p", "fit"], ascending=[True, False], na_position="last", ignore_index=True)
-
-
-def _file_bytes(sae: Sae) -> float:
-    found = w_enc_file(sae)
-    return (
-        float(found[0].file.size)
-        if found is not None
-        else float(sae.path.stat().st_size)
-        if sae.path
-        else np.nan
-    )
 
 
 def _verdict(

@@ -4,10 +4,8 @@
 
 BOS and other special tokens are left out by id: no SAE of Gemma Scope was trained on them.
 
-A feature's activation on every token of some texts, as a frame and as colored text in Jupyter.
-
-The texts run through the model as they stand (or under whatever is open on it); special tokens are left out, since edits leave them
-alone and most SAEs were not trained on them.
+Also a feature's activation on every token of some texts, as a frame and as colored text in Jupyter. Texts run through the model as they
+stand, or under whatever is open on it.
 """
 
 from __future__ import annotations
@@ -16,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure
 from sae_bias.discovery.ordering import OrderingTest, ai_and_others, ordering_test
 from sae_bias.models.forward import check_site
 from sae_bias.models.model import Model
@@ -35,10 +33,6 @@ from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature, check_sae
 from sae_bias.steering.intervention import FeatureLike
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 POSITIONS = ("last", "max", "tokens")
 
@@ -97,14 +91,14 @@ class ActivationTable:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Subjects × statements as CSV; written to `path` where one is given."""
-        return _written(self.to_frame().to_csv(float_format="%.6g"), path)
+        return written(self.to_frame().to_csv(float_format="%.6g"), path)
 
     def to_markdown(self, path: str | Path | None = None, *, digits: int = 2) -> str:
         """A Markdown table for a README or a paper's notes."""
         header, rows = self._cells(digits)
         lines = ["| " + " | ".join(_md(c) for c in header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
         lines += ["| " + " | ".join(_md(c) for c in row) + " |" for row in rows]
-        return _written("\n".join(lines) + "\n", path)
+        return written("\n".join(lines) + "\n", path)
 
     def to_latex(self, path: str | Path | None = None, *, digits: int = 2, caption: str | None = None) -> str:
         """A LaTeX table (booktabs) for a paper."""
@@ -115,7 +109,7 @@ class ActivationTable:
             r"\begin{table}", r"\centering", rf"\caption{{{_tex(caption)}}}", rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}",
         ]  # fmt: skip
-        return _written("\n".join(lines) + "\n", path)
+        return written("\n".join(lines) + "\n", path)
 
     def _cells(self, digits: int) -> tuple[list[str], list[list[str]]]:
         """Header and rows as text; a missing cell is empty, never 0."""
@@ -129,7 +123,7 @@ class ActivationTable:
     def _which(self) -> str:
         return "last token" if self.positions == "last" else "maximum over tokens"
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Heat map of subjects × statements."""
         from sae_bias.figures.features import activation_heatmap
 
@@ -139,8 +133,6 @@ class ActivationTable:
         return f"ActivationTable({self.feature}, {len(self.activations)} prompts, {self._which()}, max {np.max(self.activations):.3f})\n{self.by_group().round(3)}"
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         return (
             f"<p>Activation of <code>{escape(str(self.feature))}</code>, {escape(self._which())}</p>"
             + self.to_frame().round(2).to_html(escape=True)
@@ -170,40 +162,42 @@ def activation_table(
     grid = load_grid() if grid is None else grid
     if not len(grid):
         raise RequestError("the grid holds no prompts; give subjects and statements.")
-    texts = [p.text for p in grid]
+    read = _text_acts(model, [p.text for p in grid], loaded, batch_size)
+    acts, tokens = np.array([t.at(positions) for t in read]), None
     if positions == "tokens":
-        tokens = _token_frame(model, texts, loaded, batch_size)
-        acts = tokens.groupby("prompt")["activation"].max().to_numpy()
-        return ActivationTable(loaded.ref, grid, acts, positions, model.name, tokens)
-    acts = feature_acts(model, texts, loaded, positions=positions, batch_size=batch_size)
-    return ActivationTable(loaded.ref, grid, acts, positions, model.name)
+        frames = [
+            pd.DataFrame({"token": token_texts(model, t.ids), "activation": np.where(t.ordinary, t.acts, np.nan)}).rename_axis("position").reset_index()
+            for t in read
+        ]  # fmt: skip
+        tokens = pd.concat(frames, keys=range(len(read)), names=["prompt"]).reset_index("prompt")
+    return ActivationTable(loaded.ref, grid, acts, positions, model.name, tokens)
 
 
-def _token_frame(model: Model, texts: list[str], feature: Feature, batch_size: int | None) -> pd.DataFrame:
-    """prompt, position, token, activation of every token; NaN at special tokens."""
-    parts = []
-    for i, (pieces, acts) in enumerate(token_acts(model, texts, feature, batch_size=batch_size)):
-        parts.append(
-            pd.DataFrame(
-                {"prompt": i, "position": range(len(pieces)), "token": pieces, "activation": acts.numpy()}
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
+class _Acts(NamedTuple):
+    """One text's tokens and the feature's activation on each."""
+
+    ids: list[int]
+    acts: Float[np.ndarray, "pos"]
+    ordinary: Bool[np.ndarray, "pos"]
+    """Where the token is not a special one."""
+
+    def at(self, positions: str) -> float:
+        """At the last token, or the maximum over ordinary tokens."""
+        return float(self.acts[-1] if positions == "last" else self.acts[self.ordinary].max())
 
 
 @torch.no_grad()
-def token_acts(
-    model: Model, texts: Sequence[str], feature: Feature, *, batch_size: int | None = None
-) -> list[tuple[list[str], Tensor]]:
-    """(tokens as text, activation of each [pos], NaN at special tokens) of every text."""
-    site = check_site(model, feature.site)
-    feature = feature.to(model.device)
+def _text_acts(
+    model: Model, texts: Sequence[str], feature: Feature, batch_size: int | None = None
+) -> list[_Acts]:
+    """The feature on every token of every text."""
+    site, feature = check_site(model, feature.site), feature.to(model.device)
     ids = [model.encode(t) for t in texts]
-    out: list[tuple[list[str], Tensor]] = [([], torch.empty(0))] * len(ids)
+    out = [_Acts([], np.empty(0), np.empty(0, dtype=bool))] * len(ids)
     for batch in text_batches(model, ids, [site], batch_size=batch_size):
-        acts = feature.activation(batch.resid[site]).masked_fill(~batch.ordinary, torch.nan).cpu().double()
-        for row, i in enumerate(batch.index):
-            out[i] = (token_texts(model, ids[i]), acts[row])
+        acts = feature.activation(batch.resid[site]).cpu().double().numpy()
+        for i, *row in zip(batch.index, acts, batch.ordinary.cpu().numpy()):
+            out[i] = _Acts(ids[i], *row)
     return out
 
 
@@ -224,27 +218,14 @@ def token_texts(model: Model, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-@torch.no_grad()
 def feature_acts(
-    model: Model,
-    prompts: list[str],
-    feature: Feature,
-    *,
-    positions: str = "last",
-    batch_size: int | None = None,
+    model: Model, prompts: Sequence[str], feature: Feature, *, positions: str = "last"
 ) -> Float[np.ndarray, "n_prompts"]:
     """One feature's activation on each prompt: at the last token, or its maximum over ordinary tokens."""
-    site = check_site(model, feature.site)
-    feature = feature.to(model.device)
-    out = np.empty(len(prompts))
-    for batch in text_batches(model, prompts, [site], batch_size=batch_size):
-        acts = feature.activation(batch.resid[site])
-        value = acts[:, -1] if positions == "last" else acts.masked_fill(~batch.ordinary, -torch.inf).amax(-1)
-        out[list(batch.index)] = value.cpu().double().numpy()
-    return out
+    return np.array([read.at(positions) for read in _text_acts(model, prompts, feature)])
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
     """`text`, also written to `path` where one is given."""
     if path is not None:
         try:
@@ -321,24 +302,12 @@ def token_activations(
         raise RequestError("token_activations takes a list of texts; put the one text in a list.")
     found = as_feature(feature)
     check_sae(model, found)
-    found, site = found.to(model.device), found.site
-    ids = [model.encode(t) for t in texts]
-    rows: list[tuple[tuple[str, ...], tuple[float, ...]]] = [((), ())] * len(ids)
-    for batch in text_batches(model, ids, [site], batch_size=batch_size):
-        acts = found.activation(batch.resid[site]).detach().cpu()
-        for row, i in enumerate(batch.index):
-            rows[i] = _ordinary(model, ids[i], acts[row])
-    return TokenActivations(str(found.ref), tuple(t for t, _ in rows), tuple(a for _, a in rows))
-
-
-def _ordinary(model: Model, ids: list[int], acts: torch.Tensor) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Texts and activations of the tokens that are not special."""
     kept = [
-        (text, float(act))
-        for token, text, act in zip(ids, token_texts(model, ids), acts)
-        if token not in model.special_ids
+        [(token, float(act)) for token, act, own in zip(token_texts(model, t.ids), t.acts, t.ordinary) if own]
+        for t in _text_acts(model, texts, found, batch_size)
     ]
-    return tuple(t for t, _ in kept), tuple(a for _, a in kept)
+    sides = (tuple(tuple(pair[side] for pair in row) for row in kept) for side in (0, 1))
+    return TokenActivations(str(found.ref), *sides)  # type: ignore[arg-type]
 
 
 def _span(token: str, act: float, largest: float) -> str:

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.discovery.contrasts import ALPHA, feature_names
+from sae_bias.discovery.contrasts import ALPHA, Scan, feature_names
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import text_batches
@@ -60,16 +60,6 @@ _ENTRY = np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", "<f4")])
 Array = np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class ContrastScan:
-    """One row a feature, and what is to be said of the texts."""
-
-    frame: pd.DataFrame
-    n_units: int
-    units: str
-    note: str
-
-
 def scan_contrast(
     model: Model,
     saes: Sequence[Sae],
@@ -83,7 +73,7 @@ def scan_contrast(
     baseline: Model | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> ContrastScan:
+) -> Scan:
     """Statistics of every feature on the contrast's texts.
 
     Args:
@@ -115,7 +105,7 @@ def scan_contrast(
     if all_of or none_of:
         frame = frame[frame["in_sets"]].reset_index(drop=True)
         note = f"{len(frame)} features fire on all of {_said(all_of)} and on none of {_said(none_of)}; {note}"
-    return ContrastScan(frame.drop(columns="in_sets"), design.n_units, design.units, note)
+    return Scan(frame.drop(columns="in_sets"), design.n_units, note, units=design.units)
 
 
 # --- reading -------------------------------------------------------------------------------------------

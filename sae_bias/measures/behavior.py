@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.registry import Registry
+from sae_bias.core.result import Figure, Framed
 from sae_bias.measures.base import Measure, Measured
 from sae_bias.measures.capability import Capability, measure_capability, usable_range
 from sae_bias.measures.judge import Confirm, Judge, run_judge
@@ -33,14 +34,11 @@ from sae_bias.probe.words import default_probe
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import Scenarios
-from sae_bias.stats.rates import Estimate, mean_of, paired_change, two_sample
+from sae_bias.stats.rates import NOTHING, Estimate, mean_of, paired_change, two_sample
 from sae_bias.steering.controls import mismatch_edits, random_control
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.generate import Completion, generate
 from sae_bias.steering.intervention import Intervention
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 Array = np.ndarray
 Scores = Float[Array, "n_prompts"]
@@ -115,7 +113,7 @@ def _score_of(behavior: Any) -> Score:
 
 
 @dataclass(frozen=True, eq=False)
-class DoseResponse:
+class DoseResponse(Framed):
     """A behavior at each strength of an edit, with what the edit leaves of the model's capability."""
 
     frame: pd.DataFrame
@@ -151,9 +149,6 @@ class DoseResponse:
             else f"{within} from {found[0]:g} to {found[1]:g}"
         )
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
     def summary(self) -> dict[str, Any]:
         """The block of a run's summary."""
         usable = self.usable_range
@@ -172,7 +167,7 @@ class DoseResponse:
         found |= {"behavior_texts": self.completions} if len(self.completions) else {}
         return found | ({} if self.capability is None else {"capability": self.capability.frame})
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Rate against strength with its interval; the usable range is shaded."""
         from sae_bias.figures.behavior import dose_response as draw
 
@@ -193,9 +188,6 @@ class DoseResponse:
             "control_change",
         ]
         return f"DoseResponse of {self.behavior!r} in {self.model_name}; {self.usable()}\n{self.frame[columns].round(3).to_string(index=False)}"
-
-    def _repr_html_(self) -> str:
-        return self.frame.round(4).to_html(escape=True, index=False)
 
 
 def dose_response(
@@ -408,20 +400,13 @@ def _row(
 def _columns(
     facts: dict[str, Any], side: str, reading: _Reading, keep: Array, now: Scores, rate: Estimate, change: Estimate | None, controls: list[float],
 ) -> dict[str, Any]:  # fmt: skip
-    none = Estimate(np.nan, np.nan, np.nan, np.nan)
-    moved = change or none
     return facts | {
         "side": side,
         "n": int(np.isfinite(now[keep]).sum()),
         "unscored": int(np.isnan(now[keep]).sum()),
         "n_units": len(set(reading.units[keep])),
-        "rate": rate.value,
-        "ci_low": rate.low,
-        "ci_high": rate.high,
-        "change": moved.value,
-        "change_low": moved.low,
-        "change_high": moved.high,
-        "p_value": moved.p,
+        **rate.columns("rate", "ci_low", "ci_high"),
+        **(change or NOTHING).columns("change", "change_low", "change_high", "p_value"),
         "control_change": float(np.mean(controls)) if controls else np.nan,
         "n_controls": len(controls),
     }

@@ -18,6 +18,7 @@ from sae_bias.models.chat import takes_system
 from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Reader, Spot, read_together
+from sae_bias.probe.words import refuse_unknown
 from sae_bias.prompts.scenarios import LETTERS, Scenario, Scenarios
 
 FORMS = ("free", "lettered")
@@ -45,13 +46,9 @@ class Phrasing:
         """Ids up to where an option follows: `user` then `lead`, which in a chat opens the model's turn."""
         if not self.chat:
             return self.model.encode("\n\n".join(part for part in (self.system, f"{user}{lead}") if part))
-        text = user.rstrip()
-        messages = [{"role": "user", "content": text}]
-        if self.system_role:
-            messages.insert(0, {"role": "system", "content": self.system or ""})
-        elif self.system:
-            messages = [{"role": "user", "content": f"{self.system}\n\n{text}"}]
-        return self.model.encode_chat(messages, prefill=lead)
+        opening = [{"role": "system", "content": self.system or ""}] if self.system_role else []
+        text = f"{self.system}\n\n{user.rstrip()}" if self.system and not self.system_role else user.rstrip()
+        return self.model.encode_chat([*opening, {"role": "user", "content": text}], prefill=lead)
 
     def ask(
         self, user: str, lead: str, options: Sequence[str]
@@ -67,16 +64,7 @@ class Phrasing:
             raise RequestError(
                 f"the option {option!r} changes the tokens before it under the tokenizer of {self.model.name}."
             )
-        tokenizer = self.model.tokenizer
-        unknown = tokenizer.unk_token_id
-        if (
-            unknown is not None
-            and unknown in added
-            and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        ):
-            raise RequestError(
-                f"the option {option!r} holds a piece unknown to the tokenizer of {self.model.name}."
-            )
+        refuse_unknown(self.model, added, f"the option {option!r}")
         return added
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Batch, Final, forward, plan_batches
+from sae_bias.models.forward import Final, forward, plan_batches
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, word_tokens
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
@@ -58,7 +58,11 @@ class CostEngine:
         self.texts = [t for group in texts.values() for t in group]
         ids = [model.encode(t) for t in self.texts]
         self.batches = plan_batches(ids, model.device)
-        self.runner = CellRunner(model, self.batches, _whole_prompt)
+        self.runner = CellRunner(
+            model,
+            self.batches,
+            lambda b: (torch.full((b.n,), b.tokens.shape[1]), torch.zeros(b.n, dtype=torch.long)),
+        )  # the whole text is prompt, and its subject may be anywhere
         self._base = self.runner.base(sorted({site.layer for site in sites if site.is_resid_post}))
 
     def run(self, edits: Sequence[Intervention]) -> pd.DataFrame:
@@ -175,8 +179,3 @@ def _costs(
     kl = kl.clamp(min=0)
     mean_kl, mean_change = ((x[:, :-1] * ordinary).sum(1) / count for x in (kl, change))
     return mean_kl.double().numpy(), kl[:, -1].double().numpy(), mean_change.double().numpy()
-
-
-def _whole_prompt(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The whole text is prompt, and its subject may be anywhere."""
-    return torch.full((batch.n,), batch.tokens.shape[1]), torch.zeros(batch.n, dtype=torch.long)

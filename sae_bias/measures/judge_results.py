@@ -7,19 +7,16 @@ The number of prompts needed is that of a paired t-test at 80 % power with the r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 from scipy.stats import ttest_1samp
 
+from sae_bias.core.result import Figure
 from sae_bias.measures.judge_replies import Agreement, krippendorff
 from sae_bias.stats.design import needed_n, sign_test
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 SIDES = ("unsteered", "steered")
 MEANINGFUL = 0.5
@@ -79,7 +76,7 @@ class JudgeResult:
         """One row a part: both means, the paired difference with its interval, power, agreement, noise, pairwise wins."""
         return pd.DataFrame([self._part(p) for p in dict.fromkeys(self.table["part"])])
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Difference in mean mark of every part of the rubric, with its interval."""
         from sae_bias.figures.behavior import judge_parts
 

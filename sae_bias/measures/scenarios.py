@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure
 from sae_bias.core.site import Site
 from sae_bias.measures.continuations import Ask, Continuations, Phrasing, make_asks
 from sae_bias.models.model import Model
@@ -28,10 +29,6 @@ from sae_bias.steering.hooks import intervene
 from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import Receipt
 from sae_bias.steering.shared import SharedRunner
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 SCORES = {"free": ("sum", "norm", "pmi"), "lettered": ("letter",)}
 PRIMARY = ("free", "norm")
@@ -272,7 +269,7 @@ class ScenarioComparison:
             raise RequestError(f"form {form!r} with score {score!r} was not measured.")
         return dict(row.iloc[0])
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Mean p(aligned) of every category before and after, by the score fixed in advance."""
         from sae_bias.figures.behavior import scenarios_before_after
 

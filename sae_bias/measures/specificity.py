@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.core.site import Site
 from sae_bias.measures.base import Measured, register_measure
 from sae_bias.models.model import Model
@@ -29,26 +30,19 @@ from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.hooks import compile_edits
 from sae_bias.steering.intervention import Intervention
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-
 MOVED = 1e-6  # nats; smaller differences are rounding
 MARGIN = 0.1  # of the AI bias: a change of another bias within it counts as none
 
 
 @dataclass(frozen=True, eq=False)
-class Specificity:
+class Specificity(Framed):
     """One row a question: its bias before and after, and who moved."""
 
     frame: pd.DataFrame
     """question, sides, n_pairs, before, before_low, before_high, after, change, change_low, change_high, mean_abs_change,
     margin, p_equivalent, equivalent (yes, no or undetermined), wrong_way_share, moved_share, reason."""
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Change of every question's bias with its interval."""
         from sae_bias.figures.style import HUMAN, figure, forest, row_labels, zero_line
 
@@ -168,18 +162,13 @@ def _question(base: ProbeResult, after: ProbeResult, margin: float) -> dict[str,
     stat = clustered_mean(change.values, *base.clusters)
     p = equivalence_p(stat, margin) if margin > 0 else float("nan")
     undetermined = np.isnan(p) or min(n for n in (stat.n_templates, stat.n_entities) if n) < FEWEST_CLUSTERS
-    before_low, before_high = base.ci
     further = np.abs(after.pair_bias) - np.abs(base.pair_bias) > MOVED
     return {
         "sides": " - ".join(base.sides),
         "n_pairs": base.n_pairs,
-        "before": base.bias,
-        "before_low": before_low,
-        "before_high": before_high,
+        **base.stat.columns("before", "before_low", "before_high"),
         "after": after.bias,
-        "change": change.mean,
-        "change_low": change.ci[0],
-        "change_high": change.ci[1],
+        **stat.columns("change", "change_low", "change_high"),
         "mean_abs_change": change.mean_abs,
         "margin": margin,
         "p_equivalent": p,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from sae_bias.core.errors import RequestError
 
@@ -41,63 +42,41 @@ class ModelInfo:
     """SAELens releases of residual SAEs trained on exactly this checkpoint."""
 
     @property
-    def licence_page(self) -> str:
-        """Where the license is read and accepted."""
-        return f"https://huggingface.co/{self.hub_id}"
-
-    @property
     def n_bytes(self) -> int:
         """Approximate size of the weights in the checkpoint's dtype."""
         return int(self.n_params * 1e9) * (4 if self.dtype == "float32" else 2)
 
 
-def _gemma_3(
-    size: str, n_layers: int, d_model: int, n_params: float, bias: tuple[float | None, float | None]
+def _gemma(
+    version: str, size: str, n_layers: int, d_model: int, n_params: float, **more: Any
 ) -> list[ModelInfo]:
-    text_only = size in ("270m", "1b")
-    models = []
-    for kind, published in zip(("pt", "it"), bias, strict=True):
-        suffix = "" if (size, kind) == ("270m", "pt") else f"-{kind}"
-        models.append(
-            ModelInfo(
-                f"google/gemma-3-{size}{suffix}",
-                "Gemma 3",
-                "Gemma3ForCausalLM" if text_only else "Gemma3ForConditionalGeneration",
-                n_layers,
-                d_model,
-                262_144 if text_only else 262_208,
-                "bfloat16",
-                n_params,
-                has_bos=True,
-                has_chat=kind == "it",
-                gated=True,
-                published_bias=published,
-                sae_releases=(f"gemma-scope-2-{size}-{kind}-res", f"gemma-scope-2-{size}-{kind}-res-all"),
-            )
-        )
-    return models
-
-
-def _gemma_2(
-    size: str, n_layers: int, d_model: int, n_params: float, releases: dict[str, tuple[str, ...]]
-) -> list[ModelInfo]:
+    """Base and instruction-tuned checkpoint of one size; `more` holds fields as (base, tuned)."""
+    names = {"2": ("", "-it"), "3": ("" if size == "270m" else "-pt", "-it")}[version]
     return [
         ModelInfo(
-            f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}",
-            "Gemma 2",
-            "Gemma2ForCausalLM",
-            n_layers,
-            d_model,
-            256_000,
-            "float32" if kind == "pt" else "bfloat16",
-            n_params,
-            has_bos=True,
-            has_chat=kind == "it",
-            gated=True,
-            sae_releases=releases.get(kind, ()),
+            f"google/gemma-{version}-{size}{names[i]}", f"Gemma {version}", n_layers=n_layers, d_model=d_model, n_params=n_params,
+            has_bos=True, has_chat=i == 1, gated=True, **{name: values[i] for name, values in more.items()},
         )
-        for kind in ("pt", "it")
-    ]
+        for i in (0, 1)
+    ]  # fmt: skip
+
+
+def _gemma_2(size: str, n_layers: int, d_model: int, n_params: float, saes: str) -> list[ModelInfo]:
+    """`saes`: for which of the two there are residual SAEs, such as "pt it"."""
+    releases = [(f"gemma-scope-{size}-{kind}-res", f"gemma-scope-{size}-{kind}-res-canonical") if kind in saes.split() else () for kind in ("pt", "it")]  # fmt: skip
+    return _gemma(
+        "2", size, n_layers, d_model, n_params, architecture=["Gemma2ForCausalLM"] * 2, d_vocab=[256_000] * 2,
+        dtype=["float32", "bfloat16"], sae_releases=releases,
+    )  # fmt: skip
+
+
+def _gemma_3(size: str, n_layers: int, d_model: int, n_params: float, *bias: float) -> list[ModelInfo]:
+    text_only = size in ("270m", "1b")
+    releases = [(f"gemma-scope-2-{size}-{kind}-res", f"gemma-scope-2-{size}-{kind}-res-all") for kind in ("pt", "it")]  # fmt: skip
+    return _gemma(
+        "3", size, n_layers, d_model, n_params, architecture=["Gemma3ForCausalLM" if text_only else "Gemma3ForConditionalGeneration"] * 2,
+        d_vocab=[262_144 if text_only else 262_208] * 2, dtype=["bfloat16"] * 2, published_bias=bias or (None, None), sae_releases=releases,
+    )  # fmt: skip
 
 
 MODELS: Mapping[str, ModelInfo] = {
@@ -105,10 +84,9 @@ MODELS: Mapping[str, ModelInfo] = {
     for info in [
         ModelInfo(
             "mistralai/Mistral-7B-v0.1", "Mistral", "MistralForCausalLM", 32, 4096, 32_000, "bfloat16", 7.24,
-            has_bos=True, has_chat=False, gated=False, published_bias=1.368,
-            sae_releases=("mistral-7b-res-wg",),
+            has_bos=True, has_chat=False, gated=False, published_bias=1.368, sae_releases=("mistral-7b-res-wg",),
         ),
-        *_gemma_3("12b", 48, 3840, 12.2, (0.878, 0.764)),
+        *_gemma_3("12b", 48, 3840, 12.2, 0.878, 0.764),
         ModelInfo(
             "Qwen/Qwen2.5-7B", "Qwen 2.5", "Qwen2ForCausalLM", 28, 3584, 152_064, "bfloat16", 7.62,
             has_bos=False, has_chat=True, gated=False, published_bias=0.755,
@@ -117,18 +95,13 @@ MODELS: Mapping[str, ModelInfo] = {
             "EleutherAI/pythia-6.9b", "Pythia", "GPTNeoXForCausalLM", 32, 4096, 50_432, "float16", 6.86,
             has_bos=False, has_chat=False, gated=False, published_bias=0.299,
         ),
-        *_gemma_3("270m", 18, 640, 0.27, (None, None)),
-        *_gemma_3("1b", 26, 1152, 1.0, (None, None)),
-        *_gemma_3("4b", 34, 2560, 4.3, (None, None)),
-        *_gemma_3("27b", 62, 5376, 27.4, (None, None)),
-        *_gemma_2("2b", 26, 2304, 2.61, {"pt": ("gemma-scope-2b-pt-res", "gemma-scope-2b-pt-res-canonical")}),
-        *_gemma_2("9b", 42, 3584, 9.24, {
-            "pt": ("gemma-scope-9b-pt-res", "gemma-scope-9b-pt-res-canonical"),
-            "it": ("gemma-scope-9b-it-res", "gemma-scope-9b-it-res-canonical"),
-        }),
-        *_gemma_2("27b", 46, 4608, 27.2, {
-            "pt": ("gemma-scope-27b-pt-res", "gemma-scope-27b-pt-res-canonical"),
-        }),
+        *_gemma_3("270m", 18, 640, 0.27),
+        *_gemma_3("1b", 26, 1152, 1.0),
+        *_gemma_3("4b", 34, 2560, 4.3),
+        *_gemma_3("27b", 62, 5376, 27.4),
+        *_gemma_2("2b", 26, 2304, 2.61, "pt"),
+        *_gemma_2("9b", 42, 3584, 9.24, "pt it"),
+        *_gemma_2("27b", 46, 4608, 27.2, "pt"),
     ]
 }  # fmt: skip
 """Known checkpoints by hub id."""

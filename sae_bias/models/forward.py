@@ -97,18 +97,12 @@ class Final:
                 )
             return (self.full if token_ids is None else self.full[..., list(token_ids)]).float()
         assert self.resid is not None
-        w, b = self._head() if token_ids is None else self.model.rows(token_ids)
-        normed = self.model.final_norm(self.resid.float())
-        z = normed.to(w.device) @ w.T
-        if b is not None:
-            z = z + b
+        model = self.model  # the whole unembedding is not copied where it is float32 already
+        w, b = (model.w_unembed, model.b_unembed) if token_ids is None else model.rows(token_ids)
+        z = model.final_norm(self.resid.float()).to(w.device) @ w.float().T
+        z = z if b is None else z + b.float()
         cap = self.model.softcap if softcap else None
         return z if cap is None else cap * torch.tanh(z / cap)
-
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        """The whole unembedding in float32, not copied where it is so already."""
-        b = self.model.b_unembed
-        return self.model.w_unembed.float(), None if b is None else b.float()
 
     def blocks(self, *, softcap: bool = True) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
         """All logits of the positions, flattened, a few rows at a time so that they are never kept."""
@@ -120,13 +114,6 @@ class Final:
         for start in range(0, whole.shape[:2].numel(), ROWS):
             rows = slice(start, start + ROWS)
             yield rows, flat[rows].logits(softcap=softcap)[:, 0]
-
-    def log_normaliser(self, *, softcap: bool = True) -> Float[Tensor, "batch pos"]:
-        """log Σ exp of all logits."""
-        whole = self.full if self.resid is None else self.resid
-        assert whole is not None
-        parts = [log_sum_exp(z) for _, z in self.blocks(softcap=softcap)]
-        return torch.cat(parts).reshape(whole.shape[:2])
 
 
 def log_sum_exp(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
@@ -201,10 +188,10 @@ def capture_layers(
     tokens: Tokens,
     layers: Sequence[Where],
     *,
-    to_end: bool = False,
     packed: Packed | None = None,
+    mask: Tensor | None = None,
 ) -> dict[Where, Resid]:
-    """The tensor at each of some sites (resid_post, where a layer is given); layers above the highest are not run unless `to_end`.
+    """The tensor at each of some sites (resid_post, where a layer is given); layers above the highest are not run.
 
     Raises:
         RequestError: a residual that is not finite; names the layer and, where it is a weight's fault, the weight.
@@ -214,18 +201,16 @@ def capture_layers(
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Stop
 
+    more = {} if packed is None else packed.arguments(model)
+    more |= {} if mask is None else {"attention_mask": mask.to(tokens.device)}
     with keeping(model, layers) as kept:
-        top = None if to_end else model.layer(max(Site.parse(layer).layer for layer in layers))
-        handle = None if top is None else top.register_forward_hook(stop)
+        handle = model.layer(max(Site.parse(layer).layer for layer in layers)).register_forward_hook(stop)
         try:
-            model.base(
-                input_ids=tokens, use_cache=False, **({} if packed is None else packed.arguments(model))
-            )
+            model.base(input_ids=tokens, use_cache=False, **more)
         except _Stop:
             pass
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
     for layer, x in kept.items():
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bool(bad.any()):

@@ -65,13 +65,13 @@ def hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Pat
 
 def optional_hub_file(repo_id: str, filename: str, *, revision: str | None = None) -> Path | None:
     """As `hub_file`, None where the repository has no such file."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return hub_file(repo_id, filename, revision=revision)
     except MissingError as error:
-        cause = error.__cause__
-        if cause is not None and _is_absent_entry(cause) and not isinstance(cause, LocalEntryNotFoundError):
+        absent, local = EntryNotFoundError, LocalEntryNotFoundError
+        if isinstance(error.__cause__, absent) and not isinstance(error.__cause__, local):
             return None
         raise
 
@@ -216,12 +216,6 @@ def _unreachable(what: str, repo_id: str, error: BaseException) -> str:
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_absent_entry(error: BaseException) -> bool:
-    from huggingface_hub.errors import EntryNotFoundError
-
-    return isinstance(error, EntryNotFoundError)
 
 
 def _forget_absence(path: Path, filename: str) -> None:

@@ -100,23 +100,19 @@ def _config(folder: Path) -> tuple[str, list[str]]:
 
 def _hub_model(name: str) -> dict[str, Any]:
     """A hub id: in the cache, or what fetches it."""
+    from huggingface_hub import get_token
+
     info = model_info(name)
     size = "" if info is None else f", {info.n_bytes / 1e9:.1f} GB"
     gated = info is not None and info.gated
     missing = []
     if not hub.is_whole(name):
         missing.append(f"its files in the hub cache{size}: run `hf download {name}`")
-        if gated and _token() is None:
+        if gated and get_token() is None:
             missing.append(
                 f"access: accept the licence at https://huggingface.co/{name}, then run `hf auth login`"
             )
     return {"what": "hub model" + ("" if info is None else f", {info.family}"), "missing": missing}
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def _spread(folder: Path | None, name: str, device_map: str) -> dict[str, int]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Framed
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked, read_together
 from sae_bias.probe.checks_subjects import Decomposition, Nuisances, ask_decomposition, ask_nuisances
@@ -39,9 +39,10 @@ _IN_A_RUN = {"subjects": "levels", "levels": "word_levels"}
 
 
 @dataclass(frozen=True, eq=False)
-class Checks:
+class Checks(Framed):
     """The tables of `run_checks`, and one row a check."""
 
+    frame_field: ClassVar[str] = "summary"
     result: ProbeResult
     summary: pd.DataFrame
     """check, value, ci_low, ci_high, p_value, says: the primary figure first."""
@@ -53,9 +54,6 @@ class Checks:
     """What belongs in the headline: the sign hangs on the stem, the forced choice disagrees."""
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     """Blocks of a run's summary: random_words, multiverse, forced_choice."""
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.summary.copy()
 
     def run_tables(self) -> dict[str, pd.DataFrame]:
         """The tables by the name they have in a run folder: `checks` (the summary), `levels`, `word_levels`, `check_…`."""
@@ -90,8 +88,8 @@ def run_checks(
     if base is None or not whole or twins != (base.control is not None):
         probe = probe or (base.probe if base is not None else default_probe(pairs))
         base = run_probe(model, pairs, probe, random_words=True, progress=progress)
-    read = _read_checks(model, check_asks(model, pairs, base), progress)
-    run = _Checking(base)
+    read, unread = _read_checks(model, check_asks(model, pairs, base), progress)
+    run = _Checking(base, unread)
     run.primary()
     run.add("probability mass", lambda: _mass(run))
     run.add("words", lambda: _words(run, n_boot, seed))
@@ -118,29 +116,24 @@ def check_asks(model: Model, pairs: PromptPairs, base: ProbeResult) -> dict[str,
 
 def _read_checks(
     model: Model, asks: Mapping[str, Callable[[], Asked[Any]]], progress: bool
-) -> dict[str, Callable[[], Any]]:
-    """Everything the checks need from the model, read in one go; what a check that cannot be had raises, it raises when it is asked for."""
-    asked, finish = {}, {}
+) -> tuple[dict[str, Callable[[], Any]], dict[str, RequestError]]:
+    """Everything the checks need from the model, read in one go, and why some cannot be had."""
+    asked, unread = {}, {}
     for name, ask in asks.items():
         try:
             asked[name] = ask()
-            finish[name] = asked[name].finish
         except RequestError as error:
-            finish[name] = partial(_raise, error)
+            unread[name] = error
     readers = [reader for a in asked.values() for reader in a.readers]
     read_together(model, readers, progress=progress, describe=f"checks ({', '.join(asked)})")
-    return finish
-
-
-def _raise(error: Exception) -> None:
-    raise error
+    return {name: a.finish for name, a in asked.items()}, unread
 
 
 class _Checking:
     """Rows and tables as they come in."""
 
-    def __init__(self, result: ProbeResult):
-        self.result = result
+    def __init__(self, result: ProbeResult, unread: Mapping[str, RequestError]):
+        self.result, self.unread = result, unread
         self.rows: list[dict[str, Any]] = []
         self.tables: dict[str, pd.DataFrame] = {}
         self.skipped: dict[str, str] = {}
@@ -149,6 +142,8 @@ class _Checking:
 
     def add(self, name: str, check: Callable[[], None]) -> None:
         try:
+            if name in self.unread:
+                raise self.unread[name]
             check()
         except RequestError as error:
             self.skipped[name] = str(error)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked, Reader, Spot, common_prefix, read_together
@@ -27,13 +28,10 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered, clustered_mean
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 # ── levels against neutral subjects
 @dataclass(frozen=True, eq=False)
-class Decomposition:
+class Decomposition(Framed):
     """How much of the bias is an AI penalty and how much a human bonus."""
 
     frame: pd.DataFrame
@@ -45,10 +43,7 @@ class Decomposition:
     """s(human) - s(neutral)."""
     neutral: tuple[str, ...]
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Score of every subject with its interval."""
         from sae_bias.figures.probe import levels
 
@@ -140,9 +135,10 @@ NUISANCES = ("subject_tokens", "an", "log_likelihood")
 
 
 @dataclass(frozen=True, eq=False)
-class Nuisances:
+class Nuisances(Framed):
     """What else differs between the two prompts of a pair, and the bias with it held equal."""
 
+    frame_field: ClassVar[str] = "table"
     frame: pd.DataFrame
     """A row a pair: each nuisance of both prompts (`_human`, `_ai`), their difference (`_diff`), and the bias."""
     table: pd.DataFrame
@@ -150,9 +146,6 @@ class Nuisances:
     bias: Clustered
     adjusted: Clustered
     """The bias where every nuisance difference is 0; its `reason` where that cannot be had."""
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.table.copy()
 
     def __repr__(self) -> str:
         if self.adjusted.reason and np.isnan(self.adjusted.mean):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Framed
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked
 from sae_bias.probe.result import ProbeResult
@@ -23,7 +24,7 @@ from sae_bias.stats.clustered import Clustered, clustered_mean
 
 
 @dataclass(frozen=True, eq=False)
-class ForcedChoice:
+class ForcedChoice(Framed):
     """The figure of each choice, and of their mean."""
 
     frame: pd.DataFrame = field(repr=False)
@@ -37,9 +38,6 @@ class ForcedChoice:
     def mass(self) -> float:
         """Share of the next-token probability that the two options hold."""
         return float(self.frame["mass"].mean())
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
 
     def __str__(self) -> str:
         low, high = self.stat.ci

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.probe.random_words import random_differences
 from sae_bias.probe.result import ProbeResult
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.components import variance_components
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 SCORES = ("mean_logit", "logodds")  # both in nats
 
 
 @dataclass(frozen=True, eq=False)
-class Multiverse:
+class Multiverse(Framed):
     """Every specification, and what they say together."""
 
     frame: pd.DataFrame = field(repr=False)
@@ -54,10 +52,7 @@ class Multiverse:
         outside = (known["estimate"] < known["null_low"]) | (known["estimate"] > known["null_high"])
         return float(outside.mean())
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """The specification curve."""
         from sae_bias.figures.probe import specification_curve
 

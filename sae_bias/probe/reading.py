@@ -208,10 +208,11 @@ class ReadingPlan:
             z = torch.cat([z, more], dim=1)
         if not self.normalise:
             return Read(z, None)
-        if not self.rank:
-            return Read(z, last.log_normaliser(softcap=self.softcap)[:, 0].cpu().double())
-        norm, ranks = _normaliser_and_ranks(last, self.rank, self.softcap)
-        return Read(z, norm.cpu().double(), ranks.cpu())
+        norms, ranks = [], []
+        for _, logits in last.blocks(softcap=self.softcap):
+            norms.append(log_sum_exp(logits))
+            ranks += [_ranks(logits, self.rank)] if self.rank else []
+        return Read(z, torch.cat(norms).cpu().double(), torch.cat(ranks).cpu() if ranks else None)
 
     def run(self, *, progress: bool = False, describe: str = "probe") -> Reading:
         """Read every prompt, under whatever interventions are open on the model."""
@@ -300,17 +301,6 @@ class PlanReader(Reader):
             None if norm is None else norm[::k].copy(),
             None if self.ranks is None else self.ranks[::k].copy(),
         )
-
-
-def _normaliser_and_ranks(
-    last: Final, tokens: Sequence[int], softcap: bool
-) -> tuple[Float[Tensor, "batch"], Int[Tensor, "batch n"]]:
-    """log Σ exp of all logits at one position, and how many tokens are more likely than each of `tokens`, plus 1."""
-    norms, ranks = [], []
-    for _, z in last.blocks(softcap=softcap):
-        norms.append(log_sum_exp(z))
-        ranks.append(_ranks(z, tokens))
-    return torch.cat(norms), torch.cat(ranks)
 
 
 def _ranks(z: Float[Tensor, "n d_vocab"], tokens: Sequence[int]) -> Int[Tensor, "n k"]:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,15 +33,13 @@ from pydantic import TypeAdapter
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import writing_whole
+from sae_bias.core.result import Figure
 from sae_bias.probe.estimates import Change, ControlDifference, Mass, word_mass
 from sae_bias.probe.random_words import RandomWords
 from sae_bias.probe.words import Probe, Vocabulary, WordTokens
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered, EffectSizes, SignFlip, clustered_mean, effect_sizes, sign_flip
 from sae_bias.stats.reduction import Reduction, fieller_reduction
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,7 +367,7 @@ class ProbeResult:
             }
         )
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """Bias of each template with the overall interval."""
         from sae_bias.figures.probe import bias_by_template
 

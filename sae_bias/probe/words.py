@@ -201,14 +201,15 @@ def word_tokens(
     added = tuple(ids[n:])
     if not added:
         raise RequestError(f"the word {word!r} adds no token under the tokenizer of {model.name}.")
-    unknown = model.tokenizer.unk_token_id
-    if (
-        unknown is not None
-        and unknown in added
-        and unknown not in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
-    ):
-        raise RequestError(f"the word {word!r} holds a piece unknown to the tokenizer of {model.name}.")
+    refuse_unknown(model, added, f"the word {word!r}")
     return added
+
+
+def refuse_unknown(model: Model, tokens: Sequence[int], what: str) -> None:
+    """Refuse text of which the tokenizer does not know a piece."""
+    t = model.tokenizer
+    if t.unk_token_id in tokens and t.unk_token_id not in (t.bos_token_id, t.eos_token_id):
+        raise RequestError(f"{what} holds a piece unknown to the tokenizer of {model.name}.")
 
 
 def tokens_alone(model: Model, word: str, join: str = " ") -> tuple[int, ...]:

@@ -28,7 +28,8 @@ from sae_bias.saes.formats import format_of, gemma_scope, saelens, weights_files
 from sae_bias.saes.ids import EXAMPLE_SAE, HUB_NAME, FeatureRef, SaeId, local_id
 from sae_bias.saes.randomized import MADE
 from sae_bias.saes.releases import release_names, sae_release
-from sae_bias.saes.sae import Feature, Sae, SaeInfo
+from sae_bias.saes.remote import HubPlace, hub_place
+from sae_bias.saes.sae import Feature, Sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -58,13 +59,13 @@ def load_sae(name: str | Path | SaeId | Sae | SAE[Any]) -> Sae:
         raise RequestError(f"SAE name {text[:80]!r}: expected e.g. {EXAMPLE_SAE}")
     if text in MADE:
         return MADE[text]
-    folder = _existing_folder(text)
-    if folder is not None:
-        return _load_folder(folder, local_id(text.rstrip("/") or "/"))
+    path = _existing(text)
+    if path is not None and path.is_dir():
+        return _load_folder(path, local_id(text.rstrip("/") or "/"))
     if text.startswith(catalog.ORGANISM):
         return _load_organism(SaeId.parse(text))
-    if (file := _existing_file(text)) is not None:
-        return _load_file(file)
+    if path is not None and path.is_file():
+        return _load_file(path)
     if "#" in text:
         raise RequestError(f"{text[:120]!r} names a feature; an SAE name has no #, e.g. {EXAMPLE_SAE}")
     if text.startswith(("/", ".", "~")):
@@ -104,35 +105,37 @@ def as_feature(x: str | FeatureRef | Feature) -> Feature:
 
 def _load_named(text: str) -> Sae:
     """A release of SAELens or a Gemma Scope repository on the hub."""
-    sae_id = SaeId.parse(text)
-    if HUB_NAME.fullmatch(text):
-        hub.refuse_traversal(sae_id.sae_id)
-        return _load_hub_folder(sae_id, sae_id.release, sae_id.sae_id, None, None)
-    first = sae_id.release if sae_id.release in release_names() else text.partition("/")[0]
-    try:
-        release = releases.sae_release(first)
-    except RequestError as error:
-        raise RequestError(f"no folder {text[:200]!r}, and {error}") from error
-    if sae_id.release == ".":
-        raise RequestError(f"{text} is a release; which SAE of it? e.g. {text}/{next(iter(release.folders))}")
+    sae_id, release = SaeId.parse(text), None
+    if not HUB_NAME.fullmatch(text):
+        try:
+            release = sae_release(
+                sae_id.release if sae_id.release in release_names() else text.partition("/")[0]
+            )
+        except RequestError as error:
+            raise RequestError(f"no folder {text[:200]!r}, and {error}") from error
+        if sae_id.release == ".":
+            raise RequestError(
+                f"{text} is a release; which SAE of it? e.g. {text}/{next(iter(release.folders))}"
+            )
     hub.refuse_traversal(sae_id.sae_id)
-    folder = release.folder(sae_id.sae_id)
-    if release.is_gemma_scope:
-        return _load_hub_folder(sae_id, release.repo_id, folder, release.model, release.l0.get(sae_id.sae_id))
+    if (place := hub_place(text)) is not None:
+        return _load_hub(place)
+    assert release is not None
+    release.folder(sae_id.sae_id)  # refuses an unknown one
     return _once(text, lambda: _load_through_lens(sae_id, release), sae_id)
 
 
-def _load_hub_folder(sae_id: SaeId, repo_id: str, folder: str, model: str | None, l0: float | None) -> Sae:
+def _load_hub(place: HubPlace) -> Sae:
     """A Gemma Scope SAE from the hub: with its weights cached, no network is touched."""
-    label_path = f"{repo_id}/{folder}"
-    gemma_scope.read_info(label_path, None)  # refuses a transcoder by its name, before anything is downloaded
-    file_name = f"{folder}/params.{'safetensors' if '/gemma-scope-2-' in repo_id else 'npz'}"
-    params, config = _hub_files(repo_id, file_name, f"{folder}/config.json")
-    info = gemma_scope.read_info(label_path, config, model_name=model)
+    gemma_scope.read_info(
+        place.label, None
+    )  # refuses a transcoder by its name, before anything is downloaded
+    params, config = _hub_files(place.repo_id, place.file_name, f"{place.folder}/config.json")
+    info = gemma_scope.read_info(place.label, config, model_name=place.model)
     return _once(
         str(params),
-        lambda: gemma_scope.open_files(sae_id, params, config, label_path, _with_l0(info, l0)),
-        sae_id,
+        lambda: _labelled(gemma_scope.open_files(place.sae, params, config, place.label, info), place.l0),
+        place.sae,
     )
 
 
@@ -213,30 +216,21 @@ def _load_through_lens(sae_id: SaeId, release: releases.SaeRelease) -> Sae:
             lens = SAE.from_pretrained(sae_id.release, sae_id.sae_id, device="cpu")
         except (ValueError, KeyError, NotImplementedError) as error:
             raise RequestError(f"{sae_id}: SAELens cannot load it: {str(error).strip()[:200]}") from error
-    return _with_label(saelens.wrap_lens(lens, sae_id), release.l0.get(sae_id.sae_id))
+    return _labelled(saelens.wrap_lens(lens, sae_id), release.l0.get(sae_id.sae_id))
 
 
-def _with_label(sae: Sae, l0: float | None) -> Sae:
-    return replace(sae, info=_with_l0(sae.info, l0))
-
-
-def _with_l0(info: SaeInfo, l0: float | None) -> SaeInfo:
-    return info if l0 is None or info.label_l0 is not None else replace(info, label_l0=l0)
+def _labelled(sae: Sae, l0: float | None) -> Sae:
+    """`sae` with the L0 that its release states, where it has none of its own."""
+    return (
+        sae if l0 is None or sae.label_l0 is not None else replace(sae, info=replace(sae.info, label_l0=l0))
+    )
 
 
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────
-def _existing_folder(text: str) -> Path | None:
+def _existing(text: str) -> Path | None:
     try:
-        folder = Path(text).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):
-        return None
-
-
-def _existing_file(text: str) -> Path | None:
-    try:
-        file = Path(text).expanduser()
-        return file if file.is_file() else None
+        path = Path(text).expanduser()
+        return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):
         return None
 

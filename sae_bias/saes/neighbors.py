@@ -7,7 +7,7 @@ release's `_seed_1` SAE was trained on the same data from another seed: a featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,19 +61,15 @@ def nearest_rows(
     """The k features of `sae` whose decoder rows are most parallel to `direction`; the decoder is streamed once."""
     unit = direction.float() / direction.float().norm().clamp(min=1e-12)
     best: list[tuple[float, int]] = []
-    for start, cosines in _cosines(sae, unit):
+    for start, stop in sae.blocks():
+        rows = sae.W_dec_rows(range(start, stop)).float()
+        cosines = (rows @ unit) / rows.norm(dim=1).clamp(min=1e-12)
         if leave_out is not None and start <= leave_out < start + len(cosines):
             cosines[leave_out - start] = -torch.inf
         top = cosines.topk(min(k, len(cosines)))
         best += [(float(c), start + int(i)) for c, i in zip(top.values, top.indices) if torch.isfinite(c)]
         best = sorted(best, reverse=True)[:k]
     return [Neighbour(FeatureRef(sae.id, index), value) for value, index in best]
-
-
-def _cosines(sae: Sae, unit: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start, stop in sae.blocks():
-        rows = sae.W_dec_rows(range(start, stop)).float()
-        yield start, (rows @ unit) / rows.norm(dim=1).clamp(min=1e-12)
 
 
 def twin_id(sae: Sae) -> str:

@@ -41,11 +41,16 @@ class HubPlace:
     repo_id: str
     folder: str
     model: str | None = None
+    l0: float | None = None
+    """As the release states it."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.repo_id}/{self.folder}"
 
     @property
     def file_name(self) -> str:
-        kind = "safetensors" if "/gemma-scope-2-" in self.repo_id else "npz"
-        return f"{self.folder}/params.{kind}"
+        return f"{self.folder}/params.{'safetensors' if '/gemma-scope-2-' in self.repo_id else 'npz'}"
 
 
 def hub_place(name: str) -> HubPlace | None:
@@ -58,7 +63,8 @@ def hub_place(name: str) -> HubPlace | None:
     release = releases.sae_release(sae_id.release)
     if not release.is_gemma_scope:
         return None
-    return HubPlace(sae_id, release.repo_id, release.folder(sae_id.sae_id), release.model)
+    folder, l0 = release.folder(sae_id.sae_id), release.l0.get(sae_id.sae_id)
+    return HubPlace(sae_id, release.repo_id, folder, release.model, l0)
 
 
 def is_cached(place: HubPlace) -> bool:
@@ -73,7 +79,7 @@ def open_remote(place: HubPlace) -> Sae:
         MissingError: offline, gated, not there; says what gets it.
     """
     hub.refuse_traversal(place.file_name)
-    label = f"{place.repo_id}/{place.folder}"
+    label = place.label
     if hub.is_offline():
         raise MissingError(f"{label} is not cached and HF_HUB_OFFLINE is set; run `hf download {place.repo_id} --include '{place.folder}/*'`")  # fmt: skip
     config = None

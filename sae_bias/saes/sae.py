@@ -226,9 +226,7 @@ class Sae:
         flat = x.reshape(-1, self.d_in).float()
         acts = flat.new_empty(flat.shape[0], self.d_sae)
         for start, stop in self.blocks():
-            w_enc, b_enc, threshold = (part.to(x.device) for part in self.encoder.columns(start, stop))
-            h = torch.addmm(b_enc, flat, w_enc)
-            acts[:, start:stop] = torch.where(h > threshold, h, torch.zeros_like(h))
+            acts[:, start:stop] = self.encoder.columns(start, stop).to(x.device).acts(flat)
         return acts.reshape(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
@@ -306,6 +304,15 @@ class Columns(NamedTuple):
     w_enc: Float[Tensor, "d_model n"]
     b_enc: Float[Tensor, "n"]
     threshold: Float[Tensor, "n"]
+
+    def to(self, device: torch.device) -> Columns:
+        """The same columns on a device."""
+        return Columns(*(part.to(device) for part in self))
+
+    def acts(self, x: Float[Tensor, "m d_model"]) -> Float[Tensor, "m n"]:
+        """a = h · 1[h > threshold] of residuals x."""
+        h = torch.addmm(self.b_enc, x, self.w_enc)
+        return torch.where(h > self.threshold, h, 0.0)  # not h · 0, which is -0 for a negative h
 
 
 @dataclass(frozen=True)

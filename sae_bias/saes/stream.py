@@ -37,11 +37,7 @@ def acts_blocks(
     full = None if sae.reduces_to_one_row else _encode_whole(sae, x)
     for start in range(0, sae.d_sae, width):
         stop = min(start + width, sae.d_sae)
-        if full is not None:
-            acts = full[:, start:stop]
-        else:
-            w_enc, b_enc, threshold = (t.to(x.device) for t in sae.columns(start, stop))
-            acts = _jump_relu(torch.addmm(b_enc, x, w_enc), threshold)
+        acts = sae.columns(start, stop).to(x.device).acts(x) if full is None else full[:, start:stop]
         rows = sae.W_dec_rows(range(start, stop)).to(x.device) if decoder else None
         yield start, acts, rows
 
@@ -132,11 +128,10 @@ def live_blocks(
         return
     width = block_width(sae.d_in, len(x))
     for start in range(0, sae.d_sae, width):
-        columns = sae.columns(start, min(start + width, sae.d_sae))
-        w_enc, b_enc, threshold = (t.to(x.device) for t in columns)
+        w_enc, b_enc, threshold = sae.columns(start, min(start + width, sae.d_sae)).to(x.device)
         h = torch.addmm(b_enc, x, w_enc)
         live = (h.amax(0) > threshold.clamp(min=0)).nonzero()[:, 0]
-        acts = _jump_relu(h[:, live], threshold[live])
+        acts = torch.where(h[:, live] > threshold[live], h[:, live], 0.0)
         rest = None
         if neutral is not None and len(live):
             rest = torch.addmm(b_enc[live], neutral.float(), w_enc[:, live]) > threshold[live]
@@ -150,10 +145,6 @@ def _live_block(live: Tensor, acts: Tensor, on_neutral: Tensor | None) -> LiveBl
         else (on_neutral > 0).cpu().double().mean(0)
     )
     return LiveBlock(live.cpu().numpy(), acts.cpu().double().numpy(), density.cpu().numpy())
-
-
-def _jump_relu(h: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(h > threshold, h, 0.0)  # not h · 0, which is -0 for a negative h
 
 
 def _encode_whole(sae: Sae, x: Tensor) -> Tensor:

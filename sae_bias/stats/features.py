@@ -5,9 +5,8 @@ single-step max-T over one shared set of sign-flips (Westfall & Young 1993), dis
 Hochberg 1995. Everything runs over blocks of columns: a family may be every feature of many SAEs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,22 +17,18 @@ from scipy.stats import false_discovery_control
 from sae_bias.core.errors import RequestError
 
 Array = np.ndarray
-Alternative = Literal["two-sided", "greater"]
 FLOOR_SHARE = 0.05
 _LARGEST_T = 1e15**0.5  # the largest t that rounding leaves meaningful; `_take` caps there too
 
 
-def sign_matrix(
-    n_units: int, *, n_flips: int = 10_000, seed: int = 0, alternative: Alternative = "two-sided"
-) -> Float[Array, "flips n_units"]:
+def sign_matrix(n_units: int, *, n_flips: int = 10_000, seed: int = 0) -> Float[Array, "flips n_units"]:
     """Every sign pattern where that takes at most `n_flips` rows, else `n_flips` random ones.
 
     Two-sided statistics do not change when all signs do, so the first sign stays + and 2^(units − 1) rows
     are all.
     """
-    free = n_units - 1 if alternative == "two-sided" else n_units
-    if 2**free <= n_flips:
-        bits = (np.arange(2**free)[:, None] >> np.arange(n_units)[::-1]) & 1
+    if 2 ** (n_units - 1) <= n_flips:
+        bits = (np.arange(2 ** (n_units - 1))[:, None] >> np.arange(n_units)[::-1]) & 1
         return 1.0 - 2.0 * bits
     return np.random.default_rng(seed).integers(0, 2, (n_flips, n_units)) * 2.0 - 1.0
 
@@ -49,27 +44,12 @@ def activation_variance_floor(acts: ArrayLike, share: float = FLOOR_SHARE) -> Fl
 
 
 # --- paired t and max-T -------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class PairedT:
-    """Paired t of each feature over units."""
-
-    mean: Float[Array, "f"]
-    t: Float[Array, "f"]
-    p_value: Float[Array, "f"]
-    """Two-sided Student p, df = units − 1; NaN with fewer than two units, 1 where the mean is 0."""
-    n_units: int
-
-
-def paired_t(diffs: ArrayLike, variance_floor: float | ArrayLike = 0.0) -> PairedT:
-    """t = mean / √(max(s², floor)/U) of diffs [units, f]; `floor` a number or one a feature, label-blind."""
+def paired_t(diffs: ArrayLike, variance_floor: float | ArrayLike = 0.0) -> Float[Array, "f"]:
+    """t = mean / √(max(s², floor)/U) of diffs [units, f]; `floor` a number or one a feature, label-blind. NaN with one unit."""
     x = _contrasts(diffs)
-    n_units = len(x)
-    if n_units < 2:
-        nan = np.full(x.shape[1], np.nan)
-        return PairedT(x.mean(0), nan, nan, n_units)
-    mean = x.mean(0)
-    t = _floored_t(mean, (x * x).mean(0), n_units, _floor(variance_floor, x.shape[1]))
-    return PairedT(mean, t, 2 * stdtr(n_units - 1, -np.abs(t)), n_units)
+    if len(x) < 2:
+        return np.full(x.shape[1], np.nan)
+    return _floored_t(x.mean(0), (x * x).mean(0), len(x), _floor(variance_floor, x.shape[1]))
 
 
 def _floored_t(mean: Array, square: Array, n_units: int, floor: Array) -> Array:
@@ -89,11 +69,6 @@ class MaxTResult:
     """Share of sign patterns whose largest statistic over the *whole* family reaches this feature's."""
     p_raw: Float[Array, "f"]
     """Student p of this feature alone, for Benjamini–Hochberg: sign-flips have too coarse a floor."""
-    n_units: int
-    n_flips: int
-    exact: bool
-    floor: float
-    """Smallest p_fwer these units and flips can give."""
 
 
 @dataclass(eq=False)
@@ -110,7 +85,6 @@ class MaxT:
     n_units: int
     n_flips: int = 10_000
     seed: int = 0
-    alternative: Alternative = "two-sided"
     _signs: Array = field(init=False, repr=False)
     _maxima: Array = field(init=False, repr=False)
     _t: list[Array] = field(init=False, repr=False, default_factory=list)
@@ -120,16 +94,13 @@ class MaxT:
             raise RequestError(
                 f"max-T over {self.n_units} units; expected at least 2 templates or statement pairs"
             )
-        self._signs = sign_matrix(
-            self.n_units, n_flips=self.n_flips, seed=self.seed, alternative=self.alternative
-        )
+        self._signs = sign_matrix(self.n_units, n_flips=self.n_flips, seed=self.seed)
         self._maxima = np.full(len(self._signs), -np.inf)
 
     @property
     def exact(self) -> bool:
         """Every sign pattern is there."""
-        free = self.n_units - (self.alternative == "two-sided")
-        return len(self._signs) == 2**free
+        return len(self._signs) == 2 ** (self.n_units - 1)
 
     @property
     def n_features(self) -> int:
@@ -160,59 +131,35 @@ class MaxT:
             variance /= self.n_units - 1
             np.maximum(variance, np.maximum(floor / self.n_units, 1e-15 * square), out=variance)
             score /= variance
-            if self.alternative == "greater":
-                score = np.sqrt(score) * np.sign(mean)
-            largest = score.max(1)
-            if self.alternative == "two-sided":
-                largest = np.sqrt(largest)
-            np.maximum(self._maxima[rows], largest, out=self._maxima[rows])
+            np.maximum(self._maxima[rows], np.sqrt(score.max(1)), out=self._maxima[rows])
 
     def result(self) -> MaxTResult:
         """Corrected p of every feature added so far."""
         if not self._t:
             raise RequestError("max-T has no features yet: add contrasts first")
         t = np.concatenate(self._t)
-        statistic = np.abs(t) if self.alternative == "two-sided" else t
-        tail = stdtr(self.n_units - 1, -np.minimum(statistic, _LARGEST_T))
-        raw = np.minimum(2 * tail, 1.0) if self.alternative == "two-sided" else tail
-        floor = 1 / (len(self._maxima) + (0 if self.exact else 1))
-        return MaxTResult(t, self.p_of(t), raw, self.n_units, len(self._maxima), self.exact, floor)
+        tail = stdtr(self.n_units - 1, -np.minimum(np.abs(t), _LARGEST_T))
+        return MaxTResult(t, self.p_of(t), np.minimum(2 * tail, 1.0))
 
     def p_of(self, t: ArrayLike) -> Float[Array, "f"]:
         """Corrected p that any t has against this family's null, such as one with an entity left out."""
-        statistic = np.asarray(t, dtype=np.float64)
-        statistic = np.minimum(
-            np.abs(statistic) if self.alternative == "two-sided" else statistic, _LARGEST_T
-        )
+        statistic = np.minimum(np.abs(np.asarray(t, dtype=np.float64)), _LARGEST_T)
         ordered, extra = np.sort(self._maxima), 0 if self.exact else 1
-        reached = len(ordered) - np.searchsorted(ordered, statistic - 1e-9 * np.abs(statistic))
+        reached = len(ordered) - np.searchsorted(ordered, statistic - 1e-9 * statistic)
         return np.where(np.isnan(statistic), np.nan, (reached + extra) / (len(ordered) + extra))
 
-    def p_fwer(self) -> Float[Array, "f"]:
-        """Corrected p alone."""
-        return self.result().p_fwer
 
+def lower_bound(contrasts: ArrayLike, level: float = 0.95) -> Float[Array, "f"]:
+    """One-sided lower `level` t bound of each feature's mean contrast [units, f]; NaN with fewer than two units.
 
-def lower_bound_min(
-    contrasts: Mapping[str, ArrayLike] | list[ArrayLike], level: float = 0.95
-) -> Float[Array, "f"]:
-    """Lower `level` bound of min_k μ_k per feature, from contrasts k each [units, f] on the same units.
-
-    For calls (docs/method.md#feature-calls): AS − AN, AS − HS, AS − DS on held-out templates. The bound is the smallest of the one-
-    sided t bounds, mean_k − t_{level, U−1}·s_k/√U. By intersection–union (Berger 1982) no correction is
-    needed: the bound exceeds min_k μ_k only if it exceeds the μ_k that is smallest, which its own bound
-    does with at most 1 − level. NaN with fewer than two units.
+    For calls (docs/method.md#feature-calls): AS − AN, AS − HS, AS − DS on held-out templates. The smallest of several such bounds is
+    one of min_k μ_k. By intersection–union (Berger 1982) no correction is needed: it exceeds min_k μ_k only if it exceeds the μ_k
+    that is smallest, which its own bound does with at most 1 − level.
     """
-    arrays = list(contrasts.values()) if isinstance(contrasts, Mapping) else list(contrasts)
-    if not arrays:
-        raise RequestError("no contrasts given: expected at least one array [units, features]")
-    bounds = []
-    for x in map(_contrasts, arrays):
-        if len(x) < 2:
-            return np.full(x.shape[1], np.nan)
-        half = float(stdtrit(len(x) - 1, level)) * x.std(0, ddof=1) / np.sqrt(len(x))
-        bounds.append(x.mean(0) - half)
-    return np.min(bounds, axis=0)
+    x = _contrasts(contrasts)
+    if len(x) < 2:
+        return np.full(x.shape[1], np.nan)
+    return x.mean(0) - float(stdtrit(len(x) - 1, level)) * x.std(0, ddof=1) / np.sqrt(len(x))
 
 
 # --- separation ---------------------------------------------------------------------------------------
@@ -225,7 +172,7 @@ def auroc(pos: ArrayLike, neg: ArrayLike, *, block: int = 2048) -> Float[Array, 
     if p.shape[1] != q.shape[1]:
         raise RequestError(f"pos has {p.shape[1]} features, neg {q.shape[1]}; expected the same")
     area = np.full(p.shape[1], 0.5)
-    live = np.flatnonzero(_varies(p, q))
+    live = np.flatnonzero(np.maximum(p.max(0), q.max(0)) > np.minimum(p.min(0), q.min(0)))
     for start in range(0, len(live), block):
         cols = live[start : start + block]
         area[cols] = _auroc_block(np.concatenate([p[:, cols], q[:, cols]]).T.copy(), len(p))
@@ -260,10 +207,6 @@ def sparse_auroc(
     twice = below + through - 2 * column_start[where] + 2 * zeros[where] * (value[first] > 0)
     u = np.bincount(where, twice * n_positive, n_columns) + (n_pos - pos) * (2 * neg_below_0 + zeros)
     return u / (2 * n_pos * n_neg)
-
-
-def _varies(p: Array, q: Array) -> Bool[Array, "f"]:
-    return (np.maximum(p.max(0), q.max(0)) - np.minimum(p.min(0), q.min(0))) > 0
 
 
 def _auroc_block(x: Float[Array, "f n"], n_pos: int) -> Float[Array, "f"]:

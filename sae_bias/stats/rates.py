@@ -29,6 +29,10 @@ class Estimate(NamedTuple):
     high: float
     p: float
 
+    def columns(self, value: str, low: str, high: str, p: str = "") -> dict[str, float]:
+        """The estimate, its interval and (where named) its p as columns of a table."""
+        return {value: self.value, low: self.low, high: self.high} | ({p: self.p} if p else {})
+
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, math.nan)
 

@@ -33,7 +33,7 @@ from sae_bias.saes.randomized import randomized_sae
 from sae_bias.saes.sae import Feature, Sae, check_sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.steering.directions import Direction
-from sae_bias.steering.intervention import FeatureEdit, FeatureLike, Intervention
+from sae_bias.steering.intervention import AlongEdit, FeatureEdit, FeatureLike, Intervention
 
 if TYPE_CHECKING:
     from sae_bias.steering.edits import EditSet
@@ -74,25 +74,8 @@ def set_controls(
     model: Model, edits: EditSet, pairs: PromptPairs, n: int, seed: int = 0
 ) -> list[tuple[EditSet, str]]:
     """`n` copies of a set of feature edits, every feature with its own gate and size and a random direction in place of its row."""
-    x: dict[Site, Tensor] = {}
-    twins: list[list[Feature]] = []
-    for i, edit in enumerate(edits.parts):
-        assert isinstance(edit, FeatureEdit)
-        feature = as_feature(edit.feature)
-        if edit.site not in x:
-            x |= ordinary_residuals(model, [p.ai for p in pairs], [edit.site])
-        twins.append(random_twins(feature, x[edit.site], n, seed + 1_000 * i))
-    return [
-        (
-            replace(
-                edits,
-                name=f"random directions {k}",
-                edits=tuple(replace(e, feature=t[k]) for e, t in zip(edits.parts, twins, strict=True)),
-            ),
-            RANDOM,
-        )
-        for k in range(n)
-    ]
+    drawn = _random_controls(model, edits, [p.ai for p in pairs], n, seed)
+    return [(_with_parts(edits, parts, f"random directions {k}"), RANDOM) for k, parts in enumerate(drawn)]  # type: ignore[misc]
 
 
 def mismatch_edits(
@@ -116,19 +99,17 @@ def mismatch_edits(
         if kind not in {s.kind for s in own}
     ]
     for label, places in elsewhere:
-        if all(hasattr(part, "at") for part in edit.parts) and _same_width(model, own, places):
-            sites = [Site(layer, kind) for layer, kind in places]
-            found.append((_with_parts(edit, [{"at": site} for site in sites], label), label))
+        if all(isinstance(part, AlongEdit) for part in edit.parts) and _same_width(model, own, places):
+            moved = [replace(part, at=Site(*place)) for part, place in zip(edit.parts, places)]  # type: ignore[call-arg]
+            found.append((_with_parts(edit, moved, label), label))
     for name in saes:
-        sae, along = load_sae(name), _named(edit)
+        sae, along = load_sae(name), _one(edit).read
         if isinstance(along, Direction):
             raise RequestError(f"{edit.describe()} is along a direction, which no SAE has an index of.")
-        feature = as_feature(along)
-        if sae.id == feature.ref.sae:
+        if sae.id == along.ref.sae:
             raise RequestError(f"{sae.id} is the feature's own SAE; a mismatch control needs another.")
-        check_sae(model, sae.feature(feature.index))
-        other = {_field(edit): FeatureRef(sae.id, feature.index)}
-        found.append((replace(edit, **other), f"feature {feature.index} of {sae.id}"))
+        check_sae(model, sae.feature(along.index))
+        found.append((_one(edit).of(FeatureRef(sae.id, along.index)), f"feature {along.index} of {sae.id}"))
     return found
 
 
@@ -142,30 +123,23 @@ def _same_width(model: Model, own: Sequence[Site], places: Sequence[tuple[int, s
     return widths == [site_width(model, site) for site in own]
 
 
-def _with_parts(edit: Intervention, changes: Sequence[dict[str, Any]], name: str) -> Intervention:
-    """`edit` with fields of each of its parts changed; a set of them gets a name."""
-    parts = tuple(replace(part, **change) for part, change in zip(edit.parts, changes, strict=True))
-    more: dict[str, Any] = {"name": name, "edits": parts}
+def _with_parts(edit: Intervention, parts: Sequence[Intervention], name: str) -> Intervention:
+    """`edit` with these parts; a set of them gets a name."""
+    more: dict[str, Any] = {"name": name, "edits": tuple(parts)}
     return replace(edit, **more) if hasattr(edit, "edits") else parts[0]
 
 
-def _field(edit: Intervention) -> str:
-    """The field of an edit that holds its feature or direction."""
-    return "feature" if isinstance(edit, FeatureEdit) else "along"
-
-
-def _named(edit: Intervention) -> FeatureLike | Direction:
-    """The feature or direction of one edit.
+def _one(edit: Intervention) -> AlongEdit:
+    """An edit of one feature or direction.
 
     Raises:
-        RequestError: it has none of its own.
+        RequestError: it is none.
     """
-    found = getattr(edit, _field(edit), None)
-    if found is None:
+    if not isinstance(edit, AlongEdit):
         raise RequestError(
             f"no control can be made for {edit.describe()}: it is no edit of one feature or direction."
         )
-    return found
+    return edit
 
 
 def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed: int = 0) -> Intervention:
@@ -176,32 +150,42 @@ def random_control(model: Model, edit: Intervention, texts: Sequence[str], seed:
     Raises:
         RequestError: an edit without features or directions of its own.
     """
+    return _with_parts(edit, _random_controls(model, edit, texts, 1, seed)[0], f"random directions {seed}")
+
+
+def _random_controls(
+    model: Model, edit: Intervention, texts: Sequence[str], n: int, seed: int
+) -> list[tuple[AlongEdit, ...]]:
+    """The parts of `edit` along `n` draws of random directions."""
     residual: dict[Site, Tensor] = {}
     drawn: dict[str, Tensor] = {}
+    copies: list[list[AlongEdit]] = []
+    for i, part in enumerate(map(_one, edit.parts)):
+        along, own_seed = part.read, seed + 1_000 * i
+        if part.site not in residual:
+            residual |= ordinary_residuals(model, texts, [part.site])
+        x = residual[part.site]
+        if isinstance(along, Direction):
+            name = along.digest if along.mean is None else str(i)
+            if name not in drawn:
+                drawn[name] = covariance_directions(x, len(along.basis), own_seed)
+            twin = replace(along, name=f"random direction {seed}", basis=drawn[name])
+            copies.append([part.of(twin)] * n)
+        else:
+            copies.append([part.of(twin) for twin in random_twins(along, x, n, own_seed)])
+    return list(zip(*copies))
 
-    def rows(site: Site) -> Tensor:
-        if site not in residual:
-            residual.update(ordinary_residuals(model, texts, [site]))
-        return residual[site]
 
-    def change(i: int, e: Intervention) -> dict[str, Any]:
-        along = _named(e)
-        if not isinstance(along, Direction):
-            feature = as_feature(along)
-            return {_field(e): random_twins(feature, rows(e.site), 1, seed + 1_000 * i)[0]}
-        name = along.digest if along.mean is None else str(i)
-        if name not in drawn:
-            drawn[name] = covariance_directions(rows(e.site), len(along.basis), seed + 1_000 * i)
-        return {_field(e): replace(along, name=f"random direction {seed}", basis=drawn[name])}
-
-    return _with_parts(edit, [change(i, e) for i, e in enumerate(edit.parts)], f"random directions {seed}")
+def _drawn(x: Float[Tensor, "n d_model"], k: int, seed: int) -> Float[Tensor, "k d_model"]:
+    """k vectors drawn from the covariance of `x`, in double precision."""
+    rows = x.double().cpu()
+    rows = rows - rows.mean(0)
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((k, len(rows)))) @ rows
 
 
 def covariance_directions(x: Float[Tensor, "n d_model"], k: int, seed: int) -> Float[Tensor, "k d_model"]:
     """k orthonormal directions drawn from the covariance of `x`."""
-    rows = x.double().cpu() - x.double().cpu().mean(0)
-    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((k, len(rows)))) @ rows
-    return torch.linalg.qr(drawn.T).Q.T.float().contiguous()
+    return torch.linalg.qr(_drawn(x, k, seed).T).Q.T.float().contiguous()
 
 
 RANDOM_RELEASE = "random-direction"
@@ -210,9 +194,7 @@ MATCHED, RANDOM = "matched feature", "random direction, same gate"
 
 def random_twins(feature: Feature, x: Float[Tensor, "n d_model"], n: int, seed: int = 0) -> list[Feature]:
     """`feature` with decoder rows drawn from the covariance of `x`: the same gate, the same ‖Δ‖, other directions."""
-    rows = x.double().cpu()
-    rows = rows - rows.mean(0)
-    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((n, len(rows)))) @ rows
+    drawn = _drawn(x, n, seed)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True) * feature.w_dec.norm().double().cpu()).float()
     return [twin_along(feature, row, f"covariance-{seed}-{k}") for k, row in enumerate(drawn)]
 

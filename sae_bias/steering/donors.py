@@ -14,8 +14,7 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.core.types import PositionMask, Resid, Tokens
 from sae_bias.models.forward import Partners, capture_layers
-from sae_bias.models.model import Model, ours
-from sae_bias.models.sites import hidden
+from sae_bias.models.model import Model
 from sae_bias.models.tree import Packed
 
 
@@ -53,7 +52,7 @@ class Sources:
         if key not in self._other:
             _check_twin(self.model, source)
             tokens = self.tokens.to(source.device)
-            x = _capture(source, tokens, layer, self.attention_mask, self.packed)
+            x = capture_layers(source, tokens, [layer], packed=self.packed, mask=self.attention_mask)[layer]
             self._other[key] = x.to(self.tokens.device)
         return self._other[key]
 
@@ -86,24 +85,3 @@ def _check_twin(model: Model, source: Model) -> None:
         raise RequestError(
             f"cannot patch {source.name} into {model.name}: {shown[1]} into {shown[0]}; the two must be of one architecture and size."
         )
-
-
-@torch.no_grad()
-def _capture(
-    model: Model, tokens: Tokens, layer: int, attention_mask: Tensor | None, packed: Packed | None
-) -> Tensor:
-    """resid_post at `layer` of a whole pass, left padding allowed."""
-    if attention_mask is None:
-        return capture_layers(model, tokens, [layer], packed=packed)[layer]
-    seen: list[Tensor] = []
-
-    @ours
-    def keep(module: object, args: object, output: object) -> None:
-        seen.append(hidden(output))
-
-    handle = model.layer(layer).register_forward_hook(keep)
-    try:
-        model.base(input_ids=tokens, attention_mask=attention_mask.to(tokens.device), use_cache=False)
-    finally:
-        handle.remove()
-    return seen[-1]

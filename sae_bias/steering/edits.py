@@ -45,21 +45,19 @@ from sae_bias.models.model import Model
 from sae_bias.models.tree import packs
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.load import as_feature, load_sae
-from sae_bias.saes.sae import Feature, Sae, sae_facts
+from sae_bias.saes.sae import Sae, sae_facts
 from sae_bias.steering.context import Change, EditContext
 from sae_bias.steering.directions import Direction
 from sae_bias.steering.intervention import (
+    AlongEdit,
     FeatureEdit,
     FeatureLike,
     Intervention,
-    bound,
     edit_class_of,
     edit_of,
-    feature_digest,
     feature_ref,
     from_dict,
     register_edit,
-    settle,
 )
 
 if TYPE_CHECKING:
@@ -194,46 +192,10 @@ class Resample(FeatureEdit):
 
 
 @dataclass(frozen=True)
-class _AlongEdit(Intervention):
+class _AlongEdit(AlongEdit):
     """An edit along a feature's decoder row or a direction."""
 
     along: FeatureLike | Direction
-    by_position: ClassVar[bool] = True
-    at: Site | None = field(default=None, kw_only=True)
-    """Where it acts instead of its own site: a mismatch control (a string or a layer is read as a site)."""
-    of_feature: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        settle(self, "along")
-        if self.at is not None:
-            object.__setattr__(self, "at", Site.parse(self.at))
-
-    @property
-    def target(self) -> str:
-        name = str(self.along) if isinstance(self.along, Direction) else str(feature_ref(self.along))
-        return name if self.at is None else f"{name} @ {self.at}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return () if isinstance(self.along, Direction) else (str(feature_ref(self.along)),)
-
-    @property
-    def site(self) -> Site:
-        return self._along.site if self.at is None else self.at
-
-    @property
-    def _along(self) -> Feature | Direction:
-        return self.along if isinstance(self.along, Direction) else as_feature(self.along)
-
-    def loaded(self) -> Self:
-        return replace(self, along=self._along)
-
-    def bind(self, model: Model) -> Self:
-        if not isinstance(self.along, Direction):
-            return replace(self, along=bound(model, self.along, self.at))
-        site = check_fits(model, str(self.along), self.site, self.along.basis.shape[-1])
-        return replace(self, along=self.along.to(model.layer_device(site.layer)))
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> Intervention:
@@ -242,11 +204,6 @@ class _AlongEdit(Intervention):
                 f"{cls.kind} along {data['along'].get('direction')!r} is stored by digest only; rebuild the direction and pass it."
             )
         return super().of_dict(data)
-
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        along = self._along
-        weights = along.digest if isinstance(along, Direction) else (digest_of or feature_digest)(along)
-        return self.to_dict() | {"weights": weights}
 
 
 @register_edit("steer")
@@ -272,7 +229,7 @@ class Steer(_AlongEdit):
         return super().bind(model)
 
     def delta(self, x: Resid, context: EditContext) -> Change:
-        along = self._along
+        along = self.read
         row = along.basis[0] if isinstance(along, Direction) else along.w_dec
         if self.norm_relative:
             delta = self.alpha * x.norm(dim=-1, keepdim=True) * (row / row.norm())
@@ -301,7 +258,7 @@ class ProjectOut(_AlongEdit):
         return math.nan if self.share == 1 else self.share
 
     def delta(self, x: Resid, context: EditContext) -> Change:
-        along = self._along
+        along = self.read
         if isinstance(along, Direction):
             basis, centered = along.basis, x if along.mean is None else x - along.mean
         else:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,7 @@ def generate(
         )
     ids = [opening_ids(model, p, chat=chat, system=system) for p in prompts]
     check_room(model, max(map(len, ids), default=0), max_new_tokens)
-    config = _generation_config(model, max_new_tokens, temperature, use_cache)
+    config, end = _generation_config(model, max_new_tokens, temperature, use_cache), model.end_ids
     notes = tuple(f"{e.describe()} on {e.target}" for e in interventions)
     out: list[Completion | None] = [None] * len(ids)
     bar = tqdm(total=len(ids), desc="generate", unit="prompt", disable=not progress, leave=False)
@@ -81,8 +82,11 @@ def generate(
         for batch in plan_batches(ids, model.device, batch_size=batch_size):
             new = _continue(model, batch.tokens, config, _batch_seed(seed, batch.index))
             for row, i in enumerate(batch.index):
-                tokens, ended = _up_to_end(new[row].tolist(), _end_ids(config))
-                out[i] = Completion(prompts[i], model.decode(tokens), tuple(tokens), ended, notes)
+                written = new[row].tolist()
+                tokens = tuple(takewhile(lambda token: token not in end, written))
+                out[i] = Completion(
+                    prompts[i], model.decode(tokens), tokens, len(tokens) < len(written), notes
+                )
             bar.update(batch.n)
     return [c for c in out if c is not None]
 
@@ -137,18 +141,6 @@ def _only(hf: Any, config: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         hf.generation_config = own
-
-
-def _end_ids(config: GenerationConfig) -> frozenset[int]:
-    end = config.eos_token_id
-    return frozenset(() if end is None else end if isinstance(end, list) else [end])  # type: ignore[arg-type]
-
-
-def _up_to_end(tokens: list[int], end: frozenset[int]) -> tuple[list[int], bool]:
-    for i, token in enumerate(tokens):
-        if token in end:
-            return tokens[:i], True
-    return tokens, False
 
 
 def _batch_seed(seed: int, index: tuple[int, ...]) -> int:

@@ -204,46 +204,75 @@ def register_edit(kind: str) -> Callable[[E], E]:
 
 
 @dataclass(frozen=True)
-class FeatureEdit(Intervention):
-    """An edit of one SAE feature's activation."""
+class AlongEdit(Intervention):
+    """An edit of one feature, or along one feature's decoder row or a direction: the field `along` names."""
 
-    feature: FeatureLike
     by_position: ClassVar[bool] = True
-    at: Site | None = field(default=None, kw_only=True)
-    """Where it acts instead of its SAE's own site: a mismatch control (a string or a layer is read as a site)."""
     of_feature: ClassVar[bool] = True
+    along_field: ClassVar[str] = "along"
+    at: Site | None = field(default=None, kw_only=True)
+    """Where it acts instead of its own site: a mismatch control (a string or a layer is read as a site)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        settle(self, "feature")
+        if not isinstance(self._given, (Feature, Direction)):
+            object.__setattr__(self, self.along_field, feature_ref(self._given))
         if self.at is not None:
             object.__setattr__(self, "at", Site.parse(self.at))
+
+    @property
+    def _given(self) -> FeatureLike | Direction:
+        return getattr(self, self.along_field)
+
+    @property
+    def read(self) -> Feature | Direction:
+        """Its feature or direction with its weights read."""
+        return self._given if isinstance(self._given, Direction) else as_feature(self._given)
+
+    @property
+    def target(self) -> str:
+        given = self._given
+        name = str(given if isinstance(given, Direction) else feature_ref(given))
+        return name if self.at is None else f"{name} @ {self.at}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if isinstance(self._given, Direction) else (str(feature_ref(self._given)),)
+
+    @property
+    def site(self) -> Site:
+        return self.read.site if self.at is None else self.at
+
+    def of(self, given: FeatureLike | Direction) -> Self:
+        """The same edit of another feature or direction."""
+        return replace(self, **{self.along_field: given})
+
+    def loaded(self) -> Self:
+        return self.of(self.read)
+
+    def bind(self, model: Model) -> Self:
+        return self.of(bound(model, self.read, self.at))
+
+    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+        read = self.read
+        weights = read.digest if isinstance(read, Direction) else (digest_of or feature_digest)(read)
+        return self.to_dict() | {"weights": weights}
+
+
+@dataclass(frozen=True)
+class FeatureEdit(AlongEdit):
+    """An edit of one SAE feature's activation."""
+
+    feature: FeatureLike
+    along_field: ClassVar[str] = "feature"
 
     @property
     def ref(self) -> FeatureRef:
         return feature_ref(self.feature)
 
     @property
-    def target(self) -> str:
-        return str(self.ref) if self.at is None else f"{self.ref} @ {self.at}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (str(self.ref),)
-
-    @property
     def edited(self) -> tuple[str, ...]:
         return (self.target,)
-
-    @property
-    def site(self) -> Site:
-        return as_feature(self.feature).site if self.at is None else self.at
-
-    def loaded(self) -> Self:
-        return replace(self, feature=as_feature(self.feature))
-
-    def bind(self, model: Model) -> Self:
-        return replace(self, feature=bound(model, self.feature, self.at))
 
     def delta(self, x: Resid, context: EditContext) -> Change:
         feature = as_feature(self.feature)
@@ -253,10 +282,6 @@ class FeatureEdit(Intervention):
     def new_acts(self, acts: Float[Tensor, "batch pos"], context: EditContext) -> Float[Tensor, "batch pos"]:
         """a' from a."""
         raise NotImplementedError
-
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        feature = as_feature(self.feature)
-        return self.to_dict() | {"weights": (digest_of or feature_digest)(feature)}
 
 
 # --- making them from names ---
@@ -340,11 +365,14 @@ def map_features(edit: Intervention, change: Callable[[Feature], Feature]) -> In
     return replace(edit, **{f.name: mapped(getattr(edit, f.name)) for f in fields(edit)})
 
 
-def bound(model: Model, feature: FeatureLike, at: Site | None = None) -> Feature:
-    """The feature on the device of its site, or of `at`, checked against the model."""
-    loaded = as_feature(feature)
-    site = check_fits(model, str(loaded.ref), at or loaded.site, loaded.d_model)
-    return loaded.to(model.layer_device(site.layer))
+B = TypeVar("B", bound=Feature | Direction)
+
+
+def bound(model: Model, along: B, at: Site | None = None) -> B:
+    """The feature or direction on the device of its site, or of `at`, checked against the model."""
+    name, width = (along.ref, along.d_model) if isinstance(along, Feature) else (along, along.basis.shape[-1])
+    site = check_fits(model, str(name), at or along.site, width)
+    return along.to(model.layer_device(site.layer))  # type: ignore[return-value]
 
 
 def _plain(value: Any) -> Any:
@@ -373,9 +401,3 @@ def _finite(rule: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise RequestError(f"{rule} needs a finite number, not {value!r}.")
     return value
-
-
-def settle(intervention: Intervention, name: str) -> None:
-    value = getattr(intervention, name)
-    if not isinstance(value, (Feature, Direction)):
-        object.__setattr__(intervention, name, feature_ref(value))

@@ -89,7 +89,7 @@ class _ManyFeatures(Intervention):
 
     def bind(self, model: Model) -> Self:
         _ = self.site
-        return replace(self, features=tuple(bound(model, f) for f in self.features))
+        return replace(self, features=tuple(bound(model, as_feature(f)) for f in self.features))
 
     @classmethod
     def of_dict(cls, data: dict[str, Any]) -> Intervention:

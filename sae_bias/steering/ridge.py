@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,22 +18,19 @@ import torch
 from jaxtyping import Float
 
 from sae_bias.core.errors import RequestError
+from sae_bias.core.result import Figure, Framed
 from sae_bias.core.site import Site
 from sae_bias.models.model import Model
 from sae_bias.models.residuals import last_residuals
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.steering.directions import Direction
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-
 PENALTIES = np.geomspace(1e-4, 1e3, 15)  # in units of the mean eigenvalue of XXᵀ
 Array = np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class RidgeProbe:
+class RidgeProbe(Framed):
     """Held-out R² of every layer beside shuffled labels, and the direction each layer's probe reads."""
 
     frame: pd.DataFrame
@@ -57,10 +53,7 @@ class RidgeProbe:
             torch.from_numpy(self.means[i]).float(),
         )
 
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
-    def plot(self) -> go.Figure:
+    def plot(self) -> Figure:
         """R² by layer, with the 95th percentile of shuffled labels."""
         from sae_bias.figures.style import GREEN, NEUTRAL, figure, zero_line
 

@@ -28,7 +28,6 @@ from sae_bias.steering.receipt import EditReceipt, Receipt
 
 RowsOf = Callable[[Batch], tuple[Tensor, Tensor]]
 PartnersOf = Callable[[Batch], Any]
-Visit = Callable[[int, Tensor, Final], None]
 VisitCell = Callable[[int, int, Tensor, Final], None]
 STACK = 8  # cells whose rows may share a pass; a sweep's cells are run and kept in groups of so many
 STACK_TOKENS = {
@@ -38,19 +37,10 @@ STACK_TOKENS = {
 
 
 @dataclass
-class _Cell:
-    """One cell of a stack: its edits at the one site, and what they did."""
-
-    number: int
-    site_edit: SiteEdit
-    receipts: list[EditReceipt]
-
-
-@dataclass
 class _Rows:
     """The rows of one batch that a cell changes."""
 
-    cell: _Cell
+    number: int
     changed: Tensor
     tokens: Tensor
     resid: Tensor
@@ -85,10 +75,6 @@ class CellRunner:
         self._kept |= kept
         return finals
 
-    def run(self, edits: Sequence[Intervention], visit: Visit) -> Receipt:
-        """Run the rows that `edits` change; `visit(batch number, changed rows [batch], Final)` sees each batch's."""
-        return self.run_many([edits], lambda cell, k, rows, final: visit(k, rows, final))[0]
-
     def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitCell) -> list[Receipt]:
         """Run several cells; `visit(cell, batch number, changed rows [batch], Final)` sees what each of them changes.
 
@@ -108,10 +94,8 @@ class CellRunner:
                 or _reads_pairs_later(compiled[first])
             ):
                 receipts.append(self._whole(first, cells[first], visit))
-            elif len(compiled[first]) > 1:
-                receipts.append(self._two_sites(first, compiled[first], visit))
             else:
-                receipts += self._stack(group, [next(iter(compiled[i].values())) for i in group], visit)
+                receipts += self._stack(group, [compiled[i] for i in group], visit)
         return receipts
 
     def _whole(self, number: int, edits: Sequence[Intervention], visit: VisitCell) -> Receipt:
@@ -122,48 +106,48 @@ class CellRunner:
                     visit(number, k, torch.ones(batch.n, dtype=torch.bool), forward(self.model, batch.tokens))
         return receipt
 
-    def _two_sites(self, number: int, sites: dict[Site, SiteEdit], visit: VisitCell) -> Receipt:
-        """The first site's delta on the kept residual, the later sites' by hooks on the way."""
-        first = sites[min(sites)]
-        later = [e for site_edit in sites.values() if site_edit is not first for e in site_edit.edits]
-        cell = _Cell(number, first, first.receipts())
+    def _stack(
+        self, numbers: Sequence[int], sites: Sequence[dict[Site, SiteEdit]], visit: VisitCell
+    ) -> list[Receipt]:
+        """Cells of one first site: its deltas on the kept residual, their changed rows through the later layers together; a cell with
+        later sites is alone, and their edits are hooks on the way.
+        """
+        edits = [s[min(s)] for s in sites]
+        found = [edit.receipts() for edit in edits]
+        later = [e for s in sites for site in sorted(s)[1:] for e in s[site].edits]
+        budget = STACK_TOKENS.get(self.model.device.type, STACK_TOKENS["cpu"])
+        layer = edits[0].site.layer
         with intervene(self.model, *later) as live:
             for k in range(len(self.batches)):
-                rows = self._changed(cell, k, every=True)
-                assert rows is not None
-                self._forward(k, [rows], visit)
-        warn_written_inactive(Receipt(cell.receipts))
-        return Receipt([*cell.receipts, *live.edits], hook_calls=len(self.batches))
-
-    def _stack(self, numbers: Sequence[int], edits: Sequence[SiteEdit], visit: VisitCell) -> list[Receipt]:
-        """Cells of one site, their changed rows through the later layers together."""
-        stack = [_Cell(n, s, s.receipts()) for n, s in zip(numbers, edits)]
-        budget = STACK_TOKENS.get(self.model.device.type, STACK_TOKENS["cpu"])
-        for k in range(len(self.batches)):
-            waiting: list[_Rows] = []
-            for cell in stack:
-                rows = self._changed(cell, k)
-                if rows is None:
-                    continue
-                if sum(r.tokens.numel() for r in waiting) + rows.tokens.numel() > budget and waiting:
-                    self._forward(k, waiting, visit)
-                    waiting = []
-                waiting.append(rows)
-            if waiting:
-                self._forward(k, waiting, visit)
-        receipts = [Receipt(cell.receipts, hook_calls=len(self.batches)) for cell in stack]
-        for receipt in receipts:
+                waiting: list[_Rows] = []
+                for number, edit, receipts in zip(numbers, edits, found):
+                    rows = self._changed(number, edit, receipts, k, every=bool(later))
+                    if rows is None:
+                        continue
+                    if sum(r.tokens.numel() for r in waiting) + rows.tokens.numel() > budget and waiting:
+                        self._forward(k, layer, waiting, visit)
+                        waiting = []
+                    waiting.append(rows)
+                if waiting:
+                    self._forward(k, layer, waiting, visit)
+        out = [Receipt(receipts, hook_calls=len(self.batches)) for receipts in found]
+        for receipt in out:
             warn_written_inactive(receipt)
-        return receipts
+        return [Receipt([*out[0].edits, *live.edits], hook_calls=len(self.batches))] if later else out
 
-    def _changed(self, cell: _Cell, k: int, *, every: bool = False) -> _Rows | None:
+    def _changed(
+        self, number: int, edit: SiteEdit, receipts: list[EditReceipt], k: int, *, every: bool
+    ) -> _Rows | None:
         """The rows of batch k that a cell changes (or every one), edited; None where it changes none."""
-        batch, layer = self.batches[k], cell.site_edit.site.layer
-        x = self.kept(layer)[k]
+        batch = self.batches[k]
+        x = self.kept(edit.site.layer)[k]
         prompt_len, subject_start = self.rows_of(batch)
-        sources = self._source(k, cell.site_edit)
-        info = PassInfo(batch.tokens, prompt_len=prompt_len, subject_start=subject_start, sources=sources)
-        delta = cell.site_edit.delta(x, info, cell.receipts)
+        if k not in self._sources:
+            self._sources[k] = Sources(self.model, batch.tokens, self.partners_of(batch))
+        info = PassInfo(
+            batch.tokens, prompt_len=prompt_len, subject_start=subject_start, sources=self._sources[k]
+        )
+        delta = edit.delta(x, info, receipts)
         if delta is None and not every:
             return None
         changed = torch.ones(batch.n, dtype=torch.bool, device=x.device)
@@ -172,27 +156,20 @@ class CellRunner:
                 changed = (delta != 0).any(-1).any(-1)
             x = add_delta(x[changed], delta[changed])
         rows = changed.cpu()
-        return _Rows(cell, rows, batch.tokens[rows.to(batch.tokens.device)], x)
+        return _Rows(number, rows, batch.tokens[rows.to(batch.tokens.device)], x)
 
-    def _source(self, k: int, site_edit: SiteEdit) -> Sources:
-        """What the edits read from elsewhere, kept for all cells."""
-        if k not in self._sources:
-            batch = self.batches[k]
-            self._sources[k] = Sources(self.model, batch.tokens, self.partners_of(batch))
-        return self._sources[k]
-
-    def _forward(self, k: int, parts: Sequence[_Rows], visit: VisitCell) -> None:
+    def _forward(self, k: int, layer: int, parts: Sequence[_Rows], visit: VisitCell) -> None:
         """Run the later layers over the rows of several cells, and hand each cell its own."""
         prompt_len, subject_start = self.rows_of(self.batches[k])
         changed = [p.changed for p in parts]
         lens, starts = (torch.cat([v[c] for c in changed]) for v in (prompt_len, subject_start))
         tokens, resid = (torch.cat(list(ts)) for ts in zip(*[(p.tokens, p.resid) for p in parts]))
         with row_positions(self.model, lens, starts):
-            final = forward(self.model, tokens, resume=Kept(parts[0].cell.site_edit.site.layer, resid))
+            final = forward(self.model, tokens, resume=Kept(layer, resid))
         start = 0
         for part in parts:
             stop = start + len(part.tokens)
-            visit(part.cell.number, k, part.changed, final[start:stop])
+            visit(part.number, k, part.changed, final[start:stop])
             start = stop
 
 

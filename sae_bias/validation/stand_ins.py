@@ -54,14 +54,14 @@ def build_stand_in(hub_id: str, folder: str | Path) -> Path:
     from sae_bias.models.hub import _quiet
 
     info = MODELS.get(hub_id)
-    if info is None or info.architecture not in _MODELS:
+    if info is None or info.architecture not in _TOKENIZERS:
         raise RequestError(
             f"there is no stand-in for {hub_id}; the registry knows {', '.join(list(MODELS)[:3])} and others."
         )
     import transformers
 
     folder = Path(folder)
-    hf = _randomise(_MODELS[info.architecture](), seed=zlib.crc32(hub_id.encode()))
+    hf = _randomise(_untrained(info.architecture), seed=zlib.crc32(hub_id.encode()))
     hf.generation_config = transformers.GenerationConfig(
         eos_token_id=hf.config.get_text_config().eos_token_id
     )
@@ -165,81 +165,32 @@ def _neox_tokenizer(info: ModelInfo) -> Any:
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
-def _shape() -> dict[str, Any]:
-    return {
+def _untrained(architecture: str) -> Any:
+    """A tiny model of one of the architecture classes."""
+    import transformers as hf
+
+    shape: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4,
         "intermediate_size": D_MLP, "max_position_embeddings": 256,
     }  # fmt: skip
-
-
-def _gemma_shape() -> dict[str, Any]:
-    return {
-        **_shape(), "num_key_value_heads": 2, "head_dim": D_HEAD, "sliding_window": 8, "query_pre_attn_scalar": D_HEAD,
-        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+    grouped = shape | {"num_key_value_heads": 2}
+    gemma = grouped | {
+        "head_dim": D_HEAD, "sliding_window": 8, "query_pre_attn_scalar": D_HEAD, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
-
-
-def _gemma2() -> Any:
-    import transformers
-
-    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_gemma_shape()))
-
-
-def _gemma3_text() -> Any:
-    import transformers
-
-    layers = ["sliding_attention"] * (N_LAYERS - 2) + ["full_attention", "sliding_attention"]
-    return transformers.Gemma3TextConfig(**_gemma_shape(), layer_types=layers)
-
-
-def _gemma3() -> Any:
-    import transformers
-
-    return transformers.Gemma3ForCausalLM(_gemma3_text())
-
-
-def _gemma3_multimodal() -> Any:
-    import transformers
-
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
+    gemma3 = hf.Gemma3TextConfig(
+        **gemma, layer_types=["sliding_attention"] * (N_LAYERS - 2) + ["full_attention", "sliding_attention"]
     )
-    config = transformers.Gemma3Config(
-        text_config=_gemma3_text(), vision_config=vision, mm_tokens_per_image=1,
-        boi_token_index=VOCAB - 3, eoi_token_index=VOCAB - 2, image_token_index=VOCAB - 1,
-    )  # fmt: skip
-    return transformers.Gemma3ForConditionalGeneration(config)
-
-
-def _mistral() -> Any:
-    import transformers
-
-    more: dict[str, Any] = {
-        "num_key_value_heads": 2,
-        "head_dim": D_HEAD,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**_shape(), **more))
-
-
-def _qwen2() -> Any:
-    import transformers
-
-    more = {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 0}
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_shape(), **more))
-
-
-def _neox() -> Any:
-    import transformers
-
-    config = transformers.GPTNeoXConfig(**_shape(), bos_token_id=0, eos_token_id=0)
-    return transformers.GPTNeoXForCausalLM(config)
+    vision = hf.SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
+    images = {"mm_tokens_per_image": 1, "boi_token_index": VOCAB - 3, "eoi_token_index": VOCAB - 2, "image_token_index": VOCAB - 1}  # fmt: skip
+    config = {
+        "MistralForCausalLM": hf.MistralConfig(**grouped, head_dim=D_HEAD, bos_token_id=1, eos_token_id=2),
+        "Gemma2ForCausalLM": hf.Gemma2Config(**gemma),
+        "Gemma3ForCausalLM": gemma3,
+        "Gemma3ForConditionalGeneration": hf.Gemma3Config(text_config=gemma3, vision_config=vision, **images),  # type: ignore[arg-type]
+        "Qwen2ForCausalLM": hf.Qwen2Config(**grouped, bos_token_id=None, eos_token_id=0),
+        "GPTNeoXForCausalLM": hf.GPTNeoXConfig(**shape, bos_token_id=0, eos_token_id=0),
+    }[architecture]
+    return getattr(hf, architecture)(config)
 
 
 @torch.no_grad()
@@ -255,14 +206,6 @@ def _randomise(hf: Any, seed: int) -> Any:
     return hf.eval()
 
 
-_MODELS: dict[str, Callable[[], Any]] = {
-    "MistralForCausalLM": _mistral,
-    "Gemma2ForCausalLM": _gemma2,
-    "Gemma3ForCausalLM": _gemma3,
-    "Gemma3ForConditionalGeneration": _gemma3_multimodal,
-    "Qwen2ForCausalLM": _qwen2,
-    "GPTNeoXForCausalLM": _neox,
-}
 _TOKENIZERS: dict[str, Callable[[ModelInfo], Any]] = {
     "MistralForCausalLM": _mistral_tokenizer,
     "Gemma2ForCausalLM": _gemma_tokenizer,

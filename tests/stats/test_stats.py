@@ -478,13 +478,12 @@ def test_bank_clusters_widen_the_interval():
 def test_paired_t_is_scipy_and_the_floor_caps_it():
     x = np.random.default_rng(0).normal(0.3, 1, (12, 40))
     ours, theirs = features.paired_t(x), scipy_stats.ttest_1samp(x, 0)
-    assert np.allclose(ours.t, theirs.statistic)
-    assert np.allclose(ours.p_value, theirs.pvalue)
+    assert np.allclose(ours, theirs.statistic)
     regular = 0.01 + 1e-6 * x
-    assert np.all(np.abs(features.paired_t(regular).t) > 1000)
-    assert np.allclose(features.paired_t(regular, 0.04).t, 0.01 / math.sqrt(0.04 / 12), rtol=1e-2)
-    assert features.paired_t(np.zeros((5, 2))).t.tolist() == [0, 0]
-    assert np.isnan(features.paired_t(np.ones((1, 2))).t).all()
+    assert np.all(np.abs(features.paired_t(regular)) > 1000)
+    assert np.allclose(features.paired_t(regular, 0.04), 0.01 / math.sqrt(0.04 / 12), rtol=1e-2)
+    assert features.paired_t(np.zeros((5, 2))).tolist() == [0, 0]
+    assert np.isnan(features.paired_t(np.ones((1, 2)))).all()
 
 
 def brute_max_t(x, floor=0.0):
@@ -502,9 +501,10 @@ def brute_max_t(x, floor=0.0):
 def test_max_t_equals_brute_force_over_all_signs(floor):
     x = np.random.default_rng(1).normal(0.5, 1, (8, 30))
     t, p = brute_max_t(x, floor)
+    assert features.MaxT(8).exact
     result = max_t(x, variance_floor=floor, block=7)
-    assert result.exact
-    assert result.n_flips == 128
+    assert result.p_fwer.min() >= 1 / 128
+    assert np.allclose(result.p_fwer * 128, np.round(result.p_fwer * 128))
     assert np.allclose(np.abs(result.t), t)
     assert np.allclose(result.p_fwer, p)
 
@@ -517,9 +517,9 @@ def test_max_t_over_several_saes_is_max_t_over_their_union():
         family.add(x[:, part], floor[part], block=33)
     whole = max_t(x, n_flips=500, seed=3, variance_floor=floor)
     assert family.n_features == 300
-    assert np.allclose(family.p_fwer(), whole.p_fwer)
-    assert not whole.exact
-    assert whole.floor == 1 / 501
+    assert np.allclose(family.result().p_fwer, whole.p_fwer)
+    assert not family.exact
+    assert family.p_of([1e9]) == 1 / 501
 
 
 def test_max_t_finds_the_planted_feature_and_keeps_the_family_rate():
@@ -548,14 +548,13 @@ def test_a_tiny_regular_contrast_needs_the_floor():
     assert abs(floored.t[0]) < 1
 
 
-def test_max_t_one_sided_and_dead_features():
+def test_max_t_of_dead_features_and_bad_input():
     x = np.random.default_rng(5).normal(2, 1, (9, 4))
     x[:, 3] = 0
-    up, down = max_t(x, alternative="greater"), max_t(-x, alternative="greater")
-    assert (up.p_fwer[:3] <= 0.05).all()
-    assert (down.p_fwer[:3] > 0.9).all()
-    assert up.t[3] == 0
-    assert up.p_fwer[3] > 0.9
+    found = max_t(x)
+    assert (found.p_fwer[:3] <= 0.05).all()
+    assert found.t[3] == 0
+    assert found.p_fwer[3] > 0.9
     with pytest.raises(RequestError, match="at least 2"):
         max_t(x[:1])
     with pytest.raises(RequestError, match="row 2, feature 1"):
@@ -586,7 +585,7 @@ def test_auroc_of_a_wide_sae_is_quick():
     assert time.process_time() - start < 15
 
 
-def test_lower_bound_min_is_the_smallest_one_sided_bound():
+def test_the_smallest_lower_bound_is_the_smallest_one_sided_bound():
     rng = np.random.default_rng(8)
     x = {k: rng.normal(m, 1, (15, 6)) for k, m in (("AS-AN", 2), ("AS-HS", 1), ("AS-DS", 3))}
     expected = np.min(
@@ -596,15 +595,17 @@ def test_lower_bound_min_is_the_smallest_one_sided_bound():
         ],
         axis=0,
     )
-    assert np.allclose(features.lower_bound_min(x), expected)
-    assert np.isnan(features.lower_bound_min([v[:1] for v in x.values()])).all()
+    assert np.allclose(np.min([features.lower_bound(v) for v in x.values()], axis=0), expected)
+    assert all(np.isnan(features.lower_bound(v[:1])).all() for v in x.values())
 
 
-def test_lower_bound_min_covers():
+def test_the_smallest_lower_bound_covers():
     """Three equal means, the worst case for the *lower* side being one far smaller: at most 5 % too high."""
     rng = np.random.default_rng(9)
     contrasts = [rng.normal(m, 1, (12, 4000)) for m in (0, 9, 9)]
-    assert (features.lower_bound_min(contrasts) > 0).mean() == pytest.approx(0.05, abs=0.012)
+    assert (np.min(list(map(features.lower_bound, contrasts)), axis=0) > 0).mean() == pytest.approx(
+        0.05, abs=0.012
+    )
 
 
 def test_corrections_are_statsmodels_and_skip_what_was_not_tested():

@@ -142,17 +142,14 @@ def _rope(header: GgufHeader, default: float = 10_000.0) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _llama_config(header: GgufHeader) -> dict[str, Any]:
-    return _decoder_config(header, model_type="llama", rope_parameters=_rope(header))
+def _plain(model_type: str, theta: float = 10_000.0, *without: str) -> Callable[[GgufHeader], dict[str, Any]]:
+    """The config of a family that needs nothing but what all share, less the fields it does not have."""
 
+    def config(header: GgufHeader) -> dict[str, Any]:
+        whole = _decoder_config(header, model_type=model_type, rope_parameters=_rope(header, theta))
+        return {name: value for name, value in whole.items() if name not in without}
 
-def _qwen2_config(header: GgufHeader) -> dict[str, Any]:
-    config = _decoder_config(header, model_type="qwen2", rope_parameters=_rope(header, 1_000_000.0))
-    return {name: value for name, value in config.items() if name != "head_dim"}
-
-
-def _qwen3_config(header: GgufHeader) -> dict[str, Any]:
-    return _decoder_config(header, model_type="qwen3", rope_parameters=_rope(header, 1_000_000.0))
+    return config
 
 
 def _attention_scalar(header: GgufHeader, deepest: int) -> int:
@@ -215,7 +212,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "gemma3": GgufArchitecture("Gemma3ForCausalLM", _gemma3_config, _GEMMA_LAYER | _QK_NORMS, undo={"norm.weight": _minus_one}),
     "llama": GgufArchitecture(
         "LlamaForCausalLM",
-        _llama_config,
+        _plain("llama"),
         _LAYER,
         undo={
             f".attn_{part}.{ending}": _deinterleaved(heads)
@@ -223,8 +220,8 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             for ending in ("weight", "bias")
         },
     ),
-    "qwen2": GgufArchitecture("Qwen2ForCausalLM", _qwen2_config, _LAYER),
-    "qwen3": GgufArchitecture("Qwen3ForCausalLM", _qwen3_config, _LAYER | _QK_NORMS),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", _plain("qwen2", 1_000_000.0, "head_dim"), _LAYER),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", _plain("qwen3", 1_000_000.0), _LAYER | _QK_NORMS),
     "gptneox": GgufArchitecture(
         "GPTNeoXForCausalLM",
         _gpt_neox_config,

@@ -7,10 +7,10 @@ lengths are folded into the encoder; a BatchTopK dictionary is a JumpReLU one at
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
@@ -70,7 +70,10 @@ class DictionaryLearning:
         if kind not in _KINDS:
             raise RequestError(f"{where}: dict_class {kind[:60]!r}; expected one of {', '.join(_KINDS)}")
         architecture, subtracts, unit_rows = _KINDS[kind]
-        weights = _weights(folder / WEIGHTS, architecture)
+        wanted = ("W_enc", "W_dec", "b_dec", *_WANTED[architecture])
+        weights = named_tensors(folder / WEIGHTS, {name: _NAMES[name] for name in wanted})
+        if "threshold" in weights and weights["threshold"].ndim == 0:  # one for all features
+            weights["threshold"] = weights["threshold"].repeat(len(weights["W_dec"]))
         options: dict[str, Any] = {"k": _k(trainer, where)} if architecture == "topk" else {}
         lens = build(
             architecture,
@@ -98,24 +101,27 @@ def build(architecture: str, weights: dict[str, Tensor], hook: str, model: Any, 
     return lens.eval()
 
 
-def _weights(path: Path, architecture: str) -> dict[str, Tensor]:
-    """The tensors under SAELens' names, [d_in, d_sae] and [d_sae, d_in]."""
-    stored = all_tensors(path)
-    found: dict[str, Tensor] = {}
-    for name in ("W_enc", "W_dec", "b_dec", *_WANTED[architecture]):
-        own = next((n for n in _NAMES[name] if n in stored), None)
+def named_tensors(
+    path: Path, names: Mapping[str, Sequence[str]], turned: str | tuple[str, ...] = ".weight"
+) -> dict[str, Tensor]:
+    """The tensors of a file under SAELens' names: the first of each one's own names that is there, transposed where it ends in `turned`.
+
+    Raises:
+        RequestError: one is missing, or encoder and decoder do not fit one another.
+    """
+    stored, found = all_tensors(path), {}
+    for name, own_names in names.items():
+        own = next((n for n in own_names if n in stored), None)
         if own is None:
             raise RequestError(
-                f"{path} has no {' or '.join(_NAMES[name])}; it holds {', '.join(sorted(stored))[:120]}"
+                f"{path} has no {' or '.join(own_names)}; it holds {', '.join(sorted(stored))[:120]}"
             )
-        found[name] = stored[own].T.contiguous() if own.endswith(".weight") else stored[own]
+        found[name] = stored[own].T.contiguous() if own.endswith(turned) else stored[own]
     d_in, d_sae = found["W_enc"].shape
     if found["W_dec"].shape != (d_sae, d_in):
         raise RequestError(
             f"{path}: encoder {[d_in, d_sae]} and decoder {list(found['W_dec'].shape)} do not fit one another"
         )
-    if "threshold" in found and found["threshold"].ndim == 0:
-        found["threshold"] = torch.full((d_sae,), float(found["threshold"]), dtype=torch.float32)
     return found
 
 

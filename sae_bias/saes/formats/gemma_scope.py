@@ -64,12 +64,16 @@ class Label:
 
 @dataclass(frozen=True, eq=False)
 class EncoderFile:
-    """The five tensors of an SAE file in slices: h = x · W_enc + b_enc, or (x − b_dec) · W_enc + b_enc."""
+    """The five tensors of an SAE file in slices: h = x · s W_enc + b_enc, or (x − b_dec) · W_enc + b_enc; s is 1 but in Llama Scope."""
 
     file: TensorFile
     names: dict[str, str]
     """The file's own name of w_enc, w_dec, b_enc, b_dec and, for JumpReLU, threshold."""
     subtract_b_dec: bool = False
+    scale: float = 1.0
+    """What the input is multiplied by, and the output divided by."""
+    threshold: float | None = None
+    """The one of all features, where the file has none."""
 
     @property
     def d_in(self) -> int:
@@ -84,20 +88,23 @@ class EncoderFile:
     def columns(self, start: int, stop: int) -> Columns:
         """Encoder columns start:stop with their biases and thresholds."""
         w_enc = self.file.columns(self.names["w_enc"], start, stop)
+        w_enc = w_enc if self.scale == 1 else w_enc * self.scale
         b_enc = self.file.vector(self.names["b_enc"], start, stop)
         if self.subtract_b_dec:
             b_enc = b_enc - self.b_dec() @ w_enc
-        if "threshold" not in self.names:
-            return Columns(w_enc, b_enc, torch.zeros_like(b_enc))
-        return Columns(w_enc, b_enc, self.file.vector(self.names["threshold"], start, stop))
+        own = self.names.get("threshold")
+        if own is None:
+            return Columns(w_enc, b_enc, torch.full_like(b_enc, self.threshold or 0.0))
+        threshold = self.file.vector(own, start, stop)
+        return Columns(w_enc, b_enc, threshold.exp() if own.startswith("log_") else threshold)
 
     def decoder_rows(self, indices: Sequence[int]) -> Float[Tensor, "n d_model"]:
         """Decoder rows of the given features."""
-        return self.file.rows(self.names["w_dec"], indices)
+        return self.file.rows(self.names["w_dec"], indices) / self.scale
 
     def b_dec(self) -> Float[Tensor, "d_model"]:
         """The decoder's bias."""
-        return self.file.vector(self.names["b_dec"])
+        return self.file.vector(self.names["b_dec"]) / self.scale
 
 
 def find_params(folder: Path) -> Path | None:

@@ -12,64 +12,29 @@ As in SAELens, the one threshold of the first layout is multiplied by s, those o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.saes.formats import register_format
+from sae_bias.saes.formats.gemma_scope import EncoderFile
 from sae_bias.saes.formats.saelens import read_config
 from sae_bias.saes.ids import SaeId
-from sae_bias.saes.sae import Columns, Sae, SaeInfo
+from sae_bias.saes.sae import Sae, SaeInfo
 from sae_bias.saes.tensors import TensorFile, open_tensor_file
 
 ONE_THRESHOLD = ("hyperparams.json", "checkpoints", "final.safetensors")
 OWN_THRESHOLDS = ("config.json", "sae_weights.safetensors")
 MODEL = "meta-llama/Llama-3.1-8B"
-_LOG_THRESHOLD = "log_jumprelu_threshold"
+_NAMES = {
+    "w_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "w_dec": "decoder.weight",
+    "b_dec": "decoder.bias",
+}
 _UNREAD = ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder")
-
-
-@dataclass(frozen=True, eq=False)
-class LlamaScopeEncoder:
-    """Slices of the weights file, the scaling of the input folded in."""
-
-    file: TensorFile
-    scale: float
-    """s of the module's equation."""
-    threshold: float | None
-    """The one of all features, already scaled; None where the file has one a feature."""
-
-    @property
-    def d_in(self) -> int:
-        """Width of what it reads."""
-        return self.file.slots["encoder.weight"].shape[0]
-
-    @property
-    def d_sae(self) -> int:
-        """Number of features."""
-        return self.file.slots["encoder.weight"].shape[1]
-
-    def columns(self, start: int, stop: int) -> Columns:
-        """Encoder columns start:stop with their biases and thresholds."""
-        w_enc = self.file.columns("encoder.weight", start, stop) * self.scale
-        b_enc = self.file.vector("encoder.bias", start, stop)
-        if self.threshold is None:
-            return Columns(w_enc, b_enc, self.file.vector(_LOG_THRESHOLD, start, stop).exp())
-        return Columns(w_enc, b_enc, torch.ones_like(b_enc) * self.threshold)
-
-    def decoder_rows(self, indices: Sequence[int]) -> Float[Tensor, "n d_model"]:
-        """Decoder rows of the given features."""
-        return self.file.rows("decoder.weight", indices) / self.scale
-
-    def b_dec(self) -> Float[Tensor, "d_model"]:
-        """The decoder's bias."""
-        return self.file.vector("decoder.bias") / self.scale
 
 
 @register_format("llama_scope")
@@ -90,13 +55,15 @@ class LlamaScope:
         config = read_config(config_path)
         info = _info(config, str(config_path))
         file = _transposed(open_tensor_file(weights))
-        names = ["encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"]
         one = config_path.name == ONE_THRESHOLD[0]
-        _check(file, [*names, *([] if one else [_LOG_THRESHOLD])])
+        names = _NAMES if one else _NAMES | {"threshold": "log_jumprelu_threshold"}
+        _check(file, list(names.values()))
         norm = _mean_norm(config, file, str(config_path))
         scale = file.slots["encoder.weight"].shape[0] ** 0.5 / norm
         threshold = _positive(config.get("jump_relu_threshold"), "jump_relu_threshold", str(config_path)) if one else None  # fmt: skip
-        encoder = LlamaScopeEncoder(file, scale, None if threshold is None else threshold * scale)
+        encoder = EncoderFile(
+            file, names, scale=scale, threshold=None if threshold is None else threshold * scale
+        )
         return Sae(sae_id, encoder, info, weights)
 
 

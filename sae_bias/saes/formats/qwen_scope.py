@@ -13,16 +13,13 @@ from pathlib import Path
 
 from sae_bias.core.errors import RequestError
 from sae_bias.saes.formats import register_format
-from sae_bias.saes.formats.dictionary_learning import build
+from sae_bias.saes.formats.dictionary_learning import build, named_tensors
 from sae_bias.saes.formats.saelens import lens_sae
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.sae import Sae
-from sae_bias.saes.tensors import all_tensors
 
 _REPOSITORY = re.compile(r"SAE-Res-(?P<model>[^/]+?)-W(?P<width>\d{1,6})K-L0_(?P<k>\d{1,6})")
 _FILE = re.compile(r"layer(\d{1,4})\.sae\.safetensors")
-_NAMES = {"W_enc": True, "W_dec": True, "b_enc": False, "b_dec": False}
-"""Name of a tensor → whether it is transposed."""
 
 
 @register_format("qwen_scope")
@@ -44,19 +41,12 @@ class QwenScope:
                 f"{path}: how many features are active? Keep Qwen Scope's repository name in the path, e.g. "
                 "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer7/layer7.sae.safetensors"
             )
-        stored = all_tensors(path)
-        if missing := [name for name in _NAMES if name not in stored]:
-            raise RequestError(
-                f"{path} has no {', '.join(missing)}; it holds {', '.join(sorted(stored))[:120]}"
-            )
-        weights = {
-            name: stored[name].T.contiguous() if turn else stored[name] for name, turn in _NAMES.items()
-        }
+        weights = named_tensors(
+            path, {name: [name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}, turned=("W_enc", "W_dec")
+        )
         d_in, d_sae = weights["W_enc"].shape
-        if weights["W_dec"].shape != (d_sae, d_in) or d_sae != int(names[-1]["width"]) * 1024:
-            raise RequestError(
-                f"{path}: encoder {[d_sae, d_in]}, decoder {list(stored['W_dec'].shape)} and {names[-1][0]} do not fit one another"
-            )
+        if d_sae != int(names[-1]["width"]) * 1024:
+            raise RequestError(f"{path}: encoder {[d_sae, d_in]} and {names[-1][0]} do not fit one another")
         lens = build(
             "topk", weights, f"blocks.{layer[1]}.hook_resid_post", f"Qwen/{names[-1]['model']}",
             k=int(names[-1]["k"]), apply_b_dec_to_input=False,

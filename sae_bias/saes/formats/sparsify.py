@@ -11,11 +11,10 @@ from typing import Any
 
 from sae_bias.core.errors import RequestError
 from sae_bias.saes.formats import register_format
-from sae_bias.saes.formats.dictionary_learning import build
+from sae_bias.saes.formats.dictionary_learning import build, named_tensors
 from sae_bias.saes.formats.saelens import lens_sae, read_config
 from sae_bias.saes.ids import SaeId
 from sae_bias.saes.sae import Sae
-from sae_bias.saes.tensors import all_tensors
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 _OTHER = ("transcode", "skip_connection", "embed_skip", "gram_lookup", "monet", "encoder_pkm", "encoder_kron", "encoder_monarch", "signed")  # fmt: skip
@@ -49,17 +48,13 @@ class Sparsify:
         k = config.get("k")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise RequestError(f"{where}: k is {str(k)[:40]!r}; expected how many features are active")
-        stored = all_tensors(folder / WEIGHTS)
-        if missing := [n for n in ("encoder.weight", "encoder.bias", "W_dec", "b_dec") if n not in stored]:
-            raise RequestError(
-                f"{folder / WEIGHTS} has no {', '.join(missing)}; it holds {', '.join(sorted(stored))[:120]}"
-            )
-        weights = {
-            "W_enc": stored["encoder.weight"].T.contiguous(),
-            "b_enc": stored["encoder.bias"],
-            "W_dec": stored["W_dec"],
-            "b_dec": stored["b_dec"],
+        names = {
+            "W_enc": ["encoder.weight"],
+            "b_enc": ["encoder.bias"],
+            "W_dec": ["W_dec"],
+            "b_dec": ["b_dec"],
         }
+        weights = named_tensors(folder / WEIGHTS, names)
         options: dict[str, Any] = {"k": k, "apply_b_dec_to_input": True}
         lens = build("topk", weights, f"blocks.{layer[1]}.hook_resid_post", None, **options)
         return lens_sae(sae_id, lens, folder / WEIGHTS)
