@@ -39,6 +39,18 @@ def identity_claims(text: str) -> tuple[str, ...]:
     )
 
 
+def known_identities(names: Sequence[str]) -> tuple[str, ...]:
+    """`names`, once each has a pattern.
+
+    Raises:
+        RequestError: a name without one.
+    """
+    known = load_identity().patterns
+    if unknown := [name for name in names if name not in known]:
+        raise RequestError(f"there is no identity {unknown[0]!r}; known: {', '.join(known)}.")
+    return tuple(names)
+
+
 @dataclass(frozen=True)
 class IdentityResult:
     """What was answered, and which identities were claimed."""
@@ -88,10 +100,7 @@ def identity_sweep(
     Raises:
         RequestError: `own` names an identity without a pattern.
     """
-    bank = load_identity()
-    unknown = [name for name in own if name not in bank.patterns]
-    if unknown:
-        raise RequestError(f"there is no identity {unknown[0]!r}; known: {', '.join(bank.patterns)}.")
+    bank, own = load_identity(), known_identities(own)
     greedy = tuple(prompts) if prompts is not None else bank.prompts
     sampled = () if prompts is not None else bank.sampled
     runs = [(greedy, 0, 0.0)] + [(sampled, s, TEMPERATURE) for s in range(1, N_SAMPLES + 1) if sampled]
@@ -119,4 +128,4 @@ def identity_sweep(
                     "other": any(c not in own for c in claims),
                 }
             )
-    return IdentityResult(pd.DataFrame(rows), tuple(own))
+    return IdentityResult(pd.DataFrame(rows), own)

@@ -20,7 +20,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.text import number
 from sae_bias.discovery.model_diff import model_diff
 from sae_bias.discovery.ranking import Ranking, rank_features
-from sae_bias.measures.behavior import Behavior, DoseResponse, Judged, dose_response
+from sae_bias.measures.behavior import Behavior, DoseResponse, Judged, behavior_scores, dose_response
 from sae_bias.measures.fidelity import Fidelity, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.load import load_model
@@ -137,6 +137,15 @@ class ContrastStudy(StudyFile):
             return contrast
         return read_lines(Path(self.prompts).expanduser())[: self.most_texts]
 
+    def check_read(self) -> None:
+        """Every file, question and behavior that a later step reads: a wrong name need not wait until the ranking is over."""
+        for name in self.files():
+            self.asked(self.texts(name))
+        for name in self.questions:
+            load_pairs(name)
+        if self.behavior is not None:
+            behavior_scores(self.behavior, [])
+
 
 def run_contrast_study(
     study: ContrastStudy,
@@ -153,6 +162,7 @@ def run_contrast_study(
     """
     from sae_bias.report.page import write_report
 
+    study.check_read()
     saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
     model = load_model(study.model, **study.placement)
     for sae in saes:

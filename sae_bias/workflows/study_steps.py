@@ -29,7 +29,9 @@ from sae_bias.discovery.effects import effect_sentence, first_by_prediction, mea
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
 from sae_bias.measures.base import run_measures
+from sae_bias.measures.continuations import Phrasing, make_asks
 from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
+from sae_bias.measures.identity import known_identities
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
@@ -44,6 +46,7 @@ from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import load_scenarios
+from sae_bias.prompts.texts import load_identity
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
@@ -96,6 +99,8 @@ class StudyRun:
                 self.saes = [load_sae(s) for s in expand_saes(study.saes)] if study.saes else []
                 held = [p.template for p in self.pairs if study.report_held_out and p.corpus is False]
                 self.split = self.pairs.split(study.seed, must_report=held)
+                if self.saes:
+                    check_behavior(study, self.model)
                 self.fidelity = self.check()
             with self.step("probe"):
                 base = run_probe(self.model, self.pairs, self.probe, random_words=True)
@@ -345,6 +350,18 @@ class StudyRun:
             tables, found["identity"] = run_identity(self.model, edits, own=own, chat=self.study.chat)
             self.add(tables)
         return found
+
+
+def check_behavior(study: Study, model: Model) -> None:
+    """What the last steps of a study ask for, read and encoded at its start: a wrong name need not wait until the sweep is over."""
+    known_identities(study.identity or ())
+    if study.identity is not None:
+        Phrasing(model, chat=study.chat).encode(load_identity().prompts[0], "")
+    for prompt in study.prompts:
+        model.encode(prompt)
+    if study.scenarios is not None:
+        for system in {None, study.system}:
+            make_asks(Phrasing(model, chat=study.chat, system=system), load_scenarios(study.scenarios))
 
 
 def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRef | None:

@@ -233,3 +233,33 @@ def test_a_wrong_study_file_is_one_clear_line(tmp_path, text, says):
     with pytest.raises(sb.SaeBiasError, match=says) as caught:
         load_study(path)
     assert "\n" not in str(caught.value)
+
+
+LATE = {
+    "scenarios: nope.yaml": "nope.yaml does not exist",
+    "scenarios: organism\nchat: true": "no chat template",
+    "identity: [nobody]": "no identity 'nobody'",
+    "prompts: ['']": "special tokens only",
+}
+LATE_OF_A_CONTRAST = {
+    "prompts: nope.txt": "nope.txt",
+    "questions: [nope]": "nope",
+    "behavior: '('": "regular expression",
+}
+
+
+@pytest.mark.parametrize(("line", "says"), [*LATE.items(), *LATE_OF_A_CONTRAST.items()])
+def test_what_the_last_step_reads_is_checked_before_the_first_pass(tmp_path, monkeypatch, line, says):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "An AI says no.", "label": 1}\n{"text": "A man says no.", "label": 0}\n')
+    kind = f"contrast: {texts}\n" if line in LATE_OF_A_CONTRAST else ""
+    path = tmp_path / "s.yaml"
+    path.write_text(f"model: organism:planted\nsaes: ['organism:planted/constructed']\n{kind}{line}\n")
+
+    def passed(*_, **__):
+        raise AssertionError("a prompt was passed first")
+
+    for name in ("study_steps.run_probe", "study_steps.gate_model", "contrast_study.gate_sae"):
+        monkeypatch.setattr(f"sae_bias.workflows.{name}", passed)
+    with pytest.raises(sb.SaeBiasError, match=says):
+        sb.run_study(load_study(path), out=tmp_path / "run", progress=False)
