@@ -59,18 +59,16 @@ def generate(
     base = complete(model, texts, **options)
     steered = [complete(model, texts, interventions=edits, **options) for edits in conditions]
     frames = [side_by_side(model, base, after, **run.chat) for after in (steered or [base])]
-    measured = text_summary(base, steered[0] if steered else base, frames[0])
-    labels = [", ".join(e.describe() for e in edits) for edits in conditions]
-    more = {
-        label: text_summary(base, after, frame)["steered"]
-        for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
-    }
-    table, n = frames[0], len(frames)
-    if n > 1:  # the conditions below each other, named
+    each = [text_summary(base, after, frame) for after, frame in zip(steered or [base], frames)]
+    measured, labels = each[0], [", ".join(e.describe() for e in edits) for edits in conditions]
+    more = {label: found["steered"] for label, found in zip(labels[1:], each[1:])}
+    table = frames[0]
+    if len(frames) > 1:  # the conditions below each other, named
         table = pd.concat([f.assign(edit=e) for f, e in zip(frames, labels, strict=True)], ignore_index=True)
-    together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
-    made = {"edits": [e.to_dict() for edits in conditions for e in edits]}
-    run.save({"generations": table}, {"generations": together}, generation={**options, **made})
+    means = pd.DataFrame([found["steered"] for found in each]).mean()
+    together = {"unsteered": measured["unsteered"], "steered": means.to_dict()}
+    made = {**options, "edits": [e.to_dict() for edits in conditions for e in edits]}
+    run.save({"generations": table}, {"generations": together}, generation=made)
     for i, before in enumerate(base):
         run.say(f"{before.prompt}\n  unsteered: {' '.join(before.text.split())}")
         for label, after in zip(labels, steered, strict=True):

@@ -92,7 +92,7 @@ def dose(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     TEXT, "question_bias", "question-bias", "Bias on other questions",
-    "question; strength; n_units: templates; rate: bias, nats; ci_low; ci_high; change; change_low; change_high; p_value; "
+    "question; of; strength; n_units: templates; rate: nats; ci_low; ci_high; change; change_low; change_high; p_value; "
     "control_change: random controls",
 )  # fmt: skip
 def question_bias(run: Run, frame: pd.DataFrame) -> Drawn:

@@ -20,7 +20,7 @@ NOT_HERE = "not re-measured here"
     PUBLISHED, "models", "models", "The bias of every model",
     "model; form; status; published; bias; ci_low; ci_high; p_value; verdict; n_pairs; "
     "n_words: shared words; bias_own_words: bias, its own words; n_own_words: its own words; "
-    "control_bias: mundane bias; difference_in_differences: beyond mundane; d_z; share_templates_positive; reason: remark",
+    "control_bias: mundane bias; difference_in_differences: beyond mundane; did_low: beyond mundane, from; did_high: beyond mundane, to; d_z; share_templates_positive; reason: remark",
     how="Read with the words that are single tokens in every model measured; the interval is two-way clustered.",
     opened=True, missing="–",
 )  # fmt: skip
