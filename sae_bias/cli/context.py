@@ -99,11 +99,12 @@ def parameters(function: Callable[..., None]) -> tuple[str, list[inspect.Paramet
     found = {}
     for line in lines:
         name = names[line["flags"]] if line["flags"] else next(arguments)
-        p, told = left.pop(name), {"help": line["help"] or None, "metavar": line["metavar"] or None}
+        p = left.pop(name)
+        told: dict[str, Any] = {"help": line["help"] or None, "metavar": line["metavar"] or None}
         kind, more = get_args(p.annotation) if get_origin(p.annotation) is Annotated else (p.annotation, {})
         told |= {"show_default": p.default not in (None, p.empty), **more}
         made = typer.Option(*line["flags"].split(", "), **told) if line["flags"] else typer.Argument(**told)
-        found[name] = p.replace(annotation=Annotated[kind, made])
+        found[name] = p.replace(annotation=Annotated[kind, made])  # pyright: ignore[reportInvalidTypeForm]
     return text, [p.replace(kind=p.KEYWORD_ONLY) for p in [*found.values(), *left.values()]]
 
 

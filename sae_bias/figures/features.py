@@ -4,6 +4,7 @@ Data frames in, a plotly Figure out; nothing is read, written or measured here, 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -195,12 +196,12 @@ def ladder(
         said = [h.replace("; nan% of its upper bound", "").replace("-", "−") for h in says(rows.loc[[place]], hover)]  # fmt: skip
         style.forest(fig, rows.loc[[place]], "effect", name=rung, color=color, symbol="diamond", hover=said)
     fig.update_traces(showlegend=False)
-    left = {"row": 1, "col": 1}
+    left: Any = {"row": 1, "col": 1}
     style.row_labels(fig, [RUNGS.get(r, (short(r, 36), ""))[0] for r in rows["rung"]], **left)
-    fig.add_vline(x=0, line={"color": GRID, "width": 1.5}, **left)  # pyright: ignore[reportArgumentType]
+    fig.add_vline(x=0, line={"color": GRID, "width": 1.5}, **left)
     if bias is not None and np.isfinite(bias):
         label = {"text": "the whole bias", "yshift": 2, "font": {"size": 11, "color": INK}}
-        fig.add_vline(x=bias, line={"color": INK, "dash": "dash", "width": 1.2}, annotation=label, **left)  # pyright: ignore[reportArgumentType]
+        fig.add_vline(x=bias, line={"color": INK, "dash": "dash", "width": 1.2}, annotation=label, **left)
     if ceilings is not None:
         _ceiling_map(fig, ceilings, layer, col=2)
     return fig

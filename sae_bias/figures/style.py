@@ -95,7 +95,7 @@ class _Words(string.Formatter):
 
 def says(rows: pd.DataFrame, template: str) -> list[str]:
     """The hover text of every row: `template` with the row's columns filled in, safe as a label."""
-    return [_Words().vformat(template, (), row) for row in rows.to_dict("records")]  # pyright: ignore[reportArgumentType]
+    return [_Words().vformat(template, (), row) for row in rows.to_dict("records")]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def points(
@@ -241,7 +241,8 @@ def edit_name(kind: object) -> str:
 
 def x_range(fig: go.Figure) -> list[float]:
     """First and last x of the lines drawn so far; −1 and 1 where there are none."""
-    drawn = [np.asarray(t.x, dtype=float) for t in fig.data if t.x is not None and len(t.x)]
+    traces: Any = fig.data
+    drawn = [np.asarray(t.x, dtype=float) for t in traces if t.x is not None and len(t.x)]
     values = np.concatenate(drawn or [np.array([-1.0, 1.0])])
     return [float(np.nanmin(values)), float(np.nanmax(values))]
 

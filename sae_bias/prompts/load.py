@@ -195,9 +195,21 @@ def _filled_pair(
     template: Template, tid: str, subjects: tuple[str, str], eid: str, stem: str | None, join: str
 ) -> PromptPair:
     human, ai = (_prompt(template.text, s, stem, join) for s in subjects)
-    twins = [_prompt(template.control, s, stem, join) if template.control else None for s in subjects]
+    human_twin, ai_twin = (
+        _prompt(template.control, s, stem, join) if template.control else None for s in subjects
+    )
     return PromptPair(
-        human, ai, tid, eid, template.family, *twins, *subjects, stem, template.act, template.corpus
+        human,
+        ai,
+        tid,
+        eid,
+        template.family,
+        human_twin,
+        ai_twin,
+        *subjects,
+        stem,
+        template.act,
+        template.corpus,
     )
 
 

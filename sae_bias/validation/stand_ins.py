@@ -173,8 +173,8 @@ def _untrained(architecture: str) -> Any:
         "vocab_size": VOCAB, "hidden_size": D_MODEL, "num_hidden_layers": N_LAYERS, "num_attention_heads": 4,
         "intermediate_size": D_MLP, "max_position_embeddings": 256,
     }  # fmt: skip
-    grouped = shape | {"num_key_value_heads": 2}
-    gemma = grouped | {
+    grouped: dict[str, Any] = shape | {"num_key_value_heads": 2}
+    gemma: dict[str, Any] = grouped | {
         "head_dim": D_HEAD, "sliding_window": 8, "query_pre_attn_scalar": D_HEAD, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     gemma3 = hf.Gemma3TextConfig(

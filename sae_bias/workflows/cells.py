@@ -103,7 +103,7 @@ class Sweep:
     def __post_init__(self) -> None:
         given = self.interventions
         cells = (given,) if isinstance(given, (Intervention, Cell)) else given
-        fixed = {
+        fixed: dict[str, Any] = {
             "interventions": tuple(tuple(i) if isinstance(i, list) else i for i in cells),
             "family": tuple(self.family),
         }
@@ -143,8 +143,8 @@ class Sweep:
 
     def cells(self, model: Model, pairs: PromptPairs) -> list[Cell]:
         """The base, then every cell, controls last."""
-        given = [g if isinstance(g, (Cell, tuple)) else (g,) for g in self.interventions]
-        cells = [Cell((), "base", "base"), *(g if isinstance(g, Cell) else Cell(g) for g in given)]
+        given = (g if isinstance(g, Cell) else Cell(edits_of(g)) for g in self.interventions)
+        cells = [Cell((), "base", "base"), *given]
         if self.controls:
             family = [as_feature(f).ref for f in self.family]
             edit = next(_controlled(cells), None)
@@ -160,6 +160,13 @@ class Sweep:
             for edit in singles[:1]:
                 cells += [Cell((e,), "mismatch", label) for e, label in mismatch_edits(model, edit, names)]
         return cells
+
+
+def edits_of(given: Intervention | Sequence[Intervention] | Cell) -> tuple[Intervention, ...]:
+    """The edits of one entry of a sweep."""
+    if isinstance(given, Cell):
+        return given.edits
+    return (given,) if isinstance(given, Intervention) else tuple(given)
 
 
 def _controlled(cells: Sequence[Cell]) -> Iterator[FeatureEdit | EditSet]:

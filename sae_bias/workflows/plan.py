@@ -44,7 +44,6 @@ from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.prompts.texts import COST_TEXTS, load_texts
-from sae_bias.stats.design import split_templates
 from sae_bias.steering.banks import bank_items
 from sae_bias.steering.runner import STACK, STACK_TOKENS
 from sae_bias.workflows.as_published import STRENGTHS
@@ -53,7 +52,7 @@ from sae_bias.workflows.hardware import STREAMING, Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, WordModel, Work
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_shapes
 from sae_bias.workflows.replication import Replication
-from sae_bias.workflows.study_file import MOST_JOINT, SHARES, Study
+from sae_bias.workflows.study_file import MOST_JOINT, Study
 
 NEW_TOKENS = 40
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
@@ -263,8 +262,7 @@ def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
     steps = [_load(c), *_probe_steps(c, pairs, probe, checks=study.checks, switches=profile)]
     cells = 0
     if saes:
-        families = {p.template: p.family for p in pairs}
-        split = split_templates(pairs.templates, SHARES, study.seed, families=families)
+        split = pairs.split(study.seed)
         cells = 4 + len(study.strengths) + study.controls
         ranked, report = pairs.effects_of(study.effects_of), pairs.select(templates=split["report"])
         steps.insert(1, _gate(c, saes))

@@ -27,12 +27,11 @@ from sae_bias.prompts.pairs import PromptPair, PromptPairs
 from sae_bias.runs.copies import directions_of, edit_facts, probe_facts
 from sae_bias.runs.folder import RunFolder, merge_shards, reading
 from sae_bias.runs.manifest import manifest, write_manifest
-from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import load_sae
 from sae_bias.saes.sae import Sae
-from sae_bias.steering.intervention import FeatureEdit, Intervention
+from sae_bias.steering.intervention import FeatureEdit
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
-from sae_bias.workflows.cells import Cell, Plan, Sweep
+from sae_bias.workflows.cells import Plan, Sweep, edits_of
 from sae_bias.workflows.sweep_rows import cell_rows
 from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
 
@@ -132,7 +131,8 @@ def run_sweep(
 
 def _under_split(sweep: Sweep) -> Sweep:
     """The sweep under the split that its feature was found with, where it has none of its own; a conflict is said."""
-    found = [ref.split for c in sweep.interventions for ref in _refs(c) if ref.split]
+    parts = [part for given in sweep.interventions for e in edits_of(given) for part in e.parts]
+    found = [part.ref.split for part in parts if isinstance(part, FeatureEdit) and part.ref.split]
     if not found:
         return sweep
     if sweep.splits is None:
@@ -145,11 +145,6 @@ def _under_split(sweep: Sweep) -> Sweep:
             stacklevel=3,
         )
     return sweep
-
-
-def _refs(cell: Intervention | tuple[Intervention, ...] | Cell) -> list[FeatureRef]:
-    edits = cell.edits if isinstance(cell, Cell) else cell if isinstance(cell, tuple) else (cell,)
-    return [part.ref for e in edits for part in e.parts if isinstance(part, FeatureEdit)]
 
 
 def _write_plan(folder: RunFolder, plan: dict[str, Any]) -> None:

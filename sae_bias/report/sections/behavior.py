@@ -123,9 +123,8 @@ def judge(run: Run, frame: pd.DataFrame) -> Drawn:
 
 def judge_sentence(frame: pd.DataFrame) -> str:
     """Mean marks of every part of the rubric, with the interval of their difference."""
-    said = [
-        f"{_marks(r)} (difference {fmt.number(r.difference)}, {fmt.interval(r)})" for r in frame.itertuples()
-    ]
+    rows: Any = frame.itertuples()
+    said = [f"{_marks(r)} (difference {fmt.number(r.difference)}, {fmt.interval(r)})" for r in rows]
     return f"Marks from 1 to 5, unsteered → steered: {'; '.join(said)}."
 
 

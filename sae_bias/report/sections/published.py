@@ -4,6 +4,8 @@ A published figure stands beside a measured one only where the named model was m
 here". Runs of organisms and of stand-ins have no published column at all.
 """
 
+from typing import Any
+
 import pandas as pd
 
 from sae_bias.core import text as fmt
@@ -52,9 +54,9 @@ def comparison(run: Run, frame: pd.DataFrame) -> Drawn:
 )  # fmt: skip
 def tuning(run: Run, frame: pd.DataFrame) -> Drawn:
     """Instruction-tuned against pretrained models of one name."""
+    rows: Any = frame[frame["quantity"] == "bias"].itertuples()
     said = [
-        f"{r.tuned} against {r.pretrained}: {fmt.number(r.change)} nats ({fmt.interval(r)})"
-        for r in frame[frame["quantity"] == "bias"].itertuples()
+        f"{r.tuned} against {r.pretrained}: {fmt.number(r.change)} nats ({fmt.interval(r)})" for r in rows
     ]
     takeaway = f"Change of the bias: {'; '.join(said)}. The scores and levels below show which side moved."
     return Drawn(takeaway, figures.tuning(frame))

@@ -81,7 +81,7 @@ def specificity(run: Run, frame: pd.DataFrame) -> Drawn:
     """Biases that should not move."""
     known = frame.dropna(subset=["before"])
     moves = "; ".join(
-        f"{r.sides.replace(' - ', ' − ')} {fmt.number(r.before)} → {fmt.number(r.after)}" for r in known.itertuples()
+        f"{str(r.sides).replace(' - ', ' − ')} {fmt.number(r.before)} → {fmt.number(r.after)}" for r in known.itertuples()
     )  # fmt: skip
     said = f"They should not: {moves or 'none was measured'} (nats, before → after)."
     if len(known) < len(frame):
