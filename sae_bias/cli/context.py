@@ -69,14 +69,8 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 â
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16, float16.")
 ]
-DeviceMap = Annotated[
-    str | None,
-    option(
-        "--device-map",
-        metavar="MAP",
-        help="How accelerate spreads a model too large for one device, such as auto; --device is then not used.",
-    ),
-]
+DeviceMap = Annotated[str | None, option("--device-map", metavar="MAP", help="How accelerate spreads a model too large for one device, such as auto; --device is then not used.")]  # fmt: skip
+Workers = Annotated[int | None, option("--workers", min=1, help="Processes for exact effects and the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each.")]  # fmt: skip
 Shard = Annotated[
     str | None,
     option("--shard", metavar="I/N", help="Run every N-th cell, from the I-th; join with `sae-bias merge`."),

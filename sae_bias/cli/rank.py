@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import FROM_MODEL, Run, command, option, rows
+from sae_bias.cli.context import FROM_MODEL, Run, Workers, command, option, rows
 from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
@@ -154,6 +154,7 @@ def rank(
     all_of: AllOf = None,
     none_of: NoneOf = None,
     neuronpedia: Neuronpedia = None,
+    workers: Workers = None,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -182,7 +183,7 @@ def rank(
     search = partial(
         rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
         by=by, probe=probe, **other, split=split, effects=effects, effects_of=effects_of, top_k=exact or (top if effects else 64), controls=controls, max_view=max_view,
-        seed=run.seed, progress=run.progress,
+        seed=run.seed, workers=workers or 1, progress=run.progress,
     )  # fmt: skip
     ranking = search(run.saes)
     used = {} if texts else {"grid" if on_grid else "pairs": prompts, **other, "split": split}

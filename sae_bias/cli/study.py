@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae_bias.cli.context import Run, Shard, ask_to_send, command, option, parse_shard
+from sae_bias.cli.context import Run, Shard, Workers, ask_to_send, command, option, parse_shard
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,14 +37,6 @@ ClusterAddress = Annotated[
         "--cluster",
         metavar="ADDRESS",
         help="Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    option(
-        "--workers",
-        min=1,
-        help="Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.",
     ),
 ]
 GpusPerWorker = Annotated[
@@ -86,7 +78,8 @@ def run(
     """Run a study file: the probe, the ranking, the sweep and the report.
 
     The file names the model, the SAEs and whatever differs from the defaults. Options given here stand above the file. What the
-    folder holds already is not run again. Writes runs/NAME under the current folder, or --out.
+    folder holds already is not run again. Writes runs/NAME under the current folder, or --out. With --cluster, --workers are processes
+    there that hold a copy of the model each: as many as fit by default.
     """
     from sae_bias.integrations.ray import Cluster
 
@@ -102,9 +95,7 @@ def run(
         "confirm": lambda cost: yes or ask_to_send(cost),
     }
     if nodes is None and workers is not None:
-        from sae_bias.workflows.sweep_work import LocalWorkers
-
-        options["executor"] = LocalWorkers(workers).run
+        options["workers"] = workers
     _run(run, study, given, nodes=nodes, stand_ins=stand_ins, **options)
 
 

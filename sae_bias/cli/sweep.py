@@ -9,6 +9,7 @@ from sae_bias.cli.context import (
     FROM_FEATURE,
     Run,
     Shard,
+    Workers,
     command,
     option,
     parse_numbers,
@@ -111,6 +112,7 @@ def sweep(
     mismatch_sae: MismatchSae = None,
     costs: Costs = True,
     shard: Shard = None,
+    workers: Workers = None,
 ) -> None:
     """Run the probe under one edit of a feature, or of several together, at several strengths.
 
@@ -123,10 +125,13 @@ def sweep(
     from sae_bias.workflows.cells import Sweep
     from sae_bias.workflows.sweep import run_sweep
     from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
+    from sae_bias.workflows.sweep_work import LocalWorkers
 
     part, features = parse_shard(shard), [run.feature, *map(as_feature, more or ())]
     if part is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
+    if part is not None and workers is not None:
+        raise RequestError("--shard and --workers both share out the cells; choose one.")
     pairs, kinds, where = run.pairs, _kinds(edit, strengths, unit, when), positions.split(",")
     named = _edits(kinds, features, where, when, None)[
         0
@@ -147,7 +152,10 @@ def sweep(
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
     facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
     run.save({}, facts=facts, shard=part)  # a stopped sweep says what it was
-    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=part, progress=run.progress)
+    executor = LocalWorkers(workers or 1).run
+    result = run_sweep(
+        model, pairs, plan, probe=probe, out=run.out, shard=part, executor=executor, progress=run.progress
+    )
     summary = summarize_sweep(result.frame, named, run.feature.index if not more else None)
     frame = result.frame
     reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
