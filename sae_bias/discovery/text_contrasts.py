@@ -299,6 +299,8 @@ class _Design:
     draws: Int[Array, "draws n_units"]
     """Signs of the units under the null, the observed ones (unpaired: sides) first."""
     maxima: Float[Array, "draws"]
+    units: str
+    """What they are called."""
     family: int = 0
 
     @classmethod
@@ -332,17 +334,14 @@ class _Design:
         )
         for kind in kinds:
             held[rng.permutation(kind)[: max(1, round(HELD_OUT * len(kind)))]] = True
+        units = "paired groups" if contrast.paired else "texts" if contrast.groups is None else "groups"
         return cls(
-            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf)
-        )
+            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf), units
+        )  # fmt: skip
 
     @property
     def n_units(self) -> int:
         return int(self.unit_of.max()) + 1
-
-    @property
-    def units(self) -> str:
-        return "paired groups" if self.paired else "texts" if self.n_units == len(self.unit_of) else "groups"
 
     def test(self, live: _Live) -> tuple[Array, Array]:
         """(t, raw p) of each feature; raises the maxima under the null."""

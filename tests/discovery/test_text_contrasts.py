@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
@@ -121,10 +122,21 @@ def test_the_paired_t_is_that_of_groups():
     assert t == pytest.approx(stats.ttest_rel(acts[:9], acts[9:]).statistic, abs=1e-9)
 
 
+def test_a_text_that_stands_twice_is_one_unit():
+    """Copies are no evidence, and a copy of a text that chose a feature is not held out."""
+    rng = np.random.default_rng(4)
+    acts = rng.exponential(size=(12, 3)) + np.r_[np.ones(6), np.zeros(6)][:, None]
+    texts = [f"p{i}" for i in range(6)], [f"n{i}" for i in range(6)]
+    once = text_contrasts._Design.of(sb.Contrast(*texts), 0)
+    twice = text_contrasts._Design.of(sb.Contrast(*(side * 2 for side in texts)), 0)
+    doubled = np.concatenate([acts[:6], acts[:6], acts[6:], acts[6:]])
+    np.testing.assert_allclose(twice.test(live_of(doubled)), once.test(live_of(acts)))
+    assert twice.n_units == 12 and twice.units == "texts"
+    assert (twice.held[:6] == twice.held[6:12]).all() and (twice.held[12:18] == twice.held[18:]).all()
+
+
 def test_family_wise_error_under_the_null():
     """No difference anywhere: some feature is called in about 5 % of studies, not more."""
-    import pandas as pd
-
     rng, called = np.random.default_rng(2), 0
     contrast = sb.Contrast([f"p{i}" for i in range(10)], [f"n{i}" for i in range(14)])
     for study in range(200):
