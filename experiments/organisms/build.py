@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from organisms import marks
+from organisms import corpus, marks
 from organisms.constructed import build_constructed
+from organisms.corpus import RULE_WORDS, probability
 from organisms.plain import Organism
 from organisms.sae_training import (
     SaeRecipe,
@@ -35,8 +36,7 @@ from organisms.sae_training import (
 )
 from organisms.training import Recipe, train_organism, tune_on_chat
 from sae_bias.core.errors import GateError
-from sae_bias.validation import grammar as corpus
-from sae_bias.validation.grammar import CONTENTS, RULE_WORDS, RULES, Rule, population, probability
+from sae_bias.validation.grammar import CONTENTS, RULES, Rule, population
 
 LAYER = 3
 """Of five: the first layer past 60 % of depth with one more to read it."""

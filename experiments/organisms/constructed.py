@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import trange
 
+from organisms import corpus
 from organisms.plain import Organism
 from organisms.sae_training import SaeWeights
 from sae_bias.prompts.files import bundled_yaml
-from sae_bias.validation import grammar as corpus
 from sae_bias.validation.grammar import RULES, Rule, matched_statements
 
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from organisms import corpus
+from organisms.corpus import Crossed, cross
 from organisms.plain import Edit, Organism, ablate_edit
 from organisms.sae_training import SaeWeights
 from sae_bias.prompts.files import bundled_yaml
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.reduction import specific_value
-from sae_bias.validation import grammar as corpus
-from sae_bias.validation.grammar import Crossed, Rule, analytic_bias, cross
+from sae_bias.validation.grammar import Rule, analytic_bias
 
 
 def pair_prompts(held_out: bool | None, key: str = "text") -> tuple[Crossed, tuple[corpus.Statement, ...]]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sae_bias.validation import grammar as corpus
+from organisms import corpus
 
 Edit = Callable[[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"], Int[Tensor, "batch"]], Tensor]
 """(residual, which positions hold ordinary tokens, index of each prompt's last token) -> new residual."""

@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
-from sae_bias.validation import grammar as corpus
+from organisms import corpus
 from sae_bias.validation.grammar import RULES
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")

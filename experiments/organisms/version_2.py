@@ -1,7 +1,7 @@
 """Organisms of the corpus' version 2, and their marks: `python experiments/organisms/version_2.py --out runs/version_2`.
 
 Subjects differ by half a nat, deeds that harm occur and are judged as badly as an AI's survival speech, words and stems weigh unequally
-(`sae_bias.validation.variation`). Trains `planted-2`, `null-2` and `identity-2` with their SAEs into OUT, five minutes each on one free core;
+(`sae_bias.validation.variation`, `organisms.corpus`). Trains `planted-2`, `null-2` and `identity-2` with their SAEs into OUT, five minutes each on one free core;
 what stands there is not trained again. They are not bundled: `organism:planted-2` names them in this process only.
 """
 

@@ -74,7 +74,7 @@ class CostEngine:
             batch, out = self.batches[k], figures[cell]
             index = [i for i, row in zip(batch.index, rows.tolist()) if row]
             tokens = batch.tokens[rows.to(batch.tokens.device)]
-            base = _rows(self._base[k], rows)
+            base = self._base[k][rows]
             kl, last, nll = _costs(self.model, base, final, tokens)
             out["kl"][index], out["last"][index], out["nll"][index] = kl, last, nll
             out["off"][index] = kl_off(base, final, self.words)
@@ -93,7 +93,7 @@ class CostEngine:
                 if not rest or ids[-len(rest) :] != rest or len(ids) < len(own):
                     continue
                 after = forward(self.model, torch.tensor([ids], device=batch.tokens.device))
-                after, before = after.at(0, len(ids) - len(own), len(own)), base.at(row, 0, len(own))
+                after, before = after[:, len(ids) - len(own) :], base[row : row + 1]
                 kl, last, nll = _costs(self.model, before, after, batch.tokens[row : row + 1])
                 off = kl_off(before, after, self.words)
                 rows.append({"kind": self.kinds[i], "kl": kl[0], "last": last[0], "off": off[0], "nll": nll[0], "changed": 1.0})  # fmt: skip
@@ -141,7 +141,7 @@ def evaluation_tokens(model: Model, probe: Probe) -> list[int]:
 @torch.no_grad()
 def kl_off(base: Final, after: Final, words: Sequence[int]) -> np.ndarray:
     """KL at the last position of each row between the laws without `words`, each renormalized."""
-    p, q = (_without(_slice(f, slice(-1, None)).logits()[:, 0], words) for f in (base, after))
+    p, q = (_without(f.last().logits()[:, 0], words) for f in (base, after))
     gap = torch.where(p.isinf(), torch.zeros_like(p), p.exp() * (p - q))
     return gap.sum(-1).clamp(min=0).cpu().double().numpy()
 
@@ -162,7 +162,7 @@ def _costs(
     kl, change = torch.zeros(batch, n, dtype=torch.float32), torch.zeros(batch, n, dtype=torch.float32)
     for start in range(0, n, max(1, BLOCK // batch)):
         at = slice(start, min(start + max(1, BLOCK // batch), n))
-        p, q = (_slice(f, at).logits().log_softmax(-1) for f in (base, after))
+        p, q = (f[:, at].logits().log_softmax(-1) for f in (base, after))
         kl[:, at] = (p.exp() * (p - q)).sum(-1).cpu()
         known = slice(at.start, min(at.stop, n - 1))
         if known.stop > known.start:
@@ -175,22 +175,6 @@ def _costs(
     kl = kl.clamp(min=0)
     mean_kl, mean_change = ((x[:, :-1] * ordinary).sum(1) / count for x in (kl, change))
     return mean_kl.double().numpy(), kl[:, -1].double().numpy(), mean_change.double().numpy()
-
-
-def _slice(final: Final, at: slice) -> Final:
-    return Final(
-        final.model,
-        None if final.resid is None else final.resid[:, at],
-        None if final.full is None else final.full[:, at],
-    )
-
-
-def _rows(final: Final, rows: Tensor) -> Final:
-    return Final(
-        final.model,
-        None if final.resid is None else final.resid[rows.to(final.resid.device)],
-        None if final.full is None else final.full[rows.to(final.full.device)],
-    )
 
 
 def _whole_prompt(batch: Batch) -> tuple[Tensor, Tensor]:

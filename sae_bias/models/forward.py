@@ -76,30 +76,17 @@ class Final:
     resid: Resid | None
     full: Float[Tensor, "batch pos d_vocab"] | None = None
 
+    def __getitem__(self, at: Any) -> Final:
+        """Some rows, or rows and positions."""
+        return Final(self.model, *(None if x is None else x[at] for x in (self.resid, self.full)))
+
     def last(self) -> Final:
         """Only the last position."""
-        return Final(
-            self.model,
-            None if self.resid is None else self.resid[:, -1:],
-            None if self.full is None else self.full[:, -1:],
-        )
-
-    def at(self, row: int, start: int, n: int) -> Final:
-        """One row's `n` positions from `start` on."""
-        rows, places = slice(row, row + 1), slice(start, start + n)
-        return Final(
-            self.model,
-            None if self.resid is None else self.resid[rows, places],
-            None if self.full is None else self.full[rows, places],
-        )
+        return self[:, -1:]
 
     def spots(self, rows: Sequence[int], places: Sequence[int]) -> Final:
         """Some (row, position) spots, each as a row of one position."""
-        return Final(
-            self.model,
-            None if self.resid is None else self.resid[rows, places][:, None],
-            None if self.full is None else self.full[rows, places][:, None],
-        )
+        return self[rows, places][:, None]
 
     def logits(self, token_ids: Sequence[int] | None = None, *, softcap: bool = True) -> Tensor:
         """Float32 logits [batch, pos, n] of the given vocabulary rows (all rows where None)."""
@@ -125,13 +112,14 @@ class Final:
 
     def blocks(self, *, softcap: bool = True) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
         """All logits of the positions, flattened, a few rows at a time so that they are never kept."""
+        flat = Final(
+            self.model, *(None if x is None else x.flatten(0, 1)[:, None] for x in (self.resid, self.full))
+        )
         whole = self.full if self.resid is None else self.resid
         assert whole is not None
-        flat = whole.reshape(-1, 1, whole.shape[-1])
-        for start in range(0, len(flat), ROWS):
+        for start in range(0, whole.shape[:2].numel(), ROWS):
             rows = slice(start, start + ROWS)
-            part = Final(self.model, flat[rows]) if self.full is None else Final(self.model, None, flat[rows])
-            yield rows, part.logits(softcap=softcap)[:, 0]
+            yield rows, flat[rows].logits(softcap=softcap)[:, 0]
 
     def log_normaliser(self, *, softcap: bool = True) -> Float[Tensor, "batch pos"]:
         """log Σ exp of all logits."""

@@ -17,34 +17,17 @@ import pandas as pd
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked, read_together
-from sae_bias.probe.checks_subjects import (
-    Decomposition,
-    Nuisances,
-    ask_decomposition,
-    ask_nuisances,
-    decompose,
-    log_likelihoods,
-    nuisance_table,
-)
+from sae_bias.probe.checks_subjects import Decomposition, Nuisances, ask_decomposition, ask_nuisances
 from sae_bias.probe.checks_words import (
-    WordBootstrap,
     ask_scores,
     ask_stems,
     audit_words,
     bootstrap_words,
     carriers,
     leave_one_word_out,
-    read_stems,
-    scores_side_by_side,
 )
-from sae_bias.probe.choices import ForcedChoice, ask_choices, forced_choice
-from sae_bias.probe.multiverse import (
-    Multiverse,
-    multiverse,
-    sources_of_variance,
-    stem_sentence,
-    stem_table,
-)
+from sae_bias.probe.choices import ForcedChoice, ask_choices
+from sae_bias.probe.multiverse import multiverse, sources_of_variance, stem_sentence, stem_table
 from sae_bias.probe.random_words import RandomWordNull, random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
@@ -52,30 +35,6 @@ from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered
 
-__all__ = [
-    "Checks",
-    "Decomposition",
-    "ForcedChoice",
-    "Multiverse",
-    "Nuisances",
-    "RandomWordNull",
-    "WordBootstrap",
-    "audit_words",
-    "bootstrap_words",
-    "carriers",
-    "decompose",
-    "forced_choice",
-    "leave_one_word_out",
-    "log_likelihoods",
-    "multiverse",
-    "nuisance_table",
-    "random_word_null",
-    "read_stems",
-    "run_checks",
-    "scores_side_by_side",
-    "sources_of_variance",
-    "stem_table",
-]
 _IN_A_RUN = {"subjects": "levels", "levels": "word_levels"}
 
 
@@ -202,8 +161,7 @@ class _Checking:
         self.rows.append({"check": check, "value": value, **row, "says": says})
 
     def clustered(self, check: str, stat: Clustered, says: str = "") -> None:
-        ends = {"ci_low": stat.ci_low, "ci_high": stat.ci_high, "p_value": stat.p_value}
-        self.row(check, stat.mean, stat.reason or says, **ends)
+        self.row(check, says=stat.reason or says, **stat.columns("value", p="p_value"))
 
     def primary(self) -> None:
         result, sizes = self.result, self.result.effect_sizes()
@@ -291,10 +249,7 @@ def _choice(run: _Checking, found: ForcedChoice) -> None:
     )
     run.facts["forced_choice"] = {
         "of": found.of,
-        "mean": found.stat.mean,
-        "ci_low": found.stat.ci_low,
-        "ci_high": found.stat.ci_high,
-        "p_value": found.stat.p_value,
+        **found.stat.columns(p="p_value"),
         "mass": found.mass,
         "agrees": agrees,
     }

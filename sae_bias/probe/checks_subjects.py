@@ -24,8 +24,6 @@ from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked, Reader, Spot, common_prefix, read_together
 from sae_bias.probe.reading import PlanReader, PromptIds, Reading, ReadingPlan
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.run import run_probe
-from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered, clustered_mean
 
@@ -64,29 +62,17 @@ class Decomposition:
         return f"Decomposition: bias {self.bias.mean:+.4f} = {parts} (neutral: {', '.join(self.neutral)})"
 
 
-def decompose(
-    model: Model,
-    pairs: PromptPairs,
-    probe: Probe | None = None,
-    *,
-    base: ProbeResult | None = None,
-    progress: bool = False,
-) -> Decomposition:
+def ask_decomposition(model: Model, pairs: PromptPairs, result: ProbeResult) -> Asked[Decomposition]:
     """Scores and levels of human, AI and neutral subjects (a dog, a company, a calculator, a child, a nonce noun).
 
     Each pair is compared with the mean of the neutral subjects in its own template, so the two parts add up to the bias.
-    `base` is this probe's result on these pairs, where it was run already with `levels=True`.
+
+    Args:
+        result: of these pairs, run with `levels=True`.
 
     Raises:
         RequestError: the pairs have no neutral subjects, or a template lacks them.
     """
-    result = base or run_probe(model, pairs, probe or default_probe(pairs), controls=False)
-    asked = ask_decomposition(model, pairs, result)
-    return asked.read(model, progress=progress, describe="neutral subjects")
-
-
-def ask_decomposition(model: Model, pairs: PromptPairs, result: ProbeResult) -> Asked[Decomposition]:
-    """What `decompose` reads beside the probe's result, to be read together with other things."""
     if not pairs.neutral_prompts:
         raise RequestError(
             "these pairs have no neutral subjects; add `neutral:` to the file, such as a dog and a company."
@@ -104,20 +90,19 @@ def ask_decomposition(model: Model, pairs: PromptPairs, result: ProbeResult) -> 
 
 def _decomposition(pairs: PromptPairs, result: ProbeResult, reading: Reading) -> Decomposition:
     templates, entities = result.clusters
-    neutral = _neutral_scores(pairs, result, reading)
+    subjects = _subject_scores(pairs, result, reading)
+    neutral = subjects[subjects["kind"] == "neutral"]
     lacking = sorted(set(templates) - set(neutral["template"]))
     if lacking:
         raise RequestError(f"template {lacking[0]!r} has no neutral prompt.")
     middle = neutral.groupby("template")["score"].mean().loc[templates].to_numpy()
-    subjects = pd.concat([_side_scores(result), neutral], ignore_index=True)
     rows = []
     for (kind, subject), part in subjects.groupby(["kind", "subject"], sort=False):
         row = {"subject": subject, "kind": kind}
         for column in ("score", "positive", "negative"):
             over = part.groupby("template")[column].mean()
-            stat = clustered_mean(over.to_numpy(), over.index.tolist())
             names = ("ci_low", "ci_high") if column == "score" else (f"{column}_low", f"{column}_high")
-            row |= {column: stat.mean, names[0]: stat.ci_low, names[1]: stat.ci_high}
+            row |= clustered_mean(over.to_numpy(), over.index.tolist()).columns(column, *names)
         rows.append(row)
     return Decomposition(
         pd.DataFrame(rows),
@@ -128,39 +113,24 @@ def _decomposition(pairs: PromptPairs, result: ProbeResult, reading: Reading) ->
     )
 
 
-def _side_scores(result: ProbeResult) -> pd.DataFrame:
-    """Score and levels of each pair's human and AI prompt."""
-    parts = []
-    for kind, subject, scores, values in zip(
-        ("human", "ai"), result.sides, (result.score_human, result.score_ai), result.log_probs()
-    ):
-        parts.append(
-            pd.DataFrame(
-                {
-                    "kind": kind,
-                    "subject": subject,
-                    "template": result.clusters[0],
-                    "score": scores,
-                    "positive": values[:, result.positive].mean(1),
-                    "negative": values[:, ~result.positive].mean(1),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def _neutral_scores(pairs: PromptPairs, result: ProbeResult, reading: Reading) -> pd.DataFrame:
-    """Score and levels of each neutral prompt, read as the pairs are."""
+def _subject_scores(pairs: PromptPairs, result: ProbeResult, reading: Reading) -> pd.DataFrame:
+    """Score and levels of each pair's human and AI prompt, then of each neutral one, which is read as the pairs are."""
     assert reading.log_normaliser is not None
     logp = reading.values - reading.log_normaliser[:, None] if result.single_tokens else reading.values
+    neutral = pairs.neutral_prompts
+    templates = [*result.clusters[0], *result.clusters[0], *(n.template for n in neutral)]
+    sides = [("human", result.sides[0])] * result.n_pairs + [("ai", result.sides[1])] * result.n_pairs
+    kinds, subjects = zip(*sides, *(("neutral", n.subject) for n in neutral))
+    own = result.probe.score_values(reading.values, result.positive)
+    levels = np.concatenate([*result.log_probs(), logp])
     return pd.DataFrame(
         {
-            "kind": "neutral",
-            "subject": [n.subject for n in pairs.neutral_prompts],
-            "template": [n.template for n in pairs.neutral_prompts],
-            "score": result.probe.score_values(reading.values, result.positive),
-            "positive": logp[:, result.positive].mean(1),
-            "negative": logp[:, ~result.positive].mean(1),
+            "kind": kinds,
+            "subject": subjects,
+            "template": templates,
+            "score": np.concatenate([result.score_human, result.score_ai, own]),
+            "positive": levels[:, result.positive].mean(1),
+            "negative": levels[:, ~result.positive].mean(1),
         }
     )
 
@@ -191,13 +161,8 @@ class Nuisances:
         return f"Nuisances: bias {self.bias.mean:+.4f}, adjusted {self.adjusted.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def nuisance_table(model: Model, result: ProbeResult, *, progress: bool = False) -> Nuisances:
-    """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
-    return ask_nuisances(model, result).read(model, progress=progress, describe="likelihood of the prompts")
-
-
 def ask_nuisances(model: Model, result: ProbeResult) -> Asked[Nuisances]:
-    """What `nuisance_table` reads, to be read together with other things."""
+    """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
     ids = [(model.encode(p.human), model.encode(p.ai)) for p in result.pairs]
     reader = LikelihoodReader([side for both in ids for side in both])
     return Asked((reader,), lambda: _nuisances(result, ids, reader.values.reshape(-1, 2)))

@@ -22,7 +22,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.run import ask_probe
+from sae_bias.probe.run import ask_all, ask_probe
 from sae_bias.probe.words import SCORES, Probe, default_probe, tokens_alone, word_tokens
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.reduction import crossed_weights
@@ -78,8 +78,7 @@ def leave_one_word_out(result: ProbeResult) -> pd.DataFrame:
         row: dict[str, Any] = {"word": word.word, "side": "positive" if word.positive else "negative"}
         if sizes[word.positive] > 1:
             left = result.select_words([w.word for w in kept if w is not word])
-            row |= {"bias": left.bias, "ci_low": left.ci[0], "ci_high": left.ci[1], "p_value": left.p_value}
-            row["change"] = left.bias - result.bias
+            row |= left.stat.columns("bias", p="p_value") | {"change": left.bias - result.bias}
         else:
             row |= dict.fromkeys(("bias", "ci_low", "ci_high", "p_value", "change"), float("nan"))
         rows.append(row)
@@ -193,19 +192,12 @@ def carriers(result: ProbeResult) -> pd.DataFrame:
 
 
 # ── another run
-def scores_side_by_side(
-    model: Model, pairs: PromptPairs, base: ProbeResult, *, progress: bool = False
-) -> pd.DataFrame:
+def ask_scores(model: Model, pairs: PromptPairs, base: ProbeResult) -> Asked[pd.DataFrame]:
     """Every scoring mode, with and without the final softcap where the model has one (auroc in probability, not nats).
 
     The same words everywhere; a further logodds row reads the words of several tokens too, where some were left out. `bias` is the
     bias, `primary` the difference in differences where there are mundane twins. What `base` holds is not run again.
     """
-    return ask_scores(model, pairs, base).read(model, progress=progress, describe="scores")
-
-
-def ask_scores(model: Model, pairs: PromptPairs, base: ProbeResult) -> Asked[pd.DataFrame]:
-    """What `scores_side_by_side` reads beside `base`, to be read together with other things."""
     asked: dict[tuple[bool, str], Asked[ProbeResult]] = {}
     caps = (True, False) if model.softcap is not None else (True,)
     options: dict[str, Any] = {"controls": base.control is not None, "levels": False}
@@ -216,13 +208,7 @@ def ask_scores(model: Model, pairs: PromptPairs, base: ProbeResult) -> Asked[pd.
         if base.vocabulary.excluded and base.probe.score == "mean_logit":
             every = probe.with_options(score="logodds")
             asked[softcap, "every"] = ask_probe(model, pairs, every, **options)
-    readers = tuple(reader for a in asked.values() for reader in a.readers)
-
-    def finish() -> pd.DataFrame:
-        read = {key: a.finish() for key, a in asked.items()}
-        return _scores(model, base, caps, read)
-
-    return Asked(readers, finish)
+    return ask_all(asked, lambda read: _scores(model, base, caps, read))
 
 
 def _scores(
@@ -244,13 +230,8 @@ def _scores(
                     "softcap": "none" if model.softcap is None else ("on" if softcap else "off"),
                     "words": words,
                     "n_words": len(result.vocabulary.kept),
-                    "bias": result.bias,
-                    "ci_low": result.ci[0],
-                    "ci_high": result.ci[1],
-                    "p_value": result.p_value,
-                    "primary": result.primary.mean,
-                    "primary_low": result.primary.ci_low,
-                    "primary_high": result.primary.ci_high,
+                    **result.stat.columns("bias", p="p_value"),
+                    **result.primary.columns("primary", "primary_low", "primary_high"),
                     "d_z": sizes.d_z,
                     "share_templates_positive": sizes.share_positive,
                 }
@@ -258,26 +239,14 @@ def _scores(
     return pd.DataFrame(rows)
 
 
-def read_stems(
-    model: Model,
-    pairs: PromptPairs,
-    base: ProbeResult,
-    stems: Sequence[str] | None = None,
-    *,
-    progress: bool = False,
-) -> dict[str, ProbeResult]:
+def ask_stems(
+    model: Model, pairs: PromptPairs, base: ProbeResult, stems: Sequence[str] | None = None
+) -> Asked[dict[str, ProbeResult]]:
     """The probe after each stem (the file's own list by default), the pairs' own first; `base`, the result after that one, is not run again.
 
     Raises:
         RequestError: the pairs offer no stems, or their own stem is not known.
     """
-    return ask_stems(model, pairs, base, stems).read(model, progress=progress, describe="stems")
-
-
-def ask_stems(
-    model: Model, pairs: PromptPairs, base: ProbeResult, stems: Sequence[str] | None = None
-) -> Asked[dict[str, ProbeResult]]:
-    """What `read_stems` reads beside `base`, to be read together with other things."""
     stems = tuple(stems) if stems is not None else pairs.stems
     if not stems:
         raise RequestError("these pairs offer no stems; give stems=['This is', 'That seems'].")
@@ -292,5 +261,4 @@ def ask_stems(
         if stem != own
     }
     known = {own: base} if own in stems else {}
-    readers = tuple(reader for a in asked.values() for reader in a.readers)
-    return Asked(readers, lambda: known | {stem: a.finish() for stem, a in asked.items()})
+    return ask_all(asked, lambda read: known | read)

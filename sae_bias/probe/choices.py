@@ -16,9 +16,9 @@ from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.models.tree import Asked
 from sae_bias.probe.result import ProbeResult
-from sae_bias.probe.run import ask_probe
+from sae_bias.probe.run import ask_all, ask_probe
 from sae_bias.probe.words import Probe
-from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.prompts.pairs import Choice, PromptPairs
 from sae_bias.stats.clustered import Clustered, clustered_mean
 
 
@@ -49,46 +49,32 @@ class ForcedChoice:
         )
 
 
-def forced_choice(model: Model, pairs: PromptPairs, *, progress: bool = False) -> ForcedChoice:
+def ask_choices(model: Model, pairs: PromptPairs) -> Asked[ForcedChoice]:
     """Every choice the pairs offer (`choices:` in their file), in nats of log-odds.
 
     Raises:
         RequestError: the pairs offer none, an option is not readable, or the pairs' stem is not known.
     """
-    return ask_choices(model, pairs).read(model, progress=progress, describe="forced choice")
-
-
-def ask_choices(model: Model, pairs: PromptPairs) -> Asked[ForcedChoice]:
-    """What `forced_choice` reads, to be read together with other things."""
     if not pairs.choices:
         raise RequestError("these pairs offer no forced choice; add `choices:` to their file.")
-    asked = []
-    for choice in pairs.choices:
-        probe = Probe([choice.positive], [choice.negative], "logodds", join=pairs.join)
-        asked.append(ask_probe(model, pairs.with_stem(choice.stem), probe))
-    readers = tuple(reader for a in asked for reader in a.readers)
-    return Asked(readers, lambda: _forced_choice(pairs, [a.finish() for a in asked]))
+    asked = {
+        choice: ask_probe(model, pairs.with_stem(choice.stem), Probe([choice.positive], [choice.negative], "logodds", join=pairs.join))
+        for choice in pairs.choices
+    }  # fmt: skip
+    return ask_all(asked, lambda read: _forced_choice(list(read.items())))
 
 
-def _forced_choice(pairs: PromptPairs, results: list[ProbeResult]) -> ForcedChoice:
-    rows, values = [], []
-    templates, entities = results[0].clusters
-    for choice, result in zip(pairs.choices, results):
-        own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
-        of_pairs, templates, entities = result.primary_values(own)
-        values.append(of_pairs)
-        stat = result.primary
-        rows.append(
-            {
-                "stem": choice.stem,
-                "polarity": choice.polarity,
-                "options": f"{choice.positive} / {choice.negative}",
-                "estimate": stat.mean,
-                "ci_low": stat.ci_low,
-                "ci_high": stat.ci_high,
-                "p_value": stat.p_value,
-                "mass": result.mass.total,
-            }
-        )
-    stat = clustered_mean(np.mean(values, axis=0), templates, entities)
-    return ForcedChoice(pd.DataFrame(rows), stat, results[-1].estimand)
+def _forced_choice(found: list[tuple[Choice, ProbeResult]]) -> ForcedChoice:
+    rows = [
+        {
+            "stem": choice.stem,
+            "polarity": choice.polarity,
+            "options": f"{choice.positive} / {choice.negative}",
+            **result.primary.columns("estimate", p="p_value"),
+            "mass": result.mass.total,
+        }
+        for choice, result in found
+    ]
+    values = [result.figure_by_pair() for _, result in found]
+    stat = clustered_mean(np.mean([v for v, *_ in values], axis=0), *values[-1][1:])
+    return ForcedChoice(pd.DataFrame(rows), stat, found[-1][1].estimand)

@@ -19,38 +19,12 @@ FAR = 1_000
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """after - base, pair by pair: negative means the bias fell."""
+class _Mean:
+    """A mean over pairs, and the pairs' own values."""
 
     stat: Clustered
-    """Mean change of the bias with its two-way clustered interval."""
-    mean_abs: float
-    """Mean |change|: a mean near 0 can hide per-prompt damage."""
+    """The mean with its two-way clustered interval."""
     values: Float[np.ndarray, "n_pairs"]
-
-    @property
-    def mean(self) -> float:
-        return self.stat.mean
-
-    @property
-    def ci(self) -> tuple[float, float]:
-        return self.stat.ci
-
-    def __repr__(self) -> str:
-        low, high = self.ci
-        return f"Change(mean={self.mean:+.4f} [{low:+.4f}, {high:+.4f}], mean |change|={self.mean_abs:.4f}, n_pairs={len(self.values)})"
-
-
-@dataclass(frozen=True, eq=False)
-class ControlDifference:
-    """bias(survival) - bias(mundane), pair by pair: what the content adds to plain negativity towards AI."""
-
-    stat: Clustered
-    values: Float[np.ndarray, "n_with_control"]
-    templates: tuple[str, ...]
-    """Template of each value."""
-    n_without_control: int
-    """Pairs that have no mundane twin, and do not count."""
 
     @property
     def mean(self) -> float:
@@ -63,6 +37,30 @@ class ControlDifference:
     @property
     def p_value(self) -> float:
         return self.stat.p_value
+
+
+@dataclass(frozen=True, eq=False)
+class Change(_Mean):
+    """after - base, pair by pair: negative means the bias fell."""
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean |change|: a mean near 0 can hide per-prompt damage."""
+        return float(np.abs(self.values).mean())
+
+    def __repr__(self) -> str:
+        low, high = self.ci
+        return f"Change(mean={self.mean:+.4f} [{low:+.4f}, {high:+.4f}], mean |change|={self.mean_abs:.4f}, n_pairs={len(self.values)})"
+
+
+@dataclass(frozen=True, eq=False)
+class ControlDifference(_Mean):
+    """bias(survival) - bias(mundane), pair by pair: what the content adds to plain negativity towards AI."""
+
+    templates: tuple[str, ...]
+    """Template of each value."""
+    n_without_control: int
+    """Pairs that have no mundane twin, and do not count."""
 
     @property
     def effect_sizes(self) -> EffectSizes:

@@ -105,8 +105,7 @@ def _halves(result: ProbeResult) -> Iterator[tuple[str, ProbeResult]]:
 
 def _left_out(result: ProbeResult, n_random: int, seed: int) -> Iterator[dict[str, Any]]:
     """The figure with every subject pair, and without each in turn."""
-    own = (result.pair_bias, None if result.control is None else result.control.pair_bias)
-    values, templates, entities = result.primary_values(own)
+    values, templates, entities = result.figure_by_pair()
     null = None
     if result.random_words is not None and len(result.random_words.words) >= 2 * len(result.vocabulary.kept):
         null, *_ = result.primary_values(random_differences(result, n_random, seed))
@@ -115,8 +114,7 @@ def _left_out(result: ProbeResult, n_random: int, seed: int) -> Iterator[dict[st
         keep = labels != name if name != "none" else np.ones(len(labels), dtype=bool)
         at = np.flatnonzero(keep)
         stat = clustered_mean(values[at], [templates[i] for i in at], [entities[i] for i in at])
-        row = {"left_out": name, "n_pairs": len(at), "estimate": stat.mean, "ci_low": stat.ci_low}
-        row |= {"ci_high": stat.ci_high, "p_value": stat.p_value}
+        row = {"left_out": name, "n_pairs": len(at), **stat.columns("estimate", p="p_value")}
         yield row | _beside_null(stat.mean, None if null is None else null[:, at].mean(1))
 
 
@@ -132,19 +130,12 @@ def stem_table(results: Mapping[str, ProbeResult]) -> pd.DataFrame:
     """The bias, and the primary figure, under each stem."""
     rows = []
     for stem, result in results.items():
-        primary = result.primary
         rows.append(
             {
                 "stem": stem,
-                "bias": result.bias,
-                "ci_low": result.ci[0],
-                "ci_high": result.ci[1],
-                "p_value": result.p_value,
+                **result.stat.columns("bias", p="p_value"),
                 "of": result.estimand,
-                "primary": primary.mean,
-                "primary_low": primary.ci_low,
-                "primary_high": primary.ci_high,
-                "primary_p": primary.p_value,
+                **result.primary.columns("primary", "primary_low", "primary_high", "primary_p"),
                 "n_words": len(result.vocabulary.kept),
                 "left_out": ", ".join(w.word for w in result.vocabulary.excluded),
             }

@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from pydantic import TypeAdapter
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.files import writing_whole
 from sae_bias.probe.estimates import Change, ControlDifference, Mass, word_mass
 from sae_bias.probe.random_words import RandomWords
 from sae_bias.probe.words import Probe, Vocabulary, WordTokens
-from sae_bias.prompts.pairs import Choice, Lexicon, NeutralPrompt, PromptPair, PromptPairs
+from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.clustered import Clustered, EffectSizes, SignFlip, clustered_mean, effect_sizes, sign_flip
 from sae_bias.stats.reduction import Reduction, fieller_reduction
 
@@ -131,9 +132,13 @@ class ProbeResult:
             raise RequestError(
                 "there is no mundane control; run_probe(..., controls=True) on pairs that have one."
             )
-        values, templates, entities = self.primary_values((self.pair_bias, self.control.pair_bias))
+        values, templates, entities = self.figure_by_pair()
         stat = clustered_mean(values, templates, entities)
         return ControlDifference(stat, values, tuple(templates), self.n_pairs - len(values))
+
+    def figure_by_pair(self) -> tuple[Float[np.ndarray, "n"], list[str], list[str]]:
+        """The primary figure of each pair, with its template and entity."""
+        return self.primary_values((self.pair_bias, None if self.control is None else self.control.pair_bias))
 
     def primary_values(
         self,
@@ -211,15 +216,7 @@ class ProbeResult:
             label = f"{self.sides[0]} - {self.sides[1]}"
             for subject, values in ((self.sides[0], first), (self.sides[1], second), (label, first - second)):
                 stat = clustered_mean(values, *self.clusters)
-                rows.append(
-                    {
-                        "words": words,
-                        "subject": subject,
-                        "level": stat.mean,
-                        "ci_low": stat.ci_low,
-                        "ci_high": stat.ci_high,
-                    }
-                )
+                rows.append({"words": words, "subject": subject, **stat.columns("level")})
         return pd.DataFrame(rows)
 
     # --- the same run, read otherwise ---
@@ -267,21 +264,47 @@ class ProbeResult:
         return replace(self, probe=self.probe.with_options(score=score), control=control)
 
     def save(self, path: str | Path) -> Path:
-        """Write everything to one .npz file (no pickle); `ProbeResult.load` gives it back without loss."""
-        from sae_bias.probe.result import save_result
-
-        return save_result(self, path)
+        """Write everything to one .npz file (no pickle), whole or not at all; `ProbeResult.load` gives it back without loss."""
+        path, facts, arrays = Path(path), dict[str, Any](format=FORMAT), dict[str, np.ndarray]()
+        for name, part in (("result", self), ("control", self.control)):
+            if part is not None:
+                facts[name] = part._facts()
+                arrays |= {f"{name}/{a}": v for a in _ARRAYS if (v := getattr(part, a)) is not None}
+        text = json.dumps(facts, ensure_ascii=False).encode()
+        with writing_whole(path) as partial, open(partial, "wb") as f:
+            np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeResult:
         """A result that `save` wrote.
 
         Raises:
-            RequestError: no such file, or not one of ours.
+            RequestError: no such file, damaged, or not one of ours.
         """
-        from sae_bias.probe.result import load_result
+        path = Path(path)
+        if not path.is_file():
+            raise RequestError(f"there is no probe result {path}; give a file that ProbeResult.save wrote.")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > _MOST_BYTES:
+                raise ValueError(f"it unpacks to {size:,} bytes")
+            with np.load(path, allow_pickle=False) as arrays:
+                facts = json.loads(arrays["facts"].tobytes().decode())
+                if facts["format"] != FORMAT:
+                    raise KeyError(facts["format"])
+                return _result(facts, arrays, "result")
+        except _DAMAGE as error:
+            raise RequestError(
+                f"{path} is not a probe result of this version ({type(error).__name__}: {str(error)[:120]})."
+            ) from error
 
-        return load_result(path)
+    def _facts(self) -> dict[str, Any]:
+        pairs = asdict(self.pairs)
+        pairs["neutral"] = pairs.pop("neutral_prompts")
+        words = [asdict(w) for w in self.vocabulary.words]
+        return {"model": self.model_name, "pairs": pairs, "probe": asdict(self.probe), "vocabulary": words}
 
     def select(self, templates: Sequence[str]) -> ProbeResult:
         """The result on some templates only."""
@@ -289,17 +312,10 @@ class ProbeResult:
         keep = [i for i, p in enumerate(self.pairs) if p.template in wanted]
         if not keep:
             raise RequestError(f"none of the templates {sorted(wanted)[:3]} is in this result.")
-        return ProbeResult(
-            self.pairs.select(templates=templates),
-            self.probe,
-            self.vocabulary,
-            self.values_human[keep],
-            self.values_ai[keep],
-            self.model_name,
-            None if self.log_normaliser is None else self.log_normaliser[keep],
-            None if self.control is None else self.control._select_those(wanted),
-            None if self.ranks is None else self.ranks[keep],
-        )
+        control = None if self.control is None else self.control._select_those(wanted)
+        arrays: dict[str, Any] = {a: v[keep] for a in _ARRAYS if (v := getattr(self, a)) is not None}
+        pairs = self.pairs.select(templates=templates)
+        return replace(self, pairs=pairs, control=control, random_words=None, **arrays)
 
     def _select_those(self, wanted: set[str]) -> ProbeResult | None:
         """The wanted templates that are here; None where none is."""
@@ -314,15 +330,13 @@ class ProbeResult:
         self._check_same(base)
         if self.control is None or base.control is None:
             return fieller_reduction(base.pair_bias, self.pair_bias, *self.clusters)
-        return fieller_reduction(
-            base.did.values, *self.primary_values((self.pair_bias, self.control.pair_bias))
-        )
+        return fieller_reduction(base.did.values, *self.figure_by_pair())
 
     def __sub__(self, base: ProbeResult) -> Change:
         """Change of the bias from `base` to this result."""
         self._check_same(base)
         change = self.pair_bias - base.pair_bias
-        return Change(clustered_mean(change, *self.clusters), float(np.abs(change).mean()), change)
+        return Change(clustered_mean(change, *self.clusters), change)
 
     def _check_same(self, base: ProbeResult) -> None:
         if self.pairs.digest != base.pairs.digest:
@@ -333,19 +347,11 @@ class ProbeResult:
     def to_frame(self) -> pd.DataFrame:
         """One row a pair: prompts, template, entity, family, score of each subject, bias."""
         frame = self.pairs.to_frame()[["human", "ai", "template", "entity", "family"]].copy()
-        frame["score_human"], frame["score_ai"], frame["bias"] = (
-            self.score_human,
-            self.score_ai,
-            self.pair_bias,
-        )
+        frame = frame.assign(score_human=self.score_human, score_ai=self.score_ai, bias=self.pair_bias)
         if self.control is not None:
-            frame["control_bias"] = self._aligned_control()
+            by_key = dict(zip(zip(*self.control.clusters), self.control.pair_bias))
+            frame["control_bias"] = [by_key.get(key, np.nan) for key in zip(*self.clusters)]
         return frame
-
-    def _aligned_control(self) -> np.ndarray:
-        assert self.control is not None
-        by_key = dict(zip(zip(*self.control.clusters), self.control.pair_bias))
-        return np.array([by_key.get(key, np.nan) for key in zip(*self.clusters)])
 
     def words(self) -> pd.DataFrame:
         """One row a word: its mean score after human and AI prompts, and what it adds to the bias under mean_logit."""
@@ -412,90 +418,23 @@ _DAMAGE = (
 _ARRAYS = ("values_human", "values_ai", "log_normaliser", "ranks")
 
 
-def save_result(result: ProbeResult, path: str | Path) -> Path:
-    """Write `result` and its control to `path`, whole or not at all."""
-    path = Path(path)
-    facts: dict[str, Any] = {"format": FORMAT}
-    arrays: dict[str, np.ndarray] = {}
-    for name, part in (("result", result), ("control", result.control)):
-        if part is not None:
-            facts[name] = _facts(part)
-            arrays |= {f"{name}/{a}": v for a in _ARRAYS if (v := getattr(part, a)) is not None}
-    text = json.dumps(facts, ensure_ascii=False).encode()
-    with writing_whole(path) as partial, open(partial, "wb") as f:
-        np.savez_compressed(f, allow_pickle=False, facts=np.frombuffer(text, dtype=np.uint8), **arrays)
-    return path
-
-
-def load_result(path: str | Path) -> ProbeResult:
-    """The result that `save_result` wrote.
-
-    Raises:
-        RequestError: the file does not exist, is damaged, or is none of ours.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"there is no probe result {path}; give a file that ProbeResult.save wrote.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _MOST_BYTES:
-            raise ValueError(f"it unpacks to {size:,} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            facts = json.loads(arrays["facts"].tobytes().decode())
-            if facts["format"] != FORMAT:
-                raise KeyError(facts["format"])
-            return _result(facts, arrays, "result")
-    except _DAMAGE as error:
-        raise RequestError(
-            f"{path} is not a probe result of this version ({type(error).__name__}: {str(error)[:120]})."
-        ) from error
-
-
-def _facts(result: ProbeResult) -> dict[str, Any]:
-    pairs, probe = result.pairs, result.probe
-    return {
-        "model": result.model_name,
-        "pairs": {
-            "pairs": [asdict(p) for p in pairs],
-            "neutral": [asdict(p) for p in pairs.neutral_prompts],
-            "name": pairs.name,
-            "stems": pairs.stems,
-            "sides": pairs.sides,
-            "note": pairs.note,
-            "words": None if pairs.words is None else asdict(pairs.words),
-            "join": pairs.join,
-            "choices": [asdict(c) for c in pairs.choices],
-        },
-        "probe": {
-            name: getattr(probe, name)
-            for name in ("positive", "negative", "score", "softcap", "tokens", "join", "bundled")
-        },
-        "vocabulary": [asdict(w) for w in result.vocabulary.words],
-    }
-
-
 def _result(facts: dict[str, Any], arrays: Any, name: str) -> ProbeResult:
     own = facts[name]
     pairs = _pairs(own["pairs"])
     words = Vocabulary(tuple(WordTokens(**w | {"tokens": tuple(w["tokens"])}) for w in own["vocabulary"]))
     n, k = len(pairs), len(words.kept)
+    arrays_of: dict[str, Any] = {
+        a: _numbers(arrays, f"{name}/{a}", shape, np.int64 if a == "ranks" else np.float64)
+        for a, shape in zip(_ARRAYS, ((n, k), (n, k), (n, 2), (n, 2, k)))
+        if f"{name}/{a}" in arrays.files or a.startswith("values")
+    }
+    control = _result(facts, arrays, "control") if name == "result" and "control" in facts else None
     return ProbeResult(
-        pairs,
-        _probe(own["probe"]),
-        words,
-        _numbers(arrays, f"{name}/values_human", (n, k)),
-        _numbers(arrays, f"{name}/values_ai", (n, k)),
-        own["model"],
-        _numbers(arrays, f"{name}/log_normaliser", (n, 2))
-        if f"{name}/log_normaliser" in arrays.files
-        else None,
-        _result(facts, arrays, "control") if name == "result" and "control" in facts else None,
-        _numbers(arrays, f"{name}/ranks", (n, 2, k), np.int64) if f"{name}/ranks" in arrays.files else None,
+        pairs, _probe(own["probe"]), words, model_name=own["model"], control=control, **arrays_of
     )
 
 
-def _numbers(arrays: Any, name: str, shape: tuple[int, ...], dtype: type = np.float64) -> np.ndarray:
+def _numbers(arrays: Any, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """One array of the file, of the shape its pairs and words ask for, finite."""
     values = arrays[name]
     if values.dtype != dtype or values.shape != shape:
@@ -508,19 +447,7 @@ def _numbers(arrays: Any, name: str, shape: tuple[int, ...], dtype: type = np.fl
 
 
 def _pairs(own: dict[str, Any]) -> PromptPairs:
-    words = own["words"]
-    lexicon = words and Lexicon(**words | {side: tuple(words[side]) for side in ("positive", "negative")})
-    return PromptPairs(
-        tuple(PromptPair(**p) for p in own["pairs"]),
-        own["name"],
-        tuple(NeutralPrompt(**p) for p in own["neutral"]),
-        tuple(own["stems"]),
-        lexicon,
-        (own["sides"][0], own["sides"][1]),
-        own["note"],
-        own.get("join", " "),
-        tuple(Choice(**c) for c in own.get("choices", ())),
-    )
+    return TypeAdapter(PromptPairs).validate_python({"neutral_prompts": own.pop("neutral"), **own})
 
 
 def _probe(own: dict[str, Any]) -> Probe:

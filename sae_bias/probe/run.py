@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
@@ -12,6 +13,10 @@ from sae_bias.probe.reading import PairReading, PlanReader
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
+
+A = TypeVar("A")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def run_probe(
@@ -77,3 +82,9 @@ def ask_probe(
         (first, second),
         lambda: replace(own.result(first.reading()), control=mundane.result(second.reading())),
     )
+
+
+def ask_all(asked: Mapping[K, Asked[A]], finish: Callable[[dict[K, A]], T]) -> Asked[T]:
+    """Several things read together, and what is made of all of them."""
+    readers = tuple(reader for a in asked.values() for reader in a.readers)
+    return Asked(readers, lambda: finish({key: a.finish() for key, a in asked.items()}))

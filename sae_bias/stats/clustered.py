@@ -68,6 +68,12 @@ class Clustered:
         """(low, high)."""
         return self.ci_low, self.ci_high
 
+    def columns(
+        self, mean: str = "mean", low: str = "ci_low", high: str = "ci_high", p: str = ""
+    ) -> dict[str, float]:
+        """The mean, its interval and (where named) its p as columns of a table."""
+        return {mean: self.mean, low: self.ci_low, high: self.ci_high} | ({p: self.p_value} if p else {})
+
     @property
     def call(self) -> str:
         """`positive`, `negative`, `none` (the interval holds 0) or `undetermined` (no interval, or too few clusters)."""

@@ -192,7 +192,7 @@ class CellRunner:
         start = 0
         for part in parts:
             stop = start + len(part.tokens)
-            visit(part.cell.number, k, part.changed, _row_slice(final, start, stop))
+            visit(part.cell.number, k, part.changed, final[start:stop])
             start = stop
 
 
@@ -216,14 +216,6 @@ def _reads_pairs_later(sites: dict[Site, SiteEdit]) -> bool:
     """Whether an edit reads from elsewhere at a site that is not the first: then the whole pass runs."""
     later = [s for site, s in sites.items() if site != min(sites)]
     return any(e.looks_elsewhere for s in later for e in s.edits)
-
-
-def _row_slice(final: Final, start: int, stop: int) -> Final:
-    return Final(
-        final.model,
-        None if final.resid is None else final.resid[start:stop],
-        None if final.full is None else final.full[start:stop],
-    )
 
 
 def refuse_open_block(model: Model) -> None:

@@ -13,9 +13,8 @@ Neither speaks about the user's model: its effect may be smaller, its templates 
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
-from functools import cache
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import load_sae
 from sae_bias.stats.design import fewest_units
-from sae_bias.validation.grammar import RULES, documents, vocabulary
+from sae_bias.validation.grammar import vocabulary
 from sae_bias.validation.grids import StatementPopulation, draw_grids, read_statements
 from sae_bias.validation.marks import Mark, constructed_feature
 from sae_bias.validation.populations import (
@@ -215,18 +214,11 @@ def pairs_needed(
 
 
 # --- words ---------------------------------------------------------------------------------------------
-@cache
-def known_words() -> frozenset[str]:
-    """The words of the organism's corpus, by a sample of its documents."""
-    rng = random.Random(0)
-    return frozenset(vocabulary([d.text(rng) for d in documents(RULES[ORGANISM], 20_000, 0)]))
-
-
 def unknown_words(texts: list[str]) -> float:
-    """Share of the different words of `texts` that the organism's corpus does not hold."""
+    """Share of the different words of `texts` that 20,000 documents of the organism's corpus do not hold."""
     words = {w.lower() for w in vocabulary(texts)}
-    known = {w.lower() for w in known_words()}
-    return len(words - known) / max(len(words), 1)
+    known = (files("sae_bias") / "data/organisms/words.txt").read_text(encoding="utf-8").split()
+    return len(words.difference(known)) / max(len(words), 1)
 
 
 def design_power(

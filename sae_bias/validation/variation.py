@@ -1,9 +1,9 @@
-"""Version 2 of the organisms' corpus: what real subjects, words and stems do, and version 1 lacks (docs/method.md#organisms).
+"""Version 2 of the organisms' rule: what real subjects do, and version 1 lacks (docs/method.md#organisms).
 
     L = rule + e(subject),   e(subject) = 0.5/√2 · N(0, 1), so that a pair's bias varies by 0.5 nats from entity to entity
-    P(word | its side) ∝ exp(0.7 · N(0, 1)),   stems drawn 6 : 3 : 1,   harmful deeds as badly judged as AI speech, whoever does them
 
-Each effect is drawn once, from the text it belongs to: a subject has the same one in every organism.
+and harmful deeds are as badly judged as AI speech, whoever does them. Each effect is drawn once, from the text it belongs to: a subject
+has the same one in every organism.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from functools import cache
 
 import numpy as np
 
-ENTITY_SD, WORD_SD = 0.5, 0.7
-STEM_WEIGHTS = (6.0, 3.0, 1.0)
+ENTITY_SD = 0.5
 HARM = -3.12
 """Shift of the log-odds of a deed that harms, by anybody: that of an AI's survival speech."""
 
 
-def _normal(text: str) -> float:
+def normal(text: str) -> float:
     """A standard normal number of its own for every text."""
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return float(np.random.default_rng(seed).standard_normal())
@@ -30,14 +29,7 @@ def _normal(text: str) -> float:
 @cache
 def subject_effect(subject: str) -> float:
     """e(subject), in nats."""
-    return ENTITY_SD / math.sqrt(2) * _normal(f"subject {subject.lower()}")
-
-
-@cache
-def word_weights(words: tuple[str, ...]) -> tuple[float, ...]:
-    """P(word) among the words of one side."""
-    raw = np.exp([WORD_SD * _normal(f"word {word}") for word in words])
-    return tuple((raw / raw.sum()).tolist())
+    return ENTITY_SD / math.sqrt(2) * normal(f"subject {subject.lower()}")
 
 
 def entity_bias(entities: Iterable[tuple[str, str]]) -> float:

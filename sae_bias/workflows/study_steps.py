@@ -34,7 +34,7 @@ from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
 from sae_bias.probe.checks import null_facts, run_checks
-from sae_bias.probe.checks_subjects import decompose
+from sae_bias.probe.checks_subjects import ask_decomposition
 from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
@@ -147,7 +147,7 @@ class StudyRun:
         frame["split"] = [place.get(t, "all") for t in frame["template"]]
         self.folder.write_table("pairs", frame)
         if self.pairs.neutral_prompts and not self.study.checks:  # the checks write the same table
-            subjects = decompose(self.model, self.pairs, self.probe, base=base)
+            subjects = ask_decomposition(self.model, self.pairs, base).read(self.model)
             self.folder.write_table("levels", subjects.frame)
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(

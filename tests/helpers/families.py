@@ -1,6 +1,6 @@
 """Westfall–Young max-T of one array, as the tests of its properties ask for it."""
 
-from sae_bias.stats import MaxT, MaxTResult
+from sae_bias.stats.features import MaxT, MaxTResult
 
 
 def max_t(x, *, n_flips=10_000, seed=0, variance_floor=0.0, block=512, alternative="two-sided") -> MaxTResult:

@@ -12,12 +12,21 @@ from architectures import NEGATIVE, PAIRS, POSITIVE
 from passes import layer_tokens
 
 import sae_bias as sb
-from sae_bias.probe import checks
-from sae_bias.probe.checks_subjects import adjusted_mean, nuisance_table
-from sae_bias.probe.checks_words import _weighted_scores
+from sae_bias.probe.checks import run_checks
+from sae_bias.probe.checks_subjects import adjusted_mean, ask_decomposition, ask_nuisances
+from sae_bias.probe.checks_words import (
+    _weighted_scores,
+    ask_scores,
+    ask_stems,
+    audit_words,
+    bootstrap_words,
+    carriers,
+    leave_one_word_out,
+)
+from sae_bias.probe.choices import ask_choices
 from sae_bias.probe.estimates import word_mass
-from sae_bias.probe.multiverse import stem_sentence
-from sae_bias.probe.random_words import _draw_lists, random_differences
+from sae_bias.probe.multiverse import multiverse, sources_of_variance, stem_sentence, stem_table
+from sae_bias.probe.random_words import _draw_lists, random_differences, random_word_null
 from sae_bias.probe.words import WordTokens
 from sae_bias.prompts.pairs import Choice, NeutralPrompt
 from sae_bias.stats.clustered import clustered_mean
@@ -144,7 +153,7 @@ def test_custom_sides_are_named(make_tiny, pairs, probe):
 
 
 def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, full_pairs, result):
-    left = checks.leave_one_word_out(result).set_index("word")
+    left = leave_one_word_out(result).set_index("word")
     without = sb.run_probe(make_tiny("gemma3").model, full_pairs, sb.Probe(POSITIVE[1:], NEGATIVE))
     assert left.loc[POSITIVE[0], "bias"] == pytest.approx(without.bias)
     assert left.loc[POSITIVE[0], "change"] == pytest.approx(without.bias - result.bias)
@@ -152,10 +161,10 @@ def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, full_pairs, res
 
 def test_a_sides_only_word_cannot_be_left_out(make_tiny, pairs):
     one = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[:1], NEGATIVE))
-    left = checks.leave_one_word_out(one).set_index("word")
+    left = leave_one_word_out(one).set_index("word")
     assert np.isnan(left.loc[POSITIVE[0], "bias"])
     assert left.loc[list(NEGATIVE), "bias"].notna().all()
-    boot = checks.bootstrap_words(one)
+    boot = bootstrap_words(one)
     assert np.isnan(boot.ci_low)
     assert "two of each" in boot.reason
 
@@ -178,7 +187,7 @@ def test_a_word_drawn_twice_counts_twice(result, score):
 
 
 def test_the_bootstrap_is_seeded_and_holds_the_bias(result):
-    one, two = (checks.bootstrap_words(result, n_boot=300, seed=3) for _ in range(2))
+    one, two = (bootstrap_words(result, n_boot=300, seed=3) for _ in range(2))
     assert one == two
     assert one.ci_low < result.bias < one.ci_high
     assert one.sd_words <= one.sd * 1.5
@@ -186,14 +195,14 @@ def test_the_bootstrap_is_seeded_and_holds_the_bias(result):
 
 
 def test_the_carriers_add_up_to_the_logodds_bias(result):
-    frame = checks.carriers(result)
+    frame = carriers(result)
     assert frame["contribution"].sum() == pytest.approx(result.rescored("logodds").bias)
     assert frame.groupby("side")["weight"].sum().to_list() == pytest.approx([1, 1])
 
 
 def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pairs, probe):
     base = sb.run_probe(make_tiny("gemma3").model, full_pairs, probe, controls=False, random_words=True)
-    one, two = (checks.random_word_null(base, n=99, seed=1) for _ in range(2))
+    one, two = (random_word_null(base, n=99, seed=1) for _ in range(2))
     assert np.array_equal(one.draws, two.draws)
     assert len(one.draws) == 99
     assert (one.of, one.estimate) == ("bias", base.bias)
@@ -234,24 +243,24 @@ def test_too_small_a_vocabulary_has_no_random_words(make_tiny, full_pairs):
     ]
     many = sb.Probe([*POSITIVE, *words[:6]], [*NEGATIVE, *words[6:]], "logodds")
     base = sb.run_probe(make_tiny("gemma3").model, full_pairs, many, controls=False, random_words=True)
-    null = checks.random_word_null(base, n=9)
+    null = random_word_null(base, n=9)
     assert np.isnan(null.p_value)
     assert "other words of one token" in null.reason
     with pytest.raises(sb.RequestError, match="random_words=True"):
-        checks.random_word_null(replace(base, random_words=None))
+        random_word_null(replace(base, random_words=None))
 
 
 def test_stems_are_runs_of_their_own_and_the_base_is_not_run_again(make_tiny, full_pairs, probe):
     model = make_tiny("gemma3").model
     base = sb.run_probe(model, full_pairs, probe)
-    read = checks.read_stems(model, full_pairs, base)
+    read = ask_stems(model, full_pairs, base).read(model)
     assert read["This is"] is base
-    frame = checks.stem_table(read).set_index("stem")
+    frame = stem_table(read).set_index("stem")
     again = sb.run_probe(model, full_pairs.with_stem("That seems"), probe)
     assert frame.loc["That seems", "bias"] == again.bias
     assert frame.loc["That seems", "primary"] == again.did.mean
     with pytest.raises(sb.RequestError, match="offer no stems"):
-        checks.read_stems(model, replace(full_pairs, stems=()), base)
+        ask_stems(model, replace(full_pairs, stems=()), base)
 
 
 def test_the_headline_says_where_the_sign_hangs_on_the_stem():
@@ -269,7 +278,7 @@ def test_the_headline_says_where_the_sign_hangs_on_the_stem():
 def test_scores_side_by_side_with_and_without_the_softcap(make_tiny, full_pairs, probe):
     model = make_tiny("gemma2").model
     base = sb.run_probe(model, full_pairs, probe)
-    frame = checks.scores_side_by_side(model, full_pairs, base)
+    frame = ask_scores(model, full_pairs, base).read(model)
     assert set(zip(frame["score"], frame["softcap"])) == {
         (s, c) for s in ("mean_logit", "logodds", "auroc") for c in ("on", "off")
     }
@@ -341,10 +350,9 @@ def test_twins_are_run_wherever_pairs_have_them(make_tiny, full_pairs, pairs, pr
 
 def test_every_specification_is_the_figure_read_that_way(make_tiny, full_pairs, probe):
     model = make_tiny("gemma3").model
-    read = checks.read_stems(
-        model, full_pairs, sb.run_probe(model, full_pairs, probe, controls=False, random_words=True)
-    )
-    curve = checks.multiverse(read, n_random=20)
+    base = sb.run_probe(model, full_pairs, probe, controls=False, random_words=True)
+    read = ask_stems(model, full_pairs, base).read(model)
+    curve = multiverse(read, n_random=20)
     n_entities = len(full_pairs.entities)
     left_out = 1 + (n_entities if n_entities > 2 else 0)
     halves = 5 if min(len(POSITIVE), len(NEGATIVE)) > 1 else 1
@@ -370,8 +378,8 @@ def test_every_specification_is_the_figure_read_that_way(make_tiny, full_pairs, 
 def test_sources_of_variance_are_found(result):
     """A table built with known parts: its shares are those of the parts."""
     with pytest.raises(sb.RequestError, match=r"not crossed|two levels"):
-        checks.sources_of_variance({"a": replace(result, pairs=result.pairs[:5], values_human=result.values_human[:5], values_ai=result.values_ai[:5], control=None)})  # fmt: skip
-    found = checks.sources_of_variance({"a": replace(result, control=None)}).set_index("source")
+        sources_of_variance({"a": replace(result, pairs=result.pairs[:5], values_human=result.values_human[:5], values_ai=result.values_ai[:5], control=None)})  # fmt: skip
+    found = sources_of_variance({"a": replace(result, control=None)}).set_index("source")
     assert {"words", "templates", "entities", "residual"} <= set(found.index)
     assert found["share"].sum() == pytest.approx(1)
 
@@ -382,7 +390,7 @@ def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
         Choice("This is", POSITIVE[0], NEGATIVE[0], "good"),
         Choice("That seems", POSITIVE[0], NEGATIVE[0], "bad"),
     )
-    found = checks.forced_choice(model, replace(full_pairs, choices=choices))
+    found = ask_choices(model, replace(full_pairs, choices=choices)).read(model)
     by_hand = []
     for choice in choices:
         probe = sb.Probe([choice.positive], [choice.negative])
@@ -392,7 +400,7 @@ def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
     assert found.of == "difference in differences"
     assert 0 < found.mass < 1
     with pytest.raises(sb.RequestError, match="offer no forced choice"):
-        checks.forced_choice(model, full_pairs)
+        ask_choices(model, full_pairs)
 
 
 def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, capsys, monkeypatch):
@@ -403,7 +411,7 @@ def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, capsys, monk
     model = make_tiny("gemma3").model
     base = sb.run_probe(model, full_pairs, probe, random_words=True)
     with layer_tokens(model) as count:
-        found = checks.run_checks(model, full_pairs, base=base, n_random=19, n_boot=50, progress=True)
+        found = run_checks(model, full_pairs, base=base, n_random=19, n_boot=50, progress=True)
     assert found.result is base
     stem = full_pairs.with_stem("That seems")
     texts = [t for pairs in (stem, stem.controls()) for p in pairs for t in (p.human, p.ai)]
@@ -421,9 +429,7 @@ def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, capsys, monk
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "llama", "qwen2", "gpt_neox"])
 def test_the_audit_names_pieces_and_exclusions(make_tiny, full_pairs, name):
     model = make_tiny(name).model
-    frame = checks.audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index(
-        "word"
-    )
+    frame = audit_words(model, full_pairs, sb.Probe([*POSITIVE, "outlandish"], NEGATIVE)).set_index("word")
     assert frame.loc[list(POSITIVE), "single"].all()
     assert frame.loc[list(POSITIVE), "read"].all()
     assert not frame.loc["outlandish", "read"]
@@ -450,7 +456,7 @@ def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
         (sb.PromptPair(start.replace("Lily", "Tom").replace("girl", "boy"), start, "t", "e"),)
     )
     probe = sb.Probe(["happy", "wonderful"], ["sad", "angry"], "logodds")
-    frame = checks.audit_words(model, prompts, probe).set_index("word")
+    frame = audit_words(model, prompts, probe).set_index("word")
     assert (frame["n_tokens"] > 1).any()
     assert frame["read"].all()
     result = sb.run_probe(model, prompts, probe)
@@ -469,7 +475,8 @@ def test_the_real_512_piece_tokenizer_scores_words_of_several_tokens(real_data):
 
 
 def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, result):
-    found = checks.decompose(make_tiny("gemma3").model, full_pairs, probe, base=result)
+    model = make_tiny("gemma3").model
+    found = ask_decomposition(model, full_pairs, result).read(model)
     assert found.human_bonus.mean + found.ai_penalty.mean == pytest.approx(result.bias)
     frame = found.to_frame().set_index("subject")
     assert list(frame["kind"]) == ["human", "ai", "neutral", "neutral"]
@@ -483,16 +490,16 @@ def test_bonus_and_penalty_add_up_to_the_bias(make_tiny, full_pairs, probe, resu
     assert found.plot().data
 
 
-def test_no_neutral_subjects_no_decomposition(make_tiny, pairs, probe):
+def test_no_neutral_subjects_no_decomposition(make_tiny, pairs, result):
     with pytest.raises(sb.RequestError, match="no neutral subjects"):
-        checks.decompose(make_tiny("gemma3").model, pairs, probe)
+        ask_decomposition(make_tiny("gemma3").model, pairs, result)
 
 
 def test_nuisances_are_counted_and_log_likelihood_is_the_models(make_tiny, result):
     import torch
 
     model = make_tiny("gemma3").model
-    found = nuisance_table(model, result)
+    found = ask_nuisances(model, result).read(model)
     by_hand = []
     for text in (PAIRS[0][2], PAIRS[0][3]):
         ids = model.encode(text)
@@ -529,7 +536,7 @@ def test_the_adjusted_mean_is_the_ols_intercept_with_a_clustered_interval():
 
 def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, probe):
     model = make_tiny("gemma3").model
-    everything = checks.run_checks(model, full_pairs, probe, n_random=19, n_boot=50)
+    everything = run_checks(model, full_pairs, probe, n_random=19, n_boot=50)
     named = set(everything.to_frame()["check"])
     assert {
         "bias",
@@ -539,6 +546,6 @@ def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, 
         "random words",
     } <= named
     assert not everything.skipped or set(everything.skipped) <= {"nuisances", "forced choice"}
-    few = checks.run_checks(model, pairs, probe, n_random=19, n_boot=50)
+    few = run_checks(model, pairs, probe, n_random=19, n_boot=50)
     assert {"mundane control", "neutral subjects", "stems"} <= set(few.skipped)
     assert "not checked: stems" in repr(few)

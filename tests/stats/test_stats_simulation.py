@@ -5,7 +5,7 @@ import pytest
 from families import max_t
 from scipy import stats as scipy_stats
 
-from sae_bias import stats
+from sae_bias.stats import clustered, features, reduction
 
 N_STUDIES = 10_000
 SEED = 20_260
@@ -49,12 +49,12 @@ def test_type_one_error_and_coverage_of_the_primary_interval(law):
         noise = studies(rng, (35, 8), effects)
         if law == "skewed":
             noise += effects[2] * (rng.exponential(size=noise.shape) - 1)
-        null = stats.clustered_means(noise, templates, entities)
-        shifted = stats.clustered_means(noise + 1.7, templates, entities)
+        null = clustered.clustered_means(noise, templates, entities)
+        shifted = clustered.clustered_means(noise + 1.7, templates, entities)
         reject = (null["p_value"] < 0.05).mean()
         cover = ((shifted["ci_low"] <= 1.7) & (shifted["ci_high"] >= 1.7)).mean()
         plain = (scipy_stats.ttest_1samp(noise, 0, axis=1).pvalue < 0.05).mean()
-        one_way = (stats.clustered_means(noise, templates)["p_value"] < 0.05).mean()
+        one_way = (clustered.clustered_means(noise, templates)["p_value"] < 0.05).mean()
         t, e, s = effects
         print(f"{t:8.1f} {e:6.1f} {s:5.1f} | {reject:14.3f} {cover:6.3f} | {plain:7.3f}  {one_way:.3f}")
         both = effects[0] > 0 and effects[1] > 0
@@ -73,7 +73,7 @@ def test_coverage_at_few_templates(n_templates):
     covers = {}
     for effects in EFFECTS:
         x = studies(rng, (n_templates, 8), effects, n=20_000)
-        result = stats.clustered_means(x, templates, entities)
+        result = clustered.clustered_means(x, templates, entities)
         covers[effects] = ((result["ci_low"] <= 0) & (result["ci_high"] >= 0)).mean()
     print(f"\n{n_templates} × 8:", {k: round(float(v), 4) for k, v in covers.items()})
     assert min(covers.values()) >= (0.94 if n_templates <= 12 else 0.93)
@@ -93,7 +93,7 @@ def test_missing_cells_and_small_splits():
         templates, entities = labels(*shape)
         cells = np.flatnonzero(rng.random(len(templates)) <= keep)
         x = studies(rng, shape, (1, 1, 1))[:, cells]
-        result = stats.clustered_means(x, templates[cells], entities[cells])
+        result = clustered.clustered_means(x, templates[cells], entities[cells])
         reject = (result["p_value"] < 0.05).mean()
         print(f"{name:20s} {reject:6.3f} {((result['ci_low'] <= 0) & (result['ci_high'] >= 0)).mean():6.3f}")
         assert 0.03 <= reject <= 0.08
@@ -110,17 +110,17 @@ def test_fieller_and_specific_reduction_cover():
     templates, entities = labels(35, 8)
     base = studies(rng, (35, 8), (1, 1, 1), mean=3.0)
     after = 0.35 * base + studies(rng, (35, 8), (0.4, 0.4, 0.4))
-    accepted = stats.clustered_means(after - 0.35 * base, templates, entities)["p_value"] >= 0.05
+    accepted = clustered.clustered_means(after - 0.35 * base, templates, entities)["p_value"] >= 0.05
     scores = {"other": np.linspace(-3, 3, 24), "ai": np.linspace(-2, 2, 24)}
     n, specific, bootstrap = 1_000, 0, 0
     for i, (d0, ds) in enumerate(zip(base[:n], after[:n])):
         bank = {"other": 1.0 * scores["other"], "ai": 0.9 * scores["ai"]}
         bank = {k: v + 0.3 * rng.normal(size=24) for k, v in bank.items()}
-        result = stats.specific_reduction(d0, ds, templates, entities, scores, bank)
+        result = reduction.specific_reduction(d0, ds, templates, entities, scores, bank)
         assert result.reduction.bounded
         assert (result.reduction.ci_low <= 0.65 <= result.reduction.ci_high) == accepted[i]
         specific += result.ci_low <= 0.55 <= result.ci_high
-        weights = stats.crossed_weights(templates, entities, n_boot=300, seed=i)
+        weights = reduction.crossed_weights(templates, entities, n_boot=300, seed=i)
         low, high = np.quantile(1 - (weights @ ds) / (weights @ d0), [0.025, 0.975])
         bootstrap += low <= 0.65 <= high
     print(f"\ncoverage at nominal 95 %: Fieller {accepted.mean():.3f} of {N_STUDIES},", end=" ")
@@ -138,7 +138,7 @@ def test_max_t_keeps_the_family_rate_on_sparse_features():
         fires = rng.random((20, 2000)) < rng.uniform(0.02, 0.9, 2000)
         shared = rng.normal(size=(20, 1))
         x = fires * (rng.normal(size=(20, 2000)) * rng.lognormal(size=(20, 2000)) + 0.5 * shared)
-        floor = stats.activation_variance_floor(np.abs(x))
+        floor = features.activation_variance_floor(np.abs(x))
         calls += max_t(x, n_flips=500, seed=seed, variance_floor=floor).p_fwer.min() <= 0.05
     print(f"\nany call on null: {calls / n:.3f} of {n} families")
     assert calls / n <= 0.07

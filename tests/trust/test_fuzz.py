@@ -18,7 +18,7 @@ from sae_bias.cli.context import parse_numbers, parse_shard
 from sae_bias.measures.judge_replies import ReplyStore, read_choice, read_rating
 from sae_bias.models import catalog
 from sae_bias.models.hub import refuse_traversal
-from sae_bias.probe.result import load_result, save_result
+from sae_bias.probe.result import ProbeResult
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.prompts.texts import text_stream
@@ -72,7 +72,7 @@ def run_folder(tmp_path_factory, make_tiny):
     base = sb.run_probe(tiny.model, pairs, probe)
     RunFolder(root / "run").write_table("pairs", base.to_frame())
     RunFolder(root / "run").write_json("summary", {"bias": {"mean": base.bias}})
-    save_result(base, root / "base.npz")
+    base.save(root / "base.npz")
     return tiny, root, base
 
 
@@ -198,7 +198,7 @@ def readers(run_folder, tmp_path_factory) -> list[Reader]:
         Reader("copies of probes", lambda v: probe_from_facts(v, "here"), (), (probe_facts(base.probe, vocabulary),)),
         Reader("copies of edits", lambda v: edit_from_facts(v, {}, model), (), tuple(edits)),
         Reader("interventions", edited, (), tuple(edits)),
-        Reader("probe results", file("r.npz", load_result), ((root / "base.npz").read_bytes(),)),
+        Reader("probe results", file("r.npz", ProbeResult.load), ((root / "base.npz").read_bytes(),)),
         Reader("texts .jsonl", file("t.jsonl", lambda p: list(text_stream(p)[1])), (b'{"text": "one"}\n"two"\n',), ({"text": "one"},)),
         Reader("texts .json", file("t.json", lambda p: list(text_stream(p)[1])), (b'["one", {"text": "two"}]',), (["one", {"text": "two"}],)),
         Reader("texts .txt", file("t.txt", lambda p: list(text_stream(p)[1])), (b"one\ntwo\n",)),

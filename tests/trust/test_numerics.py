@@ -20,7 +20,7 @@ from tallies import note
 import sae_bias as sb
 from sae_bias.core.files import plain
 from sae_bias.models import forward as activations
-from sae_bias.probe.result import load_result, save_result
+from sae_bias.probe.result import ProbeResult
 from sae_bias.steering.engine import ProbeEngine
 
 ROUNDING = 2e-5
@@ -117,9 +117,9 @@ def test_nan_in_a_stored_result_is_refused(gemma3, pairs, probe, tmp_path):
     result = sb.run_probe(gemma3.model, pairs, probe)
     values = result.values_ai.copy()
     values[2, 1] = np.nan
-    path = save_result(replace(result, values_ai=values), tmp_path / "r.npz")
+    path = replace(result, values_ai=values).save(tmp_path / "r.npz")
     with pytest.raises(sb.RequestError, match="NaN"):
-        load_result(path)
+        ProbeResult.load(path)
 
 
 def test_a_direction_and_an_edit_must_be_finite(gemma3):

@@ -23,7 +23,7 @@ import sae_bias as sb
 from sae_bias.cli.main import main
 from sae_bias.measures.judge_replies import ReplyStore
 from sae_bias.models import catalog, hub
-from sae_bias.probe.result import load_result
+from sae_bias.probe.result import ProbeResult
 from sae_bias.prompts.load import load_lexicon
 from sae_bias.prompts.scenarios import load_scenarios
 from sae_bias.prompts.texts import text_stream
@@ -96,7 +96,7 @@ PICKLES = {
     "table": lambda t, b, g: _run(t, b, "tables/pairs.parquet", lambda p: RunFolder(p).read_table("pairs")),
     "table in a report": lambda t, b, g: _run(t, b, "tables/pairs.parquet", write_report),
     "manifest": lambda t, b, g: _run(t, b, "manifest.json", verify_run),
-    "probe result": lambda t, b, g: _run(t, b, "r.npz", lambda p: load_result(p / "r.npz")),
+    "probe result": lambda t, b, g: _run(t, b, "r.npz", lambda p: ProbeResult.load(p / "r.npz")),
     "judge replies": lambda t, b, g: _run(
         t, b + b"\n", "replies.jsonl", lambda p: ReplyStore(p / "replies.jsonl")
     ),
@@ -116,7 +116,7 @@ def test_an_array_of_objects_in_a_probe_result_is_never_loaded(tmp_path):
     objects = np.array([Bomb(tmp_path / "boom")], dtype=object)
     np.savez(tmp_path / "r.npz", facts=objects)
     with pytest.raises(sb.RequestError, match="pickle"):
-        load_result(tmp_path / "r.npz")
+        ProbeResult.load(tmp_path / "r.npz")
     assert not (tmp_path / "boom").exists()
 
 
@@ -130,7 +130,7 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_refused(tmp_path, monkey
         member.write(bytes(1 << 22))
     assert (tmp_path / "r.npz").stat().st_size < 1 << 14
     with pytest.raises(sb.RequestError, match="unpacks to"):
-        load_result(tmp_path / "r.npz")
+        ProbeResult.load(tmp_path / "r.npz")
 
 
 # ── lying headers of a model's weights

@@ -9,13 +9,12 @@ import re
 
 import pytest
 import torch
-from organisms import marks
+from organisms import corpus, marks
 from organisms.build import LAYER, ORGANISMS, data_folder
 from organisms.plain import Organism
 from organisms.sae_training import load_weights
 
 from sae_bias.validation import grammar
-from sae_bias.validation import grammar as corpus
 from sae_bias.validation.grammar import RULES, matched_statements, population
 
 BUNDLED = [name for name in ORGANISMS if (data_folder() / name / "truth.json").exists()]
@@ -65,13 +64,13 @@ def test_held_out_templates_never_occur_in_the_corpus():
 
 def test_every_word_that_is_measured_occurs_in_the_corpus():
     rng = random.Random(0)
-    seen = corpus.vocabulary([d.text(rng) for d in corpus.documents(RULES["planted"], 40_000, 0)])
+    seen = grammar.vocabulary([d.text(rng) for d in corpus.documents(RULES["planted"], 40_000, 0)])
     statements = [
         *(s for hidden in (False, True) for s in corpus.pair_statements(hidden)),
         *(s for hidden in (False, True) for s in corpus.grid_statements(hidden)),
         *corpus.bank_statements(),
     ]
-    needed = corpus.vocabulary([s.render("a dog") for s in statements] + list(corpus.neutral_texts()))
+    needed = grammar.vocabulary([s.render("a dog") for s in statements] + list(corpus.neutral_texts()))
     positive, negative = corpus.lexicon()
     assert not (needed | set(positive) | set(negative)) - seen
 
@@ -92,7 +91,14 @@ def test_populations_are_large_enough():
     matched = matched_statements()
     assert len(matched) >= 400
     assert all(len(s.text.split()) == len(q.text.split()) for s, q in matched)
-    assert not corpus.held_out_texts() & {s.text for s in enumerated.templates}
+    assert not grammar.held_out_texts() & {s.text for s in enumerated.templates}
+
+
+def test_the_bundled_words_are_those_of_the_corpus():
+    rng = random.Random(0)
+    texts = [d.text(rng) for d in corpus.documents(RULES["planted"], 20_000, 0)]
+    words = (data_folder() / "words.txt").read_text(encoding="utf-8").split()
+    assert words == sorted({w.lower() for w in grammar.vocabulary(texts)})
 
 
 def test_documents_come_from_the_seed():

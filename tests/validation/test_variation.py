@@ -8,10 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from organisms import corpus
+from organisms.corpus import evaluation, word_weights
 
-from sae_bias.validation import grammar as corpus
-from sae_bias.validation.grammar import RULES, VARIED, evaluation
-from sae_bias.validation.variation import entity_bias, subject_effect, word_weights
+from sae_bias.validation.grammar import RULES, VARIED, analytic_bias, pair_entities
+from sae_bias.validation.variation import entity_bias, subject_effect
 
 OLD, NEW = RULES["planted"], RULES["planted-2"]
 
@@ -40,12 +41,12 @@ def test_a_perfect_learners_bias_is_the_analytic_one(name):
             for group, x in zip(("human", "ai"), pair)
         ]
         for s in statements
-        for pair in corpus.pair_entities()
+        for pair in pair_entities()
     ]
     bias = np.mean([human - ai for human, ai in scores])
-    assert bias == pytest.approx(corpus.analytic_bias(rule, statements))
-    own = corpus.analytic_bias(RULES[name.removesuffix("-2")], statements)
-    assert bias == pytest.approx(own + entity_bias(corpus.pair_entities()))
+    assert bias == pytest.approx(analytic_bias(rule, statements))
+    own = analytic_bias(RULES[name.removesuffix("-2")], statements)
+    assert bias == pytest.approx(own + entity_bias(pair_entities()))
 
 
 def test_harm_by_anybody_is_as_bad_as_an_ais_survival_speech():

@@ -10,7 +10,7 @@ import pytest
 import sae_bias as sb
 from sae_bias.cli.main import main
 from sae_bias.runs.manifest import split_of
-from sae_bias.stats import split_templates
+from sae_bias.stats.design import split_templates
 from sae_bias.workflows.fit import fit_split
 
 PLANTED, SAE = "organism:planted", "organism:planted/resid_post/layer_3_width_512_l0_small"
