@@ -22,9 +22,11 @@ from sae_bias.saes.load import load_sae
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.validation.definitions import (
     ELSEWHERE,
+    bundled_saes,
     definition_marks,
     integrated_mark,
-    learned_note,
+    learned_notes,
+    learned_table,
     match_mark,
     no_ratio_marks,
     simulation_marks,
@@ -127,8 +129,8 @@ def calibrate(
                 power.append(bias_power(figure, draws.power, seed=seed))
         if "constructed" in organism_truth(name):
             marks += constructed_marks(model, name, n_controls=draws.controls, seed=seed)
-            more, rows = definition_marks(model, name, n_controls=draws.controls, seed=seed)
-            marks, learned = marks + more, [*learned, rows]
+            marks += definition_marks(model, name, n_controls=draws.controls, seed=seed)
+            learned.append(learned_table(model, bundled_saes(name), seed=seed).assign(organism=name))
         if name.removesuffix("-2") == "identity":
             marks += identity_marks(model, trained_sae(name), name=name, seed=seed)
             marks.append(integrated_mark(ProbeEngine(model, load_pairs(), Probe()), name))
@@ -146,11 +148,10 @@ def calibrate(
         both = ("planted", "planted-gemma2")
         marks.append(match_mark(*(load_model(f"organism:{n}") for n in both), both))
     tables = {"coverage": pd.DataFrame(coverage), "power": pd.concat(power, ignore_index=True)}
-    notes = list(ELSEWHERE)
+    notes = [line for t in learned for line in learned_notes(t, str(t["organism"].iloc[0]))]
     if learned:
         tables["learned"] = pd.concat(learned, ignore_index=True)
-        notes = [n for t in learned for n in [learned_note(t, str(t["organism"].iloc[0]))] if n] + notes
-    return Calibration(tuple(marks), tables, tuple(notes))
+    return Calibration(tuple(marks), tables, (*notes, *ELSEWHERE))
 
 
 def trained_sae(name: str) -> str:

@@ -6,7 +6,7 @@ or pretrained weights is not here: `ELSEWHERE` names the commands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,15 +48,11 @@ ELSEWHERE = (
 CLAMPS = (-40.0, -100.0)
 
 
-def definition_marks(
-    model: Model, name: str, *, n_controls: int = N_CONTROLS, seed: int = 0
-) -> tuple[list[Mark], pd.DataFrame]:
-    """The marks of an organism with a constructed feature, and the table of its learned edits."""
-    learned = learned_table(model, bundled_saes(name), seed=seed).assign(organism=name)
+def definition_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, seed: int = 0) -> list[Mark]:
+    """The marks of an organism with a constructed feature."""
     marks = call_marks(model, name, seed=seed) + removal_marks(model, name)
     marks += valence_marks(model, name, n_controls=n_controls, seed=seed) + carrier_marks(model, name)
-    marks += [equivalence_mark(model, name), direction_mark(model, name, seed=seed)]
-    return marks + (learned_marks(learned, name, ASKED) if name == "planted" else []), learned
+    return [*marks, equivalence_mark(model, name), direction_mark(model, name, seed=seed)]
 
 
 def bundled_saes(name: str) -> list[Sae]:
@@ -215,32 +211,17 @@ def learned_table(
     return pd.DataFrame(rows)
 
 
-def learned_marks(
-    table: pd.DataFrame, organism: str, asked: Mapping[str, Sequence[str]] | None = None
-) -> list[Mark]:
-    """Figures of each kind of edit over the trained SAEs; those of the randomized ones stand in the notes and require nothing.
-
-    asked: kind → the figures that are marks; all of both kinds where it is None.
-    """
+def learned_marks(table: pd.DataFrame, organism: str) -> list[Mark]:
+    """Figures of each kind of edit over the trained SAEs; those of the randomized ones stand in the notes and require nothing."""
     marks = []
     for kind in table["kind"].unique():
         own, chance = (
             table[(table["kind"] == kind) & (table["weights"] == w)] for w in ("trained", "randomized")
         )
         for what, (of, bounds, unit) in FIGURES.items():
-            if asked is None or what in asked[kind]:
-                note = f"each {', '.join(f'{of(own[i : i + 1]):.2f}' for i in range(len(own)))}; randomized SAEs {of(chance):.3f}"
-                marks.append(
-                    Mark(
-                        f"{EDIT_NAMES[kind]}: {what}",
-                        organism,
-                        of(own),
-                        **bounds,
-                        unit=unit,
-                        n=f"{len(own)} SAEs",
-                        note=note,
-                    )
-                )
+            note = f"randomized SAEs {of(chance):.3f}"
+            name = f"{EDIT_NAMES[kind]}: {what}"
+            marks.append(Mark(name, organism, of(own), **bounds, unit=unit, n=f"{len(own)} SAEs", note=note))
     return marks
 
 
@@ -251,20 +232,15 @@ FIGURES: dict[str, tuple[Callable[[pd.DataFrame], float], dict[str, float], str]
     "largest KL_off": (lambda t: float(t["kl_off"].max()), {"high": MAX_KL_OFF}, "nats"),
     "largest shift of human scores": (lambda t: float(t["human_moved"].abs().max()), {"high": 0.2}, "nats"),
 }  # fmt: skip
-ASKED = {
-    "scales": [name for name in FIGURES if "KL_off" not in name],
-    "gated": [name for name in FIGURES if "above" not in name],
-}
-"""What the few bundled SAEs are asked: each figure of the edit that meets it over the 21 trained SAEs (experiments/organisms/learned.py). Scales
-miss KL_off there, and the gate fails in the odd SAE, which is one of 21 there and a third here; both are said in the notes."""
 
 
-def learned_note(table: pd.DataFrame, organism: str) -> str:
-    """The figures of learned edits that miss what is asked of the 21 trained SAEs, in words."""
-    missed = [m for m in learned_marks(table, organism) if not m.passed]
-    return "; ".join(
-        f"{m.organism}, {m.mark} {m.measured} (asked of 21 SAEs: {m.required}; {m.note})" for m in missed
-    )
+def learned_notes(table: pd.DataFrame, organism: str) -> list[str]:
+    """The same in words. They are asked of 21 trained SAEs (experiments/organisms/learned.py): an organism's one to three bundled SAEs neither meet
+    nor miss a rate of 19 in 21, so here they are no pass marks; what would miss is said like what would meet."""
+    return [
+        f"{m.organism}, {m.mark}: {m.measured} over {m.n}; {m.note}; asked of 21 SAEs: {m.required} ({m.verdict} here)"
+        for m in learned_marks(table, organism)
+    ]
 
 
 # --- 9. no ratio of nothing

@@ -244,11 +244,10 @@ def test_learned_edits_are_judged_against_their_marks_and_misses_are_said():
     assert missed == {"learned scales: largest KL_off", "gated counterfactual: SAEs of which it is above 0.6"}
     assert marks["gated counterfactual: median specific reduction"].value == pytest.approx(0.9)
     assert "randomized SAEs 0.200" in marks["gated counterfactual: median specific reduction"].note
-    assert all(m.passed for m in definitions.learned_marks(table, "planted", definitions.ASKED))
-    note = definitions.learned_note(table, "planted")
-    assert "largest KL_off 0.4 nats" in note and "66.7%" in note
-    worse = table.assign(human_moved=0.3)
-    assert not all(m.passed for m in definitions.learned_marks(worse, "planted", definitions.ASKED))
+    notes = definitions.learned_notes(table, "planted")
+    assert len(notes) == len(marks)
+    assert [n for n in notes if "largest KL_off: 0.4 nats" in n and "missed here" in n]
+    assert sum("missed here" in n for n in notes) == len(missed)
 
 
 # --- trained SAEs
