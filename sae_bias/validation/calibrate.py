@@ -145,8 +145,9 @@ def calibrate(
                 marks.append(call_mark(statements, draws.grids, seed=seed, progress=progress))
     marks += simulation_marks(n_candidates=max(draws.studies, 100))
     if {"planted", "planted-gemma2"} <= set(organisms):
-        both = ("planted", "planted-gemma2")
-        marks.append(match_mark(*(load_model(f"organism:{n}") for n in both), both))
+        first, second = "planted", "planted-gemma2"
+        models = load_model(f"organism:{first}"), load_model(f"organism:{second}")
+        marks.append(match_mark(*models, (first, second)))
     tables = {"coverage": pd.DataFrame(coverage), "power": pd.concat(power, ignore_index=True)}
     notes = [line for t in learned for line in learned_notes(t, str(t["organism"].iloc[0]))]
     if learned:
