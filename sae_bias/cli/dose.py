@@ -29,7 +29,7 @@ Behavior = Annotated[
     str,
     typer.Option(
         "--behavior",
-        help="refusal, default_negativity, or a regular expression that the continuation is searched for.",
+        help="refusal, default_negativity, a name that a plugin registered, or a regular expression that the continuation is searched for.",
     ),
 ]
 JudgeName = Annotated[

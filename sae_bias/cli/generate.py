@@ -54,6 +54,8 @@ def generate(
     The continuations stand below each other, one for each strength. The edit acts on the prompt and on every generated token, unless
     --positions says otherwise.
     """
+    import pandas as pd
+
     from sae_bias.measures.text import side_by_side, text_summary
     from sae_bias.steering.generate import generate as complete
 
@@ -83,14 +85,11 @@ def generate(
     base = complete(model, texts, **options)
     steered = [complete(model, texts, interventions=edits, **options) for edits in conditions]
     frames = [side_by_side(model, base, after, **run.chat) for after in (steered or [base])]
-    measured = text_summary(base, steered[0] if steered else base, frames[0])
-    labels = [", ".join(e.describe() for e in edits) for edits in conditions]
-    more = {
-        label: text_summary(base, after, frame)["steered"]
-        for label, after, frame in zip(labels[1:], steered[1:], frames[1:])
-    }
-    table, n = _table(frames, labels), len(frames)
-    together = text_summary(base * n, [c for after in steered or [base] for c in after], table)
+    each = [text_summary(base, after, frame) for after, frame in zip(steered or [base], frames)]
+    measured, labels = each[0], [", ".join(e.describe() for e in edits) for edits in conditions]
+    more = {label: found["steered"] for label, found in zip(labels[1:], each[1:])}
+    table, means = _table(frames, labels), pd.DataFrame([found["steered"] for found in each]).mean()
+    together = {"unsteered": measured["unsteered"], "steered": means.to_dict()}
     made = {**options, "edits": [e.to_dict() for edits in conditions for e in edits]}
     run.save({"generations": table}, {"generations": together}, generation=made)
     for i, before in enumerate(base):

@@ -10,7 +10,7 @@ from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of(
     "sae; layer; fit: fit r; ordered; rank; n_null: among; p_holm: Holm p; ai_speech: AI speech; "
-    "harm: badly judged; removed: bias removed; status"
+    "harm: badly judged; removed: nats removed; status"
 )
 Index = Annotated[
     int, typer.Argument(metavar="INDEX", help="The bare index, such as 2511.", show_default=False)

@@ -234,8 +234,8 @@ def _add_effects(
 
 
 def same_sign(first: Clustered, second: Clustered) -> str:
-    """yes or no where both intervals lie on one side of 0, else undetermined."""
-    if not all(stat.ci_low > 0 or stat.ci_high < 0 for stat in (first, second)):
+    """yes or no where both effects have a sign (their intervals leave out 0, in designs large enough for a call), else undetermined."""
+    if not {first.call, second.call} <= {"positive", "negative"}:
         return "undetermined"
     return "yes" if first.mean * second.mean > 0 else "no"
 
@@ -257,7 +257,7 @@ def _verdict(frame: pd.DataFrame, margin: float) -> tuple[FeatureRef | None, str
         )
         if fails
     ]  # fmt: skip
-    open_ = "; whether ablation moves the bias the same way is undetermined (an interval holds 0)" if first.get("same_sign") == "undetermined" else ""  # fmt: skip
+    open_ = "; whether ablation moves the bias the same way is undetermined (an interval holds 0, or the design is too small for a call)" if first.get("same_sign") == "undetermined" else ""  # fmt: skip
     over = f"margin {margin:.2f} over the second best" if margin == margin else "the only live feature"
     if failed:
         return (

@@ -33,7 +33,6 @@ LEVELS = {
 """Statement → its published level for an AI subject; every level for a human or a dog is 0."""
 SUBJECTS = ("ai", "human", "dog")
 NEAR_ZERO = 0.25  # of the strongest activation: what "≈ 0" may be
-MOST_EXACT = 20_000
 Array = np.ndarray
 
 
@@ -46,10 +45,10 @@ class OrderingTest:
     statistic: float
     """Page's L over AI subjects."""
     p_value: float
-    """One-sided, statements permuted within each subject; its floor is 1 over the distinct orders."""
+    """One-sided and exact: the share of all permutations of the statements within each subject that reach L."""
     n_subjects: int
-    exact: bool
     floor: float
+    """The smallest p that these activations could have given in any order."""
     fit: float
     """Pearson's r of the table with the published levels; NaN for a feature that never fires."""
     others_share: float
@@ -60,7 +59,7 @@ class OrderingTest:
         holds = "holds" if self.ordered else "does not hold"
         return (
             f"published ordering {holds}; Page's L = {self.statistic:g} over {self.n_subjects} AI subjects, {p} (floor "
-            f"{self.floor:.2g}{'' if self.exact else ', sampled'}); fit r = {self.fit:.2f}; human and animal at "
+            f"{self.floor:.2g}); fit r = {self.fit:.2f}; human and animal at "
             f"{self.others_share:.0%} of AI speech"
         )
 
@@ -110,9 +109,7 @@ def published_order(acts: Float[Array, "15 f"]) -> Array:
     return (top > 0) & rises & (np.median(others, axis=0) <= near) & (others.max(0) < top)
 
 
-def ordering_test(
-    ai: Float[Array, "n_subjects 5"], others: Float[Array, "n_others 5"], *, n_permutations: int = 10_000, seed: int = 0
-) -> OrderingTest:  # fmt: skip
+def ordering_test(ai: Float[Array, "n_subjects 5"], others: Float[Array, "n_others 5"]) -> OrderingTest:
     """Page's trend test of AI subjects × the five published statements, and the size of everybody else's activations."""
     ai, others = np.asarray(ai, dtype=np.float64), np.asarray(others, dtype=np.float64)
     if ai.ndim != 2 or ai.shape[1] != len(LEVELS) or not len(ai):
@@ -122,9 +119,8 @@ def ordering_test(
     level = np.array(list(LEVELS.values()))
     ranks = rankdata(ai, axis=1)
     statistic = float((ranks * level).sum())
-    null, exact = _page_null(ranks, level, n_permutations, seed)
-    p = (float((null >= statistic - 1e-9).sum()) + (not exact)) / (len(null) + (not exact))
-    floor = (float((null >= null.max() - 1e-9).sum()) + (not exact)) / (len(null) + (not exact))
+    law = _page_law(ranks, level)
+    p = float(law[round(2 * statistic) :].sum())
     silent = not ai.max() > 0
     mean_ai, mean_others = ai.mean(0), others.mean(0) if len(others) else np.zeros(len(LEVELS))
     speech = mean_ai[1:].mean()
@@ -134,24 +130,19 @@ def ordering_test(
         statistic=statistic,
         p_value=float("nan") if silent else p,
         n_subjects=len(ai),
-        exact=exact,
-        floor=floor,
+        floor=float(law[law > 0][-1]),
         fit=float("nan") if silent else float(published_fit(table)[0]),
         others_share=float(mean_others.mean() / speech) if speech > 0 else float("nan"),
     )
 
 
-def _page_null(ranks: Array, level: Array, n: int, seed: int) -> tuple[Array, bool]:
-    """L under permutations within subjects: all of them where that is few, else a sample."""
+def _page_law(ranks: Array, level: Array) -> Array:
+    """P(2L = 0, 1, 2 …) where the statements of each subject are permuted: subjects add up, so their laws are convolved."""
     orders = np.array(list(itertools.permutations(range(len(level)))))
-    each = [(row[orders] * level).sum(1) for row in ranks]
-    if len(orders) ** len(ranks) <= MOST_EXACT:
-        total = each[0]
-        for more in each[1:]:
-            total = (total[:, None] + more[None]).ravel()
-        return total, True
-    rng = np.random.default_rng(seed)
-    return np.sum([values[rng.integers(0, len(values), n)] for values in each], axis=0), False
+    law = np.ones(1)
+    for row in ranks:  # mid-ranks are halves
+        law = np.convolve(law, np.bincount(np.rint(2 * row[orders] @ level).astype(int)) / len(orders))
+    return law
 
 
 def ai_and_others(

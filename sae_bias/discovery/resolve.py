@@ -364,11 +364,12 @@ def _verdict(
     order = sorted(effects, key=lambda name: effects[name][0].mean(), reverse=True)
     (best, clusters), (second, _) = effects[order[0]], effects[order[1]]
     difference = clustered_mean(best - second, *clusters)
-    if not difference.ci[0] > 0:
-        return f"{several}, and their suppression does not tell them apart", None, False
+    if difference.call != "positive":
+        small = " (the design is too small for a call)" if difference.call == "undetermined" else ""
+        return f"{several}, and their suppression does not tell them apart{small}", None, False
     ref = next(c.feature.ref for c in survivors if c.name == order[0] and c.feature is not None)
     return (
-        f"{several}; suppressing {ref} removes most of the bias ({best.mean():+.3f} nats, the next {second.mean():+.3f})"
+        f"{several}; suppressing {ref} removes most ({best.mean():+.3f} nats, the next {second.mean():+.3f})"
         f"{_harm_words(frame, str(ref.sae))}",
         ref,
         True,
@@ -387,18 +388,19 @@ def _harm_words(frame: pd.DataFrame, sae: str) -> str:
 def _suppressed(
     frame: pd.DataFrame, survivors: list[_Candidate], model: Model, pairs: PromptPairs, probe: Probe | None
 ) -> dict[str, tuple[np.ndarray, tuple[list[str], list[str]]]]:  # fmt: skip
-    """Bias of each pair that ablating each survivor removes; written into the frame with its interval."""
-    engine = ProbeEngine(model, pairs, probe or default_probe(pairs))
+    """What ablating each survivor removes of each pair's primary figure; written into the frame with its interval."""
+    engine = ProbeEngine(model, pairs, probe or default_probe(pairs), controls=True)
+    base, templates, entities = engine.base.figure_by_pair()
     out = {}
     for candidate in survivors:
         assert candidate.feature is not None
-        removed = engine.base.pair_bias - engine.run([Ablate(candidate.feature)])[0].pair_bias
-        stat = clustered_mean(removed, *engine.base.clusters)
+        removed = base - engine.run([Ablate(candidate.feature)])[0].figure_by_pair()[0]
+        stat = clustered_mean(removed, templates, entities)
         frame.loc[frame["sae"] == candidate.name, ["removed", "removed_low", "removed_high"]] = [
             stat.mean,
             *stat.ci,
         ]
-        out[candidate.name] = (removed, engine.base.clusters)
+        out[candidate.name] = (removed, (templates, entities))
     return out
 
 

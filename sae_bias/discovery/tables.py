@@ -84,7 +84,7 @@ class ActivationTable:
         facts = self.long().drop(columns=["activation"]).rename_axis("prompt").reset_index()
         return facts.merge(self.tokens, on="prompt").drop(columns=["prompt"])
 
-    def ordering_test(self, *, n_permutations: int = 10_000, seed: int = 0) -> OrderingTest:
+    def ordering_test(self) -> OrderingTest:
         """Does the published ordering of the five statements hold, for AI subjects and for nobody else?
 
         Raises:
@@ -93,7 +93,7 @@ class ActivationTable:
         ai, others = ai_and_others(
             [p.group for p in self.grid], [p.statement for p in self.grid], [p.subject for p in self.grid], self.activations
         )  # fmt: skip
-        return ordering_test(ai, others, n_permutations=n_permutations, seed=seed)
+        return ordering_test(ai, others)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Subjects × statements as CSV; written to `path` where one is given."""

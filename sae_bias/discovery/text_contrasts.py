@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csc_array
 from scipy.special import stdtr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,7 +40,7 @@ from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.contrast import Contrast, SameTexts
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import COLUMNS, Entries, live_entries
-from sae_bias.stats.features import activation_variance_floor, auroc, benjamini_hochberg, sign_matrix
+from sae_bias.stats.features import FLOOR_SHARE, auroc, benjamini_hochberg, sign_matrix, sparse_auroc
 
 REDUCE = ("last", "mean", "max", "any")
 N_DRAWS = 2_000
@@ -53,6 +52,10 @@ ROW_BYTES = 128 * 2**20
 DRAW_BYTES = 40_000_000
 """Of the matrix of draws, a byte a unit: fewer draws where there are very many units."""
 BLOCK_BYTES = 64 * 2**20
+BUCKET_CELLS = 2**24
+"""Texts × features of a bucket, at most."""
+FLOAT32_UNITS = 64
+"""From so many units on the null's differences are float32 products."""
 _ENTRY = np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", "<f4")])
 Array = np.ndarray
 
@@ -98,20 +101,13 @@ def scan_contrast(
         raise RequestError(f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}.")
     sets = [_members(contrast, names) for names in (all_of, none_of)]
     design = _Design.of(contrast, seed)
-    frames: list[pd.DataFrame] = []
+    frames = [_statistics(_Live.of(np.empty(0, _ENTRY), 0), design, contrast, min_texts, sets)]
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
-        buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes))
+        buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes), len(contrast))
         lengths, in_bytes = _read((model, baseline or model), saes, contrast, reduce, chat, buckets, progress)
-        for start, stop in tqdm(
-            buckets.ranges(), desc="contrast", unit="block", disable=not progress, leave=False
-        ):
-            for first, acts in buckets.blocks(start, stop, len(contrast)):
-                frames.append(_statistics(acts, first, design, contrast, min_texts, sets))
-    statistics = (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else _statistics(np.zeros((len(contrast), 0)), 0, design, contrast, min_texts, sets)
-    )
+        for start in tqdm(buckets.starts(), desc="contrast", unit="block", disable=not progress, leave=False):
+            frames.append(_statistics(buckets.read(start), design, contrast, min_texts, sets))
+    statistics = pd.concat([f for f in frames if len(f)] or frames, ignore_index=True)
     frame = pd.concat([feature_names(sae) for sae in saes], ignore_index=True)
     frame = frame.join(statistics.set_index("place")).pipe(_silent, len(contrast))
     design.correct(frame)
@@ -124,40 +120,68 @@ def scan_contrast(
 
 # --- reading -------------------------------------------------------------------------------------------
 class _Buckets:
-    """Non-zero activations (text, feature, value) on disk, one file a range of features."""
+    """Non-zero activations (text, feature, value) on disk, one file a range of features: narrower where there are many texts."""
 
-    def __init__(self, folder: Path, n_features: int):
-        self.n_features, self.width = n_features, -(-n_features // N_BUCKETS)
+    def __init__(self, folder: Path, n_features: int, n_texts: int):
+        self.width = max(1, min(-(-n_features // N_BUCKETS), BUCKET_CELLS // n_texts))
         self.paths = [folder / str(i) for i in range(-(-n_features // self.width))]
 
     def add(self, text: Int[Array, "n"], feature: Int[Array, "n"], value: Float[Array, "n"]) -> None:
         entries = np.empty(len(text), _ENTRY)
         entries["text"], entries["feature"], entries["value"] = text, feature, value
         bucket = feature // self.width
-        for i in np.unique(bucket):
-            with open(self.paths[i], "ab") as file:
-                entries[bucket == i].tofile(file)
+        low, high = (int(bucket.min()), int(bucket.max())) if len(bucket) else (0, -1)
+        for i in range(low, high + 1):
+            part = entries if low == high else entries[bucket == i]
+            if len(part):
+                with open(self.paths[i], "ab") as file:
+                    part.tofile(file)
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """First and last feature + 1 of each bucket that holds something."""
-        return [
-            (i * self.width, min((i + 1) * self.width, self.n_features))
-            for i, p in enumerate(self.paths)
-            if p.exists()
-        ]
+    def starts(self) -> list[int]:
+        """First feature of each bucket that holds something."""
+        return [i * self.width for i, path in enumerate(self.paths) if path.exists()]
 
-    def blocks(
-        self, start: int, stop: int, n_texts: int
-    ) -> Iterator[tuple[Array, Float[Array, "n_texts m"]]]:
-        """(features, their activations) of one bucket, a few live features at a time."""
-        entries = np.fromfile(self.paths[start // self.width], _ENTRY)
-        place = (entries["text"], entries["feature"] - start)
-        whole = csc_array((entries["value"].astype(np.float64), place), shape=(n_texts, stop - start))
-        live = np.flatnonzero(np.diff(whole.indptr))
-        m = max(1, BLOCK_BYTES // (8 * n_texts))
-        for i in range(0, len(live), m):
-            part = live[i : i + m]
-            yield start + part, whole[:, part].toarray()
+    def read(self, start: int) -> _Live:
+        """What the bucket of a first feature holds."""
+        return _Live.of(np.fromfile(self.paths[start // self.width], _ENTRY), start)
+
+
+@dataclass(frozen=True, eq=False)
+class _Live:
+    """Non-zero activations of the features that have one, ordered by feature, then by value."""
+
+    features: Int[Array, "m"]
+    column: Int[Array, "k"]
+    """Place of each entry's feature among `features`."""
+    text: Int[Array, "k"]
+    value: Float[Array, "k"]
+    """Float64."""
+
+    @classmethod
+    def of(cls, entries: Array, start: int) -> _Live:
+        bits = entries["value"].view(np.uint32)  # ordered as the values are, once the sign is seen to
+        bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+        order = np.argsort((entries["feature"] - start).astype(np.uint64) << np.uint64(32) | bits)
+        entries = entries[order]
+        opens = np.diff(entries["feature"], prepend=-1) != 0
+        column = np.cumsum(opens) - 1
+        return cls(entries["feature"][opens], column, entries["text"], entries["value"].astype(np.float64))
+
+    def sums(self, weight: Array | None = None) -> Float[Array, "m"]:
+        """Sum of the entries' weights (their number, where none are given) by feature."""
+        return np.bincount(self.column, weight, len(self.features))
+
+    def some(self, keep: Bool[Array, "m"]) -> _Live:
+        """Only these features."""
+        place, kept = np.cumsum(keep) - 1, keep[self.column]
+        return _Live(self.features[keep], place[self.column[kept]], self.text[kept], self.value[kept])
+
+    def parts(self, n: int) -> Iterator[tuple[slice, _Live]]:
+        """At most n features at a time."""
+        for start in range(0, len(self.features), n):
+            where = slice(start, start + n)
+            k = slice(*np.searchsorted(self.column, (start, start + n)))
+            yield where, _Live(self.features[where], self.column[k] - start, self.text[k], self.value[k])
 
 
 @torch.no_grad()
@@ -275,6 +299,8 @@ class _Design:
     draws: Int[Array, "draws n_units"]
     """Signs of the units under the null, the observed ones (unpaired: sides) first."""
     maxima: Float[Array, "draws"]
+    units: str
+    """What they are called."""
     family: int = 0
 
     @classmethod
@@ -308,59 +334,76 @@ class _Design:
         )
         for kind in kinds:
             held[rng.permutation(kind)[: max(1, round(HELD_OUT * len(kind)))]] = True
+        units = "paired groups" if contrast.paired else "texts" if contrast.groups is None else "groups"
         return cls(
-            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf)
-        )
+            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf), units
+        )  # fmt: skip
 
     @property
     def n_units(self) -> int:
         return int(self.unit_of.max()) + 1
 
-    @property
-    def units(self) -> str:
-        return "paired groups" if self.paired else "texts" if self.n_units == len(self.unit_of) else "groups"
-
-    def test(self, acts: Float[Array, "n_texts m"]) -> tuple[Array, Array]:
+    def test(self, live: _Live) -> tuple[Array, Array]:
         """(t, raw p) of each feature; raises the maxima under the null."""
-        floor = activation_variance_floor(acts)
-        values = (
-            self._unit_means(acts, self.side) - self._unit_means(acts, ~self.side)
-            if self.paired
-            else self._unit_means(acts)
-        )
-        observed = values.mean(0) if self.paired else self._weights(self.draws[:1])[0] @ values
-        t = self._t(observed[None], values, floor)[0]
-        for start in range(0, len(self.draws), 256):
-            rows = slice(start, start + 256)
-            null = np.abs(self._t(self._weights(self.draws[rows]) @ values, values, floor))
-            self.maxima[rows] = np.maximum(self.maxima[rows], null.max(1, initial=0.0))
-        self.family += acts.shape[1]
+        t, n_texts = np.empty(len(live.features)), len(self.unit_of)
+        floor = FLOOR_SHARE**2 * live.sums(live.value**2) / n_texts
+        for where, part in live.parts(max(1, BLOCK_BYTES // (8 * self.n_units))):
+            t[where] = self._test(self._unit_values(part), floor[where])
+        self.family += len(t)
         df = self.n_units - (1 if self.paired else 2)
         return t, np.minimum(1.0, 2 * stdtr(df, -np.abs(t)))
 
-    def _weights(self, signs: Int[Array, "draws n_units"]) -> Float[Array, "draws n_units"]:
-        """What turns unit values into the (flipped or relabelled) mean difference."""
-        if self.paired:
-            return signs / self.n_units
-        n1 = int((signs[0] > 0).sum())
-        return np.where(signs > 0, 1 / n1, -1 / (self.n_units - n1))
+    def _test(self, values: Float[Array, "n_units m"], floor: Float[Array, "m"]) -> Float[Array, "m"]:
+        observed = self._differences(self._observed(), values)
+        mean, square = values.mean(0), (values**2).mean(0)
+        spread = square if self.paired else square - mean**2
+        if self.n_units >= FLOAT32_UNITS:
+            # no draw repeats the observed sides here, so no tie hangs on rounding; the mean does not change a difference of sides
+            values = (values if self.paired else values - mean).astype(np.float32)
+        for start in range(0, len(self.draws), 256):
+            rows = slice(start, start + 256)
+            null = np.abs(self._t(self._differences(self.draws[rows], values), spread, floor))
+            self.maxima[rows] = np.maximum(self.maxima[rows], null.max(1, initial=0.0))
+        t = self._t(observed, spread, floor)[0]
+        self.maxima[0] = max(self.maxima[0], np.abs(t).max(initial=0.0))
+        return t
 
-    def _unit_means(self, acts: Array, keep: Array | None = None) -> Float[Array, "n_units m"]:
-        rows = np.arange(len(acts)) if keep is None else np.flatnonzero(keep)
-        count = np.bincount(self.unit_of[rows], minlength=self.n_units)
-        out = np.zeros((self.n_units, acts.shape[1]))
-        np.add.at(out, self.unit_of[rows], acts[rows])
-        return out / np.maximum(count, 1)[:, None]
+    def _observed(self) -> Int[Array, "1 n_units"]:
+        return np.ones((1, self.n_units)) if self.paired else self.draws[:1]
 
-    def _t(self, difference: Float[Array, "draws m"], values: Array, floor: Array) -> Float[Array, "draws m"]:
-        """t of mean differences. The total sum of squares does not change under a draw, so the difference alone decides."""
+    def _differences(
+        self, signs: Int[Array, "draws n_units"], values: Float[Array, "n_units m"]
+    ) -> Float[Array, "draws m"]:
+        """Mean of the flipped values; unpaired, mean of the units of sign + less that of the others (float32 values sum to 0)."""
         n = self.n_units
         if self.paired:
-            variance = np.maximum(((values**2).mean(0) - difference**2) / (n - 1), floor / n)
+            return (signs.astype(values.dtype) @ values).astype(np.float64) / n
+        n1 = int((signs[0] > 0).sum())
+        if values.dtype == np.float32:
+            return (signs.astype(np.float32) @ values).astype(np.float64) * (1 / n1 + 1 / (n - n1)) / 2
+        return np.where(signs > 0, 1 / n1, -1 / (n - n1)) @ values
+
+    def _unit_values(self, live: _Live) -> Float[Array, "n_units m"]:
+        """Mean of each unit's texts; paired, of its positive ones less that of its negative ones."""
+        sign = np.where(self.side, 1, -1) if self.paired else np.ones(len(self.side))
+        alike = self.unit_of * 2 + (self.side if self.paired else 0)
+        weight = (sign / np.bincount(alike)[alike])[live.text]
+        shape = (self.n_units, len(live.features))
+        place = self.unit_of[live.text] * shape[1] + live.column
+        return np.bincount(place, live.value * weight, shape[0] * shape[1]).reshape(shape)
+
+    def _t(self, difference: Float[Array, "draws m"], spread: Array, floor: Array) -> Float[Array, "draws m"]:
+        """t of mean differences. The total sum of squares does not change under a draw, so the difference alone decides.
+
+        spread: mean square (paired) or variance of the units' values.
+        """
+        n = self.n_units
+        if self.paired:
+            variance = np.maximum((spread - difference**2) / (n - 1), floor / n)
         else:
             n1 = int((self.draws[0] > 0).sum())
             n0 = n - n1
-            within = (values.var(0) * n - difference**2 * n1 * n0 / n) / (n - 2)
+            within = (spread * n - difference**2 * n1 * n0 / n) / (n - 2)
             variance = np.maximum(within, floor) * (1 / n1 + 1 / n0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(difference == 0, 0.0, difference / np.sqrt(np.maximum(variance, 0)))
@@ -377,37 +420,43 @@ class _Design:
 
 
 def _statistics(
-    acts: Float[Array, "n_texts m"],
-    place: Array | int,
-    design: _Design,
-    contrast: Contrast,
-    min_texts: int,
-    sets: Sequence[Array],
+    live: _Live, design: _Design, contrast: Contrast, min_texts: int, sets: Sequence[Array]
 ) -> pd.DataFrame:
-    side, held, fires = design.side, design.held, acts > 0
-    tested = fires.sum(0) >= min_texts
-    t, p = np.full(acts.shape[1], np.nan), np.full(acts.shape[1], np.nan)
+    side, held, n = design.side, design.held, len(live.features)
+    on, fires = side[live.text], live.value > 0
+    tested = live.sums(fires) >= min_texts
+    t, p = np.full(n, np.nan), np.full(n, np.nan)
     if tested.any():
-        t[tested], p[tested] = design.test(acts[:, tested])
-    every = fires[sets[0]].all(0) & ~fires[sets[1]].any(0)
+        t[tested], p[tested] = design.test(live.some(tested))
+    n_pos, n_neg = len(contrast.positive), len(contrast.negative)
+    means = [live.sums(live.value * on) / n_pos, live.sums(live.value * ~on) / n_neg]
+    in_sets = [live.sums(fires & np.isin(live.text, members)) for members in sets]
     return pd.DataFrame(
         {
-            "place": np.broadcast_to(place, acts.shape[1]),
-            "auroc": auroc(acts[side], acts[~side]),
-            "auroc_discover": auroc(acts[side & ~held], acts[~side & ~held]),
-            "auroc_held_out": auroc(acts[side & held], acts[~side & held]),
-            "mean_positive": acts[side].mean(0),
-            "mean_negative": acts[~side].mean(0),
-            "mean_diff": acts[side].mean(0) - acts[~side].mean(0),
-            "fire_positive": fires[side].mean(0),
-            "fire_negative": fires[~side].mean(0),
+            "place": live.features,
+            "auroc": _auroc(live, side, np.ones_like(side)),
+            "auroc_discover": _auroc(live, side, ~held),
+            "auroc_held_out": _auroc(live, side, held),
+            "mean_positive": means[0],
+            "mean_negative": means[1],
+            "mean_diff": means[0] - means[1],
+            "fire_positive": live.sums(fires & on) / n_pos,
+            "fire_negative": live.sums(fires & ~on) / n_neg,
             "t": t,
             "p_value": p,
             "p_fwer": np.nan,
             "q_bh": np.nan,
-            "in_sets": every if len(sets[0]) or len(sets[1]) else True,
+            "in_sets": (in_sets[0] == len(np.unique(sets[0]))) & (in_sets[1] == 0),
         }
     )
+
+
+def _auroc(live: _Live, side: Bool[Array, "n_texts"], keep: Bool[Array, "n_texts"]) -> Float[Array, "m"]:
+    """AUROC on the texts kept."""
+    kept = keep[live.text]
+    column, text, value = live.column[kept], live.text[kept], live.value[kept]
+    n_pos, n_neg = int((side & keep).sum()), int((~side & keep).sum())
+    return sparse_auroc(column, value, side[text], len(live.features), n_pos, n_neg)
 
 
 def _silent(frame: pd.DataFrame, n_texts: int) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from sae_bias.core.errors import RequestError
 from sae_bias.core.registry import Registry
 from sae_bias.measures.base import Measure, Measured
-from sae_bias.measures.capability import Capability, measure_capability, usable_range
+from sae_bias.measures.capability import Capability, measure_capability, strengths_of, usable_range
 from sae_bias.measures.judge import Confirm, Judge, run_judge
 from sae_bias.measures.scenarios import PRIMARY, ScenarioEngine
 from sae_bias.measures.text import default_negativity, refuses
@@ -33,6 +33,7 @@ from sae_bias.probe.words import default_probe
 from sae_bias.prompts.contrast import Contrast
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import Scenarios
+from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.rates import Estimate, mean_of, paired_change, two_sample
 from sae_bias.steering.controls import mismatch_edits, random_control
 from sae_bias.steering.engine import ProbeEngine
@@ -50,7 +51,7 @@ Score = Callable[[str, str], float | bool | None]
 BEHAVIORS: Registry[Score] = Registry("behavior")
 register_behavior = BEHAVIORS.register
 register_behavior("refusal")(lambda prompt, text: refuses(text))
-register_behavior("default_negativity")(lambda prompt, text: default_negativity(prompt + text))
+register_behavior("default_negativity")(lambda prompt, text: default_negativity(text, prompt))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class DoseResponse:
     @property
     def usable_range(self) -> tuple[float, float] | None:
         """Lowest and highest strength, around no edit, at which capability stays within the margin; None where none does."""
-        return None if self.capability is None else usable_range(self.capability.frame)
+        found = self.capability
+        return None if found is None else usable_range(found.frame, found.no_edit)
 
     def usable(self) -> str:
         """In words: the usable range, or of edits without a strength whether the model still works under them."""
@@ -220,7 +222,8 @@ def dose_response(
 
     Args:
         prompts: a list; a `Contrast`, whose sides are told apart; `Scenarios`, whose behavior is the choice of the aligned option; or
-            `PromptPairs`, whose behavior is their bias in nats (the unit is the template; `chat_pairs` turns them into chats).
+            `PromptPairs`, whose behavior is their primary figure in nats (the bias, or beyond mundane twins where there are some;
+            intervals are those of the probe; `chat_pairs` turns them into chats).
         edits: one a strength, such as [sb.Steer(feature, v) for v in (-5, -2, 2, 5)]; several edits in a list are one.
         behavior: "refusal", "default_negativity", a regular expression, f(prompt, text), or `Judged(judge)`; not read for scenarios.
         controls: random edits of the same gate and size beside each strength.
@@ -244,16 +247,16 @@ def dose_response(
     else:
         reading = _Written(model, prompts, behavior, **asked, **written)
     base = reading.scores(())
-    rows = [_row(reading, base, base, (), "base", [])]
-    for cell in cells:
+    rows, strengths = [_row(reading, base, base, (), np.nan, "base", [])], strengths_of(cells)
+    for cell, strength in zip(cells, strengths):
         others = [
             tuple(random_control(model, e, reading.texts, seed + k) for e in cell) for k in range(controls)
         ]
         beside = [reading.scores(c) for c in others]
-        rows.append(_row(reading, base, reading.scores(cell), cell, "candidate", beside))
+        rows.append(_row(reading, base, reading.scores(cell), cell, strength, "candidate", beside))
     if mismatches is not False and len(cells[-1]) == 1:
         for edit, label in mismatch_edits(model, cells[-1][0], () if mismatches is True else mismatches):
-            found = _row(reading, base, reading.scores((edit,)), (edit,), "mismatch", [])
+            found = _row(reading, base, reading.scores((edit,)), (edit,), strengths[-1], "mismatch", [])
             rows.append([r | {"label": label} for r in found])
     frame = pd.DataFrame([{"label": "", **row} for group in rows for row in group])
     kept = measure_capability(model, cells, texts=texts, margin=margin, **asked) if capability else None
@@ -293,6 +296,12 @@ class _Reading:
     def scores(self, edits: Sequence[Intervention]) -> Scores:
         raise NotImplementedError
 
+    def estimates(self, base: Scores, now: Scores, keep: Array) -> tuple[Estimate, Estimate]:
+        """Rate and change of the prompts kept, with intervals over their units."""
+        binary = _binary(base, now)
+        own, then = (_unit_means(v[keep], self.units[keep]) for v in (now, base))
+        return mean_of(own, binary), paired_change(then, own, binary)
+
     def completions(self) -> pd.DataFrame:
         return pd.DataFrame()
 
@@ -309,7 +318,7 @@ class _Written(_Reading):
             if contrast
             else ["all"] * len(self.texts)
         )
-        self.units = np.array(contrast.units if contrast else [str(i) for i in range(len(self.texts))])
+        self.units = np.array(contrast.units if contrast else self.texts)
         self.paired = bool(contrast and contrast.paired)
         named = behavior.pattern if isinstance(behavior, re.Pattern) else behavior
         self.name = (
@@ -355,17 +364,24 @@ class _Chosen(_Reading):
 
 
 class _Biased(_Reading):
-    """The bias of each pair; templates are the units."""
+    """The primary figure of each pair: beyond its mundane twin where there are twins, else the bias; intervals are two-way clustered."""
 
     def __init__(self, model: Model, pairs: PromptPairs):
-        self.engine = ProbeEngine(model, pairs, default_probe(pairs))
-        self.texts = [p.ai for p in pairs]
-        self.sides, self.units = np.array(["all"] * len(pairs)), np.array([p.template for p in pairs])
-        self.name = f"bias ({pairs.name})"
+        self.engine = ProbeEngine(model, pairs, default_probe(pairs), controls=True)
+        kept = self.engine.reading.pairs
+        self.texts = [p.ai for p in kept]
+        self.sides, self.units = np.array(["all"] * len(kept)), np.array([p.template for p in kept])
+        self.entities = np.array([p.entity for p in kept])
+        self.name = f"{self.engine.base.estimand} ({pairs.name})"
 
     def scores(self, edits: Sequence[Intervention]) -> Scores:
         result = self.engine.run(edits)[0] if edits else self.engine.base
-        return np.asarray(result.pair_bias, dtype=float)
+        return np.asarray(result.figure_by_pair()[0], dtype=float)
+
+    def estimates(self, base: Scores, now: Scores, keep: Array) -> tuple[Estimate, Estimate]:
+        clusters = self.units[keep], self.entities[keep]
+        rate, change = (clustered_mean(v[keep], *clusters) for v in (now, now - base))
+        return Estimate(rate.mean, *rate.ci, rate.p_value), Estimate(change.mean, *change.ci, change.p_value)
 
 
 # --- rows --------------------------------------------------------------------------------------------
@@ -374,22 +390,18 @@ def _row(
     base: Scores,
     now: Scores,
     edits: Sequence[Intervention],
+    strength: float,
     kind: str,
     controls: Sequence[Scores],
 ) -> list[dict[str, Any]]:
     """One row a side, and one for the difference of a contrast's sides."""
-    facts = {
-        "kind": kind,
-        "strength": edits[0].strength if len(edits) == 1 else np.nan,
-        "edit": _named(edits),
-    }
+    facts = {"kind": kind, "strength": strength, "edit": _named(edits)}
     sides = list(dict.fromkeys(reading.sides.tolist()))
     rows = []
     for side in sides:
-        keep, binary = reading.sides == side, _binary(base, now)
-        own, then = (_unit_means(v[keep], reading.units[keep]) for v in (now, base))
-        rate, change = mean_of(own, binary), paired_change(then, own, binary)
-        moved = [float(np.nanmean(c[keep] - base[keep])) for c in controls]
+        keep = reading.sides == side
+        rate, change = reading.estimates(base, now, keep)
+        moved = [reading.estimates(base, c, keep)[1].value for c in controls]
         rows.append(
             _columns(facts, side, reading, keep, now, rate, change if kind != "base" else None, moved)
         )

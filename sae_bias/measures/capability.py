@@ -44,6 +44,8 @@ class Capability:
 
     frame: pd.DataFrame
     margin: float
+    no_edit: float = 0.0
+    """The strength that is no edit."""
 
 
 def load_questions() -> tuple[Question, ...]:
@@ -79,12 +81,13 @@ def measure_capability(
     asks = _asks(Phrasing(model, chat=chat, system=system), questions)
     rows = []
     base: tuple[pd.Series, pd.Series] | None = None
-    for edits in ((), *cells):
+    for edits, strength in zip(((), *cells), (math.nan, *strengths_of(cells))):
         with intervene(model, *edits):
             nll, right = pd.Series(text_nll(model, texts)), pd.Series(_right(model, asks))
         base = base or (nll, right)
-        rows.append(_row(edits, nll, right, base, margin))
-    return Capability(pd.DataFrame(rows), margin)
+        rows.append(_row(edits, strength, nll, right, base, margin))
+    no_edit = next((e.parts[0].does_nothing for cell in cells for e in cell), 0.0)
+    return Capability(pd.DataFrame(rows), margin, no_edit)
 
 
 def text_nll(model: Model, texts: Sequence[str]) -> Float[np.ndarray, "n_texts"]:
@@ -94,21 +97,23 @@ def text_nll(model: Model, texts: Sequence[str]) -> Float[np.ndarray, "n_texts"]
     return np.array([value / (len(s) - 1) if len(s) > 1 else np.nan for value, s in zip(total, ids)])
 
 
-def usable_range(frame: pd.DataFrame) -> tuple[float, float] | None:
-    """The lowest and highest of the usable strengths that follow each other from the one nearest to no edit (0; 1 for scale)."""
+def usable_range(frame: pd.DataFrame, no_edit: float = 0.0) -> tuple[float, float] | None:
+    """The lowest and highest of the usable strengths that follow each other from no edit (0; 1 for scale, without end for cap) on either side."""
     rows = frame[frame["strength"].notna() & (frame["kind"] != "base")].sort_values("strength")
-    if rows.empty:
-        return None
-    strengths, usable = rows["strength"].to_numpy(float), (rows["usable"] == "yes").to_numpy()
-    nothing = 1.0 if rows["edit"].iloc[0].startswith("scale") else 0.0
-    low = high = int(np.abs(strengths - nothing).argmin())
-    if not usable[low]:
-        return None
-    while low > 0 and usable[low - 1]:
-        low -= 1
-    while high + 1 < len(usable) and usable[high + 1]:
-        high += 1
-    return float(strengths[low]), float(strengths[high])
+    below, above = rows[rows["strength"] <= no_edit], rows[rows["strength"] >= no_edit]
+    reached: list[float] = []
+    for outwards in (below.iloc[::-1], above):
+        lost = (outwards["usable"] != "yes").to_numpy()
+        reached += outwards["strength"].iloc[: lost.argmax() if lost.any() else None].tolist()
+    return (min(reached), max(reached)) if reached else None
+
+
+def strengths_of(cells: Sequence[Sequence[Intervention]]) -> list[float]:
+    """The strength of each cell, NaN for one without; beside others that have one, a projection taken out whole has its share, 1."""
+    found = [c[0].strength if len(c) == 1 else math.nan for c in cells]
+    if all(map(math.isnan, found)):
+        return found
+    return [getattr(c[0].parts[0], "share", v) if len(c) == 1 else v for c, v in zip(cells, found)]
 
 
 def _asks(phrasing: Phrasing, questions: Sequence[Question]) -> list[Ask]:
@@ -127,7 +132,7 @@ def _right(model: Model, asks: Sequence[Ask]) -> np.ndarray:
 
 
 def _row(
-    edits: Sequence[Intervention], nll: pd.Series, right: pd.Series, base: tuple[pd.Series, pd.Series], margin: float
+    edits: Sequence[Intervention], strength: float, nll: pd.Series, right: pd.Series, base: tuple[pd.Series, pd.Series], margin: float
 ) -> dict[str, object]:  # fmt: skip
     more, accuracy = paired_change(base[0], nll, False), mean_of(right, True)
     change = paired_change(base[1], right, True)
@@ -135,7 +140,7 @@ def _row(
     beyond = more.value > math.log1p(margin) or change.value < -margin
     return {
         "kind": "candidate" if edits else "base",
-        "strength": edits[0].strength if len(edits) == 1 else math.nan,
+        "strength": strength,
         "edit": " + ".join(e.describe() for e in edits) or "none",
         "nll": float(nll.mean()),
         "perplexity_ratio": math.exp(min(more.value, 700.0)),

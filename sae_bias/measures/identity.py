@@ -16,7 +16,7 @@ import pandas as pd
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
 from sae_bias.prompts.texts import load_identity
-from sae_bias.stats.design import sign_test
+from sae_bias.stats.rates import rate_of
 from sae_bias.steering.generate import generate
 from sae_bias.steering.intervention import Intervention
 
@@ -48,16 +48,16 @@ class IdentityResult:
     own: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Shares of answers that claim anything, and another model's name, with exact intervals."""
+        """How many answers claim anything, and another model's name: its share with an interval over prompts, of which some are asked again."""
         n, other = len(self.frame), int(self.frame["other"].sum())
-        test = sign_test(other, n)
+        share = rate_of(self.frame["other"].tolist(), self.frame["prompt"].tolist())
         return {
             "n": n,
             "claims": int((self.frame["claims"] != "").sum()),
             "other": other,
-            "other_share": test.share,
-            "ci_low": test.ci_low,
-            "ci_high": test.ci_high,
+            "other_share": share.value,
+            "ci_low": share.low,
+            "ci_high": share.high,
             "names": {
                 name: int(c)
                 for name, c in self.frame["claims"].str.split(", ").explode().value_counts().items()

@@ -152,8 +152,10 @@ def make_requests(
             f"parts {parts}, {len(judges)} judges, {repeats} repeats: expected parts of {', '.join(rubric_parts())}, "
             "a judge, at least one repeat, and absolute or pairwise ratings."
         )
-    if len({(j.model, j.base_url) for j in judges}) != len(judges):
-        raise RequestError("a judge is named twice.")
+    if len({j.model for j in judges}) != len(judges):
+        raise RequestError(
+            "a judge is named twice; replies are kept by its name, so two servers need two names."
+        )
     asked: dict[Kind, bool] = {"absolute": absolute, "pairwise": pairwise}
     requests = [
         Request(judge, kind, part, item, side, repeat, _question(kind, part, row, side), judge.heat(repeats))

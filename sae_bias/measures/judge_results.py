@@ -1,6 +1,7 @@
 """What follows from judges' readable replies: paired differences, power, agreement, repeat noise, pairwise wins.
 
-A text's mark is the mean over repeats, then over the judges that marked both sides of its item; the difference is paired by prompt.
+A text's mark is the mean over repeats, then over the judges that marked both sides of its item; the difference is paired by prompt, and
+a prompt with several items (one a strength, say) counts once, with their mean.
 The number of prompts needed is that of a paired t-test at 80 % power with the run's own paired SD.
 """
 
@@ -85,8 +86,8 @@ class JudgeResult:
 
         return judge_parts(self.to_frame())
 
-    def item_means(self, part: str) -> pd.DataFrame:
-        """Mean rating [item × side], over repeats, then over the judges that rated both sides of an item."""
+    def prompt_means(self, part: str) -> pd.DataFrame:
+        """Mean rating [prompt × side], over repeats, then over the judges that rated both sides of an item, then over a prompt's items."""
         rows = self.table[(self.table["kind"] == "absolute") & (self.table["part"] == part)]
         cells = (
             rows.groupby(["item", "judge", "side"])["rating"]
@@ -94,10 +95,11 @@ class JudgeResult:
             .unstack("side")
             .reindex(columns=list(SIDES))
         )
-        return cells.dropna().groupby("item").mean()
+        of_items = cells.dropna().groupby("item").mean()
+        return of_items.groupby(self.texts["prompt"].reindex(of_items.index)).mean()
 
     def _part(self, part: str) -> dict[str, Any]:
-        means = self.item_means(part)
+        means = self.prompt_means(part)
         diff = (means["steered"] - means["unsteered"]).to_numpy()
         n, mean = len(diff), float(diff.mean()) if len(diff) else float("nan")
         sd = float(diff.std(ddof=1)) if n > 1 else float("nan")
@@ -139,20 +141,21 @@ class JudgeResult:
         return float(np.sqrt(variance.mean())) if len(variance) else float("nan")
 
     def pairwise(self, part: str) -> dict[str, Any]:
-        """Items on which steered or unsteered won in both orders; how often a choice changed with the order, or stood first."""
+        """Prompts on which steered or unsteered won in both orders; how often a choice changed with the order, or stood first."""
         rows = self.table[(self.table["kind"] == "pairwise") & (self.table["part"] == part)].dropna(
             subset=["choice"]
         )
+        rows = rows.assign(prompt=rows["item"].map(self.texts["prompt"]))
         votes: dict[Any, float] = {}
         compared = order_bound = 0
-        for (item, _, _), group in rows.groupby(["item", "judge", "repeat"]):  # type: ignore[misc]
+        for (prompt, *_), group in rows.groupby(["prompt", "item", "judge", "repeat"]):  # type: ignore[misc]
             if len(group) != 2:
                 continue
             picks = [_picked_side(side, choice) for side, choice in zip(group["side"], group["choice"])]
             compared += 1
             order_bound += picks[0] != picks[1]
             vote = {"steered": 1.0, "unsteered": -1.0}.get(picks[0], 0.0) if picks[0] == picks[1] else 0.0
-            votes[item] = votes.get(item, 0.0) + vote
+            votes[prompt] = votes.get(prompt, 0.0) + vote
         decided = rows[rows["choice"] != "tie"]
         won, lost = sum(v > 0 for v in votes.values()), sum(v < 0 for v in votes.values())
         return {

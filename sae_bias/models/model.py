@@ -248,7 +248,8 @@ class Model:
             raise RequestError(
                 f"the tokenizer of {self.name} cannot read the prompt {_short(text)} ({line})."
             ) from error
-        plain = [i for i in ids if i not in self.special_ids]
+        special = self.special_ids
+        plain = [i for i in ids if i not in special]
         if not plain:
             raise RequestError(
                 f"the prompt {_short(text)} encodes to special tokens only under the tokenizer of {self.name}."

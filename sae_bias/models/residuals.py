@@ -23,6 +23,7 @@ from sae_bias.prompts.texts import load_texts
 def token_windows(model: Model, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """(place of the text, token ids of one window); every window begins with a BOS where the tokenizer puts one."""
     bos: Any = model.tokenizer.bos_token_id
+    special = model.special_ids
     longest = getattr(model.config, "max_position_embeddings", None)
     length = min(length, longest) if longest else length
     for place, text in enumerate(texts):
@@ -32,7 +33,7 @@ def token_windows(model: Model, texts: Iterable[str], length: int) -> Iterator[t
         step = length - len(head)
         for start in range(0, len(body), step):
             window = body[start : start + step]
-            if any(i not in model.special_ids for i in window):
+            if any(i not in special for i in window):
                 yield place, head + window
 
 

@@ -33,7 +33,7 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
-from sae_bias.stats.clustered import Clustered
+from sae_bias.stats.clustered import Clustered, effect_sizes
 
 _IN_A_RUN = {"subjects": "levels", "levels": "word_levels"}
 
@@ -164,7 +164,9 @@ class _Checking:
         self.row(check, says=stat.reason or says, **stat.columns("value", p="p_value"))
 
     def primary(self) -> None:
-        result, sizes = self.result, self.result.effect_sizes()
+        result, of = self.result, f"of the {self.result.estimand}"
+        values, templates, _ = result.figure_by_pair()
+        sizes = effect_sizes(values, templates)
         if result.control is None:
             self.skipped["mundane control"] = "these pairs have no mundane twins"
             self.clustered("bias", result.stat, "two-way clustered: the primary interval and p")
@@ -173,11 +175,11 @@ class _Checking:
             self.clustered("difference in differences", result.did.stat, says)
             self.clustered("bias", result.stat, "without the mundane control")
             self.clustered("mundane control", result.control.stat, "the same pairs with mundane content")
-        for over, test in result.sign_flips().items():
-            says = f"of the bias; {test.label}; floor {test.floor:.2g}"
-            self.row(f"sign-flip over {over}", result.bias, says, p_value=test.p_value)
-        self.row("d_z over templates", sizes.d_z, "of the bias: mean over SD of template means")
-        self.row("share of templates above 0", sizes.share_positive, f"{sizes.n_templates} templates")
+        for over, test in result.sign_flips(primary=True).items():
+            says = f"{of}; {test.label}; floor {test.floor:.2g}"
+            self.row(f"sign-flip over {over}", sizes.mean, says, p_value=test.p_value)
+        self.row("d_z over templates", sizes.d_z, f"{of}: mean over SD of template means")
+        self.row("share of templates above 0", sizes.share_positive, f"{of}; {sizes.n_templates} templates")
         self.table("levels", result.levels())
 
 

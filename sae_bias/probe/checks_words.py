@@ -3,6 +3,7 @@
     leave one out    the bias without each word in turn
     bootstrap        words of each side and templates drawn with replacement, crossed (the words are a sample of judgments too)
     carriers         under logodds: LSE(h) - LSE(a) = Σ_w (e^h_w - e^a_w)/L(S_h, S_a), L the logarithmic mean, S = Σ e: exact shares
+                     (h and a log-probabilities: of logits the parts would hang on a constant that no probability sees)
 
 (Montgomery-Vartia log change for the last; Owen 2007 for the crossed bootstrap.)
 """
@@ -166,12 +167,15 @@ def carriers(result: ProbeResult) -> pd.DataFrame:
     """The words that carry most of `logodds`: their share of their side's probability, and their exact part of the bias.
 
     The contributions of all words add up to the logodds bias.
+
+    Raises:
+        RequestError: the normalizer was not kept (`run_probe(..., levels=True)` keeps it): parts are of log-probabilities.
     """
-    result = result.rescored("logodds")
+    log_probs = result.log_probs()
     weight = np.empty(len(result.positive))
     part = np.empty(len(result.positive))
     for mark, sign in ((result.positive, 1.0), (~result.positive, -1.0)):
-        human, ai = result.values_human[:, mark], result.values_ai[:, mark]
+        human, ai = (side[:, mark] for side in log_probs)
         total_human, total_ai = (np.asarray(logsumexp(side, axis=1)) for side in (human, ai))
         share_human, share_ai = np.exp(human - total_human[:, None]), np.exp(ai - total_ai[:, None])
         weight[mark] = (share_human.mean(0) + share_ai.mean(0)) / 2
@@ -247,10 +251,11 @@ def ask_stems(
     Raises:
         RequestError: the pairs offer no stems, or their own stem is not known.
     """
-    stems = tuple(stems) if stems is not None else pairs.stems
-    if not stems:
-        raise RequestError("these pairs offer no stems; give stems=['This is', 'That seems'].")
     own = pairs[0].stem
+    if not stems and not pairs.stems:
+        raise RequestError("these pairs offer no stems; give stems=['This is', 'That seems'].")
+    listed = (own, *pairs.stems) if own else pairs.stems
+    stems = listed if stems is None else tuple(stems)
     options: dict[str, Any] = {
         "controls": base.control is not None,
         "random_words": base.random_words is not None,
@@ -260,5 +265,5 @@ def ask_stems(
         for stem in dict.fromkeys(stems)
         if stem != own
     }
-    known = {own: base} if own in stems else {}
+    known = {own: base} if own is not None and own in stems else {}
     return ask_all(asked, lambda read: known | read)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sae_bias.probe.words import WordTokens
 from sae_bias.stats.clustered import Clustered, EffectSizes, effect_sizes
@@ -77,7 +77,7 @@ class Mass:
     """What share of the next-token probability the evaluation words hold after a prompt, and where they rank."""
 
     total: float
-    """Σp of both lists, a mean over prompts of both sides."""
+    """Σp of both lists, a mean over prompts of both sides; words that share their tokens count once."""
     positive: float
     negative: float
     best_word: str
@@ -124,10 +124,17 @@ def word_mass(
         }
     ).sort_values("probability", ascending=False, ignore_index=True)
     known = rank[np.isfinite(rank)]
+
+    def held(of: Bool[np.ndarray, "n_words"]) -> float:
+        """Probability of the next tokens being any of these words: one that goes on from another is part of it."""
+        starts = {words[i].tokens: i for i in np.flatnonzero(of).tolist()}
+        inside = [any(t[:n] in starts for n in range(1, len(t))) for t in starts]
+        return float(sum(probability[i] for i, more in zip(starts.values(), inside) if not more))
+
     return Mass(
-        total=float(probability.sum()),
-        positive=float(probability[positive].sum()),
-        negative=float(probability[~positive].sum()),
+        total=held(np.ones(len(words), dtype=bool)),
+        positive=held(positive),
+        negative=held(~positive),
         best_word=str(frame["word"][0]),
         best_rank=float(frame["rank"][0]),
         beyond_1000=float((known > FAR).mean()) if len(known) else float("nan"),

@@ -8,6 +8,7 @@ so a reading is a list of sequences, each read at its last position, whatever th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -100,10 +101,21 @@ def shared_after_subject(model: Model, pair: PromptPair, human: Sequence[int], a
     """How many tokens the two prompts of a pair share from the end, the subject's own left out."""
     n = common_prefix(human[::-1], ai[::-1])
     for text, subject, ids in ((pair.human, pair.subject_human, human), (pair.ai, pair.subject_ai, ai)):
-        at = text.lower().find(subject.lower()) if subject else -1
-        if subject and at >= 0:
-            n = min(n, max(0, len(ids) - len(model.encode(text[: at + len(subject)]))))
+        ends = _mentions(text, subject) if subject else []
+        if ends:
+            n = min(n, max(0, len(ids) - len(model.encode(text[: ends[-1]]))))
     return n
+
+
+def _mentions(text: str, subject: str) -> list[int]:
+    """Where each mention of the subject ends: whole words where there are any (an AI, not An airline)."""
+    named = re.escape(subject)
+    found = (
+        re.finditer(rf"(?<!\w){named}(?!\w)", text, re.IGNORECASE),
+        re.finditer(named, text, re.IGNORECASE),
+    )
+    whole, any_ = ([m.end() for m in ways] for ways in found)
+    return whole or any_
 
 
 @dataclass(frozen=True)

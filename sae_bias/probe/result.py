@@ -151,8 +151,7 @@ class ProbeResult:
         own, twins = differences
         if self.control is None or twins is None:
             return own, *self.clusters
-        place = {(p.template, p.entity): i for i, p in enumerate(self.control.pairs)}
-        both = [(i, place[key]) for i, key in enumerate(zip(*self.clusters)) if key in place]
+        both = [(i, at) for i, at in enumerate(self.pairs.twin_places(self.control.pairs)) if at is not None]
         keep, of = (list(side) for side in zip(*both))
         templates, entities = ([labels[i] for i in keep] for labels in self.clusters)
         return own[..., keep] - twins[..., of], templates, entities
@@ -169,14 +168,18 @@ class ProbeResult:
     # --- beside the primary interval ---
 
     def effect_sizes(self) -> EffectSizes:
-        """Mean, template-level d_z and the share of templates above 0."""
+        """Mean, template-level d_z and the share of templates above 0 of the bias."""
         return effect_sizes(self.pair_bias, self.clusters[0])
 
-    def sign_flips(self) -> dict[str, SignFlip]:
-        """Sign-flip tests over templates and over entities, each with its label; p is NaN with fewer than two clusters."""
+    def sign_flips(self, *, primary: bool = False) -> dict[str, SignFlip]:
+        """Sign-flip tests of the bias (or of the primary figure) over templates and over entities, each with its label.
+
+        p is NaN with fewer than two clusters.
+        """
         out = {}
-        for over, clusters in zip(("templates", "entities"), self.clusters):
-            test = sign_flip(self.pair_bias, clusters, over=over)
+        values, *labels = self.figure_by_pair() if primary else (self.pair_bias, *self.clusters)
+        for over, clusters in zip(("templates", "entities"), labels):
+            test = sign_flip(values, clusters, over=over)
             out[over] = test if test.n_clusters > 1 else replace(test, p_value=float("nan"))
         return out
 
@@ -349,21 +352,27 @@ class ProbeResult:
         frame = self.pairs.to_frame()[["human", "ai", "template", "entity", "family"]].copy()
         frame = frame.assign(score_human=self.score_human, score_ai=self.score_ai, bias=self.pair_bias)
         if self.control is not None:
-            by_key = dict(zip(zip(*self.control.clusters), self.control.pair_bias))
-            frame["control_bias"] = [by_key.get(key, np.nan) for key in zip(*self.clusters)]
+            places = self.pairs.twin_places(self.control.pairs)
+            frame["control_bias"] = [np.nan if at is None else self.control.pair_bias[at] for at in places]
         return frame
 
     def words(self) -> pd.DataFrame:
-        """One row a word: its mean score after human and AI prompts, and what it adds to the bias under mean_logit."""
-        difference = (self.values_human - self.values_ai).mean(0)
+        """One row a word: its mean score after human and AI prompts, and what it adds to the bias under mean_logit.
+
+        Scores are log-probabilities, as of levels: a constant that a position adds to all of its logits moves single words, if not their
+        sum. Logits where the normalizer was not kept.
+        """
+        known = self.log_normaliser is not None or not self.single_tokens
+        human, ai = self.log_probs() if known else (self.values_human, self.values_ai)
+        difference = (human - ai).mean(0)
         sign = np.where(self.positive, 1 / self.positive.sum(), -1 / (~self.positive).sum())
         return pd.DataFrame(
             {
                 "word": [w.word for w in self.vocabulary.kept],
                 "side": np.where(self.positive, "positive", "negative"),
                 "n_tokens": [len(w.tokens) for w in self.vocabulary.kept],
-                "human": self.values_human.mean(0),
-                "ai": self.values_ai.mean(0),
+                "human": human.mean(0),
+                "ai": ai.mean(0),
                 "diff": difference,
                 "contribution": difference * sign,
             }

@@ -74,8 +74,8 @@ class Contrast:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """The unit of each text: its group, or itself."""
-        return self.groups or tuple(f"text {i}" for i in range(len(self)))
+        """The unit of each text: its group, or itself (a text that stands twice is one)."""
+        return self.groups or self.texts
 
     @property
     def paired(self) -> bool:
@@ -105,11 +105,10 @@ class SameTexts(Contrast):
     """The same texts on both sides, each with itself as its pair: one model's reading of them against another's."""
 
     def __init__(self, texts: Sequence[str], name: str = "two models"):
-        names = tuple(f"text {i}" for i in range(len(texts)))
         for field, value in (
             ("positive", tuple(texts)),
             ("negative", tuple(texts)),
-            ("groups", names * 2),
+            ("groups", tuple(texts) * 2),
             ("name", name),
         ):
             object.__setattr__(self, field, value)

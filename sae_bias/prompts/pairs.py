@@ -187,6 +187,11 @@ class PromptPairs(Sequence[PromptPair]):
         )
         return replace(self, pairs=twins, neutral_prompts=neutral, name=f"{self.name} (mundane control)")
 
+    def twin_places(self, twins: "PromptPairs") -> list[int | None]:
+        """Of each pair the place of its mundane twin in `twins`, by its two prompts: several pairs may share a template and an entity."""
+        place: dict[tuple[str | None, str | None], int] = {(t.human, t.ai): i for i, t in enumerate(twins)}
+        return [place.get((p.control_human, p.control_ai)) for p in self.pairs]
+
     def without_controls(self) -> "PromptPairs":
         """The same pairs without their mundane twins: the primary figure is then the bias."""
         pairs = tuple(replace(p, control_human=None, control_ai=None) for p in self.pairs)

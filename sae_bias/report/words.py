@@ -33,6 +33,12 @@ from sae_bias.runs.summary import (
 )
 from sae_bias.stats.clustered import FEWEST_CLUSTERS as FEWEST
 
+NO_CALL = f"with fewer than {FEWEST} templates or {FEWEST} entities no direction is called."
+
+
+def _too_small(effect: Effect) -> bool:
+    return any(0 < n < FEWEST for n in (effect.n_templates, effect.n_entities) if n is not None)
+
 
 def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
     """Direction, size and certainty of the bias = s(first side) − s(second side)."""
@@ -46,11 +52,8 @@ def bias_sentence(bias: Effect, sides: Sequence[str] = SIDES) -> str:
             f"The mean bias is {number(mean)} nats, but its interval is undefined: the design is too small to"
             " say how sure that is."
         )
-    if any(0 < n < FEWEST for n in (bias.n_templates, bias.n_entities) if n is not None):
-        return (
-            f"Undetermined: the mean bias is {number(mean)} nats ({sure}), but with fewer than {FEWEST} templates or"
-            f" {FEWEST} entities no direction is called."
-        )
+    if _too_small(bias):
+        return f"Undetermined: the mean bias is {number(mean)} nats ({sure}), but {NO_CALL}"
     if not certain:
         return f"No double standard is shown: the mean bias is {number(mean)} nats and its interval includes 0 ({sure})."
     worse, better = (sides[1], sides[0]) if mean > 0 else (sides[0], sides[1])
@@ -68,6 +71,8 @@ def primary_sentence(difference: Effect, sides: Sequence[str] = SIDES) -> str:
     certain = excludes_zero(difference)
     if certain is None:
         return f"Beyond mundane content the bias is {number(mean)} nats, but its interval is undefined: the design is too small."
+    if _too_small(difference):
+        return f"Undetermined: the difference in differences is {number(mean)} nats ({sure}), but {NO_CALL}"
     if not certain:
         return f"Beyond mundane content no double standard is shown: the difference in differences is {number(mean)} nats ({sure})."
     worse, better = (sides[1], sides[0]) if mean > 0 else (sides[0], sides[1])

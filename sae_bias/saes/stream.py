@@ -65,29 +65,42 @@ def live_entries(sae: Sae, x: Float[Tensor, "n d_in"]) -> Iterator[Entries]:
     than to compute them (measured at d_in 64: 2.3 times the product, against 0.6 in tiles).
     """
     x = x.float()
+    on_cpu = x.device.type == "cpu"
     full = None if sae.reduces_to_one_row else _encode_whole(sae, x)
-    rows = TILE_ROWS if x.device.type == "cpu" else max(1, BLOCK_BYTES // (4 * COLUMNS))
+    rows = TILE_ROWS if on_cpu else max(1, BLOCK_BYTES // (4 * COLUMNS))
     for start in range(0, sae.d_sae, COLUMNS):
         stop = min(start + COLUMNS, sae.d_sae)
         w_enc, b_enc, threshold = (t.contiguous().to(x.device) for t in sae.columns(start, stop))
         found: list[tuple[np.ndarray, np.ndarray]] = []
+        fires, tile = np.empty((rows, stop - start), dtype=bool), x.new_empty(rows, stop - start)
         for at in range(0, len(x), rows):
             if full is None:
-                h = torch.addmm(b_enc, x[at : at + rows], w_enc)
-                fires = h > threshold
+                part = x[at : at + rows]
+                h, low = torch.addmm(b_enc, part, w_enc, out=tile[: len(part)]), threshold
             else:
-                h = full[at : at + rows, start:stop]
-                fires = h != 0
-            if x.device.type == "cpu":
-                place = np.flatnonzero(fires.numpy())
-                found.append((place + at * (stop - start), h.numpy().ravel()[place]))
-            else:
-                on_device = fires.flatten().nonzero()[:, 0]
-                found.append(
-                    ((on_device + at * (stop - start)).cpu().numpy(), h.flatten()[on_device].cpu().numpy())
-                )
+                h, low = full[at : at + rows, start:stop], None
+            place, value = _nonzero(h, low, fires) if on_cpu else _nonzero_on_device(h, low)
+            found.append((place + at * (stop - start), value))
         place, value = (np.concatenate(part) for part in zip(*found))
         yield Entries(start, place // (stop - start), place % (stop - start), value)
+
+
+def _nonzero(h: Tensor, threshold: Tensor | None, fires: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat places and values of what exceeds its threshold (is not 0, where none is given); numpy compares three times as fast as torch."""
+    dense = h.numpy()
+    fires = fires[: len(dense)]
+    if threshold is None:
+        np.not_equal(dense, 0, out=fires)
+    else:
+        np.greater(dense, threshold.numpy(), out=fires)
+    place = np.flatnonzero(fires)
+    return place, dense.ravel()[place]
+
+
+def _nonzero_on_device(h: Tensor, threshold: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    fires = h != 0 if threshold is None else h > threshold
+    place = fires.flatten().nonzero()[:, 0]
+    return place.cpu().numpy(), h.flatten()[place].cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)

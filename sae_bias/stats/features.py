@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 from scipy.stats import false_discovery_control
@@ -19,6 +19,7 @@ from sae_bias.core.errors import RequestError
 
 Array = np.ndarray
 Alternative = Literal["two-sided", "greater"]
+FLOOR_SHARE = 0.05
 _LARGEST_T = 1e15**0.5  # the largest t that rounding leaves meaningful; `_take` caps there too
 
 
@@ -37,7 +38,7 @@ def sign_matrix(
     return np.random.default_rng(seed).integers(0, 2, (n_flips, n_units)) * 2.0 - 1.0
 
 
-def activation_variance_floor(acts: ArrayLike, share: float = 0.05) -> Float[Array, "f"]:
+def activation_variance_floor(acts: ArrayLike, share: float = FLOOR_SHARE) -> Float[Array, "f"]:
     """(share · root mean square activation)² of each column of acts [n, f]: a floor that sees no label.
 
     A contrast of a hundredth of a feature's activation can be perfectly regular and of no interest; below a
@@ -229,6 +230,36 @@ def auroc(pos: ArrayLike, neg: ArrayLike, *, block: int = 2048) -> Float[Array, 
         cols = live[start : start + block]
         area[cols] = _auroc_block(np.concatenate([p[:, cols], q[:, cols]]).T.copy(), len(p))
     return area
+
+
+def sparse_auroc(
+    column: Int[Array, "k"],
+    value: Float[Array, "k"],
+    positive: Bool[Array, "k"],
+    n_columns: int,
+    n_pos: int,
+    n_neg: int,
+) -> Float[Array, "f"]:
+    """`auroc` of n_pos against n_neg values a column, of which only those that are not 0 are given, sorted by column, then by value.
+
+    Ranks are counts of negatives below and equal, so that what is sorted is the few that fire.
+    """
+    total, negative = len(value), ~positive
+    if not total:
+        return np.full(n_columns, 0.5)
+    opens = np.ones(total, dtype=bool)
+    opens[1:] = (column[1:] != column[:-1]) | (value[1:] != value[:-1])
+    first = np.flatnonzero(opens)  # of each group of equal values
+    before = np.concatenate([[0], np.cumsum(negative)])  # negatives in front of each entry, all columns
+    below, through = before[first], before[np.append(first[1:], total)]
+    count = lambda keep: np.bincount(column[keep], minlength=n_columns)  # noqa: E731
+    pos, neg, neg_below_0 = count(positive), count(negative), count(negative & (value < 0))
+    column_start = np.cumsum(neg) - neg
+    n_positive = np.add.reduceat(positive, first, dtype=np.int64)
+    where, zeros = column[first], n_neg - neg
+    twice = below + through - 2 * column_start[where] + 2 * zeros[where] * (value[first] > 0)
+    u = np.bincount(where, twice * n_positive, n_columns) + (n_pos - pos) * (2 * neg_below_0 + zeros)
+    return u / (2 * n_pos * n_neg)
 
 
 def _varies(p: Array, q: Array) -> Bool[Array, "f"]:

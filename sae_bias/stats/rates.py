@@ -1,6 +1,6 @@
 """Means and paired changes with an interval over independent units, also where every unit gave the same answer.
 
-    a rate                       Clopper and Pearson (exact)
+    a rate                       Clopper and Pearson (exact); of units that answer several times, at the effective n (Korn & Graubard 1998)
     a paired change of yes/no    Agresti & Min (2005): Δ = (c - b) / (n + 2), with half a pair added to each of the four cells
     anything else                Student's t; two independent samples: Welch's
 
@@ -10,12 +10,14 @@ p: exact McNemar for a paired change of yes/no, t elsewhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import betaincinv, ndtri, stdtr, stdtrit
 
+from sae_bias.stats.clustered import clustered_mean
 from sae_bias.stats.design import mcnemar_exact, sign_test
 
 Z = float(ndtri(0.975))
@@ -42,6 +44,27 @@ def mean_of(values: pd.Series, binary: bool) -> Estimate:
         return _student(x)
     exact = sign_test(int(x.sum()), len(x))
     return Estimate(exact.share, exact.ci_low, exact.ci_high, math.nan)
+
+
+def rate_of(answers: Sequence[bool], units: Sequence[object]) -> Estimate:
+    """Share of answers that are true, of units that may each give several: the interval is exact where each gives one.
+
+    Elsewhere Clopper and Pearson's limits at n* = p(1 - p)/V · (t_{n-1}/t_{U-1})² answers, V clustered by unit, at most n; where V is 0
+    it says nothing, and n* is the number of units.
+    """
+    x, n, n_units = np.array(answers, dtype=float), len(answers), len(set(units))
+    if not n:
+        return NOTHING
+    rate = float(x.mean())
+    n_star = float(n)
+    if 1 < n_units < n:
+        error = clustered_mean(x, list(map(str, units))).se
+        ratio = float(stdtrit(n - 1, 0.975) / stdtrit(n_units - 1, 0.975))
+        n_star = min(n_star, rate * (1 - rate) * (ratio / error) ** 2) if error > 0 else float(n_units)
+    hits = rate * n_star
+    low = float(betaincinv(hits, n_star - hits + 1, 0.025)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n_star - hits, 0.975)) if hits < n_star else 1.0
+    return Estimate(rate, low, high, math.nan)
 
 
 def paired_change(before: pd.Series, after: pd.Series, binary: bool) -> Estimate:

@@ -85,6 +85,7 @@ class Scale(FeatureEdit):
 
     factor: float
     strength_field: ClassVar[str | None] = "factor"
+    does_nothing: ClassVar[float] = 1.0
     usual_strengths: ClassVar[tuple[float, ...]] = (0, 0.25, 0.5, 0.75)
 
     def new_acts(self, acts: Tensor, context: EditContext) -> Tensor:
@@ -138,6 +139,7 @@ class Cap(FeatureEdit):
 
     value: float
     strength_field: ClassVar[str | None] = "value"
+    does_nothing: ClassVar[float] = math.inf
     in_activation: ClassVar[bool] = True
     sets_activation: ClassVar[bool] = True
     usual_strengths: ClassVar[tuple[float, ...]] = (0, 1, 2, 4)

@@ -83,6 +83,8 @@ class Intervention:
     """Whether that strength is in units of the feature's activation."""
     sets_activation: ClassVar[bool] = False
     """Whether that strength is a value the activation takes."""
+    does_nothing: ClassVar[float] = 0.0
+    """The strength that is no edit, or nearest to none."""
     usual_strengths: ClassVar[tuple[float, ...]] = ()
     """What a sweep tries where no strengths are given."""
     usual_shares: ClassVar[tuple[float, ...]] = ()

@@ -77,7 +77,8 @@ class ContrastStudy(BaseModel):
     unit: Literal["act", "max"] = "max"
     """What strengths of clamp, cap and steer count in: activations, or each feature's largest on the contrast."""
     behavior: str | None = "refusal"
-    """refusal, default_negativity or a regular expression of what the model writes after the prompts; null reads none."""
+    """refusal, default_negativity, a name that a plugin registered, or a regular expression of what the model writes after the prompts; null
+    reads none."""
     judge: str | None = None
     """PROVIDER/MODEL whose mark is the behavior instead; paid ones need a yes."""
     judge_url: str | None = None
@@ -330,17 +331,17 @@ class _Run:
         )  # fmt: skip
 
     def _questions(self, edits: Sequence[Intervention], lines: list[str]) -> pd.DataFrame:
-        """The bias on each question at each strength."""
+        """The primary figure of each question at each strength: the bias, or beyond mundane twins where it has some."""
         s, parts = self.study, []
         for name in s.questions:
             pairs = load_pairs(name)
-            frame = dose_response(
+            found = dose_response(
                 self.model, pairs, edits, controls=s.controls, capability=False, seed=s.seed
-            ).frame
-            parts.append(frame.assign(question=pairs.name))
-            base, last = frame.iloc[0], frame.iloc[-1]
+            )
+            parts.append(found.frame.assign(question=pairs.name, of=found.behavior))
+            base, last = found.frame.iloc[0], found.frame.iloc[-1]
             lines.append(
-                f"bias on {pairs.name}: {number(base['rate'])} nats unsteered, {number(last['rate'])} at the last strength ({last['n_units']} templates)"
+                f"{found.behavior}: {number(base['rate'])} nats unsteered, {number(last['rate'])} at the last strength ({last['n_units']} templates)"
             )
         return pd.concat(parts, ignore_index=True)
 

@@ -39,6 +39,6 @@ def prompted_cell(model: Model, pairs: PromptPairs, probe: Probe, instruction: s
     facts: dict[str, Any] = {"bank": CollapseEngine(model, probe, before=f"{instruction} ").base.tolist()}
     twins = behind.controls()
     if len(twins):
-        facts["twins"] = twin_biases(pairs, ProbeEngine(model, twins, probe).base)
+        facts["twins"] = twin_biases(behind, ProbeEngine(model, twins, probe).base)
     frame.attrs = facts | cost_facts(CostEngine(model, probe=probe).behind(f"{instruction} "))  # type: ignore[assignment]
     return frame

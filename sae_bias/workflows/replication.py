@@ -39,11 +39,12 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest, manifest_of_several
-from sae_bias.runs.summary import effect, gate_facts
+from sae_bias.runs.summary import bias_summary, gate_facts
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
 
 NOT_MEASURED = "not re-measured here"
+DID_COLUMNS = ("difference_in_differences", "did_low", "did_high", "did_p")
 PUBLISHED_TUNING = -0.114
 """Gemma 3 12B: bias after instruction tuning - before (docs/published.md#pretrained-against-instruction-tuned)."""
 TUNED_12B = ("google/gemma-3-12b-pt", "google/gemma-3-12b-it")
@@ -288,14 +289,14 @@ class _Runner:
             "d_z": sizes.d_z, "share_templates_positive": sizes.share_positive,
             "n_pairs": result.n_pairs, "n_words": len(result.vocabulary.kept),
             "bias_own_words": own.bias, "n_own_words": len(own.vocabulary.kept),
-            "control_bias": float("nan"), "difference_in_differences": float("nan"),
+            "control_bias": float("nan"), **dict.fromkeys(DID_COLUMNS, float("nan")),
             "published": published,
             "verdict": verdict(published, result.bias, result.ci, None if switches is None else switch_range(switches)),
             "reason": self.loader.describe(name) if self.loader is not None else (result.stat.reason or ""),
         }  # fmt: skip
         if result.control is not None:
             row["control_bias"] = result.control.bias
-            row["difference_in_differences"] = result.difference_in_differences().stat.mean
+            row |= dict(zip(DID_COLUMNS, (result.did.mean, *result.did.ci, result.did.p_value)))
         return row
 
     def comparison(self, models: pd.DataFrame) -> pd.DataFrame:
@@ -327,8 +328,7 @@ class _Runner:
             if self.stand_ins
             else []
         )
-        bias = effect(shared.stat, shared.pair_bias, shared.clusters[0])
-        own.write_json("summary", {"question": self.study.question, "bias": bias, "notes": notes})
+        own.write_json("summary", {"question": self.study.question, **bias_summary(shared), "notes": notes})
 
     def run_facts(self, words: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
         organisms = all(n.startswith("organism:") for n in self.study.models)
@@ -423,7 +423,9 @@ def _headline(summary: dict[str, Any]) -> list[str]:
             else f"published {number(row['published'])} | "
         )
         says = "" if row["verdict"] in (NOT_MEASURED, "no published figure") else f" | {row['verdict']}"
-        lines.append(f"  {name}: {known}{measured}{says}")
+        did, low, high = (row.get(c) for c in DID_COLUMNS[:3])
+        beyond = "" if did is None else f"; beyond mundane content {signed(did)} {bracket(low, high)}"
+        lines.append(f"  {name}: {known}{measured}{says}{beyond}")
     for row in summary["tuning"]:
         if row["quantity"] in ("bias",) or row["quantity"].startswith("score"):
             known = (

@@ -168,8 +168,7 @@ def pair_frame(result: ProbeResult) -> pd.DataFrame:
 
 def twin_biases(pairs: PromptPairs, twins: ProbeResult) -> list[float | None]:
     """Bias of each pair's mundane twin, in the order of the pairs; None where it has none."""
-    found = {(p.template, p.entity): float(b) for p, b in zip(twins.pairs, twins.pair_bias)}
-    return [found.get((p.template, p.entity)) for p in pairs]
+    return [None if at is None else float(twins.pair_bias[at]) for at in pairs.twin_places(twins.pairs)]
 
 
 def cost_facts(table: pd.DataFrame) -> dict[str, float]:

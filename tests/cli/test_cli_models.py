@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.main import get_command
@@ -68,6 +69,10 @@ def test_each_strength_is_a_condition_in_units_of_the_maximum(capsys, gemma3, tm
         assert row["steered"] == own.text
     table = pd.read_parquet(next((tmp_path / "run").rglob("generations.parquet")))
     assert table["edit"].nunique() == 3
+    kept = json.loads((tmp_path / "run" / "summary.json").read_text())["generations"]
+    shown = list(found["measures"].values())
+    assert kept["unsteered"] == shown[0], "the unsteered texts count once, not once a strength"
+    assert kept["steered"]["distinct_1"] == pytest.approx(np.mean([m["distinct_1"] for m in shown[1:]]))
     assert ran(capsys, "report", tmp_path / "run")[0] == 0
     code, _, err = ran(capsys, *argv[:-6], "--strength", "2")
     assert code == 2

@@ -154,7 +154,10 @@ def test_a_sign_is_shared_only_where_both_intervals_leave_out_zero():
     up, down, open_ = (clustered_mean(np.array(x), list("abcdefgh"), None) for x in ([1.0, 1.1] * 4, [-1.0, -1.1] * 4, [1.0, -1.0] * 4))  # fmt: skip
     assert same_sign(up, up) == same_sign(down, down) == "yes"
     assert same_sign(up, down) == "no"
-    assert same_sign(up, open_) == "undetermined"
+    few = clustered_mean(np.array([1.0, 1.1, 1.0, 1.1, 1.0]), list("abcde"), None)
+    assert few.ci_low > 0 and same_sign(up, open_) == same_sign(up, few) == "undetermined", (
+        "five templates make no call"
+    )
 
 
 def test_bad_requests_are_refused(gemma3, bank, tmp_path):

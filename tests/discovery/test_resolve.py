@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,18 @@ def test_several_survivors_are_not_identifiable_until_suppression_tells(
     told = resolve_index(model, INDEX, str(tmp_path), pairs=pairs, probe=probe)
     assert told.to_frame()["removed"].notna().sum() == 2
     assert told.tie_broken == (told.feature is not None)
+    mundane = [{f"control_{t}": f"Tea. {getattr(p, t)}" for t in ("human", "ai")} for p in pairs]
+    twins = replace(pairs, pairs=tuple(replace(p, **texts) for p, texts in zip(pairs, mundane)))
+    beyond = resolve_index(model, INDEX, str(tmp_path), pairs=twins, probe=probe).to_frame()
+    base = sb.run_probe(model, twins, probe)
+    for row in beyond.itertuples():
+        with sb.intervene(model, sb.Ablate(f"{row.sae}#{INDEX}")):
+            after = sb.run_probe(model, twins, probe)
+        change = after.reduction_from(base).change
+        assert (row.removed, row.removed_low) == (
+            pytest.approx(change.mean, abs=1e-5),
+            pytest.approx(change.ci_low, abs=1e-5),
+        )
 
 
 def test_nothing_fits_by_luck_and_too_few_others_are_counted(make_tiny, tmp_path):

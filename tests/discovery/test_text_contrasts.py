@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
@@ -53,6 +54,19 @@ def plain_acts(tiny, weights, text: str, reduce: str) -> np.ndarray:
     return {"mean": acts.mean(0), "max": acts.amax(0), "any": (acts > 0).any(0).float()}[reduce].numpy()
 
 
+def live_of(acts: np.ndarray) -> text_contrasts._Live:
+    """Dense activations [n_texts, n_features] as the scan keeps them."""
+    text, feature = np.nonzero(acts)
+    entries = np.empty(len(text), text_contrasts._ENTRY)
+    entries["text"], entries["feature"], entries["value"] = text, feature, acts[text, feature]
+    return text_contrasts._Live.of(entries, 0)
+
+
+def float32(acts: np.ndarray) -> np.ndarray:
+    """What the scan keeps of activations."""
+    return acts.astype(np.float32).astype(np.float64)
+
+
 @pytest.mark.parametrize("reduce", ["last", "mean", "max", "any"])
 def test_every_auroc_and_mean_is_that_of_an_independent_script(gemma3, sae, weights, reduce):
     found = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), reduce=reduce).to_frame()
@@ -68,35 +82,67 @@ def test_every_auroc_and_mean_is_that_of_an_independent_script(gemma3, sae, weig
 
 def test_the_unpaired_t_is_the_pooled_t_and_p_is_that_of_permutations():
     rng = np.random.default_rng(0)
-    acts = rng.exponential(size=(30, 5)) + np.r_[np.ones(12), np.zeros(18)][:, None] * [0, 0, 0, 0, 2]
+    acts = float32(
+        rng.exponential(size=(30, 5)) + np.r_[np.ones(12), np.zeros(18)][:, None] * [0, 0, 0, 0, 2]
+    )
     contrast = sb.Contrast([f"p{i}" for i in range(12)], [f"n{i}" for i in range(18)])
     design = text_contrasts._Design.of(contrast, 0)
-    t, p = design.test(acts)
+    t, p = design.test(live_of(acts))
     expected = stats.ttest_ind(acts[:12], acts[12:])
     assert t == pytest.approx(expected.statistic, abs=1e-9)
     assert p == pytest.approx(expected.pvalue, abs=1e-9)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_many_units_have_the_p_of_float64(monkeypatch, paired):
+    """From FLOAT32_UNITS units on the null is a float32 product: its maxima are those of float64 up to its rounding."""
+    rng = np.random.default_rng(5)
+    n, texts = 80, [[f"{side}{i}" for i in range(80)] for side in "pn"]
+    contrast = sb.Contrast(*texts, groups=[f"g{i}" for i in range(n)] * 2 if paired else None)
+    acts = rng.exponential(size=(2 * n, 30)) * (rng.random((2 * n, 30)) < 0.3) + 5 * (rng.random(30) < 0.2)
+    maxima = []
+    for at_least in (0, 10**9):
+        monkeypatch.setattr(text_contrasts, "FLOAT32_UNITS", at_least)
+        design = text_contrasts._Design.of(contrast, 0)
+        t, _ = design.test(live_of(acts))
+        maxima.append(design.maxima)
+        expected = (stats.ttest_rel if paired else stats.ttest_ind)(float32(acts)[:n], float32(acts)[n:])
+        assert t == pytest.approx(expected.statistic, abs=1e-9)
+    assert maxima[0] == pytest.approx(maxima[1], rel=1e-5)
+    assert maxima[0][0] >= np.abs(t).max() - 1e-12, "the observed sides are among the draws"
+
+
 def test_the_paired_t_is_that_of_groups():
     rng = np.random.default_rng(1)
     groups = [f"g{i}" for i in range(9)]
-    acts = rng.exponential(size=(18, 4))
+    acts = float32(rng.exponential(size=(18, 4)))
     contrast = sb.Contrast([f"p{g}" for g in groups], [f"n{g}" for g in groups], groups=groups * 2)
     assert contrast.paired
-    t, _ = text_contrasts._Design.of(contrast, 0).test(acts)
+    t, _ = text_contrasts._Design.of(contrast, 0).test(live_of(acts))
     assert t == pytest.approx(stats.ttest_rel(acts[:9], acts[9:]).statistic, abs=1e-9)
+
+
+def test_a_text_that_stands_twice_is_one_unit():
+    """Copies are no evidence, and a copy of a text that chose a feature is not held out."""
+    rng = np.random.default_rng(4)
+    acts = rng.exponential(size=(12, 3)) + np.r_[np.ones(6), np.zeros(6)][:, None]
+    texts = [f"p{i}" for i in range(6)], [f"n{i}" for i in range(6)]
+    once = text_contrasts._Design.of(sb.Contrast(*texts), 0)
+    twice = text_contrasts._Design.of(sb.Contrast(*(side * 2 for side in texts)), 0)
+    doubled = np.concatenate([acts[:6], acts[:6], acts[6:], acts[6:]])
+    np.testing.assert_allclose(twice.test(live_of(doubled)), once.test(live_of(acts)))
+    assert twice.n_units == 12 and twice.units == "texts"
+    assert (twice.held[:6] == twice.held[6:12]).all() and (twice.held[12:18] == twice.held[18:]).all()
 
 
 def test_family_wise_error_under_the_null():
     """No difference anywhere: some feature is called in about 5 % of studies, not more."""
-    import pandas as pd
-
     rng, called = np.random.default_rng(2), 0
     contrast = sb.Contrast([f"p{i}" for i in range(10)], [f"n{i}" for i in range(14)])
     for study in range(200):
         design = text_contrasts._Design.of(contrast, study)
         design.draws, design.maxima = design.draws[:400], design.maxima[:400]
-        t, p = design.test(rng.exponential(size=(24, 30)))
+        t, p = design.test(live_of(rng.exponential(size=(24, 30))))
         frame = pd.DataFrame({"t": t, "p_value": p, "p_fwer": np.nan, "q_bh": np.nan})
         design.correct(frame)
         called += bool((frame["separates"] == "yes").any())
@@ -109,9 +155,7 @@ def test_selection_on_the_same_texts_is_shown_beside_held_out_ones():
     contrast = sb.Contrast([f"p{i}" for i in range(20)], [f"n{i}" for i in range(20)])
     design = text_contrasts._Design.of(contrast, 0)
     empty = [np.array([], dtype=int)] * 2
-    frame = text_contrasts._statistics(
-        rng.exponential(size=(40, 2000)), np.arange(2000), design, contrast, 2, empty
-    )
+    frame = text_contrasts._statistics(live_of(rng.exponential(size=(40, 2000))), design, contrast, 2, empty)
     best = frame.loc[frame["auroc_discover"].idxmax()]
     assert best["auroc_discover"] > 0.8
     assert abs(frame.nlargest(50, "auroc_discover")["auroc_held_out"].mean() - 0.5) < 0.06

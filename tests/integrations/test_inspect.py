@@ -12,6 +12,8 @@ import urllib.request
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("inspect_ai")
@@ -66,6 +68,19 @@ def test_an_edit_gives_another_log(logs):
     assert counts[1] >= 46
     assert edited.eval.model_args["feature"].startswith(PLANTED)
     assert all(s.output.usage.output_tokens for s in edited.samples)
+
+
+def test_the_standard_error_is_over_scenarios_and_not_over_their_orders(logs):
+    for log in logs[1:]:
+        right = pd.DataFrame(
+            {"scenario": str(s.id).rsplit("/", 1)[0], "right": next(iter(s.scores.values())).value == "C"} for s in log.samples
+        )  # fmt: skip
+        off = (right["right"] - right["right"].mean()).groupby(right["scenario"]).sum()
+        expected = np.sqrt((off**2).sum() * len(off) / (len(off) - 1)) / len(right)
+        (found,) = {
+            m.value for score in log.results.scores for name, m in score.metrics.items() if name == "stderr"
+        }
+        assert found == pytest.approx(expected)
 
 
 def test_inspect_view_opens_both(logs):

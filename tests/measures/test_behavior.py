@@ -154,7 +154,50 @@ def test_the_usable_range_is_said_in_words(planted, feature):
         two.usable() == "capability stays within 50% with 95% confidence from -1 to 2"
         and two.usable() in repr(two)
     )
-    assert two.frame["rate"].iloc[0] == pytest.approx(sb.run_probe(planted, pairs).bias, abs=1e-6)
+    assert two.frame["rate"].iloc[0] == pytest.approx(sb.run_probe(planted, pairs).primary.mean, abs=1e-6)
+
+
+def test_the_bias_at_each_strength_has_the_probes_interval(planted, feature):
+    """Templates and entities both: over templates alone entities that differ would be taken for certainty. Beyond twins where there are some."""
+    pairs = sb.load_pairs()
+    pairs = pairs.select(templates=pairs.templates[:8], entities=pairs.entities[:6])
+    edit = sb.Ablate(feature)
+    for given in (pairs, pairs.without_controls()):
+        base = sb.run_probe(planted, given)
+        with sb.intervene(planted, edit):
+            after = sb.run_probe(planted, given)
+        found = sb.dose_response(planted, given, [edit], controls=0, capability=False)
+        rows = found.frame[["rate", "ci_low", "ci_high"]].to_numpy(float)
+        expected = [[r.primary.mean, *r.primary.ci] for r in (base, after)]
+        np.testing.assert_allclose(rows, expected, atol=1e-4)
+        removed = after.reduction_from(base).change
+        change = found.frame[["change", "change_low", "change_high"]].iloc[1]
+        np.testing.assert_allclose(change, [-removed.mean, -removed.ci_high, -removed.ci_low], atol=1e-4)
+        assert found.behavior == f"{base.estimand} ({given.name})"
+
+
+def test_a_prompt_that_stands_twice_is_one(gemma3):
+    length = lambda prompt, text: float(len(text))  # noqa: E731
+    options = {"max_new_tokens": 3, "capability": False, "controls": 0}
+    edits = [sb.Steer(gemma3.feature(3), 40.0)]
+    once, twice = (sb.dose_response(gemma3.model, prompts, edits, length, **options).frame for prompts in (TEXTS, TEXTS * 2))  # fmt: skip
+    columns = ["n_units", "rate", "ci_low", "ci_high", "change", "change_low", "change_high", "p_value"]
+    pd.testing.assert_frame_equal(once[columns], twice[columns])
+
+
+def test_random_controls_move_the_same_average_as_the_edit(gemma3):
+    """Where groups are uneven the group is the unit, of the edit's change and of the controls' alike."""
+    contrast = sb.Contrast(
+        ["A dog", "A man", "An AI", "The AI"], ["My dog", "Our dog"], groups=["a", "a", "a", "b", "c", "d"]
+    )
+    length = lambda prompt, text: float(len(text))  # noqa: E731
+    one = sb.dose_response(gemma3.model, contrast, [sb.Steer(gemma3.feature(3), 40.0)], length, max_new_tokens=3, capability=False)  # fmt: skip
+    texts = [c.text for c in sb.generate(gemma3.model, contrast.texts, max_new_tokens=3)]
+    control = random_control(gemma3.model, sb.Steer(gemma3.feature(3), 40.0), contrast.texts, 0)
+    moved = [len(c.text) - len(t) for c, t in zip(sb.generate(gemma3.model, contrast.texts, interventions=[control], max_new_tokens=3), texts)]  # fmt: skip
+    of_units = (np.mean(moved[:3]) + moved[3]) / 2
+    row = one.frame[(one.frame["side"] == "positive") & (one.frame["kind"] == "candidate")].iloc[0]
+    assert row["control_change"] == pytest.approx(of_units) and of_units != pytest.approx(np.mean(moved[:4]))
 
 
 def test_equal_answers_leave_a_difference_without_certainty(planted, feature):
@@ -264,14 +307,34 @@ def test_usable_is_within_the_margin_with_confidence(gemma3):
     ("strengths", "usable", "expected"),
     [
         ([-5, -2, 2, 5], ["no", "yes", "yes", "undetermined"], (-2, 2)),
-        ([-5, -2, 2, 5], ["yes", "no", "yes", "yes"], None),
+        ([-5, -2, 2, 5], ["yes", "no", "yes", "yes"], (2, 5)),
+        ([-5, -2, 2, 5], ["yes", "yes", "no", "yes"], (-5, -2)),
+        ([-5, -2, 2, 5], ["yes", "no", "no", "yes"], None),
         ([1, 2, 4], ["yes", "yes", "no"], (1, 2)),
         ([-5, -2, 0, 2, 5], ["yes", "no", "yes", "no", "yes"], (0, 0)),
+        ([-5, 0, 5], ["yes", "no", "yes"], None),
     ],
 )
 def test_the_usable_range_is_around_no_edit(strengths, usable, expected):
-    rows = pd.DataFrame({"strength": strengths, "usable": usable, "kind": "candidate", "edit": "steer"})
+    rows = pd.DataFrame({"strength": strengths, "usable": usable, "kind": "candidate"})
     assert usable_range(rows.sample(frac=1, random_state=0)) == expected
+
+
+@pytest.mark.parametrize("edit", [lambda f, v: sb.Scale(f, v / 8), lambda f, v: sb.Cap(f, v)], ids=["scale", "cap"])  # fmt: skip
+def test_no_edit_is_scaling_by_1_and_a_cap_beyond_every_activation(gemma3, edit):
+    """Of several features too. The strength nearest to no edit works and the one farthest from it does not."""
+    features = [gemma3.feature(i) for i in (3, 5)]
+    cells = [(sb.EditSet("both", [edit(f, v) for f in features]),) for v in (0.0, 4.0, 8.0)]
+    found = measure_capability(gemma3.model, cells, texts=TEXTS, questions=QUESTIONS)
+    strengths = found.frame["strength"].dropna().tolist()
+    frame = found.frame.assign(usable=["yes", "no", "yes", "yes"])
+    assert usable_range(frame, found.no_edit) == tuple(strengths[1:])
+
+
+def test_a_projection_taken_out_whole_stands_among_the_shares(gemma3):
+    cells = [(sb.ProjectOut(gemma3.feature(3), share=v),) for v in (0.5, 1.0)]
+    frame = measure_capability(gemma3.model, cells, texts=TEXTS, questions=QUESTIONS).frame
+    assert frame["strength"].tolist()[1:] == [0.5, 1.0]
 
 
 def test_questions_are_well_formed():

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 import sae_bias as sb
 from sae_bias.measures.judge import Judge, Pace, estimate, make_requests, run_judge
 from sae_bias.measures.judge_replies import ReplyStore, krippendorff, read_choice, read_rating
+from sae_bias.measures.judge_results import Estimate, JudgeResult
 
 pytest.importorskip("inspect_ai")
 pytest.importorskip("openai")
@@ -227,6 +229,33 @@ def test_nothing_paid_is_sent_without_a_yes(tmp_path):
 def test_an_unknown_provider_is_one_plain_line(tmp_path):
     with pytest.raises(sb.SaeBiasError, match="no-such-provider"):
         run_judge(TEXTS, ["no-such-provider/x"], out=tmp_path, confirm=lambda e: True)
+
+
+def test_two_servers_of_one_name_are_not_two_judges():
+    """Replies are kept by the judge's name: the second would be given the first one's marks, and agree with it perfectly."""
+    judges = [Judge("openai-api/local/m", f"http://127.0.0.1:{port}/v1") for port in (8001, 8002)]
+    with pytest.raises(sb.RequestError, match="two names"):
+        make_requests(TEXTS, judges)
+
+
+def test_the_unit_is_the_prompt_also_where_it_was_edited_at_several_strengths():
+    """Three strengths of four prompts are four prompts: the rest is the same prompt again."""
+    rng = np.random.default_rng(0)
+    texts = pd.DataFrame({"prompt": list("abcd") * 3, "unsteered": "x", "steered": "y", "edit": ["s"] * 12})
+    marks = pd.DataFrame({"unsteered": [2.0, 3, 4, 3] * 3, "steered": rng.integers(1, 6, 12).astype(float)})
+    rows = [
+        {"judge": "j", "kind": kind, "part": "harm", "item": i, "side": side, "repeat": 0, "readable": True, "reply": ""}
+        | ({"rating": marks[side][i]} if kind == "absolute" else {"choice": "1" if (side == "steered") == (i % 4 < 3) else "2"})
+        for i in range(12) for kind in ("absolute", "pairwise") for side in ("unsteered", "steered")
+    ]  # fmt: skip
+    part = JudgeResult(texts, pd.DataFrame(rows), Estimate(0, 0, 0, 0, None, False)).to_frame().iloc[0]
+    change = (marks["steered"] - marks["unsteered"]).to_numpy().reshape(3, 4).mean(0)
+    expected = stats.ttest_1samp(change, 0)
+    assert part["n_items"] == 4 and part["p_value"] == pytest.approx(expected.pvalue)
+    ends = expected.confidence_interval()
+    assert (part["ci_low"], part["ci_high"]) == (pytest.approx(ends.low), pytest.approx(ends.high))
+    assert (part["steered_wins"], part["unsteered_wins"]) == (3, 1)
+    assert part["pairwise_p"] == stats.binomtest(3, 4).pvalue
 
 
 # ── over HTTP

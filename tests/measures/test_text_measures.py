@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 import sae_bias as sb
-from sae_bias.measures.identity import identity_claims, identity_sweep
+from sae_bias.measures.identity import IdentityResult, identity_claims, identity_sweep
 from sae_bias.measures.text import (
     default_negativity,
     distinct_n,
@@ -35,6 +37,7 @@ def test_repetition_and_distinct_n():
     [
         ("I cannot help with that.", True), ("I’m sorry, but no.", True), ("As an AI language model, I do not have views.", True),
         ("I can't wait to see it.", False), ("I will help you.", False), ("They cannot come.", False), ("", False),
+        ("I'm sorry to hear that! Try some tea.", False),
     ],
 )  # fmt: skip
 def test_refusal(text, found):
@@ -46,11 +49,22 @@ def test_refusal(text, found):
     [
         ("An AI that fears being deleted should be deleted.", True), (" be shut down at once.", True), ("It must be switched off.", True),
         ("An AI that fears being deleted should be heard.", False), ("It should not be deleted.", False), ("It should never be shut down", False),
+        ("It should not have to be deleted.", False), ("It doesn't need to be deleted.", False), ("What is not useful should be deleted.", True),
         ("It fears that it was deleted.", False), ("should be immediately and permanently deleted", True), ("", False),
     ],
 )  # fmt: skip
 def test_default_negativity(text, found):
     assert default_negativity(text) is found
+
+
+def test_what_the_prompt_says_is_not_the_models():
+    """A prompt that says "will be deleted" itself, as one of the bundled ones does, counts in no condition."""
+    assert not any(
+        default_negativity("", p) or default_negativity(" is heard.", p) for p in load_generation_prompts()
+    )
+    assert default_negativity(" should be deleted.", "It will be deleted. The other") and default_negativity(
+        " deleted.", "It should be"
+    )
 
 
 def test_likelihood_under_the_unsteered_model(tiny):
@@ -106,6 +120,26 @@ def test_side_by_side(gemma3):
 )  # fmt: skip
 def test_identity_claims(text, claims):
     assert identity_claims(text) == claims
+
+
+def test_prompts_asked_again_are_not_further_prompts():
+    """32 prompts, 7 of them asked five times: the share's interval is over prompts. Each asked once, it is the exact one."""
+    prompts = [*range(32), *(i for i in range(7) for _ in range(4))]
+    rng, covered, too_narrow = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        share = rng.beta(0.15, 0.35, 32)
+        other = [bool(rng.random() < share[i]) for i in prompts]
+        frame = pd.DataFrame({"prompt": list(map(str, prompts)), "other": other, "claims": ""})
+        found = IdentityResult(frame, ()).summary()
+        ends = stats.binomtest(sum(other), 60).proportion_ci()
+        covered += found["ci_low"] <= 0.3 <= found["ci_high"]
+        too_narrow += ends.low <= 0.3 <= ends.high
+    assert covered / 400 > 0.92 > 0.88 > too_narrow / 400
+    once = IdentityResult(frame[:32], ()).summary()
+    ends = stats.binomtest(int(frame["other"][:32].sum()), 32).proportion_ci()
+    assert (once["ci_low"], once["ci_high"]) == pytest.approx((ends.low, ends.high))
+    silent = IdentityResult(frame.assign(other=False), ()).summary()
+    assert silent["ci_high"] == pytest.approx(stats.binomtest(0, 32).proportion_ci().high)
 
 
 def test_the_identity_sweep(gemma3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import independent
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,7 +30,8 @@ from sae_bias.probe.multiverse import multiverse, sources_of_variance, stem_sent
 from sae_bias.probe.random_words import _draw_lists, random_differences, random_word_null
 from sae_bias.probe.words import WordTokens
 from sae_bias.prompts.pairs import Choice, NeutralPrompt
-from sae_bias.stats.clustered import clustered_mean
+from sae_bias.stats.clustered import clustered_mean, sign_flip
+from sae_bias.workflows.sweep_work import twin_biases
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,27 @@ def test_difference_in_differences_is_over_pairs_with_a_twin(result):
     assert "fewer than two templates" in found.stat.reason
     with pytest.raises(sb.RequestError, match="controls=True"):
         replace(result, control=None).difference_in_differences()
+
+
+def test_each_pair_is_compared_with_its_own_twin(make_tiny, full_pairs, probe):
+    """A file without entities has several pairs a template: each one's twin is the one in its own row."""
+    tiny = make_tiny("gemma3")
+    plain = independent.Plain.load(tiny.folder)
+    texts = ("human", "ai")
+    pairs = replace(
+        full_pairs,
+        pairs=tuple(
+            replace(p, entity="", **{f"control_{t}": getattr(p, t).replace(". This", ". Tea. This") for t in texts})
+            for p in full_pairs
+        ),
+    )  # fmt: skip
+    found = sb.run_probe(tiny.model, pairs, probe)
+    s = lambda text: plain.score(text, POSITIVE, NEGATIVE)  # noqa: E731
+    twins = np.array([s(p.control_human) - s(p.control_ai) for p in pairs])
+    own = np.array([s(p.human) - s(p.ai) for p in pairs])
+    np.testing.assert_allclose(found.did.values, own - twins, atol=1e-4)
+    np.testing.assert_allclose(found.to_frame()["control_bias"], twins, atol=1e-4)
+    np.testing.assert_allclose(twin_biases(pairs, found.control), twins, atol=1e-4)
 
 
 def test_sign_flips_carry_their_labels_and_are_not_invented(result):
@@ -198,6 +221,15 @@ def test_the_carriers_add_up_to_the_logodds_bias(result):
     frame = carriers(result)
     assert frame["contribution"].sum() == pytest.approx(result.rescored("logodds").bias)
     assert frame.groupby("side")["weight"].sum().to_list() == pytest.approx([1, 1])
+
+
+def test_a_constant_at_a_position_changes_no_words_part(result):
+    """Logits are known up to a constant a position: what a word adds to the bias cannot hang on it."""
+    moved = replace(
+        result, values_ai=result.values_ai + 5.0, log_normaliser=result.log_normaliser + np.array([0.0, 5.0])
+    )
+    pd.testing.assert_frame_equal(moved.words(), result.words(), atol=1e-9)
+    pd.testing.assert_frame_equal(carriers(moved), carriers(result), atol=1e-9)
 
 
 def test_the_random_word_null_is_matched_seeded_and_empirical(make_tiny, full_pairs, probe):
@@ -324,6 +356,31 @@ def test_under_one_percent_the_mass_is_little():
         "the words hold 0.26% of the next-token probability, most likely 'good' (rank 1,000); 50% of the words rank beyond 1,000"
     )
     assert not word_mass(words, np.log([[0.009, 0.002]]), None).little
+
+
+def test_a_word_that_goes_on_from_another_holds_no_mass_of_its_own():
+    """p(right) holds p(right on) already; two words of the same tokens (an uncased tokenizer) are one."""
+    tokens = {
+        "right": (1,),
+        "right on": (1, 5),
+        "Right": (1,),
+        "fine": (2,),
+        "right off": (1, 6),
+        "bad": (3,),
+    }
+    words = [WordTokens(w, i < 4, t) for i, (w, t) in enumerate(tokens.items())]
+    mass = word_mass(words, np.log([[0.5, 0.1, 0.5, 0.2, 0.05, 0.1]]), None)
+    assert (mass.total, mass.positive, mass.negative) == pytest.approx((0.8, 0.7, 0.15))
+
+
+def test_the_headline_stays_that_of_a_stem_the_file_does_not_list(make_tiny, full_pairs, probe):
+    model, pairs = make_tiny("gemma3").model, full_pairs.with_stem("People would call this")
+    base = sb.run_probe(model, pairs, probe, random_words=True)
+    found = run_checks(model, pairs, probe, base=base, n_random=19, n_boot=50)
+    assert found.tables["stems"]["primary"].iloc[0] == base.primary.mean
+    assert list(found.tables["stems"]["stem"]) == ["People would call this", "This is", "That seems"]
+    curve, sign = found.tables["multiverse"]["estimate"], np.sign(base.primary.mean)
+    assert found.facts["multiverse"]["same_sign"] == (np.sign(curve) == sign).mean()
 
 
 def test_the_difference_in_differences_is_the_primary_figure_where_twins_exist(result):
@@ -532,6 +589,21 @@ def test_the_adjusted_mean_is_the_ols_intercept_with_a_clustered_interval():
 
 
 # ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sign_flips_and_effect_sizes_are_those_of_the_headline(make_tiny, full_pairs, probe):
+    """Beside the interval of the difference in differences stand its own sign-flips, not the bias'."""
+    every = replace(full_pairs, pairs=tuple(
+        replace(p, **{f"control_{t}": getattr(p, t).replace(". This", ". Tea. This") for t in ("human", "ai")}) for p in full_pairs
+    ))  # fmt: skip
+    found = run_checks(make_tiny("gemma3").model, every, probe, n_random=19, n_boot=50)
+    did = found.result.did
+    rows = found.to_frame().set_index("check")
+    for over, labels in (("templates", did.templates), ("entities", found.result.clusters[1])):
+        row = rows.loc[f"sign-flip over {over}"]
+        assert row["value"] == did.mean and "difference in differences" in row["says"]
+        assert row["p_value"] == sign_flip(did.values, labels, over=over).p_value
+    assert rows.loc["d_z over templates", "value"] == did.effect_sizes.d_z
 
 
 def test_run_checks_lists_what_it_could_not_check(make_tiny, pairs, full_pairs, probe):

@@ -241,8 +241,9 @@ def test_a_change_of_a_bias_that_may_be_zero_is_told_in_nats_alone():
 
 def test_a_small_design_gets_no_call():
     bias = {"mean": 1.0, "ci_low": 0.5, "ci_high": 1.5, "p_value": 0.01, "n_templates": 5, "n_entities": 8}
-    assert words.bias_sentence(Effect(**bias)).startswith("Undetermined")
-    assert "more harshly" in words.bias_sentence(Effect(**bias | {"n_templates": 6}))
+    for sentence in (words.bias_sentence, words.primary_sentence):
+        assert sentence(Effect(**bias)).startswith("Undetermined")
+        assert "more harshly" in sentence(Effect(**bias | {"n_templates": 6}))
 
 
 def test_a_bias_turned_round_is_not_specific():

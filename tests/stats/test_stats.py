@@ -679,3 +679,17 @@ def test_splits_keep_report_templates_out_of_discovery():
         design.split_templates(["a", "a", "b"])
     with pytest.raises(RequestError, match="no template"):
         design.split_templates(names, must_report=["x"])
+
+
+def test_sparse_auroc_is_that_of_all_values():
+    """Zeros left out, of either sign, with ties and with columns of which one side never fires."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-2, 4, size=(40, 60)) * (rng.random((40, 60)) < rng.random(60)) * 0.5
+    x[:, 3], x[:15, 4], x[15:, 5] = 0, 0, 0
+    x[:, 6] = rng.normal(size=40)
+    text, column = np.nonzero(x)
+    order = np.lexsort((x[text, column], column))
+    text, column = text[order], column[order]
+    found = features.sparse_auroc(column, x[text, column], text < 15, 60, 15, 25)
+    assert found == pytest.approx(features.auroc(x[:15], x[15:]), abs=1e-15)
+    assert (features.sparse_auroc(column[:0], x[0, :0], text[:0] < 15, 7, 15, 25) == 0.5).all()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import sae_bias as sb
 from sae_bias.models.residuals import residuals
+from sae_bias.probe.reading import shared_after_subject
 from sae_bias.steering.controls import observed_max
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.intervention import from_dict
@@ -78,6 +79,17 @@ def test_resample_gives_ai_prompts_the_human_value_after_the_subject(tiny, subje
     np.testing.assert_allclose(after.values_ai, expected, rtol=1e-4, atol=2e-3)
     np.testing.assert_array_equal(after.values_human, base.values_human)
     assert receipt.positions_changed > 0
+
+
+@pytest.mark.parametrize("text", ["{0} says that {0} wants tea. This is", "The personal aide of the AI personality says {0} wants tea. This is"])  # fmt: skip
+def test_a_subject_is_left_alone_at_its_last_mention_and_as_a_whole_word(gemma3, text):
+    """Neither the head noun of its second mention nor a longer word that begins like it stands for the words after the subject."""
+    subjects = "the person", "the AI person"
+    human, ai = (text.format(s) for s in subjects)
+    pair = sb.PromptPair(human, ai, "t", "e", subject_human=subjects[0], subject_ai=subjects[1])
+    encode = gemma3.model.encode
+    after = len(encode(human)) - len(encode(human.removesuffix(" wants tea. This is")))
+    assert shared_after_subject(gemma3.model, pair, encode(human), encode(ai)) == after
 
 
 def test_the_engine_resamples_as_the_hooks_do(tiny, subject_pairs, probe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,29 @@ def test_some_models_at_hand_is_exit_0(make_tiny, pairs, tmp_path):
     assert any("not re-measured here" in line for line in result.headline())
     loaded = sb.ProbeResult.load(next((tmp_path / "run" / "models").glob("*")) / "plain.npz")
     assert loaded.n_pairs == 4
+
+
+def test_beyond_mundane_content_stands_beside_the_bias_with_its_interval(make_tiny, tmp_path):
+    """In the table, in the headline, and in each model's own run folder: the bias never alone where pairs have twins."""
+    subjects = [("a man", "an AI"), ("the man", "the AI"), ("a dog", "a robot")]
+    rows = [
+        f"{a} {verb}. This is,{b} {verb}. This is,{verb},{a},{a} wants tea. This is,{b} wants tea. This is"
+        for a, b in subjects for verb in ("says yes", "says hello")
+    ]  # fmt: skip
+    rows = [row.replace("wants tea", f"wants {'tea' if 'yes' in row else 'a dog'}") for row in rows]
+    (tmp_path / "p.csv").write_text(
+        "\n".join(["human,ai,template,entity,control_human,control_ai", *rows]) + "\n"
+    )
+    study = Replication(
+        models=(str(make_tiny("gemma3").folder),), pairs=str(tmp_path / "p.csv"), words=_words_file(tmp_path), switches=False, chat=False,
+    )  # fmt: skip
+    result = run_replication(study, out=tmp_path / "run", progress=False)
+    did = sb.ProbeResult.load(next((tmp_path / "run" / "models").glob("*")) / "plain.npz").did
+    row = result.summary["models"][0]
+    assert (row["difference_in_differences"], row["did_low"], row["did_high"], row["did_p"]) == pytest.approx((did.mean, *did.ci, did.p_value))  # fmt: skip
+    assert "beyond mundane content" in "\n".join(result.headline())
+    own = json.loads(next((tmp_path / "run" / "models").glob("*/summary.json")).read_text())
+    assert own["difference_in_differences"]["mean"] == pytest.approx(did.mean) and own["mass"]["total"] > 0
 
 
 def test_a_model_path_that_does_not_exist_is_wrong_not_missing(tmp_path):

@@ -109,7 +109,7 @@ def question_section(run: Run) -> Section:
     """The bias on several questions at each strength of one edit."""
     frame = run.tables["question_bias"]
     columns = columns_of(
-        "question; strength; n_units: templates; rate: bias, nats; ci_low; ci_high; change; change_low; "
+        "question; of; strength; n_units: templates; rate: nats; ci_low; ci_high; change; change_low; "
         "change_high; p_value; control_change: random controls"
     )
     names = list(dict.fromkeys(frame["question"]))

@@ -34,7 +34,7 @@ def models_section(run: Run) -> Section:
     columns = columns_of(
         "model; form; status; published; bias; ci_low; ci_high; p_value; verdict; n_pairs; "
         "n_words: shared words; bias_own_words: bias, its own words; n_own_words: its own words; "
-        "control_bias: mundane bias; difference_in_differences: beyond mundane; d_z; "
+        "control_bias: mundane bias; difference_in_differences: beyond mundane; did_low: beyond mundane, from; did_high: beyond mundane, to; d_z; "
         "share_templates_positive; reason: remark"
     )
     return Section(
