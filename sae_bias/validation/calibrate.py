@@ -143,7 +143,7 @@ def calibrate(
             power.append(rows.assign(question=question))
             if name.removesuffix("-2") in SPARED:
                 marks.append(call_mark(statements, draws.grids, seed=seed, progress=progress))
-    marks += simulation_marks(n_candidates=max(draws.studies, 100))
+    marks += simulation_marks()
     if {"planted", "planted-gemma2"} <= set(organisms):
         first, second = "planted", "planted-gemma2"
         models = load_model(f"organism:{first}"), load_model(f"organism:{second}")
