@@ -29,6 +29,9 @@ OwnDraws = Annotated[
     int,
     typer.Option("--draws", min=20, help="Studies and grids drawn; the pass marks ask for at least 1,000."),
 ]
+LEARNED_COLUMNS = columns_of(
+    "sae; weights; kind; n_features: features; specific: specific reduction; beta: β; human_moved: human moved; kl_off: KL_off"
+)
 QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
 COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
 SAE_COLUMNS = columns_of(
@@ -95,6 +98,8 @@ def present(
     if "power" in found.tables:
         shown = power_table(found.tables["power"])
         console.table("Power by size", shown, {c: c for c in shown.columns})
+    if "learned" in found.tables:
+        console.table("Learned edits", found.tables["learned"], LEARNED_COLUMNS)
     if "saes" in found.tables:
         console.table("Trained SAEs", found.tables["saes"], SAE_COLUMNS)
     if out is not None:

@@ -60,6 +60,7 @@ def compare(
     directions and subspaces, matched controls, the opposite sign; each at all positions and at the last token alone. Also an instruction
     before every prompt. Directions and fits are found on discover templates, strengths chosen on tune, every figure is of report.
     """
+    from sae_bias.runs.effect_lines import cost_note
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, share_of, table_in_words
 
     pairs, feature, probe, split = run.pairs, run.feature, run.probe, run.split or {}
@@ -77,6 +78,8 @@ def compare(
     shown, columns = table_in_words(result.table)
     run.table(share_of(result.table).capitalize(), shown, columns)
     run.say(NOT_REACHED)
+    if note := cost_note(result.frame):
+        run.say(note)
     for line in _headline(result.table):
         run.say(line)
     run.say(repr(result.ridge))

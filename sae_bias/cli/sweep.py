@@ -215,7 +215,7 @@ def _edits(
 
 def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
     from sae_bias.core.text import signed
-    from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines, mismatch_lines
+    from sae_bias.runs.effect_lines import best_line, control_lines, cost_note, effect_lines, mismatch_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
@@ -225,6 +225,8 @@ def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wan
     )
     for line in effect_lines(summary, where):
         run.say(line)
+    if note := cost_note(frame):
+        run.say(note)
     if best := summary.get("best_strength"):
         run.say(best_line(best, where))
     if not held_out:

@@ -80,6 +80,7 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
             "estimate": row["specific_reduction"], "ci_low": row["spec_low"], "ci_high": row["spec_high"],
             "beta": row["beta"], "beta_other": row["beta_other"], "beta_ai": row["beta_ai"],
             "undefined": row["specific_reason"] or None,
+            **{f"did_{k}": row.get(c) for k, c in DID_SPECIFIC.items() if is_number(row.get("did_specific_reduction"))},
             "bank_changed": {"other": row["bank_changed_other"], "ai": row["bank_changed_ai"]},
         }  # fmt: skip
         out["costs"] = {
@@ -94,6 +95,9 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
         if is_number(row.get("kl_off")):
             out["costs"]["off"] = {"kl_mean": row["kl_off"], "kl_p95": row.get("kl_off_p95", NAN)}
     return out
+
+
+DID_SPECIFIC = {"estimate": "did_specific_reduction", "ci_low": "did_spec_low", "ci_high": "did_spec_high"}
 
 
 def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, Any]:

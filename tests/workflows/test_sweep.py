@@ -198,6 +198,18 @@ def test_specific_reduction_of_each_split_from_the_stored_scores():
     assert rows.loc["flat", "reduction"] == rows.loc["kept", "reduction"] == pytest.approx(0.5)
     assert rows.loc["kept", "bank_changed_ai"] == 0.0
     assert rows.loc["kept", "spec_low"] <= 0.5 <= rows.loc["kept", "spec_high"]
+    assert rows["did_specific_reduction"].isna().all()
+    for frame, left in (
+        (base, 0.0),
+        (flat, 0.0),
+        (kept, 0.3),
+    ):  # 0.5 of 1.0 are left, 0.2 of them beyond the twins
+        frame.attrs["twins"] = [b * left / 0.5 for b in frame["bias"]]
+    rows = cell_rows([_facts(n) for n in cells], cells, {"all": ["t0", "t1"]}, costs=True).set_index("cell")
+    assert rows.loc["kept", ["specific_reduction", "did_specific_reduction"]].tolist() == pytest.approx(
+        [0.5, 0.8]
+    )
+    assert rows.loc["kept", "did_spec_low"] <= 0.8 <= rows.loc["kept", "did_spec_high"]
 
 
 def _cell_frame(bias: list[float], facts: dict) -> pd.DataFrame:

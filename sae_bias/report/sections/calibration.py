@@ -43,9 +43,9 @@ def design_section(run: Run) -> Section:
     frame = run.tables["design"]
     lines = run.summary.calibration.lines if run.summary.calibration else ()
     columns = columns_of(
-        "design; n_templates; n_entities; n_matched_pairs: matched pairs; power; "
+        "design; question; n_templates; n_entities; n_matched_pairs: matched pairs; power; "
         "coverage: intervals that hold the truth; templates_needed: templates for 80%; "
-        "pairs_needed: pairs for 80%; smallest_bias: smallest bias, nats"
+        "pairs_needed: pairs for 80%; smallest_bias: smallest effect, nats"
     )
     return Section(
         "design",
@@ -61,7 +61,7 @@ def coverage_section(run: Run) -> Section:
     """Coverage of the intervals of drawn studies."""
     frame = run.tables["coverage"]
     columns = columns_of(
-        "organism; truth: truth, nats; analytic: analytic, nats; coverage: intervals that hold it; "
+        "organism; question; truth: truth, nats; analytic: analytic, nats; coverage: intervals that hold it; "
         "ci_low; ci_high; n_studies: studies; n_templates; n_entities; mean_width: mean width, nats"
     )
     return Section(
@@ -80,12 +80,13 @@ def power_sentence(frame: pd.DataFrame, power: float = 0.8) -> str:
     said = []
     for question, words in (
         ("bias", "{} templates for the bias"),
+        ("difference in differences", "{} for the difference in differences"),
         ("feature", "{} statement pairs for the planted feature"),
         ("trained", "{} for a trained SAE's"),
     ):
         rows = frame[(frame["question"] == question) & (frame["organism"] == "planted")]
         enough = _from_there_on(
-            rows[rows["n_entities"] == rows["n_entities"].max()] if question == "bias" else rows, power
+            rows[rows["n_entities"].isna() | (rows["n_entities"] == rows["n_entities"].max())], power
         )
         if enough is not None:
             said.append(words.format(enough))

@@ -10,6 +10,7 @@ from sae_bias.figures import sweep as sweep_figures
 from sae_bias.report import words
 from sae_bias.report.parts import Section, run_table
 from sae_bias.report.sections import SUPPRESSED, section
+from sae_bias.runs.effect_lines import cost_note
 from sae_bias.runs.folder import Run
 from sae_bias.runs.summary import StrengthFigure
 
@@ -84,6 +85,8 @@ def frontier_section(run: Run) -> Section:
         else None
     )
     takeaway = f"{words.cost_sentence(costs)} An intervention is better the further up and left it stands."
+    if note := cost_note(run.tables["sweep"]):
+        takeaway += f" Note: {note}."
     return Section("cost", "What it costs", takeaway, sweep_figures.frontier(run.tables["sweep"]), table)
 
 
@@ -161,10 +164,13 @@ def methods_section(run: Run) -> Section:
     curves = run.tables.get("compare_curves")
     if curves is not None and "split" in curves:
         curves = curves[curves["split"] == curves["split"].iloc[-1]]
+    said = _leader(frame, f"{at}_{levels[len(levels) // 2]}", levels[len(levels) // 2])
+    if curves is not None and (note := cost_note(curves)):
+        said += f" Note: {note}."
     return Section(
         "methods",
         "Other methods at the same cost",
-        _leader(frame, f"{at}_{levels[len(levels) // 2]}", levels[len(levels) // 2]),
+        said,
         None if curves is None else sweep_figures.methods_at_cost(curves),
         run_table(run, "compare", {k: v for k, v in columns.items() if k in rows}, rows),
         open_table=True,
