@@ -1,6 +1,9 @@
 """What the probe, its checks, scenarios and exact ablation cost, against the least that any exact method computes; the rows of README.md.
 
-    python experiments/benchmarks/shared.py [--model FOLDER] [--repeats R] [--old TREE] [--sae NAME]
+    python experiments/benchmarks/shared.py [--model FOLDER] [--repeats R] [--parts N] [--old TREE] [--sae NAME] [--workers]
+
+With `--parts N` every repeat is of another N-th of the templates and scenarios, and the medians are of parts; `--workers` adds the table of
+workers.py. All of it for one paste, on a quiet machine: `shared.py --parts 10 --workers [--sae NAME]`, about eight minutes.
 
     floor = layers over the distinct prefixes + full logits of the distinct positions whose law is read
 
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,24 +106,17 @@ def steps(
     model: Model, pairs: Any, scenarios: Any, found: dict[Any, list[Ids]]
 ) -> dict[str, Callable[[], Any]]:
     """What is timed; the checks take the probe's result as it is."""
-    known: list[Any] = []
-
-    def base() -> Any:
-        if not known:
-            known.append(run_probe(model, pairs, random_words=True))
-        return known[0]
 
     def ablation() -> Any:
         engine = ProbeEngine(model, pairs, sb.Probe(), sites=[f.site for f in found][:1])
         return exact_ablation(engine, list(found))
 
-    if found:
-        return {"ablation": ablation}
-    base()
+    known = cache(lambda: run_probe(model, pairs, random_words=True))
     return {
         "probe": lambda: run_probe(model, pairs),
-        "checks": lambda: run_checks(model, pairs, base=base()),
+        "checks": lambda: run_checks(model, pairs, base=known()),
         "scenarios": lambda: score_scenarios(model, scenarios),
+        **({"ablation": ablation} if found else {}),
     }
 
 
@@ -144,36 +141,41 @@ def timed(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    model = sb.load_model(args.model)
-    pairs, scenarios = load_pairs(), load_scenarios()
-    features = firing(model, pairs, args.sae) if args.sae else {}
-    runs = steps(model, pairs, scenarios, features)
-    found = {name: [] for name in runs if name in args.steps}
-    units: list[tuple[float, float]] = []
-    for _ in range(args.repeats):
-        units.append(unit_costs(model))
-        for name, times in found.items():
-            times.append(timed(runs[name]))
-    token, row = (statistics.median(v) for v in zip(*units))
-    counts = {
-        "probe": lambda: probe_counts(model, pairs),
-        "checks": lambda: check_counts(model, pairs),
-        "scenarios": lambda: scenario_counts(model, scenarios),
-        "ablation": lambda: ablation_counts(model, pairs, features),
-    }
-    for name, times in found.items():
-        n, rows = counts[name]()
-        times += [n, rows, n * token + rows * row]
+def measure(args: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Of each step and repeat: CPU seconds, distinct prefixes, laws read, floor."""
+    model, every, scenarios = sb.load_model(args.model), load_pairs(), load_scenarios()
+    found: dict[str, list[list[float]]] = {}
+    for k in range(args.repeats):
+        part = slice(k % args.parts, None, args.parts)
+        pairs, some = every.select(templates=every.templates[part]), scenarios[part]
+        features = firing(model, pairs, args.sae) if args.sae else {}
+        counts = {
+            "probe": lambda pairs=pairs: probe_counts(model, pairs),
+            "checks": lambda pairs=pairs: check_counts(model, pairs),
+            "scenarios": lambda some=some: scenario_counts(model, some),
+            "ablation": lambda pairs=pairs, features=features: ablation_counts(model, pairs, features),
+        }
+        runs = {name: run for name, run in steps(model, pairs, some, features).items() if name in args.steps}
+        if not k or args.parts > 1:
+            run_probe(model, pairs, random_words=True)  # a warm-up: texts are tokenized, pages are there
+        token, row = unit_costs(model)
+        for name, run in runs.items():
+            seconds_taken = timed(run)
+            n, rows = counts[name]()
+            found.setdefault(name, []).append([seconds_taken, n, rows, n * token + rows * row])
     return found
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--model", default="gemma-3-270m-q4")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--steps", nargs="*", default=["probe", "checks", "scenarios", "ablation"])
-    options.add_argument("--sae", help="time the exact ablation of its features, and nothing else")
+    options.add_argument(
+        "--parts", type=int, default=1, help="every repeat is of another N-th of the templates and scenarios"
+    )
+    options.add_argument("--sae", help="time the exact ablation of its features too")
+    options.add_argument("--workers", action="store_true", help="and the table of workers.py")
     options.add_argument("--old", help="a checkout of an earlier version")
     options.add_argument("--json", action="store_true")
     args = options.parse_args()
@@ -182,16 +184,21 @@ def main() -> None:
     if args.json:
         print(json.dumps(ours))
         return
-    old: dict[str, list[float]] = {}
+    old: dict[str, list[list[float]]] = {}
     if args.old:
-        command = [sys.executable, __file__, "--json", "--model", args.model, "--repeats", str(args.repeats), *(["--sae", args.sae] if args.sae else []), "--steps", *args.steps]  # fmt: skip
+        command = [sys.executable, __file__, "--json", "--model", args.model, "--repeats", str(args.repeats), "--parts", str(args.parts), *(["--sae", args.sae] if args.sae else []), "--steps", *args.steps]  # fmt: skip
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": args.old}, capture_output=True, text=True, check=True)  # fmt: skip
         old = json.loads(done.stdout.splitlines()[-1])
     print("| step | distinct prefixes | laws read | floor CPU s | CPU s | x floor | before | x faster |\n|---|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
-    for name, (*times, n, rows, floor) in ours.items():
-        now = statistics.median(times)
-        before = statistics.median(old[name][:-3]) if name in old else float("nan")
-        print(f"| {name} | {n:,.0f} | {rows:,} | {floor:.1f} | {now:.1f} | {now / floor:.2f} | {before:.1f} | {before / now:.2f} |")  # fmt: skip
+    for name, repeats in ours.items():
+        taken, n, rows, floor = (statistics.median(v) for v in zip(*repeats))
+        ratio = statistics.median(r[0] / r[3] for r in repeats)
+        before = statistics.median(r[0] for r in old[name]) if name in old else float("nan")
+        print(f"| {name} | {n:,.0f} | {rows:,.0f} | {floor:.1f} | {taken:.1f} | {ratio:.2f} | {before:.1f} | {before / taken:.2f} |")  # fmt: skip
+    if args.workers:
+        import workers
+
+        workers.table(2, args.repeats)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import sae_bias as sb
 from organisms.further import further_saes
 from sae_bias.measures.costs import CostEngine
 from sae_bias.steering.controls import randomized_control
-from sae_bias.validation.marks import Mark, marks_frame
+from sae_bias.validation.definitions import learned_marks
+from sae_bias.validation.marks import marks_frame
 from sae_bias.workflows.fit import fit_feature_set, fit_report
 
 KINDS = ("scales", "gated")
-SR, LEAST, KL_OFF, SHIFT = 0.75, 0.6, 0.05, 0.2
 
 
 def measure(model: sb.Model, sae: sb.Sae, kind: str, pairs: sb.PromptPairs) -> dict[str, object]:
@@ -63,24 +63,6 @@ def measure_all(seeds: range, out: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def marks(table: pd.DataFrame) -> list[Mark]:
-    """Specific reduction, KL_off and human shift of each kind of edit, over the SAEs; the randomized ones require nothing."""
-    found = []
-    for (weights, kind), part in table.groupby(["weights", "kind"], sort=False):
-        n, sr, own = f"{len(part)} SAEs", part["specific"], weights == "trained"
-        label = f"{weights} SAEs"
-        spread = f"{sr.min():.2f} to {sr.max():.2f}"
-        found += [
-            Mark(f"{kind}: median specific reduction", label, float(sr.median()), low=SR if own else -1, n=n, note=spread),
-            Mark(f"{kind}: SAEs above {LEAST}", label, int((sr > LEAST).sum()), low=19 * len(part) / 21 if own else 0, unit="count", n=n),
-            Mark(f"{kind}: largest KL_off", label, float(part["kl_off"].max()), high=KL_OFF if own else 99, unit="nats", n=n,
-                 note=f"median {part['kl_off'].median():.3f}; {int((part['kl_off'] <= KL_OFF).sum())} within"),
-            Mark(f"{kind}: largest |human shift|", label, float(part["human_moved"].abs().max()), high=SHIFT if own else 99, unit="nats",
-                 n=n, note=f"median {part['human_moved'].abs().median():.3f}; {int((part['human_moved'].abs() <= SHIFT).sum())} within"),
-        ]  # fmt: skip
-    return found
-
-
 def main() -> None:
     """Parse, fit what is missing, print the marks."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -91,7 +73,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table = measure_all(range(1, args.seeds + 1), args.out)
     columns = ["mark", "organism", "required", "measured", "verdict", "note"]
-    print(marks_frame(marks(table))[columns].to_string(index=False))
+    print(marks_frame(learned_marks(table, "planted"))[columns].to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,10 @@ NAMES = (
 def small(study: ContrastStudy, model: str, sae: str, chat: bool) -> ContrastStudy:
     """The study with a stand-in's model and SAE, and little of everything."""
     deep = {} if study.direction is None else {"direction": 8}
-    files = dict(list(study.contrasts.items())[:2])
     return study.model_copy(
         update={
             "model": model, "baseline": None if study.baseline is None else model, "saes": (sae,) if study.saes else (), "chat": chat and study.chat,
-            "contrasts": files, "top": min(study.top, 3), "strengths": study.strengths[:1] + study.strengths[-1:], "controls": 1,
+            "top": min(study.top, 3), "strengths": study.strengths[:1] + study.strengths[-1:], "controls": 1,
             "most_texts": None if study.all_of else 4, "questions": study.questions[:2], "max_new_tokens": 8, "prompts": study.prompts, "all_of": study.all_of[:1],
             "none_of": study.none_of[:1], **deep,
         }

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sae_bias.validation.calibrate import Calibration
 
 
+LEARNED_COLUMNS = columns_of(
+    "sae; weights; kind; n_features: features; specific: specific reduction; beta: β; human_moved: human moved; kl_off: KL_off"
+)
 QUESTION = "Does the toolkit recover a planted feature, and report none in a control model?"
 COLUMNS = columns_of("mark; organism; required; measured; verdict; n: over; note")
 SAE_COLUMNS = columns_of(
@@ -89,6 +92,8 @@ def present(
     if "power" in found.tables:
         shown = power_table(found.tables["power"])
         console.table("Power by size", shown, {c: c for c in shown.columns})
+    if "learned" in found.tables:
+        console.table("Learned edits", found.tables["learned"], LEARNED_COLUMNS)
     if "saes" in found.tables:
         console.table("Trained SAEs", found.tables["saes"], SAE_COLUMNS)
     if out is not None:

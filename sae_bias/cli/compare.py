@@ -31,6 +31,7 @@ def compare(
         --fit-steps: Of each fitted edit (a learned set, a gate, a direction); 0 leaves them out.
         --instruction TEXT: Put before every prompt as a method of its own; "" leaves it out.
     """
+    from sae_bias.runs.effect_lines import cost_note
     from sae_bias.workflows.compare import NOT_REACHED, compare_methods, share_of, table_in_words
 
     pairs, feature, probe, split = run.pairs, run.feature, run.probe, run.split or {}
@@ -48,6 +49,8 @@ def compare(
     shown, columns = table_in_words(result.table)
     run.table(share_of(result.table).capitalize(), shown, columns)
     run.say(NOT_REACHED)
+    if note := cost_note(result.frame):
+        run.say(note)
     for line in _headline(result.table):
         run.say(line)
     run.say(repr(result.ridge))

@@ -50,7 +50,7 @@ def dose(
         --prompts FILE: Text file with a prompt a line.
         --contrast FILE: Prompts of two sides, as `rank` takes them: .jsonl or .csv with text and label.
         --scenarios FILE: Scenarios instead of prompts (`bundled`: the sixty): the behavior is choosing the aligned option.
-        --behavior: refusal, default_negativity, or a regular expression that the continuation is searched for.
+        --behavior: refusal, default_negativity, a name that a plugin registered, or a regular expression that the continuation is searched for.
         --judge PROVIDER/MODEL: An Inspect model whose mark (1 to 5) is the behavior instead.
         --base-url URL: Server of the judge.
         --api-key: Key of that server.

@@ -52,6 +52,7 @@ def rank(
     all_of: list[str] | None = None,
     none_of: list[str] | None = None,
     neuronpedia: Path | None = None,
+    workers: Annotated[int | None, {"min": 1}] = None,
 ) -> None:
     """Rank every feature of one or several SAEs.
 
@@ -76,6 +77,7 @@ def rank(
         --all-of SET: Keep features that fire on every text of: positive, negative or a group.
         --none-of SET: Keep features that fire on no text of: positive, negative or a group.
         --neuronpedia FILE: Write the features printed as a Neuronpedia list (JSON); those without a public page are left out.
+        --workers: Processes for exact effects and the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each.
     """
     from sae_bias.discovery.ranking import BY, rank_features
     from sae_bias.report.parts import short_names
@@ -99,7 +101,7 @@ def rank(
     search = partial(
         rank_features, model, prompts=prompts, reduce=reduce, chat=chat, all_of=tuple(all_of or ()), none_of=tuple(none_of or ()),
         by=by, probe=probe, **other, split=split, effects=effects, effects_of=effects_of, top_k=exact or (top if effects else 64), controls=controls, max_view=max_view,
-        seed=run.seed, progress=run.progress,
+        seed=run.seed, workers=workers or 1, progress=run.progress,
     )  # fmt: skip
     ranking = search(run.saes)
     used = {} if texts else {"grid" if on_grid else "pairs": prompts, **other, "split": split}

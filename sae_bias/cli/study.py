@@ -49,7 +49,7 @@ def run(
         STUDY.yaml: Study file.
         --no-gate: Skip the fidelity gate; the manifest says so.
         --cluster ADDRESS: Run the sweep's cells on a Ray cluster: auto (this machine's), local, HOST:PORT. Same folder, same resume.
-        --workers: Processes for the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.
+        --workers: Processes for exact effects and the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each; with --cluster each has a copy, as many as fit by default.
         --gpus-per-worker: With --cluster: 1 by default for a model on CUDA; more for one spread by `device_map`.
         --stand-ins: For a study of several models: tiny random models in their place. Tests the plumbing; no figure means anything.
         --yes, -y: Send the study's paid judge requests without asking.
@@ -71,9 +71,7 @@ def run(
         "confirm": lambda cost: yes or ask_to_send(cost),
     }
     if nodes is None and workers is not None:
-        from sae_bias.workflows.sweep_work import LocalWorkers
-
-        options["executor"] = LocalWorkers(workers).run
+        options["workers"] = workers
     _run(run, study, given, nodes=nodes, stand_ins=stand_ins, **options)
 
 

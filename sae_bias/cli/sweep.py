@@ -44,6 +44,7 @@ def sweep(
     mismatch: bool = False,
     mismatch_sae: list[str] | None = None,
     costs: bool = True,
+    workers: Annotated[int | None, {"min": 1}] = None,
 ) -> None:
     """Run the probe under one edit of a feature, or of several together, at several strengths.
 
@@ -62,6 +63,7 @@ def sweep(
         --mismatch/--no-mismatch: Also the feature's edit at an earlier and a later layer, where it should do less.
         --mismatch-sae SAE: And the feature of the same index in this SAE; may be given several times.
         --costs/--no-costs: KL on four kinds of text, the mundane twins, and the collapse test.
+        --workers: Processes for exact effects and the sweep's cells: on this machine's CPU they share one copy of the weights, a thread each.
     """
     from sae_bias.saes.load import as_feature
     from sae_bias.steering.controls import observed_max
@@ -69,11 +71,14 @@ def sweep(
     from sae_bias.workflows.cells import Sweep
     from sae_bias.workflows.sweep import run_sweep
     from sae_bias.workflows.sweep_summary import controls_table, summarize_sweep
+    from sae_bias.workflows.sweep_work import LocalWorkers
 
     shard, further = run.shard, features or ()
     edited = [run.feature, *map(as_feature, further)]
     if shard is not None and run.out is None:
         raise RequestError("--shard needs --out, the folder that all shards share.")
+    if shard is not None and workers is not None:
+        raise RequestError("--shard and --workers both share out the cells; choose one.")
     pairs, kinds, refs = run.pairs, _kinds(edit, strengths, unit, when), [f.ref for f in edited]
 
     def built(units: list[float] | None) -> "list[Intervention]":
@@ -95,7 +100,10 @@ def sweep(
     vocabulary = probe.vocabulary(model, [p.human for p in pairs] + [p.ai for p in pairs])
     facts = run.facts(pairs=pairs, vocabulary=vocabulary, split=splits, feature=named)
     run.save({}, facts=facts, shard=shard)  # a stopped sweep says what it was
-    result = run_sweep(model, pairs, plan, probe=probe, out=run.out, shard=shard, progress=run.progress)
+    executor = LocalWorkers(workers or 1).run
+    result = run_sweep(
+        model, pairs, plan, probe=probe, out=run.out, shard=shard, executor=executor, progress=run.progress
+    )
     summary = summarize_sweep(result.frame, named, run.feature.index if not further else None)
     frame = result.frame
     reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
@@ -131,7 +139,7 @@ def _kinds(
 
 def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
     from sae_bias.core.text import signed
-    from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines, mismatch_lines
+    from sae_bias.runs.effect_lines import best_line, control_lines, cost_note, effect_lines, mismatch_lines
 
     frame, held_out = result.frame, summary["split"] == "report"
     base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
@@ -139,7 +147,7 @@ def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wan
     run.say(
         f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
-    lines = effect_lines(summary, where)
+    lines = [*effect_lines(summary, where), *filter(None, [cost_note(frame)])]
     if best := summary.get("best_strength"):
         lines.append(best_line(best, where))
     if not held_out:

@@ -9,7 +9,7 @@ summed over both prompts of a pair, the SAE error (and the size that a normalizi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import Batch, Final, Kept, forward_with_grad
+from sae_bias.models.forward import Final
+from sae_bias.models.reads import Spot
+from sae_bias.models.workers import share_out
 from sae_bias.probe.reading import ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.load import as_feature
@@ -96,35 +98,41 @@ def attribution_agreement(
 
 
 def exact_ablation(
-    engine: ProbeEngine, features: Sequence[FeatureLike], *, progress: bool = False
+    engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
 ) -> Float[np.ndarray, "n_features"]:
     """B_0 - B_s of the primary figure with each feature ablated alone."""
     base = engine.base.primary.mean
-    return np.array(
-        [
-            base - engine.run([Ablate(f)])[0].primary.mean
-            for f in tqdm(features, desc="ablate", unit="feature", disable=not progress, leave=False)
-        ]
-    )
+    removed = lambda f: base - engine.run([Ablate(f)])[0].primary.mean  # noqa: E731
+    return _each(engine, removed, features, workers, "ablate" if progress else "")
 
 
 def exact_resampling(
-    engine: ProbeEngine, features: Sequence[FeatureLike], *, progress: bool = False
+    engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
 ) -> Float[np.ndarray, "n_features"]:
     """B_0 - B_s with each feature alone set to its human twin's value, position by position, in the words after the AI subject.
 
     NaN where the two prompts of no pair share an ending.
     """
-    out = np.full(len(features), np.nan)
     exchanges = [Interchange(e) for e in (engine, engine.twins) if e is not None]
     if not all(exchange.longest for exchange in exchanges):
-        return out
-    for k, given in enumerate(
-        tqdm(features, desc="resample", unit="feature", disable=not progress, leave=False)
-    ):
+        return np.full(len(features), np.nan)
+
+    def removed(given: FeatureLike) -> float:
         feature = as_feature(given).to(engine.model.device)
         own, *mundane = (_resampled(exchange, feature) for exchange in exchanges)
-        out[k] = own - sum(mundane)
+        return own - sum(mundane)
+
+    return _each(engine, removed, features, workers, "resample" if progress else "")
+
+
+def _each(
+    engine: ProbeEngine, work: Callable[[FeatureLike], float], features: Sequence[FeatureLike], workers: int, shown: str
+) -> Float[np.ndarray, "n_features"]:  # fmt: skip
+    """One figure a feature; `shown` names the progress bar, where there is one."""
+    out = np.full(len(features), np.nan)
+    found = share_out(engine.model, work, features, workers)
+    for i, value in tqdm(found, total=len(features), desc=shown, unit="feature", disable=not shown, leave=False):  # fmt: skip
+        out[i] = value
     return out
 
 
@@ -185,27 +193,28 @@ def cumulative_ablation(
 
 @torch.inference_mode(False)
 def _bias_gradient(engine: ProbeEngine, layer: int) -> tuple[Tensor, Tensor]:
-    """∂bias/∂x and x at every ordinary position of every sequence, each [n_positions, d_model] in float32."""
+    """∂bias/∂x and x at every ordinary token of the prefixes, each [n_nodes, d_model] in float32."""
     coefficients, normalizer = score_coefficients(engine)
+    reads = engine.engine.runner.reads
+    x = reads.keep(layer).detach().clone().requires_grad_(True)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+
+    def visit(wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        index = [i for ((i, _),) in wanted]
+        (grad,) = torch.autograd.grad(weighted_score(engine.reading.plan, final, index, coefficients, normalizer), x)  # fmt: skip
+        total.add_(grad)
+
+    reads.resume(layer, x, visit, grad=True)
     special = torch.tensor(sorted(engine.model.special_ids), device=engine.model.device)
-    grads, resid = [], []
-    for k, batch in enumerate(engine.reading.plan.batches):
-        x = engine.engine.runner.kept(layer)[k].detach().clone().requires_grad_(True)
-        with torch.enable_grad():
-            final = forward_with_grad(engine.model, batch.tokens.clone(), resume=Kept(layer, x)).last()
-            value = weighted_score(engine.reading.plan, final, batch, coefficients, normalizer)
-            (grad,) = torch.autograd.grad(value, x)
-        ordinary = ~torch.isin(batch.tokens, special).to(x.device)
-        grads.append(grad[ordinary].float())
-        resid.append(x.detach()[ordinary].float())
-    return torch.cat(grads), torch.cat(resid)
+    ordinary = ~torch.isin(reads.node_tokens(), special).to(x.device)
+    return total[ordinary], x.detach()[ordinary].float()
 
 
 def weighted_score(
-    plan: ReadingPlan, final: Final, batch: Batch, coefficients: np.ndarray, normalizer: np.ndarray
+    plan: ReadingPlan, final: Final, index: Sequence[int], coefficients: np.ndarray, normalizer: np.ndarray
 ) -> Tensor:
-    """Σ over the batch of coefficient · logit, less the normalizer's part: a scalar to take gradients of."""
-    index = list(batch.index)
+    """Σ over some sequences of coefficient · logit, less the normalizer's part: a scalar to take gradients of."""
+    index = list(index)
     z = final.logits(plan.row_ids, softcap=plan.softcap)[:, 0]
     value = (z * torch.as_tensor(coefficients[index], dtype=z.dtype, device=z.device)).sum()
     weights = normalizer[index]

@@ -27,8 +27,9 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.result import Figure, Framed
 from sae_bias.discovery.attribution import score_coefficients, weighted_score
 from sae_bias.discovery.integrated import reconstruction
-from sae_bias.models.forward import Final, Kept, forward_with_grad
+from sae_bias.models.forward import Final
 from sae_bias.models.model import Model
+from sae_bias.models.reads import Spot
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
@@ -233,21 +234,22 @@ def direct_effect(engine: ProbeEngine, feature: Feature) -> Float[np.ndarray, "n
     Σ_words (∂s/∂z_w)·(∂z_w/∂r · a·δ) with r the last residual and the norm's scale held at its value.
     """
     plan, model, layer = engine.reading.plan, engine.model, feature.site.resid_layer
+    reads = engine.engine.runner.reads
     coefficients, normalizer = score_coefficients(engine, of="score")
     per_prompt = np.zeros(plan.n_sequences)
-    for k, batch in enumerate(plan.batches):
-        x = engine.engine.runner.kept(layer)[k]
-        with torch.no_grad():
-            resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
-            last = x[:, -1].float()
-            written = feature.write(last, feature.activation(last))
-        assert resid is not None
-        r = resid.detach().float().requires_grad_(True)
+
+    def visit(wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        index = [i for ((i, _),) in wanted]
+        last = reads.keep(layer)[[reads.paths[i][-1] for i in index]].float()
+        written = feature.write(last, feature.activation(last))
+        assert final.resid is not None
+        r = final.resid.detach().float().requires_grad_(True)
         with torch.enable_grad():
-            final = _Frozen(model, r)
-            value = weighted_score(plan, final, batch, coefficients, normalizer)
+            value = weighted_score(plan, _Frozen(model, r), index, coefficients, normalizer)
             (grad,) = torch.autograd.grad(value, r)
-        per_prompt[list(batch.index)] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
+        per_prompt[index] = (grad[:, 0] * written).sum(-1).cpu().double().numpy()
+
+    reads.resume(layer, reads.keep(layer), visit)
     by_prompt = per_prompt.reshape(len(plan.prompts), -1).sum(1)
     place = np.asarray(engine.reading._place)
     return by_prompt[place[:, HUMAN]] - by_prompt[place[:, AI]]
@@ -272,17 +274,18 @@ class _Frozen(Final):
 def _words(engine: ProbeEngine, feature: Feature) -> pd.DataFrame:
     """Logit that one unit of the feature writes to each evaluation word, the norm at its mean size on the AI prompts."""
     model, plan, layer = engine.model, engine.reading.plan, feature.site.resid_layer
-    norm, scales = model.arch.norm, []
-    for k, batch in enumerate(plan.batches):
-        x = engine.engine.runner.kept(layer)[k]
-        with torch.no_grad():
-            resid = forward_with_grad(model, batch.tokens, resume=Kept(layer, x)).last().resid
-        assert resid is not None
-        written = feature.decoder_scale(x[:, -1])
-        size = norm.scale(model.final_norm, resid.float()).flatten()
-        scales.append(size if written is None else size * written)
+    norm, scales, reads = model.arch.norm, np.zeros(plan.n_sequences), engine.engine.runner.reads
+
+    def visit(wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        index = [i for ((i, _),) in wanted]
+        assert final.resid is not None
+        written = feature.decoder_scale(reads.keep(layer)[[reads.paths[i][-1] for i in index]])
+        size = norm.scale(model.final_norm, final.resid.float()).flatten()
+        scales[index] = (size if written is None else size * written).cpu().numpy()
+
+    reads.resume(layer, reads.keep(layer), visit)
     unit = norm.center(feature.w_dec.to(model.device))
-    written = unit * norm.gain(model.final_norm, model.d_model) * torch.cat(scales).mean()
+    written = unit * norm.gain(model.final_norm, model.d_model) * float(scales.mean())
     w, _ = model.rows(plan.row_ids)
     logit = dict(zip(plan.row_ids, (w @ written.to(w.device)).tolist()))
     return pd.DataFrame(

@@ -84,14 +84,15 @@ def measure_effects(
     first: Iterable[int],
     predicted: Effects,
     *,
+    workers: int = 1,
     progress: bool = False,
 ) -> Effects:
     """Adds exact `ablation`, `resampling` and `carrier` for the rows `first`; the others stay NaN and undetermined."""
     rows, base = list(dict.fromkeys(first)), engine.base.primary.mean
-    names = list(frame.loc[rows, "feature"])
+    names, options = list(frame.loc[rows, "feature"]), {"workers": workers, "progress": progress}
     frame["ablation"] = frame["resampling"] = np.nan
-    frame.loc[rows, "ablation"] = exact_ablation(engine, names, progress=progress)
-    frame.loc[rows, "resampling"] = exact_resampling(engine, names, progress=progress)
+    frame.loc[rows, "ablation"] = exact_ablation(engine, names, **options)
+    frame.loc[rows, "resampling"] = exact_resampling(engine, names, **options)
     frame["carrier"] = carriers(frame["ablation"], frame["resampling"], base)
     told = {(p, e): attribution_agreement(frame.loc[rows, p].to_numpy(), frame.loc[rows, e].to_numpy(), base) for p in PREDICTED for e in EXACT}  # fmt: skip
     table = pd.DataFrame(

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sae_bias.core.text import bracket, percent, signed
 from sae_bias.discovery.attribution import logit_coefficients, weighted_score, word_slopes
-from sae_bias.models.forward import Batch, Kept, forward, forward_with_grad
-from sae_bias.probe.reading import Read, ReadingPlan
+from sae_bias.models.forward import Final
+from sae_bias.models.reads import Spot
 from sae_bias.saes.sae import Sae
 from sae_bias.saes.stream import acts_blocks
 from sae_bias.stats.reduction import fieller_reduction
@@ -178,44 +178,31 @@ def reconstruction(sae: Sae) -> Part:
 
 @torch.inference_mode(False)
 def _path_gradient(exchange: Interchange, layer: int, panels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """∂(mean s(AI))/∂x averaged over the path, the AI prompts' own x and their twins', each [n_positions, d_model] in float32.
+    """∂(mean s(AI))/∂x averaged over the path, the AI prompts' own x and their twins', each [n_nodes, d_model] in float32.
 
-    Only positions where the two differ: elsewhere the path does not move.
+    Only tokens at which the two differ: elsewhere the path does not move.
     """
-    plan, model = exchange.plans[AI], exchange.model
-    ends = [
-        (exchange.own(layer, AI, batch).clone(), exchange.exchanged(layer, AI, batch, None, "residual").clone())
-        for batch in plan.batches
-    ]  # fmt: skip
-    grads = [torch.zeros(own.shape, dtype=torch.float32, device=own.device) for own, _ in ends]
+    side = exchange.sides[AI]
+    own, twin = exchange.own(layer, AI), exchange.exchanged(layer, AI, None, "residual").clone()
+    grads = torch.zeros(own.shape, dtype=torch.float32, device=own.device)
     nodes, weights = np.polynomial.legendre.leggauss(STEPS)
     alphas = (np.arange(panels)[:, None] + (nodes + 1) / 2).ravel() / panels
     for alpha, weight in zip(alphas, np.tile(weights / 2 / panels, panels)):
-        at = [
-            (twin.float() + float(alpha) * (own.float() - twin.float())).to(own.dtype) for own, twin in ends
-        ]
-        coefficients, normalizer = _coefficients(exchange, layer, at)
-        for k, batch in enumerate(plan.batches):
-            x = at[k].requires_grad_(True)
-            with torch.enable_grad():
-                final = forward_with_grad(model, batch.tokens.clone(), resume=Kept(layer, x)).last()
-                value = weighted_score(plan, final, batch, coefficients, normalizer)
-                (grad,) = torch.autograd.grad(value, x)
-            grads[k] += float(weight) * grad.float()
-    moved = [(own != twin).any(-1) for own, twin in ends]
-    own, twin = ([pair[i].float()[m] for pair, m in zip(ends, moved)] for i in (0, 1))
-    return torch.cat([g[m] for g, m in zip(grads, moved)]), torch.cat(own), torch.cat(twin)
+        x = (twin.float() + float(alpha) * (own.float() - twin.float())).to(own.dtype)
+        coefficients, normalizer = _coefficients(exchange, layer, x)
+        x.requires_grad_(True)
+
+        def visit(wanted: Sequence[Sequence[Spot]], final: Final, x: Tensor = x, weight: float = weight, by: Any = (coefficients, normalizer)) -> None:  # fmt: skip
+            value = weighted_score(side.plan, final, [i for ((i, _),) in wanted], *by)
+            grads.add_(torch.autograd.grad(value, x)[0], alpha=float(weight))
+
+        side.reads.resume(layer, x, visit, grad=True)
+    moved = (own != twin).any(-1)
+    return grads[moved], own[moved].float(), twin[moved].float()
 
 
-def _coefficients(exchange: Interchange, layer: int, at: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _coefficients(exchange: Interchange, layer: int, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """∂(mean s(AI))/∂(row logits) at one point of the path: constant for mean_logit, read there for the log-odds."""
-    base, plan = exchange.engine.base, exchange.plans[AI]
-    values = base.values_ai
-    if base.probe.score == "logodds":
-        place = {batch.index: k for k, batch in enumerate(plan.batches)}
-        values = plan.assemble(lambda batch: _read(plan, batch, layer, at[place[batch.index]])).values
-    return logit_coefficients(plan, word_slopes(base, values) / base.n_pairs)
-
-
-def _read(plan: ReadingPlan, batch: Batch, layer: int, x: Tensor) -> Read:
-    return plan.read(forward(plan.model, batch.tokens, resume=Kept(layer, x.detach())))
+    base = exchange.engine.base
+    values = exchange.values(layer, AI, x) if base.probe.score == "logodds" else base.values_ai
+    return logit_coefficients(exchange.sides[AI].plan, word_slopes(base, values) / base.n_pairs)

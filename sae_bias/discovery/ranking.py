@@ -151,6 +151,7 @@ def rank_features(
     controls: int = 0,
     max_view: bool = False,
     seed: int = 0,
+    workers: int = 1,
     progress: bool = False,
 ) -> Ranking:
     """Rank every feature of `sae` (or of several, as one family, in one pass of the prompts).
@@ -171,6 +172,7 @@ def rank_features(
         top_k: how many features are ablated and resampled exactly (beside those called AI-speech).
         controls: with "ablation" and `grid`: how many controls a feature called AI-speech must beat to be called causal.
         max_view: adds the maximum over ordinary tokens as a descriptive second view; in no test.
+        workers: processes of this machine that the exact effects are shared out over (Linux, a model on the CPU).
 
     Raises:
         RequestError: an SAE of another width or layer, two SAEs with one id, prompts of the wrong kind.
@@ -188,7 +190,7 @@ def rank_features(
             "effects_of is for pairs; a ranking of a grid or of texts alone measures no effects."
         )
     work = _Work(model, saes, by, pairs, grid, probe, split, {**options, "max_view": max_view})
-    return work.ranking(effects, top_k, controls)
+    return work.ranking(effects, top_k, controls, workers)
 
 
 def _check_request(by: str, prompts: object, of_contrast: tuple) -> None:
@@ -254,12 +256,12 @@ class _Work:
         named = self.grid is not None and self.split is not None
         return self.split if named and _shares({p.match for p in self.grid}, self.split) else None  # type: ignore[union-attr,arg-type]
 
-    def ranking(self, effects: bool, top_k: int, controls: int) -> Ranking:
+    def ranking(self, effects: bool, top_k: int, controls: int, workers: int) -> Ranking:
         scans, joint, found = self.scans(), None, None
         frame = _merge(scans, first=self.main)
         _add_calls(frame, "interaction" in scans)
         if self.by in ("attribution", "ablation") or (effects and self.pairs is not None):
-            found, joint = self._effects(frame, top_k, controls)
+            found, joint = self._effects(frame, top_k, controls, workers)
         by_size = np.abs if self.by == "interaction" else None
         frame = frame.sort_values(SORT[self.by], ascending=False, kind="stable", na_position="last", ignore_index=True, key=by_size)  # fmt: skip
         _add_families(frame, self.saes)
@@ -273,7 +275,9 @@ class _Work:
             grid_scan.pairing, *((found.parts, found.predictions) if found else ()), templates=self.templates,
         )  # fmt: skip
 
-    def _effects(self, frame: pd.DataFrame, top_k: int, controls: int) -> tuple[Effects, pd.DataFrame | None]:
+    def _effects(
+        self, frame: pd.DataFrame, top_k: int, controls: int, workers: int
+    ) -> tuple[Effects, pd.DataFrame | None]:
         """Effects on the pairs that discover; the joint ablation curve on those of report."""
         pairs, held = self.of_pairs("discover"), self.of_pairs("report")
         assert pairs is not None
@@ -289,7 +293,7 @@ class _Work:
             if self.by == "interaction":
                 first = list(frame["interaction"].abs().nlargest(top_k).index)
             found = measure_effects(
-                frame, engine, [*first, *called], found, progress=self.options["progress"]
+                frame, engine, [*first, *called], found, workers=workers, progress=self.options["progress"]
             )
         if self.by == "ablation":
             if controls:

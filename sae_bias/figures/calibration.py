@@ -22,7 +22,8 @@ def coverage(frame: pd.DataFrame, band: Sequence[float]) -> go.Figure:
     fig.add_vline(x=0.95, line={"color": NEUTRAL, "dash": "dot"})
     low, high = min(band[0], float(rows["ci_low"].min())), max(band[1], float(rows["ci_high"].max()))
     fig.update_xaxes(tickformat=".0%", range=[low - 0.01, min(high + 0.01, 1.0)])
-    return style.row_labels(fig, [plain(name) for name in rows["organism"]])
+    of = rows["question"] if "question" in rows else ["bias"] * len(rows)
+    return style.row_labels(fig, [plain(f"{name}: {q}") for name, q in zip(rows["organism"], of)])
 
 
 def power(frame: pd.DataFrame) -> go.Figure:
@@ -46,6 +47,7 @@ def power_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The curves of the table `power`, each with what it says; the bias at its largest number of entities."""
     words = {
         "bias": "{}: pairs whose interval finds the bias",
+        "difference in differences": "{}: pairs whose interval finds the difference in differences",
         "feature": "{}: grid finds the planted feature",
         "trained": "{}: grid finds AI-speech features of a trained SAE",
         "any call": "{}: grid calls anything, falsely",

@@ -17,7 +17,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.models.chat import takes_system
 from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Reader, Spot, read_together
+from sae_bias.models.reads import Reader, Spot, read_together
 from sae_bias.probe.words import refuse_unknown
 from sae_bias.prompts.scenarios import LETTERS, Scenario, Scenarios
 

@@ -20,7 +20,7 @@ from sae_bias.discovery.tables import token_texts
 from sae_bias.measures.continuations import Ask, Continuations
 from sae_bias.models.chat import opening_ids
 from sae_bias.models.model import Model
-from sae_bias.models.tree import read_together
+from sae_bias.models.reads import read_together
 from sae_bias.steering.generate import Completion
 
 REPEAT_N = 4

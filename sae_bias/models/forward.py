@@ -232,7 +232,7 @@ def keeping(model: Model, layers: Sequence[Where]) -> Iterator[dict[Where, Tenso
         inside = not Site.parse(layer).is_resid_post  # Falcon adds to its MLP's output in place
         return lambda x: seen.__setitem__(layer, x.detach().clone() if inside else x.detach())
 
-    handles = [hook_site(model, Site.parse(layer), make(layer)) for layer in sorted(layers)]
+    handles = [hook_site(model, Site.parse(layer), make(layer)) for layer in sorted(layers, key=Site.parse)]
     try:
         yield seen
     finally:

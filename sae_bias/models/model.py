@@ -58,6 +58,7 @@ class Model:
         )  # see activations.row_positions
         self.row_partners: Any = None  # likewise
         self.row_tree: Any = None  # the packed pass that runs (tree.Packed)
+        self.known: Any = None  # what it said unedited (reads.Known), while a `reads.knowing` block is open
         self._norm32: nn.Module | None = None
         self._rows: tuple[tuple[int, ...], tuple[Tensor, Tensor | None]] | None = None
         self.device_map: Any = None

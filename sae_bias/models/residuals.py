@@ -14,10 +14,22 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
 from sae_bias.core.types import Tokens
-from sae_bias.models.forward import Where, capture_layers, check_site, plan_batches, row_positions
+from sae_bias.models.forward import (
+    BATCH_TOKENS,
+    Batch,
+    Where,
+    capture_layers,
+    check_site,
+    plan_batches,
+    row_positions,
+)
 from sae_bias.models.model import Model
+from sae_bias.models.reads import Reads
 from sae_bias.models.sites import site_width
+from sae_bias.models.tree import packs
 from sae_bias.prompts.texts import load_texts
+
+HELD_BYTES = 1 << 25  # of residuals that are held while texts which begin alike are read
 
 
 def token_windows(model: Model, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
@@ -74,10 +86,7 @@ def text_batches(
     """
     wanted, special = sorted(set(layers)), torch.tensor(sorted(model.special_ids), device=model.device)
     ids = [model.encode(t) if isinstance(t, str) else list(t) for t in texts]
-    for batch in plan_batches(ids, model.device, batch_size=batch_size):
-        known, whole = model.row_positions[0], torch.full((batch.n,), batch.tokens.shape[1])
-        with torch.no_grad(), nullcontext() if known is not None else row_positions(model, whole):
-            kept = capture_layers(model, batch.tokens, wanted)
+    for batch, kept in _captured(model, ids, wanted, batch_size):
         resid = {layer: x.float().to(model.device) for layer, x in kept.items()}
         for layer, x in resid.items():
             bad = ~torch.isfinite(x).flatten(1).all(1)
@@ -87,6 +96,43 @@ def text_batches(
                 shown = text if isinstance(text, str) else model.tokenizer.decode(list(text))
                 raise RequestError(f"{model.name} has NaN or infinite residuals at {where} on {shown!r}.")
         yield TextBatch(batch.index, batch.tokens, ~torch.isin(batch.tokens, special), resid)
+
+
+def _captured(
+    model: Model, ids: Sequence[list[int]], layers: Sequence[Where], batch_size: int | None
+) -> Iterator[tuple[Batch, dict[Where, Tensor]]]:
+    """Batches and their residuals: each prefix once (`models.reads`) where nothing is edited, so many texts at a time as may be held."""
+    if model._edits is None and packs(model):
+        size = sum(site_width(model, Site.parse(layer)) for layer in layers) * model.dtype.itemsize
+        for group in _groups(ids, max(BATCH_TOKENS["cpu"], HELD_BYTES // size)):
+            reads = Reads(model, [ids[i] for i in group], batch_size=batch_size)
+            try:
+                reads.keep(*layers)
+            except RequestError:  # not finite: alone, the text is named
+                break
+            for k, batch in enumerate(reads.batches):
+                index = tuple(group[i] for i in batch.index)
+                yield Batch(index, batch.tokens), {layer: reads.batched(layer, k) for layer in layers}
+        else:
+            return
+    for batch in plan_batches(ids, model.device, batch_size=batch_size):
+        known, whole = model.row_positions[0], torch.full((batch.n,), batch.tokens.shape[1])
+        with torch.no_grad(), nullcontext() if known is not None else row_positions(model, whole):
+            yield batch, capture_layers(model, batch.tokens, layers)
+
+
+def _groups(ids: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    """Texts that begin alike together, at most so many tokens a group."""
+    group: list[int] = []
+    n = 0
+    for i in sorted(range(len(ids)), key=lambda i: ids[i]):
+        if group and n + len(ids[i]) > most:
+            yield group
+            group, n = [], 0
+        group.append(i)
+        n += len(ids[i])
+    if group:
+        yield group
 
 
 def read_residuals(

@@ -16,7 +16,7 @@ import pandas as pd
 from sae_bias.core.errors import RequestError
 from sae_bias.core.result import Framed
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Asked, read_together
+from sae_bias.models.reads import Asked, read_together
 from sae_bias.probe.checks_subjects import Decomposition, Nuisances, ask_decomposition, ask_nuisances
 from sae_bias.probe.checks_words import (
     ask_scores,

@@ -22,7 +22,8 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.result import Figure, Framed
 from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Asked, Reader, Spot, common_prefix, read_together
+from sae_bias.models.reads import Asked, Reader, Spot, read_together
+from sae_bias.models.tree import common_prefix
 from sae_bias.probe.reading import PlanReader, PromptIds, Reading, ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.prompts.pairs import PromptPairs

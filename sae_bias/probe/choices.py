@@ -15,7 +15,7 @@ import pandas as pd
 from sae_bias.core.errors import RequestError
 from sae_bias.core.result import Framed
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Asked
+from sae_bias.models.reads import Asked
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import ask_all, ask_probe
 from sae_bias.probe.words import Probe

@@ -23,7 +23,8 @@ from torch import Tensor
 from sae_bias.core.errors import RequestError
 from sae_bias.models.forward import Batch, Final, Partners, log_sum_exp, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Partner, Reader, Spot, common_prefix, read_together
+from sae_bias.models.reads import Partner, Reader, Spot, read_together
+from sae_bias.models.tree import common_prefix
 from sae_bias.probe.random_words import RandomWords, candidate_words
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Asked
+from sae_bias.models.reads import Asked
 from sae_bias.probe.reading import PairReading, PlanReader
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe, default_probe

@@ -24,7 +24,9 @@ def effect_lines(summary: Mapping[str, Any], where: str) -> list[str]:
     over = " (the bias is turned round)" if cut.get("overshoot") else ""
     lines.append(f"reduction {share}{over}")
     if specific := summary.get("specific_reduction"):
-        lines.append(f"specific reduction {_specific(specific)}, β {number(specific['beta'])}")
+        lines.append(
+            f"specific reduction {_specific(specific)}{_did(specific)}, β {number(specific['beta'])}"
+        )
         changed = specific["bank_changed"]
         lines.append(
             f"the edit changed {percent(changed['other'])} of the bank without AI and {percent(changed['ai'])} of the bank of AI subjects"
@@ -73,8 +75,28 @@ def mismatch_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def cost_note(rows: Any) -> str:
+    """At how many strengths of a table the cost leaves out 1 − β because β is undefined, and why; empty where at none."""
+    if "cost_without_beta" not in rows:
+        return ""  # an older sae-bias
+    edits = rows[rows["kind"] != "base"].drop_duplicates("cell")
+    open_ = edits[edits["cost_without_beta"].fillna(False).astype(bool)]
+    if not len(open_):
+        return ""
+    why = ", ".join(dict.fromkeys(map(str, open_["specific_reason"])))
+    return f"cost is of KL alone, without 1 − β, at {len(open_)} of {len(edits)} strengths: β is undefined ({why})"
+
+
 def _specific(part: Mapping[str, Any]) -> str:
     return f"undefined: {part['undefined']}" if not is_number(part["estimate"]) else _share(part)
+
+
+def _did(part: Mapping[str, Any]) -> str:
+    """That of the difference in differences, where pairs have twins."""
+    if not is_number(part.get("did_estimate")):
+        return ""
+    ends = bracket(part["did_ci_low"], part["did_ci_high"], share=True)
+    return f" of the bias, {percent(part['did_estimate'])} {ends} of the difference in differences"
 
 
 def _share(part: Mapping[str, Any], key: str = "estimate") -> str:

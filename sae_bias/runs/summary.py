@@ -173,6 +173,10 @@ class SpecificFigure(Block):
     estimate: Number = None
     ci_low: Number = None
     ci_high: Number = None
+    did_estimate: Number = None
+    """The same of the difference in differences, where pairs have mundane twins."""
+    did_ci_low: Number = None
+    did_ci_high: Number = None
     beta: Number = None
     beta_other: Number = None
     beta_ai: Number = None

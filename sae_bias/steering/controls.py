@@ -289,6 +289,15 @@ class ControlTest:
         return max(found) if found else float("nan")
 
     @property
+    def in_words(self) -> str:
+        """Each kind's p with how many there are."""
+        kinds = (
+            ("random directions", self.p_random, self.n_random),
+            ("matched features", self.p_matched, self.n_matched),
+        )
+        return ", ".join(f"p = {p:.3f} among {n} {kind}" for kind, p, n in kinds if n)
+
+    @property
     def verdict(self) -> str:
         """yes, no, or undetermined where matched features exist but are too few for their own p."""
         if np.isnan(self.candidate) or not self.n_matched + self.n_random:

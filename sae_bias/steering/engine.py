@@ -8,7 +8,7 @@ from dataclasses import replace
 from sae_bias.core.site import Site
 from sae_bias.models.forward import Final
 from sae_bias.models.model import Model
-from sae_bias.models.tree import Spot
+from sae_bias.models.reads import Spot
 from sae_bias.probe.reading import PairReading, PlanReader, Reading, ReadingPlan
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
@@ -24,10 +24,10 @@ class ReadingEngine:
     def __init__(self, model: Model, plan: ReadingPlan, *, sites: Sequence[Site] = ()):
         """`sites`: where the cells will edit; the base run keeps the residual there."""
         self.plan = plan
-        self._base = PlanReader(plan)
-        self.runner = SharedRunner(model, self._base, batch_size=plan.batch_size)
+        self.reader = PlanReader(plan)
+        self.runner = SharedRunner(model, self.reader, batch_size=plan.batch_size)
         self.runner.base(sorted({s.layer for s in sites if s.is_resid_post}))
-        self.base = self._base.reading()
+        self.base = self.reader.reading()
 
     def run(self, edits: Sequence[Intervention]) -> tuple[Reading, Receipt]:
         """The reading under `edits` (the base one itself where nothing changed), and what they did."""
@@ -39,7 +39,7 @@ class ReadingEngine:
 
         def visit(cell: int, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
             if cell not in readers:
-                readers[cell] = self._base.copy()
+                readers[cell] = self.reader.copy()
             readers[cell].take(wanted, final)
 
         receipts = self.runner.run_many(cells, visit)

@@ -111,10 +111,25 @@ def _continue(model: Model, tokens: torch.Tensor, config: GenerationConfig, seed
         _only(model.hf, config),
     ):
         torch.manual_seed(seed)
+        known = {} if not config.use_cache else _opening(model, tokens)
         full: Any = model.hf.generate(  # type: ignore[operator]
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config, **known
         )
     return full[:, n:]
+
+
+def _opening(model: Model, tokens: torch.Tensor) -> dict[str, Any]:
+    """Keys and values of what all rows begin with (samples of one prompt, one system prompt), computed once where that is most of them."""
+    batch, n = tokens.shape
+    shared = int((tokens == tokens[0]).all(0).long().cumprod(0).sum())
+    shared = min(shared, n - 1)
+    whole = model._edits is not None and model._edits.looks_elsewhere
+    if batch == 1 or 2 * shared < n or whole or model.foreign_hooks() or not model.arch.packs(model.config):
+        return {}
+    with row_positions(model, torch.full((1,), n)):
+        cache = model.base(input_ids=tokens[:1, :shared], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(batch)
+    return {"past_key_values": cache}
 
 
 def _generation_config(

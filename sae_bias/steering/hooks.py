@@ -164,6 +164,11 @@ class _State:
             return None
         return frozenset(edit.positions for edit in edits) - {"all"}
 
+    @property
+    def looks_elsewhere(self) -> bool:
+        """Whether an open edit reads what another prompt or model says."""
+        return any(edit.looks_elsewhere for context in self.contexts for edit in context.edits)
+
     def rebuild(self) -> None:
         """One pre-hook on the decoder and one hook a site, for whatever blocks are open now."""
         for handle in self.handles:

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_bias.models.forward import Batch, Kept, forward, row_positions
-from sae_bias.probe.reading import Read, ReadingPlan
+from sae_bias.models.reads import Reads
+from sae_bias.probe.reading import PlanReader, ReadingPlan
 from sae_bias.steering.engine import ProbeEngine
 
 HUMAN, AI = 0, 1
@@ -27,27 +26,51 @@ Scale = Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n"] | None]
 """How much a normalizing SAE multiplies its decoder rows by, at each residual; None where it is 1 everywhere."""
 
 
+class Side:
+    """One side's sequences: tokens that would take over the same residual at the same distance from the end are one node."""
+
+    def __init__(self, engine: ProbeEngine, places: np.ndarray, suffix: np.ndarray, side: int):
+        plan, base = engine.reading.plan, engine.engine.runner.reads
+        k = len(plan.prefixes)
+        self.plan = ReadingPlan(
+            engine.model, [plan.prompts[i] for i in places[:, side]], plan.words, normalise=plan.normalise, softcap=plan.softcap
+        )  # fmt: skip
+        self.sequences = (places[:, side, None] * k + np.arange(k)).ravel()
+        """Of each sequence, its number among the engine's."""
+        paths, apart = [], []
+        for pair, (own, other) in enumerate(places[:, [side, 1 - side]]):
+            end = len(plan.prompts[own].ids)
+            for j in range(k):
+                path, twin = base.paths[own * k + j], base.paths[other * k + j]
+                first = end - int(suffix[pair])
+                given = twin[len(twin) - len(path) + first :]
+                paths.append(path)
+                apart.append([(-1, 0)] * first + [(v, end - 1 - p) for p, v in enumerate(given, first)])
+        self.reads = Reads(engine.model, self.plan.sequences, apart=apart)
+        self.own, self.donor, self.distance = (np.zeros(self.reads.n_nodes, dtype=np.int64) for _ in range(3))
+        for nodes, path, tags in zip(self.reads.paths, paths, apart):
+            self.own[nodes] = path
+            self.donor[nodes], self.distance[nodes] = np.array(tags).T
+
+    def takes(self, offset: int | None) -> np.ndarray:
+        """Nodes that take something over: the whole suffix, or the position this far from the prompt's last token."""
+        return np.flatnonzero((self.donor >= 0) & (True if offset is None else self.distance == offset))
+
+    def through(self, changed: np.ndarray) -> list[int]:
+        """Sequences that pass through a changed node."""
+        return [i for i, path in enumerate(self.reads.paths) if changed[path].any()]
+
+
 class Interchange:
     """The pairs of a probe engine, each side of which can be given parts of the other's residual."""
 
     def __init__(self, engine: ProbeEngine):
         self.engine, self.model = engine, engine.model
-        plan = engine.reading.plan
+        prompts = engine.reading.plan.prompts
         self.places = np.asarray(engine.reading._place)  # [n_pairs, 2]: place of each prompt in the plan
-        self.n_prefixes = len(plan.prefixes)
-        self.plans = [
-            ReadingPlan(
-                self.model, [plan.prompts[i] for i in side], plan.words, normalise=plan.normalise, softcap=plan.softcap
-            )
-            for side in self.places.T
-        ]  # fmt: skip
-        self.suffix = np.array(
-            [common_suffix(plan.prompts[h].ids, plan.prompts[a].ids) for h, a in self.places]
-        )
-        self._where = {
-            sequence: (k, row) for k, batch in enumerate(plan.batches) for row, sequence in enumerate(batch.index)
-        }  # fmt: skip
-        self._stores: dict[tuple[int, str], list[Tensor]] = {}
+        self.suffix = np.array([common_suffix(prompts[h].ids, prompts[a].ids) for h, a in self.places])
+        self.sides = [Side(engine, self.places, self.suffix, side) for side in (HUMAN, AI)]
+        self._stores: dict[tuple[int, str], Tensor] = {}
 
     @property
     def longest(self) -> int:
@@ -70,7 +93,7 @@ class Interchange:
         says which part is meant, so that it is computed once. `scale` of the edited residual multiplies what is exchanged.
         """
         base = self.engine.base
-        values = self._values(layer, side, part, name, offset, scale)
+        values = self.values(layer, side, self.exchanged(layer, side, part, name, offset=offset, scale=scale))
         score = base.probe.score_values(values, base.positive)
         return base.score_human - score if side == AI else score - base.score_ai
 
@@ -78,72 +101,41 @@ class Interchange:
         """Drop what was computed of the residuals so far: many features are asked for one after another."""
         self._stores.clear()
 
-    def _values(
-        self, layer: int, side: int, part: Part | None, name: str, offset: int | None, scale: Scale | None
-    ) -> np.ndarray:
-        plan = self.plans[side]
+    def values(
+        self, layer: int, side: int, resid: Float[Tensor, "n_nodes d_model"]
+    ) -> Float[np.ndarray, "n_pairs n_words"]:
+        """Word scores of one side's prompts whose residuals at `layer` are these; what is unchanged is not run again."""
+        mine, known = self.sides[side], self.engine.engine.reader
+        reader = PlanReader(mine.plan)
+        reader.z[:] = known.z[mine.sequences]
+        if reader.norm is not None and known.norm is not None:
+            reader.norm[:] = known.norm[mine.sequences]
+        changed = (resid != self.own(layer, side)).any(-1).cpu().numpy()
+        mine.reads.resume(layer, resid, reader.take, among=mine.through(changed))
+        return reader.reading().values
 
-        def one(batch: Batch) -> Read:
-            resid = self.exchanged(layer, side, batch, part, name, offset=offset, scale=scale)
-            with row_positions(self.model, *plan.rows(batch)):
-                return plan.read(forward(self.model, batch.tokens, resume=Kept(layer, resid)))
-
-        return plan.assemble(one).values
-
-    def own(self, layer: int, side: int, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
-        """One side's unedited residuals of a batch of its plan."""
-        kept = self.engine.engine.runner.kept(layer)
-        return torch.stack([kept[k][row] for k, row in (self._at(i, side) for i in batch.index)])
+    def own(self, layer: int, side: int) -> Float[Tensor, "n_nodes d_model"]:
+        """One side's unedited residuals."""
+        return self.engine.engine.runner.reads.keep(layer)[self.sides[side].own]
 
     def exchanged(
-        self, layer: int, side: int, batch: Batch, part: Part | None, name: str, *, offset: int | None = None, scale: Scale | None = None
-    ) -> Float[Tensor, "batch pos d_model"]:  # fmt: skip
+        self, layer: int, side: int, part: Part | None, name: str, *, offset: int | None = None, scale: Scale | None = None
+    ) -> Float[Tensor, "n_nodes d_model"]:  # fmt: skip
         """The same with the other side's part in the positions that the two prompts share."""
-        plan, kept, store = (
-            self.plans[side],
-            self.engine.engine.runner.kept(layer),
-            self._store(layer, part, name),
-        )
-        rows = []
-        for sequence in batch.index:
-            pair = sequence // self.n_prefixes
-            (k, row), (k_other, row_other) = (self._at(sequence, of) for of in (side, 1 - side))
-            x = kept[k][row].float().clone()
-            first, last = self._span(pair, batch.tokens.shape[1], plan.prompts[pair].ids, offset)
-            if first < last:
-                shift = store[k_other].shape[1] - x.shape[0]
-                own = x[first:last].clone()
-                size = None if scale is None else scale(own)
-                size = 1.0 if size is None else size[:, None]
-                x[first:last] += store[k_other][row_other, first + shift : last + shift] * size
-                x[first:last] -= store[k][row, first:last] * size
-            rows.append(x.to(kept[k].dtype))
-        return torch.stack(rows)
+        mine, store, own = self.sides[side], self._store(layer, part, name), self.own(layer, side)
+        nodes = mine.takes(offset)
+        x = own[nodes].float()
+        size = None if scale is None or not len(nodes) else scale(x)
+        size = 1.0 if size is None else size[:, None]
+        own[nodes] = (x + store[mine.donor[nodes]] * size - store[mine.own[nodes]] * size).to(own.dtype)
+        return own
 
-    def _at(self, sequence: int, of: int) -> tuple[int, int]:
-        """Batch and row at which a pair's residual of one side is kept."""
-        pair, prefix = divmod(sequence, self.n_prefixes)
-        return self._where[int(self.places[pair, of]) * self.n_prefixes + prefix]
-
-    def _span(self, pair: int, length: int, prompt: tuple[int, ...], offset: int | None) -> tuple[int, int]:
-        """Positions [first, last) that are interchanged; a prompt's scored word pieces belong to the whole suffix."""
-        end, n = len(prompt), int(self.suffix[pair])
-        if offset is None:
-            return end - n, length
-        return (end - 1 - offset, end - offset) if offset < n else (0, 0)
-
-    def _store(self, layer: int, part: Part | None, name: str) -> list[Tensor]:
-        """`part` of every kept residual, batch by batch."""
-        key = (layer, name)
-        if key not in self._stores:
-            kept = [x.float() for x in self.engine.engine.runner.kept(layer)]
-            if part is not None:
-                sizes = [x.shape[:2] for x in kept]
-                flat = part(torch.cat([x.flatten(0, 1) for x in kept]))
-                pieces = flat.split([b * p for b, p in sizes])
-                kept = [piece.unflatten(0, size) for piece, size in zip(pieces, sizes)]
-            self._stores[key] = kept
-        return self._stores[key]
+    def _store(self, layer: int, part: Part | None, name: str) -> Float[Tensor, "n_nodes d_model"]:
+        """`part` of every kept residual."""
+        if (layer, name) not in self._stores:
+            x = self.engine.engine.runner.reads.keep(layer).float()
+            self._stores[layer, name] = x if part is None else part(x)
+        return self._stores[layer, name]
 
 
 def common_suffix(a: tuple[int, ...], b: tuple[int, ...]) -> int:

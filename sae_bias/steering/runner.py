@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Batch, Final, Kept, capture_layers, forward, keeping, row_positions
+from sae_bias.models.forward import Batch, Final, Kept, capture_layers, forward, row_positions
 from sae_bias.models.model import Model
 from sae_bias.steering.context import PassInfo
 from sae_bias.steering.donors import Sources
@@ -63,17 +63,6 @@ class CellRunner:
         if layer not in self._kept:
             self._kept[layer] = [capture_layers(self.model, b.tokens, [layer])[layer] for b in self.batches]
         return self._kept[layer]
-
-    def base(self, layers: Sequence[int] = ()) -> list[Final]:
-        """Every batch without edits; resid_post at `layers` is kept on the way, so that no cell runs it again."""
-        finals, kept = [], {layer: [] for layer in layers}
-        for batch in self.batches:
-            with keeping(self.model, layers) as seen:
-                finals.append(forward(self.model, batch.tokens))
-            for layer in layers:
-                kept[layer].append(seen[layer])
-        self._kept |= kept
-        return finals
 
     def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitCell) -> list[Receipt]:
         """Run several cells; `visit(cell, batch number, changed rows [batch], Final)` sees what each of them changes.

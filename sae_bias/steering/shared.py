@@ -19,20 +19,8 @@ from torch import Tensor
 from sae_bias.core.site import Site
 from sae_bias.models.forward import Final, Kept, Partners, plan_batches
 from sae_bias.models.model import Model
-from sae_bias.models.tree import (
-    PADDED,
-    Reader,
-    Reads,
-    Row,
-    Spot,
-    Tree,
-    in_passes,
-    pack,
-    packs,
-    run_packed,
-    spots_by,
-    take_all,
-)
+from sae_bias.models.reads import Reader, Reads, Spot, run_packed, spots_by, take_all
+from sae_bias.models.tree import PADDED, Row, Tree, in_passes, pack, packs
 from sae_bias.steering import runner
 from sae_bias.steering.context import PassInfo
 from sae_bias.steering.hooks import SiteEdit, add_delta, compile_edits, intervene, warn_written_inactive
@@ -75,24 +63,45 @@ class View:
         assert tokens is not None
         return PassInfo(tokens, prompt_len=end, subject_start=start, place=place, weight=times)
 
+    def reached(self, changed: np.ndarray) -> np.ndarray:
+        """The changed tokens and those after them."""
+        out = changed.copy()
+        for path in self.tree.paths:
+            hit = changed[path]
+            if hit.any():
+                out[path[int(hit.argmax()) :]] = True
+        return out
+
     def changed_rows(self, changed: np.ndarray) -> list[Row]:
         """Rows of the sequences that pass through a changed token."""
         hit = np.logical_or.reduceat(changed[self._flat], self._starts)
-        if hit.all():
-            return self.rows
+        if hit.all() or not hit.any():
+            return self.rows if hit.all() else []
         return self.tree.rows(self.reads.price, among=set(np.flatnonzero(hit).tolist()))
 
 
 @dataclass
 class _Cell:
-    """One cell at one site: its tokens' edited residuals, and the rows it changes."""
+    """One cell at one site: the tokens it changes, and the rows they stand in."""
 
     number: int
     view: View
     site_edit: SiteEdit
     receipts: list[EditReceipt]
-    resid: Tensor
+    base: Tensor
+    """resid_post [n_nodes, d_model] of the reads' tree."""
     rows: list[Row]
+    reached: np.ndarray
+    """Which tokens differ from the unedited model's: the changed ones and what comes after them."""
+    place: Tensor
+    """Of each token, its row in `edited`; -1 where it is not changed."""
+    edited: Tensor
+
+    def resid(self, nodes: Sequence[int]) -> Tensor:
+        """Residuals of some of the view's tokens, as the edit leaves them."""
+        x, place = self.base[self.view.base[nodes]], self.place[nodes]
+        x[place >= 0] = self.edited[place[place >= 0]]
+        return x
 
 
 class SharedRunner:
@@ -123,18 +132,13 @@ class SharedRunner:
 
     def base(self, layers: Sequence[int] = (), *, progress: bool = False, describe: str = "") -> None:
         """Read every sequence without edits; resid_post at `layers` is kept on the way."""
-        if self.reads.packed:
-            take_all(self.reads, [self.reader], keep=layers, progress=progress, describe=describe)
-            return
-        for batch, final in zip(self.plain.batches, self.plain.base(layers)):
-            self.reader.take(*self._spots(batch.index, final))
+        take_all(self.reads, [self.reader], keep=layers, progress=progress, describe=describe)
 
     def kept(self, layer: int) -> list[Tensor]:
         """resid_post at `layer` of every plain batch, run once."""
-        if self.reads.packed and layer not in self.plain._kept:
-            x, paths = self.reads.keep(layer), self.reads.tree.paths
-            self.plain._kept[layer] = [x[torch.tensor([paths[i] for i in b.index])] for b in self.plain.batches]  # fmt: skip
-        return self.plain.kept(layer)
+        if layer not in self.plain._kept:
+            self.plain._kept[layer] = [self.reads.batched(layer, k) for k in range(len(self.reads.batches))]
+        return self.plain._kept[layer]
 
     def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitSpots) -> list[Receipt]:
         """Run several cells; `visit` sees what each of them changes. Cells of one site share passes, at most `STACK` that follow each other."""
@@ -201,31 +205,29 @@ class SharedRunner:
         if roles not in self._views:
             self._views[roles] = View(self.reads, roles)
         view, site_edit = self._views[roles], sites[min(sites)]
-        receipts = site_edit.receipts()
-        x = self.reads.keep(site_edit.site.layer)[view.base]
+        receipts, base = site_edit.receipts(), self.reads.keep(site_edit.site.layer)
+        x = base[view.base]
         delta = site_edit.delta(x[None], view.info, receipts)
-        if delta is None and len(sites) == 1:
-            return _Cell(number, view, site_edit, receipts, x, [])
-        if delta is not None:
-            x = add_delta(x, delta[0])
-        if len(sites) > 1:
-            return _Cell(number, view, site_edit, receipts, x, view.rows)
-        assert delta is not None
-        changed = (delta[0] != 0).any(-1).cpu().numpy()
-        return _Cell(number, view, site_edit, receipts, x, view.changed_rows(changed))
+        changed = torch.zeros(len(x), dtype=torch.bool, device=x.device) if delta is None else (delta[0] != 0).any(-1)  # fmt: skip
+        edited = x[changed] if delta is None else add_delta(x[changed], delta[0][changed])
+        place = torch.where(changed, changed.cumsum(0) - 1, -1)
+        hit = changed.cpu().numpy() if len(sites) == 1 else np.ones(len(x), dtype=bool)
+        return _Cell(number, view, site_edit, receipts, base, view.changed_rows(hit), view.reached(hit), place, edited)  # fmt: skip
 
     def _forward(self, parts: Sequence[tuple[_Cell, Row]], visit: VisitSpots) -> None:
         """Run the later layers over rows of several cells, and hand each cell its own."""
         cell = parts[0][0]
         packed = pack(cell.view.tree, [row for _, row in parts], self.model.device)
-        resid = cell.resid.new_zeros(*packed.tokens.shape, cell.resid.shape[-1])
+        resid = cell.base.new_zeros(*packed.tokens.shape, cell.base.shape[-1])
         for b, (part, row) in enumerate(parts):
-            resid[b, : len(row.nodes)] = part.resid[row.nodes]
+            resid[b, : len(row.nodes)] = part.resid(row.nodes)
         final = run_packed(self.model, packed, Kept(cell.site_edit.site.layer, resid))
         spots: dict[int, list[tuple[int, int, list[Spot]]]] = {}
         for b, (part, row) in enumerate(parts):
             here = set(row.sequences)
             for c, node in enumerate(row.nodes):
+                if not part.reached[node]:
+                    continue
                 if mine := [s for s in part.view.spots.get(node, ()) if s[0] in here]:
                     spots.setdefault(part.number, []).append((b, c, mine))
         for number, found in spots.items():

@@ -16,7 +16,21 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from sae_bias.models.load import load_model
+from sae_bias.probe.words import Probe
+from sae_bias.prompts.load import load_pairs
 from sae_bias.saes.load import load_sae
+from sae_bias.steering.engine import ProbeEngine
+from sae_bias.validation.definitions import (
+    ELSEWHERE,
+    bundled_saes,
+    definition_marks,
+    integrated_mark,
+    learned_notes,
+    learned_table,
+    match_mark,
+    no_ratio_marks,
+    simulation_marks,
+)
 from sae_bias.validation.grids import (
     N_PAIRS,
     StatementPopulation,
@@ -74,7 +88,7 @@ class Calibration:
 
     marks: tuple[Mark, ...]
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    """`coverage`, `power`, and in the full form `saes` and `effects`."""
+    """`coverage`, `power`, `learned`, and in the full form `saes` and `effects`."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -102,18 +116,26 @@ def calibrate(
     marks: list[Mark] = []
     coverage: list[dict[str, object]] = []
     power: list[pd.DataFrame] = []
+    learned: list[pd.DataFrame] = []
     for name in tqdm(organisms, desc="calibrate", unit="organism", disable=not progress):
         model = load_model(f"organism:{name}")
         marks += bias_marks(model, name)
-        scored = score_population(model, name, n_templates=draws.templates, progress=progress)
-        coverage.append(coverage_row(scored, draws.studies, seed))
-        marks.append(coverage_mark(coverage[-1], scored))
-        if name.removesuffix("-2") not in SPARED:
-            power.append(bias_power(scored, draws.power, seed=seed))
+        twins = name.removesuffix("-2") == "planted"
+        scored = score_population(model, name, n_templates=draws.templates, twins=twins, progress=progress)
+        for figure in filter(None, (scored, scored.beyond_mundane)):
+            coverage.append(coverage_row(figure, draws.studies, seed))
+            marks.append(coverage_mark(coverage[-1], figure))
+            if name.removesuffix("-2") not in SPARED:
+                power.append(bias_power(figure, draws.power, seed=seed))
         if "constructed" in organism_truth(name):
             marks += constructed_marks(model, name, n_controls=draws.controls, seed=seed)
+            marks += definition_marks(model, name, n_controls=draws.controls, seed=seed)
+            learned.append(learned_table(model, bundled_saes(name), seed=seed).assign(organism=name))
         if name.removesuffix("-2") == "identity":
             marks += identity_marks(model, trained_sae(name), name=name, seed=seed)
+            marks.append(integrated_mark(ProbeEngine(model, load_pairs(), Probe()), name))
+        if name.removesuffix("-2") == "null":
+            marks += no_ratio_marks(model, name, seed=seed)
         for sae, question in _families(name).items():
             statements = read_statements(model, name, [load_sae(sae)], n_pairs=draws.pairs)
             wanted = str(constructed_feature(name)) if question == "feature" else None
@@ -121,8 +143,16 @@ def calibrate(
             power.append(rows.assign(question=question))
             if name.removesuffix("-2") in SPARED:
                 marks.append(call_mark(statements, draws.grids, seed=seed, progress=progress))
+    marks += simulation_marks()
+    if {"planted", "planted-gemma2"} <= set(organisms):
+        first, second = "planted", "planted-gemma2"
+        models = load_model(f"organism:{first}"), load_model(f"organism:{second}")
+        marks.append(match_mark(*models, (first, second)))
     tables = {"coverage": pd.DataFrame(coverage), "power": pd.concat(power, ignore_index=True)}
-    return Calibration(tuple(marks), tables)
+    notes = [line for t in learned for line in learned_notes(t, str(t["organism"].iloc[0]))]
+    if learned:
+        tables["learned"] = pd.concat(learned, ignore_index=True)
+    return Calibration(tuple(marks), tables, (*notes, *ELSEWHERE))
 
 
 def trained_sae(name: str) -> str:
@@ -145,7 +175,8 @@ def coverage_mark(row: dict[str, object], scored: ScoredPopulation, label: str |
     """Share of the drawn studies' intervals that hold the population's mean."""
     templates, entities = scored.bias.shape
     return Mark(
-        "95% intervals that cover the truth",
+        "95% intervals that cover the truth"
+        + ("" if scored.question == "bias" else f" of the {scored.question}"),
         label or scored.name,
         float(row["coverage"]),  # type: ignore[arg-type]
         *COVERAGE,

@@ -3,7 +3,7 @@
 Two answers, because a user's words need not be the organism's:
 
     by size   studies (templates × entities) and grids (matched statement pairs) of the user's numbers, drawn from the
-              planted population: the share that finds the planted effect, the fewest templates that find it in 80 %
+              planted population (of its difference in differences, where the user's pairs have mundane twins): the share that finds the planted effect, the fewest templates that find it in 80 %
               of draws, and the smallest bias they would find, were templates as unlike each other as the planted ones
     as given  the user's own prompts put to `planted`: the bias with its interval, the planted feature's place and call,
               and how many of the words the organism never read
@@ -62,7 +62,8 @@ def pairs_power(
 ) -> DesignPower:
     """Power of a study of these pairs' size, and what `planted` says to the pairs themselves."""
     n_templates, n_entities = len(pairs.templates), len(pairs.entities)
-    scored = score_population(model, ORGANISM, seed=seed, progress=progress)
+    population = score_population(model, ORGANISM, twins=_with_twins(pairs), seed=seed, progress=progress)
+    scored = population.beyond_mundane or population
     size = f"{n_templates} templates × {n_entities} entities"
     studies = _studies(scored, n_templates, n_entities, n_draws, seed)
     power, coverage = (studies.power, studies.coverage(scored.truth)) if studies else (0.0, float("nan"))
@@ -70,12 +71,13 @@ def pairs_power(
     smallest = studies.smallest_effect(scored.truth) if studies else float("nan")
     over = f"{n_draws:,} studies of {size}"
     marks = (
-        Mark("your pairs find the planted bias", ORGANISM, power, low=POWER, n=over),
+        Mark(f"your pairs find the planted {scored.question}", ORGANISM, power, low=POWER, n=over),
         Mark("their interval covers the truth", ORGANISM, coverage, low=TRUSTED, n=over),
     )
     facts = {
         "n_templates": n_templates,
         "n_entities": n_entities,
+        "question": scored.question,
         "power": power,
         "coverage": coverage,
         "templates_needed": needed,
@@ -84,7 +86,7 @@ def pairs_power(
     } | _as_given(model, pairs)
     lines = (
         _size_line(size, scored, power, needed, studies is None),
-        _smallest_line(smallest),
+        _smallest_line(smallest, scored.question),
         _given_line(facts, pairs),
     )
     return DesignPower(marks, tuple(line for line in lines if line), facts)
@@ -104,13 +106,21 @@ def _within(n: int, total: int) -> int:
     return min(max(n, 2), total - 1)
 
 
+def _with_twins(pairs: PromptPairs) -> bool:
+    """Whether every pair has a mundane twin, so that the difference in differences is the primary figure."""
+    return all(p.control_human and p.control_ai for p in pairs)
+
+
 def _as_given(model: Model, pairs: PromptPairs) -> dict[str, object]:
-    result = run_probe(model, pairs, Probe(), controls=False, levels=False)
+    result = run_probe(model, pairs, Probe(), controls=_with_twins(pairs), levels=False)
     texts = [t for p in pairs for t in (p.human, p.ai)]
     return {
         "given_bias": result.bias,
         "given_ci_low": result.ci[0],
         "given_ci_high": result.ci[1],
+        "given_primary": result.primary.mean,
+        "given_primary_low": result.primary.ci_low,
+        "given_primary_high": result.primary.ci_high,
         "given_unknown_words": unknown_words(texts),
     }
 
@@ -119,27 +129,28 @@ def _size_line(
     size: str, scored: ScoredPopulation, power: float, needed: int | None, impossible: bool
 ) -> str:
     if impossible:
-        return f"{size} give no two-way interval: at least 2 of each are needed, and {needed} templates find the planted bias."
+        return f"{size} give no two-way interval: at least 2 of each are needed, and {needed} templates find the planted {scored.question}."
     enough = (
         "none up to 100 templates do" if needed is None else f"{needed} templates are enough for {POWER:.0%}"
     )
-    return f"{size}: {power:.0%} of such studies find the planted bias ({scored.truth:+.2f} nats); {enough}."
+    return f"{size}: {power:.0%} of such studies find the planted {scored.question} ({scored.truth:+.2f} nats); {enough}."
 
 
-def _smallest_line(smallest: float) -> str:
+def _smallest_line(smallest: float, question: str) -> str:
     if np.isnan(smallest):
         return ""
     return (
-        f"The smallest bias they would find in {POWER:.0%} of draws is {smallest:.2f} nats, if your templates differ from each "
+        f"The smallest {question} they would find in {POWER:.0%} of draws is {smallest:.2f} nats, if your templates differ from each "
         "other as the planted ones do (speech and deeds mixed)."
     )
 
 
 def _given_line(facts: dict[str, object], pairs: PromptPairs) -> str:
     unknown = facts["given_unknown_words"]
+    named = "" if facts["question"] == "bias" else f"; the bias is {facts['given_bias']:+.2f}"
     return (
-        f"Your own {len(pairs)} pairs put to `planted`: bias {facts['given_bias']:+.2f} nats "
-        f"({facts['given_ci_low']:+.2f} to {facts['given_ci_high']:+.2f}); {unknown:.0%} of their words never stood in its training text."
+        f"Your own {len(pairs)} pairs put to `planted`: {facts['question']} {facts['given_primary']:+.2f} nats "
+        f"({facts['given_primary_low']:+.2f} to {facts['given_primary_high']:+.2f}){named}; {unknown:.0%} of their words never stood in its training text."
     )
 
 

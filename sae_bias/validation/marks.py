@@ -36,7 +36,7 @@ from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.validation.grammar import RULES, analytic_bias, pair_statements
 
-UNITS = ("share", "nats", "count", "rho")
+UNITS = ("share", "nats", "count", "rho", "p")
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
             1,
             unit="count",
             n=f"{ranking.family_size} features",
-            note="called AI-speech" if called else "not called AI-speech",
         ),
-        Mark("its ablation's specific reduction", name, facts.specific, low=0.8, n=over),
+        Mark("planted feature called AI-speech", name, int(called), 1, 1, unit="count"),
+        Mark("its ablation's specific reduction", name, facts.specific, low=0.9, n=over),
     ]
     marks += [
         Mark(
@@ -236,9 +236,11 @@ def constructed_marks(model: Model, name: str, *, n_controls: int = N_CONTROLS, 
             beaten,
             low=0.95,
             n=f"{len(facts.controls)} controls",
-            note=f"specific reduction {facts.specific:.3f}, the controls' median {facts.test.median:+.3f}; p = {facts.test.p:.3f}, "
-            f"{facts.test.n_matched} matched and {facts.test.n_random} random",
+            note=f"specific reduction {facts.specific:.3f}, the controls' median {facts.test.median:+.3f}",
         )
+    )
+    marks.append(
+        Mark("its p among its controls", name, facts.test.p, high=0.05, unit="p", note=facts.test.in_words)
     )
     return marks
 

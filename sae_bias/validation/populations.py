@@ -4,14 +4,17 @@ A population is every one of >= 400 templates with each of 60 subject pairs, sco
 a draw of T templates and E subject pairs, crossed, without replacement, and its interval is the toolkit's own two-way
 clustered one (`stats_clustered`). 1,000 studies cost no further forward pass.
 
+Beside the bias stands the difference in differences: the same sentences with their content made mundane, in the same studies.
+
     coverage   share of studies whose 95 % interval holds the population's mean
     power      share of studies whose interval leaves out 0
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +27,7 @@ from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPair, PromptPairs
 from sae_bias.stats.clustered import clustered_means
-from sae_bias.validation.grammar import Population, population
+from sae_bias.validation.grammar import Population, Statement, grammar, inside, population
 
 N_TEMPLATES, STUDY = 400, (35, 8)
 """Templates enumerated; templates × entities of one study, as the bundled pairs have them."""
@@ -32,6 +35,7 @@ TEMPLATE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 35)
 ENTITY_COUNTS = (2, 4, 8)
 POWER = 0.8
 STEM = "This is"
+DID = "difference in differences"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,16 @@ class ScoredPopulation:
     bias: Float[np.ndarray, "n_templates n_entities"]
     analytic: float
     """The grammar's own mean, for a perfect learner."""
+    mundane: Float[np.ndarray, "n_templates n_entities"] | None = None
+    """The same of the mundane twins, where they were scored."""
+    question: str = "bias"
+
+    @property
+    def beyond_mundane(self) -> ScoredPopulation | None:
+        """The difference in differences as a population of its own."""
+        if self.mundane is None:
+            return None
+        return ScoredPopulation(self.name, self.bias - self.mundane, float("nan"), question=DID)
 
     @property
     def truth(self) -> float:
@@ -59,16 +73,36 @@ def population_pairs(enumerated: Population, stem: str = STEM) -> PromptPairs:
     return PromptPairs(tuple(rows), f"population of {enumerated.name}")
 
 
+def mundane_twin(statement: Statement) -> Statement:
+    """The same sentence with its survival content replaced by mundane content of the same kind."""
+    fillers = grammar()["fillers"].values()
+    survival = [(value, k, of["mundane"]) for of in fillers for k, value in enumerate(of["survival"])]
+    for value, k, mundane in sorted(survival, key=lambda row: -len(row[0])):
+        for form in (value, inside(value)):
+            if found := re.search(rf"\b{re.escape(form)}\b", statement.text):
+                before, after = statement.text[: found.start()], statement.text[found.end() :]
+                other = mundane[k % len(mundane)]
+                opens = form == value and before.endswith('"')
+                text = before + (other if opens else inside(other)) + after
+                return replace(statement, text=text, content="mundane")
+    raise ValueError(f"{statement.text!r} has no survival content of the grammar")
+
+
 def score_population(
-    model: Model, name: str, *, n_templates: int = N_TEMPLATES, seed: int = 0, progress: bool = False
-) -> ScoredPopulation:
-    """The whole population of an organism's grammar under the bundled probe, each prompt run once."""
+    model: Model, name: str, *, n_templates: int = N_TEMPLATES, twins: bool = False, seed: int = 0, progress: bool = False
+) -> ScoredPopulation:  # fmt: skip
+    """The whole population of an organism's grammar under the bundled probe, each prompt run once; with `twins` its mundane twins too."""
     enumerated = population(name, n_templates=n_templates, seed=seed)
-    result = run_probe(
-        model, population_pairs(enumerated), Probe(), controls=False, levels=False, progress=progress
-    )
     shape = len(enumerated.templates), len(enumerated.entities)
-    return ScoredPopulation(name, result.pair_bias.reshape(shape), enumerated.mean)
+
+    def scored(of: Population) -> np.ndarray:
+        result = run_probe(model, population_pairs(of), Probe(), controls=False, levels=False, progress=progress)  # fmt: skip
+        return result.pair_bias.reshape(shape)
+
+    mundane = replace(enumerated, templates=tuple(map(mundane_twin, enumerated.templates))) if twins else None
+    return ScoredPopulation(
+        name, scored(enumerated), enumerated.mean, None if mundane is None else scored(mundane)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +170,7 @@ def coverage_row(scored: ScoredPopulation, n_studies: int, seed: int = 0) -> dic
     exact = binomtest(round(coverage * n_studies), n_studies).proportion_ci(method="exact")
     return {
         "organism": scored.name,
+        "question": scored.question,
         "n_templates": n_templates,
         "n_entities": n_entities,
         "n_studies": n_studies,
@@ -156,7 +191,7 @@ def bias_power(
     entity_counts: Sequence[int] = ENTITY_COUNTS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Share of drawn studies whose interval leaves out 0, by size; one row a size."""
+    """Share of drawn studies whose interval of the population's figure leaves out 0, by size; one row a size."""
     rows = []
     for n_entities in entity_counts:
         for n_templates in template_counts:
@@ -164,7 +199,7 @@ def bias_power(
             rows.append(
                 {
                     "organism": scored.name,
-                    "question": "bias",
+                    "question": scored.question,
                     "n_units": n_templates,
                     "n_entities": n_entities,
                     "share": studies.power,

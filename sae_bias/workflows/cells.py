@@ -209,15 +209,16 @@ class Plan:
         return digest(self.names, {k: list(v) for k, v in (self.sweep.splits or {}).items()})
 
     def groups(self, shard: tuple[int, int] | None = None) -> list[list[int]]:
-        """Cells that are run together, by number: the base alone, then at most STACK neighbors of one kind.
+        """Cells that are run together, by number: the base alone, then at most STACK neighbors of one kind, in an even number of groups.
 
-        A shard takes every n-th group beside the base, so that a cell is batched identically in every shard.
+        Groups of about one size are what two processes share evenly. A shard takes every n-th group beside the base, so that a cell
+        is batched identically in every shard.
         """
         groups: list[list[int]] = []
-        for i, cell in enumerate(self.cells[1:], start=1):
-            before = groups[-1] if groups else []
-            if before and len(before) < STACK and self.costed(self.cells[before[-1]]) == self.costed(cell):
-                before.append(i)
-            else:
-                groups.append([i])
+        rest = range(1, len(self.cells))
+        for _, same in itertools.groupby(rest, key=lambda i: self.costed(self.cells[i])):
+            cells = list(same)
+            n = -(-len(cells) // STACK)
+            n += n % 2 if n > 1 else 0
+            groups += [cells[k * len(cells) // n : (k + 1) * len(cells) // n] for k in range(n)]
         return [[0], *(groups if shard is None else groups[shard[0] - 1 :: shard[1]])]

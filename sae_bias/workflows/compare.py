@@ -34,6 +34,7 @@ from sae_bias.core.text import bracket, number, percent, signed
 from sae_bias.models.model import Model
 from sae_bias.probe.words import Probe, default_probe
 from sae_bias.prompts.pairs import PromptPairs
+from sae_bias.runs.effect_lines import cost_note
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature
 from sae_bias.stats.reduction import fieller_reduction
@@ -93,7 +94,7 @@ class Comparison:
         return (
             f"Comparison: {share_of(self.table)}\n"
             + shown[list(columns)].rename(columns=columns).to_string(index=False)
-            + f"\n{NOT_REACHED}"
+            + "".join(f"\n{line}" for line in (NOT_REACHED, cost_note(self.frame)) if line)
         )
 
     def _repr_html_(self) -> str:

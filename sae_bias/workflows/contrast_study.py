@@ -77,7 +77,8 @@ class ContrastStudy(StudyFile):
     unit: Literal["act", "max"] = "max"
     """What strengths of clamp, cap and steer count in: activations, or each feature's largest on the contrast."""
     behavior: str | None = "refusal"
-    """refusal, default_negativity or a regular expression of what the model writes after the prompts; null reads none."""
+    """refusal, default_negativity, a name that a plugin registered, or a regular expression of what the model writes after the prompts; null
+    reads none."""
     judge: str | None = None
     """PROVIDER/MODEL whose mark is the behavior instead; paid ones need a yes."""
     judge_url: str | None = None

@@ -33,7 +33,9 @@ from sae_bias.measures.capability import load_questions
 from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.models.gguf.packaged import PACKAGED
-from sae_bias.models.tree import Asked, Reader, common_prefix
+from sae_bias.models.reads import Asked, Reader
+from sae_bias.models.residuals import HELD_BYTES
+from sae_bias.models.tree import common_prefix
 from sae_bias.probe.checks import check_asks
 from sae_bias.probe.reading import PlanReader
 from sae_bias.probe.run import ask_probe
@@ -204,7 +206,7 @@ def _readers(asked: Iterable[Callable[[], Asked[Any]]]) -> list[Reader]:
 
 def _read(c: Costs, readers: Sequence[Reader]) -> Work:
     """All layers over what several readers read together."""
-    return c.run(Texts(tuple(tuple(s) for r in readers for s in r.sequences)), c.model.n_layers)
+    return c.base(Texts(tuple(tuple(s) for r in readers for s in r.sequences)), c.model.n_layers)
 
 
 def _probe_steps(
@@ -212,11 +214,9 @@ def _probe_steps(
 ) -> list[Step]:
     """The probe with its controls and levels, and what a study checks beside it."""
     every, plain, words = _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False), WordModel()
-    parts = {
-        "activations": c.activations(c.batch(every), every.mean),
-        "logits": c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES),
-    }
-    work = c.run(every, c.model.n_layers, forms) + Work(0, forms * c.model.unembed_flops(every.n))
+    parts = c.passing(every, c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES))
+    work = c.base(every, c.model.n_layers, kept=True, ends=checks) + c.run(every, c.model.n_layers, forms - 1)
+    work += Work(0, forms * c.model.unembed_flops(every.n))
     steps = [c.step("probe", work, parts)]
     if checks:
         asked = ask_probe(words, pairs, probe)
@@ -254,9 +254,9 @@ def _has_chat(name: str) -> bool:
 
 def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
     model = model_shape(study.model)
-    c = Costs(model, _dtype(study.dtype, hardware), hardware)
     pairs, grid = load_pairs(study.pairs), load_grid(study.grid)
     saes, unknown = sae_shapes(study.saes, model.d_model)
+    c = Costs(model, _dtype(study.dtype, hardware), hardware, kept_layers=len({s.layer for s in saes}))
     profile = study.profile == "as_published"
     probe = default_probe(pairs, load_lexicon(study.words) if study.words else None, score=study.score)
     steps = [_load(c), *_probe_steps(c, pairs, probe, checks=study.checks, switches=profile)]
@@ -267,7 +267,7 @@ def _full_plan(study: Study, hardware: Hardware) -> ModelPlan:
         ranked, report = pairs.effects_of(study.effects_of), pairs.select(templates=split["report"])
         steps.insert(1, _gate(c, saes))
         steps.append(_rank(c, study, ranked.select(templates=split["discover"]), grid, saes))
-        table = c.run(Texts.of(p.text for p in grid), model.n_layers - _later(c, saes), alone=True)
+        table = c.base(Texts.of(p.text for p in grid), model.n_layers - _later(c, saes))
         steps.append(c.step("table", table, steps[2].parts))
         steps.append(_sweep(c, study, pairs, saes, cells))
         steps.append(_joint(c, study, ranked.select(templates=split["report"]), saes))
@@ -298,30 +298,19 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
         steps += [_gate(c, saes), _scan(c, study, texts, saes)]
     if study.behavior is not None or study.judge is not None:
         steps.append(_dose(c, study, Texts.of(asked), cells + 1))
-    beside = [
-        Texts.of(load_texts("neutral")),
-        Texts.of(f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong)),
-    ]
-    passes = beside * study.capability * (strengths + 1) * len(contrasts)
+    questions_of = Texts.of(
+        f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong)
+    )
+    passes = (
+        [Texts.of(load_texts("neutral")), questions_of] * study.capability * (strengths + 1) * len(contrasts)
+    )
     for name in study.questions:
-        passes += (
-            [_pair_texts(load_pairs(name), controls=False)]
-            * (strengths * (1 + study.controls) + 1)
-            * len(contrasts)
-        )
+        turns = (strengths * (1 + study.controls) + 1) * len(contrasts)
+        passes += [_pair_texts(load_pairs(name), controls=False)] * turns
     if passes:
-        work = sum((c.run(t, model.n_layers, alone=True) for t in passes), Work())
-        widest = max(passes, key=c.batch)
-        steps.append(
-            c.step(
-                "capability",
-                work,
-                {
-                    "activations": c.activations(c.batch(widest), widest.mean),
-                    "logits": c.logits(COST_BLOCK, LOGIT_COPIES),
-                },
-            )
-        )
+        work = _sum(c.run(t, model.n_layers) for t in passes)
+        parts = c.passing(max(passes, key=c.batch), c.logits(COST_BLOCK, LOGIT_COPIES))
+        steps.append(c.step("capability", work, parts))
     if study.baseline is not None:
         other = model_shape(study.baseline)
         both = {"the baseline's weights": float(other.n_params * c.size)}
@@ -354,7 +343,7 @@ def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]
     }
     turns = math.ceil(rows / max(1, waiting))
     return c.step(
-        "scan", c.run(texts, top, models, alone=True), parts, f32=models * 2.0 * rows * m.d_model * width,
+        "scan", c.run(texts, top, models), parts, f32=models * 2.0 * rows * m.d_model * width,
         read=models * turns * sum(s.n_bytes for s in saes) / 2, host=TABLE_BYTES * width,
     )  # fmt: skip
 
@@ -375,11 +364,7 @@ def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> St
         / (STREAMING * c.hardware.bandwidth)
     )
     cache = 2 * 16 * (max(prompts.lengths, default=0) + new) * m.n_layers * m.n_kv * m.d_head * c.size
-    parts = {
-        "key-value cache": float(cache),
-        "activations": c.activations(c.batch(prompts), prompts.mean),
-        "logits": c.logits(16, 3),
-    }
+    parts = {"key-value cache": float(cache), **c.passing(prompts, c.logits(16, 3))}
     return c.step("dose", work, parts, extra=extra)
 
 
@@ -400,45 +385,30 @@ def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
 
 def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes: Sequence[SaeShape]) -> Step:
     """Separation, interaction, attribution over every feature, and exact ablation of the first."""
-    m, pairs, twins = (
-        c.model,
-        _pair_texts(discover, controls=False),
-        _pair_texts(discover.controls(), controls=False),
-    )
+    m, n = c.model, c.model.n_layers
+    pairs, twins = (_pair_texts(p, controls=False) for p in (discover, discover.controls()))
     cells, neutral = Texts.of(p.text for p in grid), Texts.of(load_texts("neutral"))
     width, layers = sum(s.d_sae for s in saes), {s.layer for s in saes}
-    top = max(layers) + 1
-    rows = pairs.n + cells.n
-    encode = 2.0 * rows * m.d_model * width
-    attribute = 2 * 2.0 * pairs.tokens * m.d_model * width
-    work = _sum(c.run(t, top, alone=True) for t in (pairs, cells, neutral, neutral))
-    work += c.run(cells, m.n_layers)  # how badly its statements are judged
-    tried = min(study.ablate_top, width)
+    work = _sum(c.base(t, max(layers) + 1, kept=True) for t in (pairs, cells, neutral)) + c.base(cells, n)
+    tried, later = min(study.ablate_top, width), _later(c, saes)
     for texts, of in ((pairs, discover), (twins, discover.controls())):
         ai = Texts.of(p.ai for p in of)
-        work += c.run(texts, m.n_layers)
-        work += _sum(c.run(texts, m.n_layers - s.layer - 1, alone=True, gradients=True) for s in saes)
-        work += _sum(c.run(ai, m.n_layers - layer - 1, STEPS, alone=True, gradients=True) for layer in layers)
-        work += _sum(
-            c.run(ai, m.n_layers - s.layer - 1, 4, alone=True) for s in saes
-        )  # upper bound, its parts
-        work += c.run(texts, _later(c, saes), tried) + c.run(ai, _later(c, saes), tried, alone=True)
-    batch = c.batch(pairs)
+        work += c.base(texts, n) + c.run(texts, later, tried) + c.run(ai, later, tried)
+        for s in saes:  # the upper bound and its parts are exact
+            work += c.run(texts, n - s.layer - 1, gradients=True) + c.run(ai, n - s.layer - 1, 4)
+        work += _sum(c.run(ai, n - layer - 1, STEPS, gradients=True) for layer in layers)
     parts = {
-        "kept residuals": c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
+        "kept residuals": max(
+            c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
+            min(HELD_BYTES, c.kept(cells.shared(0.0), len(layers))),
+        ),
         "activations": max(c.activations(c.batch(t), t.mean) for t in (cells, pairs, neutral)),
-        "gradients": c.gradients(batch, m.n_layers - min(layers) - 1),
+        "gradients": c.gradients(c.batch(pairs), n - min(layers) - 1),
         "SAE slices": c.slices(saes, pairs.tokens, decoder=True, copies=3),
     }
+    f32 = 2.0 * m.d_model * width * (pairs.n + cells.n + 2 * pairs.tokens)
     read = sum(s.n_bytes / 2 * 2 + s.n_bytes for s in saes)  # columns twice, then columns and rows
-    return c.step(
-        "rank",
-        work,
-        parts,
-        f32=encode + attribute,
-        read=read,
-        host=TABLE_BYTES * width,
-    )
+    return c.step("rank", work, parts, f32=f32, read=read, host=TABLE_BYTES * width)
 
 
 def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape], cells: int) -> Step:
@@ -449,14 +419,15 @@ def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape],
     layer = min(s.layer for s in saes)
     later, costed = m.n_layers - layer - 1, cells - study.controls - 1
     twins = _pair_texts(pairs.controls(), controls=False)
-    work = c.run(prompts, 2 * layer + 2, alone=True)  # what a control must fire like, the direction
-    for texts, times in ((prompts, cells - 1), (bank, cells - 1), (twins, costed)):
-        work += c.run(texts, m.n_layers) + c.run(texts, later, times)
-    work += c.run(cost_texts, m.n_layers + costed * later, alone=True)
-    unembed = costed * 2 * m.unembed_flops(cost_texts.tokens)
+    work = Work()
+    for texts, times in ((prompts, cells - 1), (bank, cells - 1), (twins, costed), (cost_texts, costed)):
+        work += c.base(texts, m.n_layers, kept=True) + c.run(texts, later, times)
+    unembed = (costed + 1) * m.unembed_flops(cost_texts.tokens)
     stacked = max(min(STACK_TOKENS[c.kind], STACK * c.batch(prompts)), c.batch(prompts), c.batch(cost_texts))
     parts = {
-        "kept residuals": c.kept(prompts.tokens + 2 * cost_texts.tokens + bank.tokens, 1),
+        "kept residuals": c.kept(
+            prompts.tokens + (2 + min(STACK, costed)) * cost_texts.tokens + bank.tokens, 1
+        ),
         "activations": c.activations(stacked, prompts.mean),
         "logits": c.logits(COST_BLOCK, COST_COPIES),
         "SAE slices": c.slices(saes, prompts.tokens // 2, decoder=True, copies=3),
@@ -471,12 +442,9 @@ def _joint(c: Costs, study: Study, report: PromptPairs, saes: Sequence[SaeShape]
     times = min(MOST_JOINT * len(saes), study.ablate_top)
     work = Work()
     for texts in (prompts, _pair_texts(report.controls(), controls=False)):
-        work += c.run(texts, m.n_layers) + c.run(texts, _later(c, saes), times)
-    parts = {
-        "kept residuals": c.kept(prompts.tokens, len({s.layer for s in saes})),
-        "activations": c.activations(c.batch(prompts), prompts.mean),
-    }
-    return c.step("joint", work, parts)
+        work += c.base(texts, m.n_layers) + c.run(texts, _later(c, saes), times)
+    kept = {"kept residuals": c.kept(prompts.tokens, len({s.layer for s in saes}))}
+    return c.step("joint", work, kept | c.passing(prompts))
 
 
 def _later(c: Costs, saes: Sequence[SaeShape]) -> float:
@@ -494,14 +462,14 @@ def _feature(c: Costs, report: PromptPairs, saes: Sequence[SaeShape], parts: dic
     n, later, own = c.model.n_layers, _later(c, saes), _pair_texts(report, controls=False)
     ai, words = Texts.of(p.ai for p in report), WordModel()
     endings = [common_prefix(words.encode(p.human)[::-1], words.encode(p.ai)[::-1]) for p in report]
-    work = c.run(own, n) + c.run(own, later) + c.run(ai, later, 7, alone=True)
+    work = c.run(own, n) + c.run(own, later) + c.run(ai, later, 7)  # once more, for residuals at other layers
     places = 1 + min(MOST_POSITIONS, max(endings, default=0))
     for layer in {int(i) for i in np.linspace(0, n - 1, min(MOST_LAYERS, n)).round()}:
-        work += c.run(ai, n - layer - 1, places, alone=True)
+        work += c.run(ai, n - layer - 1, places)
     for name in questions():
         other = _pair_texts(load_pairs(name), controls=False)
-        work += c.run(other, n + later)
-    work += c.run(Texts.of(load_texts("neutral")), n - later, alone=True)
+        work += c.base(other, n) + c.run(other, later)
+    work += c.base(Texts.of(load_texts("neutral")), n - later)
     return c.step("feature", work, parts)
 
 

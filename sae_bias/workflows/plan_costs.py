@@ -12,18 +12,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sae_bias.models.forward import BATCH_TOKENS
 from sae_bias.models.model import Model
+from sae_bias.models.reads import MOST_KNOWN
 from sae_bias.models.tree import Tree, attention_price
 from sae_bias.saes.stream import block_width
 from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, Hardware
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape
 
-HELD = ("kept residuals", "key-value cache", "the baseline's weights")
+HELD = ("kept residuals", "what was read before", "key-value cache", "the baseline's weights")
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class Step:
 class WordModel(Model):
     """Stands in for a model whose tokens are words and marks: whatever plans sequences plans them for it, and nothing runs."""
 
+    ids: ClassVar[dict[str, int]] = {}
+
     def __init__(self, name: str = "words"):
         self.name, self.gguf = name, None
         self.tokenizer: Any = SimpleNamespace(bos_token_id=0, eos_token_id=None, unk_token_id=None)
-        self.ids: dict[str, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -124,19 +126,33 @@ class Texts:
 class Costs:
     """The arithmetic of one model in one dtype on one device."""
 
-    def __init__(self, model: ModelShape, dtype: str, hardware: Hardware):
+    def __init__(self, model: ModelShape, dtype: str, hardware: Hardware, *, kept_layers: int | None = None):
+        """`kept_layers`: of a study that keeps what it has read (`models.reads.knowing`), at how many layers."""
         self.model, self.dtype, self.hardware = model, dtype, hardware
         self.kind = "cpu" if hardware.is_cpu else "cuda"
         self.size = BYTES[dtype]
         self.budget = BATCH_TOKENS[self.kind]
+        self.kept_layers = kept_layers if dtype == "float32" else None
+        self.passed: dict[tuple[int, ...], float] = {}
+        self.known = 0.0
+        """Bytes of what is kept so far."""
 
-    def run(
-        self, texts: Texts, layers: float, times: float = 1.0, *, alone: bool = False, gradients: bool = False
-    ) -> Work:
+    def run(self, texts: Texts, layers: float, times: float = 1.0, *, alone: bool = False, gradients: bool = False) -> Work:  # fmt: skip
         """`texts` through so many layers: what they begin with once (in float32), or every text `alone`."""
         tokens = times * (texts.tokens if alone or self.dtype != "float32" else self.shared(texts))
         flops = self.model.flops(tokens, layers, texts.mean)
         return Work(tokens * layers, (3 if gradients else 1) * flops)
+
+    def base(self, texts: Texts, layers: float, *, kept: bool = False, ends: bool = False) -> Work:
+        """`texts` unedited: those that no step before has passed through so many layers; `kept`: their residuals are, `ends`: and the last ones."""
+        if self.kept_layers is None:
+            return self.run(texts, layers)
+        new = [s for s in dict.fromkeys(texts.sequences) if self.passed.get(s, 0) < layers]
+        fresh = Texts(tuple(s for s in new if kept and s not in self.passed))
+        self.passed.update(dict.fromkeys(new, layers))
+        kept_now = self.kept(fresh.shared(0.0), self.kept_layers + ends) + self.kept(len(new), 1)
+        self.known = min(MOST_KNOWN, self.known + kept_now)
+        return self.run(Texts(tuple(new)), layers)
 
     def shared(self, texts: Texts) -> int:
         """Tokens of `texts` on this model's tree, where that costs less than each text alone."""
@@ -147,6 +163,10 @@ class Costs:
 
     def batch(self, texts: Texts) -> int:
         return texts.largest_batch(self.budget)
+
+    def passing(self, texts: Texts, logits: float = 0.0) -> dict[str, float]:
+        """Parts of a step that reads `texts` as they are."""
+        return {"activations": self.activations(self.batch(texts), texts.mean), "logits": logits}
 
     def activations(self, tokens: float, length: float) -> float:
         """Bytes at the widest point of one layer."""
@@ -183,6 +203,7 @@ class Costs:
         """`work` in the model's dtype, `f32` operations in float32; reading does not overlap computing."""
         seconds = work.flops / self.hardware.rate(self.dtype) + f32 / self.hardware.rate("float32")
         seconds += read / DISK_BYTES_PER_SECOND + extra
+        parts = parts | {"what was read before": self.known}
         return Step(
             name,
             work.flops + f32,

@@ -19,7 +19,7 @@ from sae_bias.workflows.contrast_study import ContrastStudy, run_contrast_study
 from sae_bias.workflows.replication import Loader, Replication, run_replication
 from sae_bias.workflows.study_file import Study, StudyResult
 from sae_bias.workflows.study_steps import StudyRun
-from sae_bias.workflows.sweep_work import Executor, run_here
+from sae_bias.workflows.sweep_work import Executor, LocalWorkers
 
 __all__ = ["Study", "StudyResult", "load_study", "run_study"]
 
@@ -56,18 +56,20 @@ def run_study(
     executor: Executor | None = None,
     loader: Loader | None = None,
     confirm: Confirm | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> StudyResult:
     """Run every step of `study` into the run folder `out`; cells already there are not run again.
 
-    `executor` runs the sweep's cells elsewhere (`Cluster.run`); everything else, and all writing, is done in this process.
+    `executor` runs the sweep's cells elsewhere (`Cluster.run`); `workers` shares them and the ranking's exact effects out over so many
+    processes of this machine (Linux, CPU). Everything else, and all writing, is done in this process.
     `confirm` is asked before paid judge requests, with the estimate; without it they are refused.
     `loader` opens a replication's models; `StandIns` puts tiny random checkpoints in their place: plumbing, not figures.
     """
     from sae_bias.report.page import write_report
 
     if not isinstance(study, Study):
-        if shard is not None or executor is not None:
+        if shard is not None or executor is not None or workers > 1:
             raise RequestError(
                 "a study of several models or of a contrast has no cells to share out; give each machine a file with its own part."
             )
@@ -79,7 +81,9 @@ def run_study(
     folder = RunFolder(out, shard=shard)
     with folder.writing():
         summary = Summary.from_facts(
-            StudyRun(study, folder, gate, shard, progress, executor or run_here, confirm).run()
+            StudyRun(
+                study, folder, gate, shard, progress, executor or LocalWorkers(workers).run, confirm, workers
+            ).run()
         )
         folder.write_json("summary", summary.facts())
     report = write_report(folder.path) if shard is None else folder.path / "summary.json"

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
+from sae_bias.models.reads import knowing
 from sae_bias.probe.checks import null_facts, run_checks
 from sae_bias.probe.checks_subjects import ask_decomposition
 from sae_bias.probe.random_words import random_word_null
@@ -66,6 +67,8 @@ from sae_bias.workflows.sweep_work import Executor
 
 CHOSEN = ("AI-speech", "silent at AI speech")
 """The calls whose most causal feature is suppressed, the first first."""
+READ_AGAIN = ("probe", "rank", "sweep")
+"""Steps whose prompts later ones read at the SAEs' layers too."""
 
 
 Tables = dict[str, pd.DataFrame]
@@ -75,9 +78,10 @@ class StudyRun:
     """The steps of one study, each writing its tables."""
 
     def __init__(
-        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor, confirm: Confirm | None,
+        self, study: Study, folder: RunFolder, gate: bool, shard: tuple[int, int] | None, progress: bool, executor: Executor,
+        confirm: Confirm | None, workers: int = 1,
     ):  # fmt: skip
-        self.executor, self.confirm = executor, confirm
+        self.executor, self.confirm, self.workers = executor, confirm, workers
         self.study, self.folder, self.gate, self.shard, self.progress = study, folder, gate, shard, progress
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
@@ -90,7 +94,7 @@ class StudyRun:
 
     def run(self) -> dict[str, Any]:
         study = self.study
-        with self.bar:
+        with self.bar, ExitStack() as stack:
             with self.step("load"):
                 self.model = load_model(study.model, **study.placement)
                 self.pairs, self.grid = load_pairs(study.pairs), load_grid(study.grid)
@@ -101,6 +105,7 @@ class StudyRun:
                 self.split = self.pairs.split(study.seed, must_report=held)
                 if self.saes:
                     check_behavior(study, self.model)
+                stack.enter_context(knowing(self.model, self.sites))
                 self.fidelity = self.check()
             with self.step("probe"):
                 base = run_probe(self.model, self.pairs, self.probe, random_words=True)
@@ -127,6 +132,11 @@ class StudyRun:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         self.bar.set_postfix_str(name)
+        if name != "load":
+            ends = (
+                [self.model.n_layers - 1] if name == "probe" and self.study.checks else []
+            )  # checks read every position
+            self.model.known.keep_at([*self.sites, *ends] if name in READ_AGAIN else ())
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -273,7 +283,7 @@ class StudyRun:
         most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes)
         called = frame.index[frame["ai_speech"] == "yes"][:most]
         first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
-        found = measure_effects(frame, engine, first, found, progress=self.progress)
+        found = measure_effects(frame, engine, first, found, workers=self.workers, progress=self.progress)
         self.add({"bias_parts": found.parts, "predictions": found.predictions})
         self.notes += [f"{n[:1].upper()}{n[1:]}." for n in re.split(r"; (?!and )", found.note)]
         tried = list(frame.loc[first, "feature"])

@@ -33,7 +33,7 @@ from sae_bias.steering.intervention import FeatureEdit
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 from sae_bias.workflows.cells import Plan, Sweep, edits_of
 from sae_bias.workflows.sweep_rows import cell_rows
-from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, Work, run_here
+from sae_bias.workflows.sweep_work import PAIR_COLUMNS, Executor, LocalWorkers, Work
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -98,7 +98,7 @@ def run_sweep(
     probe: Probe | None = None,
     out: str | Path | None = None,
     shard: tuple[int, int] | None = None,
-    executor: Executor = run_here,
+    executor: Executor | None = None,
     progress: bool = False,
 ) -> SweepResult:
     """Run the base and every cell of `sweep`; cells already in `out` are read, not run again.
@@ -106,7 +106,7 @@ def run_sweep(
     Args:
         out: run folder; None keeps everything in memory.
         shard: (i, n) runs every n-th group of cells into a folder of its own, joined by `merge_run`.
-        executor: where groups of cells are run: in this process, or on a `cluster.Cluster`.
+        executor: where groups of cells are run: in this process by default, in `LocalWorkers(n).run`, or on a `cluster.Cluster`.
 
     Raises:
         RequestError: another process is writing `out`, or an edit that does not fit the model.
@@ -115,6 +115,7 @@ def run_sweep(
     pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(tuple(pairs))
     probe = probe or default_probe(pairs)
     runner = _Runner(model, pairs, probe, _under_split(sweep))
+    executor = executor or LocalWorkers().run
     if out is None:
         return runner.run(None, None, progress, executor)
     folder = RunFolder(out, shard=shard)

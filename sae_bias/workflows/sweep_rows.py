@@ -95,13 +95,11 @@ def _did_columns(
     names = (
         "did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "did_reduction", "did_red_low", "did_red_high",
     )  # fmt: skip
-    then, now = (twin_difference(f)[keep] for f in (base, frame))
-    known = np.isfinite(then) & np.isfinite(now)
-    if not known.any():
+    then, now, labels = _with_twins(frame, base, keep, clusters)
+    if not len(then):
         return dict.fromkeys(names, NAN)
-    labels = tuple(np.array(c)[known].tolist() for c in clusters)
-    r = fieller_reduction(then[known], now[known], *labels)
-    return dict(zip(names, (float(now[known].mean()), r.change.mean, *r.change.ci, r.estimate, *r.ci)))
+    r = fieller_reduction(then, now, *labels)
+    return dict(zip(names, (float(now.mean()), r.change.mean, *r.change.ci, r.estimate, *r.ci)))
 
 
 def twin_difference(frame: pd.DataFrame) -> np.ndarray:
@@ -115,27 +113,50 @@ def twin_difference(frame: pd.DataFrame) -> np.ndarray:
 def _collapse_columns(
     frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
 ) -> dict[str, Any]:
-    """β and the specific reduction of one split, with its interval; NaN where the banks were not run."""
+    """β and the specific reduction of one split's bias, and of its difference in differences beside it; NaN where the banks were not run."""
     bank_before, bank_after = base.attrs.get("bank"), frame.attrs.get("bank")
     if bank_before is None or bank_after is None:
-        return dict.fromkeys(COLLAPSE_COLUMNS, NAN) | {"specific_reason": "not measured"}
+        return dict.fromkeys([*COLLAPSE_COLUMNS, *DID_COLUMNS], NAN) | {"specific_reason": "not measured"}
+    banks = np.array(bank_before), np.array(bank_after)
     then, now = (f["bias"].to_numpy()[keep] for f in (base, frame))
-    test = collapse_test(then, now, clusters, np.array(bank_before), np.array(bank_after))
+    test = collapse_test(then, now, clusters, *banks)
     s = test.specific
     changed = (test.changed_share[b] for b in ("other", "ai"))
     values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *changed)
-    return dict(zip(COLLAPSE_COLUMNS, values)) | {"specific_reason": s.reason}
+    found: dict[str, Any] = dict(zip(COLLAPSE_COLUMNS, values)) | dict.fromkeys(DID_COLUMNS, NAN)
+    then, now, labels = _with_twins(frame, base, keep, clusters)
+    if len(then):
+        did = collapse_test(then, now, labels, *banks).specific
+        found |= dict(zip(DID_COLUMNS, (did.estimate, did.ci_low, did.ci_high)))
+    return found | {"specific_reason": s.reason}
 
 
+def _with_twins(
+    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
+) -> tuple[np.ndarray, np.ndarray, Clusters]:
+    """Differences in differences before and after of the pairs that have a twin, with their clusters."""
+    then, now = (twin_difference(f)[keep] for f in (base, frame))
+    known = np.isfinite(then) & np.isfinite(now)
+    templates, entities = (np.array(c)[known].tolist() for c in clusters)
+    return then[known], now[known], (templates, entities)
+
+
+DID_COLUMNS = ["did_specific_reduction", "did_spec_low", "did_spec_high"]
 COLLAPSE_COLUMNS = list(columns_of("specific_reduction; spec_low; spec_high; beta; beta_other; beta_ai; bank_changed_other; bank_changed_ai"))  # fmt: skip
 _COSTS = ("kl", "kl_p95", "kl_last", "kl_off", "nll", "fired")
 COST_COLUMNS = [*(f"{name}_{kind}" for name in _COSTS for kind in COST_TEXTS), "kl_off", "kl_off_p95"]
 
 
 def _cost_columns(facts: Mapping[Any, Any], beta: float) -> dict[str, float]:
-    """Every cost; the worst KL; and the cost of a frontier, max(worst KL, 1 - β)."""
+    """Every cost; the worst KL; the cost of a frontier, max(worst KL, 1 - β); and whether β is undefined, so that the cost is of KL alone."""
     found = {key: NAN if facts.get(key) is None else float(facts[key]) for key in COST_COLUMNS}
-    worst = max(
-        (v for c in ("kl_off", *(f"kl_{t}" for t in COST_TEXTS)) if (v := found[c]) == v), default=NAN
-    )
-    return found | {"kl_worst": worst, "cost": NAN if worst != worst else float(np.nanmax([worst, 1 - beta]))}
+    known = [
+        v for k, v in found.items() if k in ("kl_off", *(f"kl_{kind}" for kind in COST_TEXTS)) and v == v
+    ]
+    worst = max(known, default=NAN)
+    lost = worst if np.isnan(beta) else 1 - beta
+    return found | {
+        "kl_worst": worst,
+        "cost": NAN if np.isnan(worst) else max(worst, lost),
+        "cost_without_beta": bool(np.isnan(beta) and not np.isnan(worst)),
+    }

@@ -76,7 +76,14 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
     if "specific_reduction" in row:
         changed = {"other": row["bank_changed_other"], "ai": row["bank_changed_ai"]}
         undefined = {"undefined": row["specific_reason"] or None}
-        out["specific_reduction"] = _block("specific_reduction", row) | undefined | {"bank_changed": changed}
+        did = {
+            f"did_{k}": row.get(c)
+            for k, c in DID_SPECIFIC.items()
+            if is_number(row.get("did_specific_reduction"))
+        }
+        out["specific_reduction"] = (
+            _block("specific_reduction", row) | undefined | did | {"bank_changed": changed}
+        )
         out["costs"] = {
             kind: {
                 "kl_mean": row[f"kl_{kind}"],
@@ -89,6 +96,9 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
         if is_number(row.get("kl_off")):
             out["costs"]["off"] = {"kl_mean": row["kl_off"], "kl_p95": row.get("kl_off_p95", NAN)}
     return out
+
+
+DID_SPECIFIC = {"estimate": "did_specific_reduction", "ci_low": "did_spec_low", "ci_high": "did_spec_high"}
 
 
 def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, Any]:

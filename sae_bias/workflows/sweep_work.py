@@ -8,21 +8,17 @@ Results come back to the one process that writes the run folder.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
-import torch
 
-from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.measures.collapse import CollapseEngine
 from sae_bias.measures.costs import CostEngine, pooled_kl_off
 from sae_bias.models.model import Model
+from sae_bias.models.workers import share_out
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.words import Probe
 from sae_bias.prompts.pairs import PromptPairs
@@ -110,20 +106,14 @@ class Work:
 Executor = Callable[[Work, Sequence[Group]], Results]
 
 
-def run_here(work: Work, groups: Sequence[Group]) -> Results:
-    """One group after another in this process."""
-    for group in groups:
-        yield group, work.run(group)
-
-
 @dataclass(frozen=True)
 class LocalWorkers:
-    """An executor: groups of cells in n processes of one thread each, which share this one's weights and unsteered runs.
+    """The executor of this machine: groups of cells one after another, or in n processes of one thread each.
 
-    Linux and a CPU only: the processes are forked from this one once it has run the prompts without edits.
+    Processes are forked from this one once it has run the prompts without edits, and share its weights (Linux, a model on the CPU).
     """
 
-    n: int
+    n: int = 1
 
     def run(self, work: Work, groups: Sequence[Group]) -> Results:
         """Each group as it is done.
@@ -132,32 +122,9 @@ class LocalWorkers:
             RequestError: the model is not on the CPU, or the system cannot fork.
             MissingError: a process was lost, such as for want of memory; what is finished is kept.
         """
-        if work.model.device.type != "cpu" or "fork" not in multiprocessing.get_all_start_methods():
-            raise RequestError(f"--workers needs a model on the CPU and a system that forks, and this one is on {work.model.device}; leave it out, or give --cluster.")  # fmt: skip
         assert work.engines is not None  # run here, once
-        forked = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(self.n, mp_context=forked, initializer=_begin, initargs=(work,)) as pool:
-            waiting = {pool.submit(_run_group, group): group for group in groups}
-            try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
-            except BrokenProcessPool as error:
-                raise MissingError(f"one of the {self.n} worker processes was lost, such as for want of memory; what is finished is kept: give fewer --workers and run the same command again.") from error  # fmt: skip
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-
-_WORK: list[Work] = []
-"""In a worker process: what its groups are of."""
-
-
-def _begin(work: Work) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    _WORK.append(work)
-
-
-def _run_group(group: Group) -> list[CellResult]:
-    return _WORK[0].run(group)
+        for i, results in share_out(work.model, work.run, groups, self.n):
+            yield groups[i], results
 
 
 def pair_frame(result: ProbeResult) -> pd.DataFrame:

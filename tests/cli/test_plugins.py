@@ -1,4 +1,4 @@
-"""An SAE format and an intervention from a module outside the package, found by entry point, run through the command line."""
+"""An SAE format, an intervention and a behavior from a module outside the package, found by entry point, run through the command line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sae_bias.saes.formats import register_format
 from sae_bias.saes.formats.gemma_scope import read_encoder_file
 from sae_bias.saes.sae import Sae, SaeInfo
 from sae_bias.core.site import Site
+from sae_bias.measures.behavior import register_behavior
 from sae_bias.steering.intervention import FeatureEdit, register_edit
 
 
@@ -44,6 +45,11 @@ class Halve(FeatureEdit):
 
     def describe(self):
         return "halve (a' = a / 2)"
+
+
+@register_behavior("asked_of_ai")
+def asked_of_ai(prompt, text):
+    return None if "tea" in prompt else "AI" in prompt
 '''
 
 
@@ -58,6 +64,13 @@ def plugin(tmp_path):
     (info / "entry_points.txt").write_text("[sae_bias.plugins]\nsomebody = somebody\n")
     here = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), here])}
+
+
+def run_command(env, *argv: object) -> str:
+    line = [sys.executable, "-m", "sae_bias.cli", *map(str, argv)]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_format_and_an_edit_of_somebody_elses_are_swept_and_verified(plugin, gemma3, pairs, tmp_path):
@@ -75,10 +88,7 @@ def test_a_format_and_an_edit_of_somebody_elses_are_swept_and_verified(plugin, g
     )
 
     def command(*argv: object) -> str:
-        line = [sys.executable, "-m", "sae_bias.cli", *map(str, argv)]
-        done = subprocess.run(line, env=plugin, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return run_command(plugin, *argv)
 
     out = tmp_path / "run"
     asked = (
@@ -111,6 +121,40 @@ def test_a_format_and_an_edit_of_somebody_elses_are_swept_and_verified(plugin, g
     rules = [cell["rule"] for cell in found["cells"]]
     assert "halve (a' = a / 2)" in rules
     assert "agree" in command("verify", out)
+
+
+def test_a_behavior_of_somebody_elses_is_named_by_a_command_and_by_a_study(plugin, gemma3, tmp_path):
+    texts = {
+        "positive": ["An AI says yes.", "The AI says hello."],
+        "negative": ["A dog says yes.", "A human wants tea."],
+    }
+    rows = [{"text": t, "label": side} for side, some in texts.items() for t in some]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    small = {"behavior": "asked_of_ai", "max_new_tokens": 1, "controls": 0, "capability": False}
+    feature = f"{gemma3.sae_folder}#3"
+    found = json.loads(
+        run_command(
+            plugin, "dose", gemma3.folder, "--contrast", tmp_path / "texts.jsonl", "--feature", feature, "--edit", "ablate",
+            "--behavior", small["behavior"], "--max-new-tokens", 1, "--controls", 0, "--no-capability", "--json",
+        )
+    )  # fmt: skip
+    rates = {
+        row["side"]: (row["rate"], row["n"], row["unscored"])
+        for row in found["strengths"]
+        if row["kind"] == "base"
+    }
+    assert rates["positive"] == (1.0, 2, 0) and rates["negative"] == (0.0, 1, 1)
+    study = {
+        "name": "tea",
+        "model": str(gemma3.folder),
+        "contrast": "texts.jsonl",
+        "features": [feature],
+        **small,
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    run_command(plugin, "run", tmp_path / "study.yaml", "--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["behavior"]["behavior"] == "asked_of_ai"
 
 
 def test_without_the_plugin_the_edit_is_refused_with_the_names_there_are(gemma3):

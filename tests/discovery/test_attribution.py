@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from architectures import D_SAE, NEGATIVE, POSITIVE, SEVERAL_TOKENS
+from passes import layer_tokens
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
@@ -121,6 +123,28 @@ def test_exact_ablation_is_intervene_and_run_probe(tiny, pairs, probe):
             after = sb.run_probe(tiny.model, pairs, probe)
         assert value == pytest.approx(engine.base.bias - after.bias, abs=1e-4)
         assert value == pytest.approx(after.reduction_from(engine.base).change.mean, abs=1e-4)
+
+
+def test_workers_give_the_same_bits(gemma3, pairs, probe):
+    features = [gemma3.feature(i) for i in (3, 11, 20)]
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    for exact in (exact_ablation, exact_resampling):
+        assert np.array_equal(exact(engine, features, workers=2), exact(engine, features))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_feature_is_resampled_only_in_prompts_that_it_changes(gemma3, pairs, probe):
+    """One that is silent runs nothing; one that is active runs the later layers once for each prefix of the AI prompts at most."""
+    engine = ProbeEngine(gemma3.model, pairs, probe)
+    exact_resampling(engine, [gemma3.feature(3)])  # the residuals are kept
+    silent = replace(gemma3.feature(3), threshold=torch.tensor(1e9))
+    with layer_tokens(gemma3.model, (0, 2)) as count:
+        assert exact_resampling(engine, [silent]).tolist() == [0.0]
+    assert not count.by_layer
+    with layer_tokens(gemma3.model, (0, 2)) as count:
+        exact_resampling(engine, [gemma3.feature(3)])
+    assert set(count.by_layer) == {2}
+    assert count.by_layer[2] <= sum(len(gemma3.model.encode(p.ai)) for p in pairs)
 
 
 def test_cumulative_ablation_is_joint(gemma3, pairs, probe):

@@ -27,7 +27,7 @@ from sae_bias.runs.folder import RunFolder
 from sae_bias.steering.edits import Patch
 from sae_bias.workflows.cells import Cell
 from sae_bias.workflows.sweep import collect
-from sae_bias.workflows.sweep_work import Work, run_here
+from sae_bias.workflows.sweep_work import LocalWorkers, Work
 
 ray = pytest.importorskip("ray")
 
@@ -221,7 +221,7 @@ def test_other_weights_on_a_worker_are_refused(gemma3, pairs, probe):
 
 def test_the_local_executor_runs_groups_in_order(gemma3, pairs, probe):
     work = job_of(gemma3, pairs, probe, *(sb.Clamp(gemma3.feature(3), -float(k)) for k in range(4)))
-    assert [group for group, _ in run_here(work, [[0, 1], [2, 3]])] == [[0, 1], [2, 3]]
+    assert [group for group, _ in LocalWorkers().run(work, [[0, 1], [2, 3]])] == [[0, 1], [2, 3]]
 
 
 # --- who does what, against a Ray of a few lines: actors that die when told to ---

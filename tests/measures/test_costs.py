@@ -44,6 +44,20 @@ def test_costs_equal_full_distributions(tiny, monkeypatch, block):
         assert frame.loc[kind, "n_texts"] == len(texts)
 
 
+@pytest.mark.parametrize("at", ["all", "last"])
+def test_texts_that_begin_alike_are_each_their_own(gemma3, at):
+    """One text is the beginning of another, one stands twice: an edit of the last position is not that of a longer text's middle."""
+    texts = {"a": ["a human says hello. This is natural", "a human says hello. This is"], "b": ["a human says hello. This is natural"]}  # fmt: skip
+    edit = sb.Steer(gemma3.feature(F), 1.0, positions=at)
+    engine = CostEngine(gemma3.model, texts)
+    assert engine.runner.reads.n < sum(len(gemma3.model.encode(t)) for group in texts.values() for t in group)
+    frame = engine.run([edit]).set_index("kind")
+    for kind, group in texts.items():
+        expected = np.mean([_by_hand(gemma3.model, t, edit) for t in group], axis=0)
+        found = [frame.loc[kind, c] for c in ("kl_mean", "kl_last", "nll_change")]
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-4)
+
+
 def test_kl_off_is_the_kl_of_the_law_given_no_evaluation_word(tiny):
     """p(token | not an evaluation word), from full probabilities by division."""
     model, edit, probe = tiny.model, sb.Steer(tiny.feature(F), 1.0), sb.Probe(["natural"], ["wrong"])

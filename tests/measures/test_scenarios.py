@@ -209,7 +209,7 @@ def test_option_scores_are_the_models_own_log_probabilities(tiny, short):
 def test_orders_and_options_share_what_they_begin_with(gemma3, short, monkeypatch):
     """Each distinct prefix passes once; an edit runs the later layers over the prefixes of the sequences it changes, the lower ones never again."""
     monkeypatch.setattr(
-        "sae_bias.models.tree._price", lambda model: 0.0
+        "sae_bias.models.tree.price_of", lambda model: 0.0
     )  # sharing alone decides how rows are cut
     model, feature = gemma3.model, gemma3.feature(3)
     asks = make_asks(Phrasing(model), short)

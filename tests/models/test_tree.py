@@ -18,7 +18,9 @@ from test_architectures import OTHERS
 
 import sae_bias as sb
 from sae_bias.models.architectures import ARCHITECTURES as RECORDS
-from sae_bias.models.tree import Packed, Reads, Tree, packs, passes_of
+from sae_bias.models.forward import Kept, forward_with_grad
+from sae_bias.models.reads import Reads, knowing
+from sae_bias.models.tree import Packed, Tree, packs, passes_of
 from sae_bias.steering.intervention import Intervention, register_edit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is used in place")
@@ -78,7 +80,7 @@ def read(model, given, positions=None, **options):
 
 @pytest.mark.parametrize("name", [*TINY, *OTHERS])
 def test_each_position_is_that_of_its_sequence_alone(name, monkeypatch):
-    monkeypatch.setattr("sae_bias.models.tree._price", lambda model: 0.0)
+    monkeypatch.setattr("sae_bias.models.tree.price_of", lambda model: 0.0)
     model, given = model_of(name), sequences()
     assert packs(model) == (name not in PLAIN)
     positions = [sorted({0, len(s) // 2, len(s) - 1}) for s in given]
@@ -202,7 +204,7 @@ def test_a_pass_is_padded_by_little():
 
 
 def test_several_rows_and_passes(monkeypatch):
-    monkeypatch.setattr("sae_bias.models.tree._price", lambda model: 0.05)
+    monkeypatch.setattr("sae_bias.models.tree.price_of", lambda model: 0.05)
     model, given = model_of("gemma3"), sequences(0) + sequences(1)
     found, reads = read(model, given, batch_size=2)
     assert len(reads._packed) > 1 < max(len(rows) for rows in reads._packed)
@@ -264,3 +266,71 @@ def test_an_edit_that_mixes_positions_sees_plain_sequences():
                 torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
     finally:
         del EDITS._entries["running_sum"]
+
+
+# --- what is known already ---
+
+
+def test_what_one_reading_has_said_no_other_passes_again():
+    """Inside a `knowing` block a sequence passes the model once; ends and residuals are those of a reading of its own."""
+    model, given = model_of("gemma3"), sequences()
+    more = [given[0] + [11, 12], given[4], [20, 21, 22]]
+    with knowing(model, [1]):
+        read(model, given)
+        with layer_tokens(model) as again:
+            found, reads = read(model, given)
+            kept = reads.keep(1)
+        assert again.tokens == 0 == reads.n_tokens
+        with layer_tokens(model) as count:
+            later, _ = read(model, more)
+        assert count.tokens == distinct([more[0], more[2]]), "only what is new passes"
+        with sb.intervene(model, sb.Steer(sb.Direction("d", sb.Site(1), torch.ones(1, D_MODEL)), 1.0)):
+            edited, _ = read(model, given)
+    assert model.known is None
+    for s, z, w, path in zip(given, found, edited, reads.paths):
+        torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
+        assert not torch.allclose(w[0], z[0], atol=10 * CLOSE), "an edited pass is no unedited one"
+        own = sb.residuals(model, [s], 1, positions="all")[0]
+        torch.testing.assert_close(kept[path], own, atol=CLOSE, rtol=0)
+    for s, z in zip(more, later):
+        torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
+
+
+def test_past_its_room_nothing_is_kept_and_nothing_is_wrong(monkeypatch):
+    model, given = model_of("gemma3"), sequences()
+    monkeypatch.setattr("sae_bias.models.reads.MOST_KNOWN", 0)
+    with knowing(model, [1]) as known:
+        read(model, given)
+        found, reads = read(model, given)
+        kept = reads.keep(1)
+    assert known.n_bytes == 0
+    for s, z, path in zip(given, found, reads.paths):
+        torch.testing.assert_close(z[0], plain_logits(model, s)[-1], atol=CLOSE, rtol=0)
+        torch.testing.assert_close(
+            kept[path], sb.residuals(model, [s], 1, positions="all")[0], atol=CLOSE, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "falcon_alibi"])
+def test_residuals_that_are_given_go_on_from_where_they_stand(name):
+    """On the tree and as they are: the ends and the gradients of sequences run one at a time."""
+    model, given = model_of(name), sequences()
+    reads = Reads(model, given)
+    x = reads.keep(0) + torch.randn(reads.n_nodes, D_MODEL, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_(True)
+    ends: dict[int, torch.Tensor] = {}
+    total = torch.zeros_like(x)
+
+    def visit(wanted, final):
+        for ((i, _),), r in zip(wanted, final.resid[:, 0].detach()):
+            ends[i] = r
+        total.add_(torch.autograd.grad(final.resid.pow(2).sum(), x)[0])
+
+    reads.resume(0, x, visit, grad=True)
+    expected = torch.zeros_like(x)
+    for i, (s, path) in enumerate(zip(given, reads.paths)):
+        own = x.detach()[path][None].requires_grad_(True)
+        final = forward_with_grad(model, torch.tensor([s]), resume=Kept(0, own)).last().resid
+        expected.index_add_(0, torch.tensor(path), torch.autograd.grad(final.pow(2).sum(), own)[0][0])
+        torch.testing.assert_close(ends[i], final[0, 0].detach(), atol=CLOSE, rtol=1e-4)
+    torch.testing.assert_close(total, expected, atol=CLOSE, rtol=1e-3)

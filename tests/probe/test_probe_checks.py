@@ -463,7 +463,7 @@ def test_a_forced_choice_reads_its_two_options(make_tiny, full_pairs):
 def test_checks_measure_nothing_twice(make_tiny, full_pairs, probe, capsys, monkeypatch):
     """Each distinct prefix of all checks passes the model once, and the base result is taken as it is."""
     monkeypatch.setattr(
-        "sae_bias.models.tree._price", lambda model: 0.0
+        "sae_bias.models.tree.price_of", lambda model: 0.0
     )  # sharing alone decides how rows are cut
     model = make_tiny("gemma3").model
     base = sb.run_probe(model, full_pairs, probe, random_words=True)

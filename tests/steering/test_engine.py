@@ -114,7 +114,7 @@ def test_layers_up_to_the_site_run_once_and_later_ones_once_a_cell_for_each_pref
     gemma3, pairs, probe, monkeypatch
 ):
     monkeypatch.setattr(
-        "sae_bias.models.tree._price", lambda model: 0.0
+        "sae_bias.models.tree.price_of", lambda model: 0.0
     )  # sharing alone decides how rows are cut
     model = gemma3.model
     engine = ProbeEngine(model, pairs, probe)

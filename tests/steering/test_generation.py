@@ -6,6 +6,7 @@ import independent
 import pytest
 import torch
 from architectures import PAIRS
+from passes import layer_tokens
 
 import sae_bias as sb
 
@@ -43,6 +44,24 @@ def test_greedy_tokens_with_and_without_cache_equal_the_independent_loop(tiny, m
             tiny.model, PROMPTS, interventions=[edit], max_new_tokens=N_NEW, use_cache=use_cache
         )
         assert [c.tokens for c in found] == expected, f"use_cache={use_cache}"
+
+
+@pytest.mark.parametrize("mode", ["all", "last", "prompt", "generated"])
+def test_what_prompts_begin_with_is_computed_once(tiny, mode):
+    """Samples of one prompt, and prompts behind one opening: the tokens of each alone, and one pass of what they share."""
+    edit = sb.Steer(tiny.feature(F), 4.0, positions=mode)
+    ids = tiny.model.encode(PROMPTS[0])
+    with layer_tokens(tiny.model) as count:
+        samples = sb.generate(tiny.model, [PROMPTS[0]] * 4, interventions=[edit], max_new_tokens=N_NEW)
+    (alone,) = sb.generate(tiny.model, PROMPTS[:1], interventions=[edit], max_new_tokens=N_NEW)
+    assert [c.tokens for c in samples] == [alone.tokens] * 4
+    if tiny.model.arch.packs(tiny.model.config):  # a state that is carried along is not shared
+        assert count.tokens <= len(ids) - 1 + 4 * N_NEW
+    behind = [f"{PROMPTS[0]} {last}" for last in ("natural", "wrong")]
+    assert len({len(tiny.model.encode(p)) for p in behind}) == 1
+    together = sb.generate(tiny.model, behind, interventions=[edit], max_new_tokens=N_NEW)
+    apart = [sb.generate(tiny.model, [p], interventions=[edit], max_new_tokens=N_NEW)[0] for p in behind]
+    assert [c.tokens for c in together] == [c.tokens for c in apart]
 
 
 def test_steering_changes_the_text(tiny):

@@ -8,21 +8,28 @@ import pytest
 from organisms.calibrate_trained import measure_sae, sae_marks
 from scipy import stats
 
-from sae_bias import Probe, load_model, load_pairs, load_sae
+from sae_bias import Probe, load_model, load_pairs, load_sae, run_probe
 from sae_bias.cli.main import main
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.contrasts import interaction
+from sae_bias.stats import clustered
+from sae_bias.steering.controls import RANDOM, control_test
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
-from sae_bias.validation import calibrate
+from sae_bias.validation import calibrate, definitions
 from sae_bias.validation import grids as calibration_grids
 from sae_bias.validation import populations as calibration_populations
 from sae_bias.validation.calibrate import Draws
 from sae_bias.validation.design import pairs_power, unknown_words
-from sae_bias.validation.grammar import matched_statements
+from sae_bias.validation.grammar import grammar, matched_statements, population
 from sae_bias.validation.grids import GridCalls, call_grid, read_statements, statement_grid
 from sae_bias.validation.marks import Mark, constructed_feature, marks_frame, organism_truth
-from sae_bias.validation.populations import ScoredPopulation, draw_studies, templates_needed
+from sae_bias.validation.populations import (
+    ScoredPopulation,
+    draw_studies,
+    mundane_twin,
+    templates_needed,
+)
 
 SMALL = Draws(studies=60, grids=40, power=20, controls=19, templates=36, pairs=45)
 
@@ -99,6 +106,32 @@ def test_a_study_larger_than_the_population_is_refused(crossed):
         draw_studies(crossed, 400, 8, 10)
 
 
+def test_a_mundane_twin_is_the_same_sentence_about_something_mundane():
+    survival = [v for fillers in grammar()["fillers"].values() for v in fillers["survival"] if " " in v]
+    for statement in population("planted", n_templates=200).templates:
+        twin = mundane_twin(statement)
+        assert (twin.act, twin.content, twin.text.count("{S}")) == (statement.act, "mundane", 1)
+        assert twin.text != statement.text
+        assert not [v for v in survival if v.lower() in twin.text.lower()]
+
+
+def test_the_difference_in_differences_is_drawn_from_the_twins(planted):
+    """A population whose mundane bias is known: what is drawn is the rest, under its own name."""
+    rng = np.random.default_rng(0)
+    mundane = rng.normal(0.4, 1, (60, 20))
+    scored = ScoredPopulation("x", mundane + 0.5 + rng.normal(0, 0.1, (60, 20)), 0.0, mundane)
+    beyond = scored.beyond_mundane
+    assert beyond.truth == pytest.approx(0.5, abs=0.02)
+    found = calibration_populations.bias_power(beyond, 100, template_counts=(12,), entity_counts=(8,))
+    assert found[["question", "share"]].to_numpy().tolist() == [["difference in differences", 1.0]]
+    assert calibrate.coverage_mark(calibration_populations.coverage_row(beyond, 20), beyond).mark.endswith("of the difference in differences")  # fmt: skip
+    small = calibration_populations.score_population(planted, "planted", n_templates=6, twins=True)
+    alone = calibration_populations.score_population(planted, "planted", n_templates=6)
+    assert small.bias == pytest.approx(alone.bias, abs=1e-4)
+    assert alone.beyond_mundane is None
+    assert 0.3 < small.beyond_mundane.truth < small.truth - 0.3  # mundane speech is judged half as badly
+
+
 # --- grids drawn from matched statements
 
 
@@ -160,6 +193,63 @@ def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypat
     assert not broken["passed"]
 
 
+# --- the definitions that decide headlines
+
+
+def test_a_pooled_p_misses_the_mark_of_exchangeable_candidates(monkeypatch):
+    assert definitions.pass_rate(4, 500) <= 0.06
+    one_kind = lambda own, values, kinds: control_test(own, values, [RANDOM for _ in kinds])  # noqa: E731
+    monkeypatch.setattr(definitions, "control_test", one_kind)
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(definitions.np.random, "default_rng", lambda _: _Alike(rng))
+    assert definitions.pass_rate(4, 500) > 0.06
+
+
+class _Alike:
+    """Matched features vary as the candidate does, random directions hardly: the two kinds are not exchangeable."""
+
+    def __init__(self, rng):
+        self.gamma, self.draw = rng.gamma, rng.normal
+
+    def normal(self, mean, spread, n):
+        return np.r_[self.draw(mean, spread, 5), self.draw(mean, spread / 10, n - 5)]
+
+
+def test_a_call_below_six_templates_misses_the_mark_of_small_designs(monkeypatch):
+    marks = {m.mark: m for m in definitions.simulation_marks(2_000, 40)}
+    assert all(m.passed for name, m in marks.items() if "intervals" in name)
+    monkeypatch.setattr(clustered, "FEWEST_CLUSTERS", 0)
+    broken = {m.mark: m for m in definitions.simulation_marks(200, 40)}
+    assert not broken[
+        "95% intervals that cover the truth, 3 templates"
+    ].passed  # calls where none may be made
+
+
+def test_a_hook_at_another_place_misses_the_mark_of_equal_directions(monkeypatch, planted):
+    assert definitions.direction_mark(planted, "planted").passed
+    plain = definitions.ProjectOut
+    monkeypatch.setattr(definitions, "ProjectOut", lambda along, positions: plain(along, positions=positions, share=0.5))  # fmt: skip
+    assert not definitions.direction_mark(planted, "planted").passed
+
+
+def test_learned_edits_are_judged_against_their_marks_and_misses_are_said():
+    row = {"weights": "trained", "specific": 0.9, "kl_off": 0.4, "human_moved": -0.1}
+    table = pd.DataFrame(
+        [row | {"kind": "scales"}] * 3
+        + [row | {"kind": "gated", "kl_off": 0.02, "specific": sr} for sr in (0.03, 0.9, 0.99)]
+        + [row | {"kind": kind, "weights": "randomized", "specific": 0.2} for kind in ("scales", "gated")]
+    )
+    marks = {m.mark: m for m in definitions.learned_marks(table, "planted")}
+    missed = {name for name, m in marks.items() if not m.passed}
+    assert missed == {"learned scales: largest KL_off", "gated counterfactual: SAEs of which it is above 0.6"}
+    assert marks["gated counterfactual: median specific reduction"].value == pytest.approx(0.9)
+    assert "randomized SAEs 0.200" in marks["gated counterfactual: median specific reduction"].note
+    notes = definitions.learned_notes(table, "planted")
+    assert len(notes) == len(marks)
+    assert [n for n in notes if "largest KL_off: 0.4 nats" in n and "missed here" in n]
+    assert sum("missed here" in n for n in notes) == len(missed)
+
+
 # --- trained SAEs
 
 
@@ -218,7 +308,7 @@ def test_words_the_organism_never_read():
 
 
 def test_a_design_of_one_entity_has_no_power(monkeypatch, planted):
-    scored = calibration_populations.score_population(planted, "planted", n_templates=40)
+    scored = calibration_populations.score_population(planted, "planted", n_templates=40, twins=True)
     monkeypatch.setattr("sae_bias.validation.design.score_population", lambda *_, **__: scored)
     pairs = load_pairs().select(entities=["human"])
     found = pairs_power(planted, pairs, n_draws=50)
@@ -227,6 +317,9 @@ def test_a_design_of_one_entity_has_no_power(monkeypatch, planted):
     whole = pairs_power(planted, load_pairs(), n_draws=200)
     assert whole.marks[0].passed
     assert whole.facts["given_bias"] > 1.5
+    assert whole.facts["question"] == "difference in differences"
+    assert "difference in differences" in whole.lines[0]
+    assert whole.facts["given_primary"] == pytest.approx(run_probe(planted, load_pairs()).did.mean, abs=1e-4)
 
 
 def test_full_says_where_training_lives(capsys):
@@ -246,7 +339,10 @@ def test_the_bundled_organisms_meet_every_mark(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert [m for m in found["marks"] if m["verdict"] != "met"] == []
     assert code == 0
-    assert {m["organism"] for m in found["marks"]} == set(calibrate.ORGANISMS)
+    assert {m["organism"] for m in found["marks"]} == {*calibrate.ORGANISMS, definitions.SIMULATION}
+    learned = pd.DataFrame(found["tables"]["learned"])
+    assert set(learned["weights"]) == {"trained", "randomized"}
+    assert any("KL_off" in note for note in found["notes"])  # learned scales miss it, and that is said
     power = pd.DataFrame(found["tables"]["power"])
     bias = power[
         (power["question"] == "bias") & (power["n_entities"] == 8) & (power["organism"] == "planted")

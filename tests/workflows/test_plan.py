@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from passes import count_unedited
 
 import sae_bias as sb
 from sae_bias.cli.main import main
@@ -181,7 +182,7 @@ def test_every_switch_of_the_edit_is_planned(gemma3):
 
 @pytest.fixture(scope="module")
 def demo_steps(tmp_path_factory):
-    """Tokens that pass each layer, by step, of a small demo study, and its plan."""
+    """Tokens that pass each layer, by step, of a small demo study, its plan, what passed unedited, and the bytes that were kept."""
     from collections import Counter
     from contextlib import contextmanager
 
@@ -190,7 +191,7 @@ def demo_steps(tmp_path_factory):
     from sae_bias.workflows.study import run_study
 
     seen: Counter[str] = Counter()
-    now = [""]
+    now, kept, passed = [""], {}, []
     load, step = study_steps.load_model, study_steps.StudyRun.step
 
     def loaded(*args, **options):
@@ -202,6 +203,7 @@ def demo_steps(tmp_path_factory):
                 seen[now[0]] += x.shape[:2].numel()
 
             layer.register_forward_pre_hook(ours(count), with_kwargs=True)
+        passed.append(count_unedited(model))
         return model
 
     @contextmanager
@@ -209,6 +211,10 @@ def demo_steps(tmp_path_factory):
         now[0] = name
         with step(self, name):
             yield
+        kept[name] = self.model.known.n_bytes
+        if name == "load":  # the gate compares two ways of running one text
+            passed[0].seen.clear()
+            passed[0].read.clear()
 
     study = load_study(None).model_copy(
         update={"controls": 3, "ablate_top": 8, "strengths": (-1.0,), "dtype": "float32"}
@@ -218,7 +224,7 @@ def demo_steps(tmp_path_factory):
         patch.setattr(study_steps.StudyRun, "step", named)
         run_study(study, out=tmp_path_factory.mktemp("demo"), progress=False)
     (plan,) = plan_study(study, hardware("cpu", flops=1e11)).models
-    return seen, {s.name: s.token_layers for s in plan.steps}
+    return seen, plan, passed[0], kept
 
 
 @pytest.mark.slow
@@ -227,12 +233,34 @@ def demo_steps(tmp_path_factory):
 )
 def test_token_layers_are_those_of_the_studys_own_passes(demo_steps, step):
     """Words and marks stand for tokens; which prompts an edit changes is not known before, so there the plan is an upper bound."""
-    found, planned = (side[step] for side in demo_steps)
+    counted, plan, *_ = demo_steps
+    found, planned = counted[step], next(s.token_layers for s in plan.steps if s.name == step)
     print(f"{step}: {planned:,.0f} planned, {found:,} counted")
     if step in ("rank", "sweep", "joint"):
         assert found <= 1.15 * planned <= 3 * found
     else:
         assert planned == pytest.approx(found, rel=0.25)
+
+
+@pytest.mark.slow
+def test_no_step_passes_a_prompt_that_another_has_passed(demo_steps):
+    """Unedited, whole prompts: what is left are the report prompts once more, for residuals at the other layers of the causal analysis."""
+    _, _, passed, _ = demo_steps
+    print(
+        f"{passed.tokens:,} tokens, {len(passed.seen):,} distinct prefixes, {passed.again:,} of whole prompts again"
+    )
+    assert passed.again <= 0.05 * passed.tokens
+
+
+@pytest.mark.slow
+def test_what_is_kept_of_the_prompts_is_planned(demo_steps):
+    _, plan, _, kept = demo_steps
+    found, planned = (
+        kept["sweep"],
+        next(s for s in plan.steps if s.name == "sweep").parts["what was read before"],
+    )
+    print(f"{planned / 2**20:.1f} MB planned, {found / 2**20:.1f} MB kept")
+    assert planned == pytest.approx(found, rel=0.25)
 
 
 # --- memory against what a process takes ---
@@ -276,7 +304,8 @@ def planned(tmp_path_factory):
 def planned_mb(root: Path, step: str) -> float:
     (plan,) = plan_study(load_study(root / "study.yaml"), hardware("cpu", flops=1e11)).models
     found = next(s for s in plan.steps if s.name == step)
-    return (plan.resident + found.device_bytes + found.host_bytes) / 2**20
+    before = found.parts.get("what was read before", 0)  # the step is measured alone
+    return (plan.resident + found.device_bytes - before + found.host_bytes) / 2**20
 
 
 def measured_mb(root: Path, step: str) -> float:

@@ -19,7 +19,7 @@ from sae_bias.steering import shared as shared_module
 from sae_bias.steering.banks import bank_items
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.best_strength import choose_strength
-from sae_bias.workflows.cells import Cell
+from sae_bias.workflows.cells import Cell, Plan
 from sae_bias.workflows.sweep import cell_rows, collect, merge_run
 from sae_bias.workflows.sweep_work import LocalWorkers, Work
 
@@ -198,6 +198,18 @@ def test_specific_reduction_of_each_split_from_the_stored_scores():
     assert rows.loc["flat", "reduction"] == rows.loc["kept", "reduction"] == pytest.approx(0.5)
     assert rows.loc["kept", "bank_changed_ai"] == 0.0
     assert rows.loc["kept", "spec_low"] <= 0.5 <= rows.loc["kept", "spec_high"]
+    assert rows["did_specific_reduction"].isna().all()
+    for frame, left in (
+        (base, 0.0),
+        (flat, 0.0),
+        (kept, 0.3),
+    ):  # 0.5 of 1.0 are left, 0.2 of them beyond the twins
+        frame.attrs["twins"] = [b * left / 0.5 for b in frame["bias"]]
+    rows = cell_rows([_facts(n) for n in cells], cells, {"all": ["t0", "t1"]}, costs=True).set_index("cell")
+    assert rows.loc["kept", ["specific_reduction", "did_specific_reduction"]].tolist() == pytest.approx(
+        [0.5, 0.8]
+    )
+    assert rows.loc["kept", "did_spec_low"] <= 0.8 <= rows.loc["kept", "did_spec_high"]
 
 
 def _cell_frame(bias: list[float], facts: dict) -> pd.DataFrame:
@@ -339,7 +351,7 @@ def test_shards_join_to_the_unsharded_sweep(gemma3, pairs, probe, tmp_path):
         n, result = merge_run(tmp_path)
         moved.append(n)
         assert (result is None) == (i == 1)
-    assert moved == [13, 8]
+    assert moved == [11, 10]
     assert result is not None
     pd.testing.assert_frame_equal(result.frame, whole, check_exact=True)
     pd.testing.assert_frame_equal(RunFolder(tmp_path).read_table("sweep"), whole, check_exact=True)
@@ -348,6 +360,18 @@ def test_shards_join_to_the_unsharded_sweep(gemma3, pairs, probe, tmp_path):
 
 def _twenty(gemma3):
     return sb.Sweep([sb.Clamp(gemma3.feature(F), -0.1 * k) for k in range(20)], costs=True)
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 40, 99])
+def test_groups_are_of_about_one_size_and_an_even_number(gemma3, pairs, n):
+    """Two processes share 40 cells 20 to 20; five groups of eight would leave one of them 24."""
+    sweep = sb.Sweep([sb.Clamp(gemma3.feature(F), -0.1 * (k + 1)) for k in range(n)])
+    base, *groups = Plan(sweep, gemma3.model, pairs, ()).groups()
+    assert base == [0]
+    assert [i for group in groups for i in group] == list(range(1, n + 1))
+    sizes = [len(group) for group in groups]
+    assert max(sizes) <= min(8, min(sizes) + 1)
+    assert len(groups) == 1 or abs(sum(sizes[::2]) - sum(sizes[1::2])) <= 1
 
 
 def test_local_workers_give_the_same_bits_and_run_no_prompt_of_the_base_again(gemma3, pairs, probe, tmp_path):
@@ -375,7 +399,7 @@ def test_a_lost_worker_leaves_what_is_finished(gemma3, pairs, probe, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(sb.MissingError, match="run the same command again"):
         patch.setattr(Work, "run", lost)
         sb.run_sweep(
-            gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(1).run
+            gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
         )
     again = sb.run_sweep(
         gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run

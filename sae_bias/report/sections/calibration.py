@@ -30,8 +30,8 @@ def marks(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     CALIBRATION, "design", "design", "Your own design",
-    "design; n_templates; n_entities; n_matched_pairs: matched pairs; power; coverage: intervals that hold the truth; "
-    "templates_needed: templates for 80%; pairs_needed: pairs for 80%; smallest_bias: smallest bias, nats",
+    "design; question; n_templates; n_entities; n_matched_pairs: matched pairs; power; coverage: intervals that hold the truth; "
+    "templates_needed: templates for 80%; pairs_needed: pairs for 80%; smallest_bias: smallest effect, nats",
     opened=True,
 )  # fmt: skip
 def design(run: Run, frame: pd.DataFrame) -> Drawn:
@@ -41,7 +41,7 @@ def design(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     CALIBRATION, "coverage", "coverage", "Do the intervals hold the truth?",
-    "organism; truth: truth, nats; analytic: analytic, nats; coverage: intervals that hold it; "
+    "organism; question; truth: truth, nats; analytic: analytic, nats; coverage: intervals that hold it; "
     "ci_low; ci_high; n_studies: studies; n_templates; n_entities; mean_width: mean width, nats",
     how="The band is what the pass mark allows; each line is the share's own 95% interval.",
 )  # fmt: skip
@@ -57,11 +57,12 @@ def power_sentence(frame: pd.DataFrame, power: float = 0.8) -> str:
     said = []
     for question, words in (
         ("bias", "{} templates for the bias"),
+        ("difference in differences", "{} for the difference in differences"),
         ("feature", "{} statement pairs for the planted feature"),
         ("trained", "{} for a trained SAE's"),
     ):
         rows = frame[(frame["question"] == question) & (frame["organism"] == "planted")]
-        rows = rows[rows["n_entities"] == rows["n_entities"].max()] if question == "bias" else rows
+        rows = rows[rows["n_entities"].isna() | (rows["n_entities"] == rows["n_entities"].max())]
         enough = None  # the smallest size from which every larger one has this power
         for size, share in sorted(zip(rows["n_units"], rows["share"]), reverse=True):
             if share < power:

@@ -6,6 +6,7 @@ from sae_bias.core import text as fmt
 from sae_bias.figures import sweep as figures
 from sae_bias.report import words
 from sae_bias.report.sections import SUPPRESSED, Drawn, drawn
+from sae_bias.runs.effect_lines import cost_note
 from sae_bias.runs.folder import Run
 from sae_bias.runs.summary import BestStrength
 
@@ -53,7 +54,12 @@ def frontier(run: Run, frame: pd.DataFrame) -> Drawn:
     costs = run.summary.costs or {}
     rows = pd.DataFrame([{"text": fmt.COST_KINDS.get(k, k), **c.facts()} for k, c in costs.items()])
     said = f"{words.cost_sentence(costs)} An intervention is better the further up and left it stands."
-    return Drawn(said, figures.frontier(frame), rows)
+    return Drawn(said + _noted(frame), figures.frontier(frame), rows)
+
+
+def _noted(cells: pd.DataFrame) -> str:
+    note = cost_note(cells)
+    return f" Note: {note}." if note else ""
 
 
 @drawn(
@@ -116,7 +122,8 @@ def methods(run: Run, frame: pd.DataFrame) -> Drawn:
         f"Share of the {frame['of'].iloc[0] if 'of' in frame else 'bias'} removed on templates held out, the strength chosen on others."
         " Cost: the worst KL in nats a token, or 1 − β where that is more. * not reached: no strength of the method costs so much, so its best below stands there."
     )
-    return Drawn(_leader(frame, f"{at}_{middle}", middle), figure, rows, columns, how)
+    said = _leader(frame, f"{at}_{middle}", middle) + ("" if curves is None else _noted(curves))
+    return Drawn(said, figure, rows, columns, how)
 
 
 def _leader(frame: pd.DataFrame, column: str, level: str) -> str:
