@@ -230,7 +230,10 @@ def test_the_readmes_list_of_saes_is_what_loads():
     """A folder of each layout is read; the layouts are those that have a reader."""
     from sae_bias.saes.formats import FORMATS
 
-    assert set(FORMATS.names()) == {"gemma_scope", "saelens", "dictionary_learning", "sparsify"}
+    named = ("Gemma Scope", "SAELens", "dictionary_learning", "sparsify", "Llama Scope", "Qwen Scope")
+    assert {name.lower().replace(" ", "_") for name in named} == set(FORMATS.names())
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert all(name in text for name in named)
 
 
 def test_numpys_and_torchs_whole_numbers_are_layers():

@@ -8,7 +8,7 @@ compared: AUROC to 1e-6, mean differences and firing rates, t. The one allowance
 ROUNDING · ‖x‖ ‖w‖, which is asserted of every text, token and feature. Through thresholds, the reduction over tokens and the order of
 texts it gives each figure a lowest and a highest value, and each has to lie between them. Texts that begin alike have equal activations
 there; the script takes nine digits for equal, float32 may not, so the AUROC of a few features hangs on rounding: at most EDGE of those that
-fire (a guard against bounds that allow everything; seen: up to 5 %, by the maximum over tokens).
+fire (a guard against bounds that allow everything; seen: up to 9.8 %, Gemma by the maximum over tokens).
 """
 
 from __future__ import annotations
