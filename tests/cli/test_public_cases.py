@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,7 +211,6 @@ def test_a_second_feature_does_not_take_the_first_ones_place(capsys, gemma3, tmp
 def test_the_readmes_list_of_models_is_what_loads():
     """Every architecture that has a record stands in the README, and nothing else does."""
     import re
-    from pathlib import Path
 
     from sae_bias.models.architectures import known
 
