@@ -43,7 +43,6 @@ from sae_bias.probe.random_words import random_word_null
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import run_probe
 from sae_bias.probe.words import default_probe
-from sae_bias.prompts.grid import GridPrompt, PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import load_scenarios
@@ -54,6 +53,7 @@ from sae_bias.runs.manifest import manifest
 from sae_bias.runs.summary import CausalFigure, bias_summary, gate_facts
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
+from sae_bias.steering.controls import observed_max
 from sae_bias.steering.directions import difference_of_means
 from sae_bias.steering.edits import Ablate, Clamp, ProjectOut
 from sae_bias.steering.engine import ProbeEngine
@@ -302,9 +302,10 @@ class StudyRun:
 
     def sweep(self, chosen: FeatureRef, discover: PromptPairs, family: list[str]) -> SweepResult:
         feature = as_feature(chosen)
-        top = activation_table(self.model, feature, _as_grid(discover)).activations.max()
+        top = observed_max(
+            self.model, feature, discover
+        )  # at any token: some features are silent at the last
         direction = difference_of_means(self.model, discover, feature.site)
-        top = float(top)
         cells = [Cell((Ablate(chosen),), label="ablate")]
         cells += [Cell((Clamp(chosen, s * top),), label=f"clamp {s:g} × max") for s in self.study.strengths]
         cells.append(Cell((Clamp(chosen, top),), "opposite", "clamp +1 × max (opposite sign)"))
@@ -437,12 +438,6 @@ def _why_not(row: Any) -> str:
     if row.interaction <= 0:
         return "its interaction is negative, and it is not silent enough at AI speech on held-out statements"
     return "significant interaction, but too small a part of its activation on held-out statements"
-
-
-def _as_grid(pairs: PromptPairs) -> PromptGrid:
-    """The AI prompts of some pairs as a grid, to read a feature's activation on them."""
-    prompts = tuple(GridPrompt(p.ai, p.entity, "ai", p.template, "speech", None, p.family) for p in pairs)
-    return PromptGrid(prompts, name=pairs.name)
 
 
 def _truth(model: Model) -> dict[str, Any]:
