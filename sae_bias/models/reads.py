@@ -276,7 +276,12 @@ class Reads:
                 yield [self._number[v] for v in nodes.tolist()], Final(self.model, known.get(last, self._ids[nodes])[:, None])  # fmt: skip
         for rows in todo:
             one = self._open(rows)
-            spots = [(self._number[v], b, c, v) for b, nodes in enumerate(one.rows) for c, v in enumerate(nodes) if v in self._number and v not in done]  # fmt: skip
+            where = {
+                v: (b, c) for b, nodes in enumerate(one.rows) for c, v in enumerate(nodes)
+            }  # once, also where rows share a prefix
+            spots = [
+                (self._number[v], *at, v) for v, at in where.items() if v in self._number and v not in done
+            ]
             with keeping(
                 self.model, sorted(sites | (frozenset() if known is None else known.layers))
             ) as seen:
