@@ -349,13 +349,13 @@ def write_qwen_scope(root, d_sae=32 * 1024):
         "b_dec": normal(D_IN, seed=3) * 0.1,
     }
     torch.save(weights, folder / "layer7.sae.pt")
-    return folder
+    return folder, weights
 
 
 def test_qwen_scope_is_read_as_saelens_reads_it(published):
     from sae_lens import SAE
 
-    folder = write_qwen_scope(published)
+    folder, _ = write_qwen_scope(published)
     with pytest.raises(sb.RequestError) as refused:
         sb.load_sae(folder / "layer7.sae.pt")
     line = re.search(r'python -c "(.*?)"', str(refused.value))
@@ -374,9 +374,8 @@ def test_qwen_scope_is_read_as_saelens_reads_it(published):
 
 
 def test_qwen_scope_of_another_width_than_its_name_is_refused(published):
-    folder = write_qwen_scope(published, d_sae=1024)
+    folder, weights = write_qwen_scope(published, d_sae=1024)
     (folder / "layer7").mkdir()
-    weights = torch.load(folder / "layer7.sae.pt", weights_only=True)
     save_file(weights, folder / "layer7" / "layer7.sae.safetensors")
     with pytest.raises(sb.RequestError, match="W32K-L0_50 do not fit"):
         sb.load_sae(folder / "layer7")
