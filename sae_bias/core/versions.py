@@ -11,7 +11,7 @@ from typing import Any
 
 import sae_bias
 
-DEFINITIONS = 3
+DEFINITIONS = 4
 """Version of what the figures mean; a run's manifest names the one it was made with (1 where it names none)."""
 
 CHANGED: dict[int, dict[str, str]] = {
@@ -29,6 +29,13 @@ CHANGED: dict[int, dict[str, str]] = {
     },
     3: {
         "compare at equal cost": "shares of the difference in differences where the pairs have mundane twins, before: of the bias"
+    },
+    4: {
+        "carrier": "both effects' intervals leave out 0 and the design is large enough for a call, before: both over 0.5% of the figure",
+        "score logodds": "a word whose tokens go on from another of its side counts once, before: twice",
+        "words left out, nuisances": "of the difference in differences where the pairs have mundane twins, before: of the bias",
+        "units of a study's strengths": "the largest activation at any token, before: at the last token of the AI prompts",
+        "a share of a gated counterfactual in compare": "taken after the prediction is rectified, before: before that",
     },
 }
 """Of each version, the figures whose meaning it changed."""

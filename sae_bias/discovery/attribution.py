@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 from scipy.stats import linregress, spearmanr
 from torch import Tensor
@@ -31,6 +30,7 @@ from sae_bias.probe.result import ProbeResult
 from sae_bias.saes.load import as_feature
 from sae_bias.saes.sae import Feature, Sae
 from sae_bias.saes.stream import acts_blocks
+from sae_bias.stats.clustered import Clustered, clustered_mean
 from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.steering.interchange import AI, Interchange
@@ -101,65 +101,97 @@ def exact_ablation(
     engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
 ) -> Float[np.ndarray, "n_features"]:
     """B_0 - B_s of the primary figure with each feature ablated alone."""
-    base = engine.base.primary.mean
-    removed = lambda f: base - engine.run([Ablate(f)])[0].primary.mean  # noqa: E731
-    return _each(engine, removed, features, workers, "ablate" if progress else "")
+    return means(ablation_effects(engine, features, workers=workers, progress=progress))
 
 
 def exact_resampling(
     engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
 ) -> Float[np.ndarray, "n_features"]:
-    """B_0 - B_s with each feature alone set to its human twin's value, position by position, in the words after the AI subject.
+    """B_0 - B_s with each feature alone set to its human twin's value; NaN where that could not be measured."""
+    return means(resampling_effects(engine, features, workers=workers, progress=progress))
 
-    NaN where the two prompts of no pair share an ending.
+
+def means(effects: Sequence[Clustered | None]) -> Float[np.ndarray, "n_features"]:
+    """The effects without their intervals; NaN where none was measured."""
+    return np.array([math.nan if e is None else e.mean for e in effects])
+
+
+def ablation_effects(
+    engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
+) -> list[Clustered | None]:
+    """B_0 - B_s of the primary figure, two-way clustered, with each feature ablated alone."""
+    base = engine.base
+
+    def removed(feature: FeatureLike) -> Clustered:
+        after, _ = engine.run([Ablate(feature)])
+        mundane = base.control and after.control and base.control.pair_bias - after.control.pair_bias
+        return clustered_mean(*base.primary_values((base.pair_bias - after.pair_bias, mundane)))
+
+    return _each(engine, removed, features, workers, "ablate" if progress else "")
+
+
+def resampling_effects(
+    engine: ProbeEngine, features: Sequence[FeatureLike], *, workers: int = 1, progress: bool = False
+) -> list[Clustered | None]:
+    """The same with each feature alone set to its human twin's value, position by position, in the words after the AI subject.
+
+    None where the two prompts of no pair share an ending.
     """
     exchanges = [Interchange(e) for e in (engine, engine.twins) if e is not None]
     if not all(exchange.longest for exchange in exchanges):
-        return np.full(len(features), np.nan)
+        return [None] * len(features)
 
-    def removed(given: FeatureLike) -> float:
+    def removed(given: FeatureLike) -> Clustered:
         feature = as_feature(given).to(engine.model.device)
         own, *mundane = (_resampled(exchange, feature) for exchange in exchanges)
-        return own - sum(mundane)
+        return clustered_mean(*engine.base.primary_values((own, mundane[0] if mundane else None)))
 
     return _each(engine, removed, features, workers, "resample" if progress else "")
 
 
 def _each(
-    engine: ProbeEngine, work: Callable[[FeatureLike], float], features: Sequence[FeatureLike], workers: int, shown: str
-) -> Float[np.ndarray, "n_features"]:  # fmt: skip
-    """One figure a feature; `shown` names the progress bar, where there is one."""
-    out = np.full(len(features), np.nan)
+    engine: ProbeEngine, work: Callable[[FeatureLike], Clustered], features: Sequence[FeatureLike], workers: int, shown: str
+) -> list[Clustered | None]:  # fmt: skip
+    """One effect a feature; `shown` names the progress bar, where there is one."""
+    out: list[Clustered | None] = [None] * len(features)
     found = share_out(engine.model, work, features, workers)
     for i, value in tqdm(found, total=len(features), desc=shown, unit="feature", disable=not shown, leave=False):  # fmt: skip
         out[i] = value
     return out
 
 
-def _resampled(exchange: Interchange, feature: Feature) -> float:
-    """Mean bias removed when AI prompts take over one feature's part of the human residual."""
+def _resampled(exchange: Interchange, feature: Feature) -> Float[np.ndarray, "n_pairs"]:
+    """Bias removed from each pair when its AI prompt takes over one feature's part of the human residual."""
     part = lambda x: feature.activation(x)[:, None] * feature.w_dec  # noqa: E731
     exchange.forget()
     bias = exchange.bias(feature.site.resid_layer, AI, part, str(feature.ref), scale=feature.decoder_scale)
-    return float((exchange.engine.base.pair_bias - bias).mean())
+    return exchange.engine.base.pair_bias - bias
 
 
 def carriers(
-    ablation: ArrayLike, resampling: ArrayLike, bias: float, *, share: float = MATTERS
-) -> np.ndarray:
+    ablation: Sequence[Clustered | None], resampling: Sequence[Clustered | None], bias: float, *, share: float = MATTERS
+) -> list[str]:  # fmt: skip
     """What the two exact effects say of each feature: "carrier", "damage", "resampling only", "no" or "undetermined".
 
-    A carrier shows both, of one sign and each over `share` of the bias. An ablation effect without one of resampling is damage: the
-    feature is as active for the human twin, so it cannot carry the difference.
+    An effect is shown where its interval leaves out 0 and it is over `share` of the figure: a tiny regular one is none, and nor is
+    a large one that pairs disagree on. A carrier shows both, of one sign. An ablation effect without one of resampling is damage: the
+    feature is as active for the human twin, so it cannot carry the difference. Undetermined: not measured, under six templates
+    or entities, or the effect that is not shown may be as large as the other.
     """
-    removed, resampled = np.asarray(ablation, dtype=float), np.asarray(resampling, dtype=float)
-    least = share * abs(bias)
-    one, other = np.abs(removed) > least, np.abs(resampled) > least
-    return np.select(
-        [np.isnan(removed) | np.isnan(resampled), one & other & (removed * resampled > 0), one, other],
-        ["undetermined", "carrier", "damage", "resampling only"],
-        "no",
-    )
+    return [_carries(*both, share * abs(bias)) for both in zip(ablation, resampling)]
+
+
+def _carries(removed: Clustered | None, resampled: Clustered | None, least: float) -> str:
+    if removed is None or resampled is None or "undetermined" in (removed.call, resampled.call):
+        return "undetermined"
+    one, other = (e.distinguishable and abs(e.mean) > least for e in (removed, resampled))
+    if one and other:
+        return "carrier" if removed.mean * resampled.mean > 0 else "damage"
+    if one and not resampled.ci_low <= removed.mean <= resampled.ci_high:
+        return "damage"
+    if other and not removed.ci_low <= resampled.mean <= removed.ci_high:
+        return "resampling only"
+    return "undetermined" if one or other else "no"
 
 
 def cumulative_ablation(

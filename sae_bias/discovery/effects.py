@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_bias.core.text import signed
+from sae_bias.core.text import bracket, signed
 from sae_bias.discovery.attribution import (
     Agreement,
+    ablation_effects,
     attribution,
     attribution_agreement,
     carriers,
-    exact_ablation,
-    exact_resampling,
+    resampling_effects,
 )
 from sae_bias.discovery.integrated import COLUMNS, Paths, parts_sentence
 from sae_bias.saes.sae import Sae
@@ -46,8 +46,10 @@ class Effects:
     """Of attribution with exact ablation."""
 
 
-def predict_effects(frame: pd.DataFrame, engine: ProbeEngine, saes: Sequence[Sae]) -> Effects:
-    """Adds `attribution` and `integrated` to every feature of `frame`, and says where the bias lies."""
+def predict_effects(
+    frame: pd.DataFrame, engine: ProbeEngine, saes: Sequence[Sae], *, split: str = ""
+) -> Effects:
+    """Adds `attribution` and `integrated` to every feature of `frame`, and says where the bias lies; `split` names the engine's templates."""
     paths, found, parts = Paths(engine), [], []
     for sae in saes:
         own = pd.DataFrame(
@@ -63,7 +65,8 @@ def predict_effects(frame: pd.DataFrame, engine: ProbeEngine, saes: Sequence[Sae
     for column in PREDICTED:
         frame[column] = values[column].to_numpy()
     base = engine.base
-    note = f"unsteered {base.estimand} {base.primary.mean:+.4f}"
+    of = " ".join(filter(None, (str(base.primary.n_templates), split, "templates")))
+    note = f"unsteered {base.estimand} {base.primary.mean:+.4f} on {of}"
     if not parts:
         return Effects(
             f"{note}; integrated gradients not measured: the two prompts of no pair share an ending"
@@ -87,13 +90,17 @@ def measure_effects(
     workers: int = 1,
     progress: bool = False,
 ) -> Effects:
-    """Adds exact `ablation`, `resampling` and `carrier` for the rows `first`; the others stay NaN and undetermined."""
+    """Adds exact `ablation` and `resampling` with their intervals, and `carrier`, for the rows `first`; the others stay NaN and undetermined."""
     rows, base = list(dict.fromkeys(first)), engine.base.primary.mean
     names, options = list(frame.loc[rows, "feature"]), {"workers": workers, "progress": progress}
-    frame["ablation"] = frame["resampling"] = np.nan
-    frame.loc[rows, "ablation"] = exact_ablation(engine, names, **options)
-    frame.loc[rows, "resampling"] = exact_resampling(engine, names, **options)
-    frame["carrier"] = carriers(frame["ablation"], frame["resampling"], base)
+    exact = {"ablation": ablation_effects(engine, names, **options), "resampling": resampling_effects(engine, names, **options)}  # fmt: skip
+    for name, found in exact.items():
+        frame[[name, f"{name}_low", f"{name}_high"]] = np.nan
+        for row, effect in zip(rows, found):
+            if effect is not None:
+                frame.loc[row, [name, f"{name}_low", f"{name}_high"]] = [effect.mean, *effect.ci]
+    frame["carrier"] = "undetermined"
+    frame.loc[rows, "carrier"] = carriers(exact["ablation"], exact["resampling"], base)
     told = {(p, e): attribution_agreement(frame.loc[rows, p].to_numpy(), frame.loc[rows, e].to_numpy(), base) for p in PREDICTED for e in EXACT}  # fmt: skip
     table = pd.DataFrame(
         [(PREDICTED[p], e, a.rho, a.slope, a.slope_low, a.slope_high, a.n) for (p, e), a in told.items()],
@@ -114,15 +121,17 @@ CARRIES = {
     "damage": "damage: ablation moves the bias, taking over the human value does not",
     "resampling only": "taking over the human value moves the bias, ablation does not",
     "no": "neither moves the bias",
-    "undetermined": "resampling was not measured",
+    "undetermined": "whether it is a carrier is undetermined: not measured, too few templates or entities, or too wide an interval",
 }
 
 
 def effect_sentence(row: Mapping[str, Any] | pd.Series) -> str:
     """The exact effects of one feature of a ranking, in words with their figures."""
-    effects = {name: float(row.get(name, np.nan)) for name in EXACT}
+    ends = [[float(row.get(f"{name}{end}", np.nan)) for end in ("", "_low", "_high")] for name in EXACT]
     shown = ", ".join(
-        f"{name} removes {signed(value)} nats" for name, value in effects.items() if value == value
+        f"{name} removes {signed(value)} nats{f' {bracket(low, high)}' if low == low else ''}"
+        for name, (value, low, high) in zip(EXACT, ends)
+        if value == value
     )
     return f"Exactly: {shown} ({CARRIES[str(row.get('carrier', 'undetermined'))]})." if shown else ""
 

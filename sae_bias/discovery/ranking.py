@@ -285,7 +285,8 @@ class _Work:
         engine = ProbeEngine(
             self.model, pairs, self.probe or default_probe(pairs), controls=True, sites=sites
         )
-        found, joint = predict_effects(frame, engine, self.saes), None
+        split = "" if pairs is self.pairs else "discover"
+        found, joint = predict_effects(frame, engine, self.saes, split=split), None
         frame["dead"] &= frame["attribution"] == 0  # silent at the last token, yet read elsewhere
         if self.by != "attribution":
             called = list(frame.index[frame["ai_speech"] == "yes"][:top_k])

@@ -86,17 +86,19 @@ def checks(frame: pd.DataFrame, *, sides: Sequence[str] = SIDES) -> go.Figure:
     return style.row_labels(fig, [short(c, 40) for c in rows["check"]], zero=True)
 
 
-def words_left_out(frame: pd.DataFrame, bias: float | None = None, *, most: int = 40) -> go.Figure:
-    """The bias without each word in turn, the most moving ones on top; the line is the bias with all of them."""
-    known = frame.dropna(subset=["bias"]).head(most)
-    fig, rows = style.rows_of(known, "The bias without one word", "bias in nats", pitch=20, top=140)
-    hover = "<b>without {word}</b> ({side} word)<br>{bias} nats, 95% interval {ci_low} to {ci_high}<br>change {change}"
+def words_left_out(
+    frame: pd.DataFrame, of: str, headline: float | None = None, *, most: int = 40
+) -> go.Figure:
+    """The primary figure without each word in turn, the most moving ones on top; the line is the figure with all of them."""
+    known = frame.dropna(subset=["primary"]).head(most)
+    fig, rows = style.rows_of(known, f"The {of} without one word", f"{of} in nats", pitch=20, top=140)
+    hover = "<b>without {word}</b> ({side} word)<br>{primary} nats, 95% interval {primary_low} to {primary_high}<br>change {change}"
     points(
-        fig, rows["bias"], rows.index, name="without the word", color=HUMAN, hover=says(rows, hover), marker={"size": 8}
+        fig, rows["primary"], rows.index, name="without the word", color=HUMAN, hover=says(rows, hover), marker={"size": 8}
     )  # fmt: skip
-    if bias is not None and np.isfinite(bias):
+    if headline is not None and np.isfinite(headline):
         line = {"color": AI, "width": 2}
-        fig.add_vline(bias, line=line)
+        fig.add_vline(headline, line=line)
         fig.add_scatter(x=[None], y=[None], mode="lines", name="with every word", line=line)
     return style.row_labels(fig, [short(w, 24) for w in rows["word"]])
 

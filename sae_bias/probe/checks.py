@@ -188,9 +188,9 @@ def _words(run: _Checking, n_boot: int, seed: int) -> None:
     left = leave_one_word_out(run.result)
     run.table("words_left_out", left)
     run.table("carriers", carriers(run.result))
-    low, high = left["bias"].min(), left["bias"].max()
-    says = f"the bias lies between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}"
-    run.row("one word left out", run.result.bias, says)
+    low, high, of = left["primary"].min(), left["primary"].max(), run.result.estimand
+    says = f"the {of} lies between {low:+.3f} and {high:+.3f}; most moved by {left['word'][0]!r}"
+    run.row("one word left out", run.result.primary.mean, says)
     boot = bootstrap_words(run.result, n_boot=n_boot, seed=seed)
     run.row(
         "bootstrap of words", boot.bias, boot.reason or boot.label, ci_low=boot.ci_low, ci_high=boot.ci_high
@@ -264,4 +264,4 @@ def _subjects(run: _Checking, found: Decomposition) -> None:
 def _nuisances(run: _Checking, found: Nuisances) -> None:
     run.table("nuisances", found.table)
     named = ", ".join(found.table.loc[found.table["adjusted_for"], "nuisance"])
-    run.clustered("adjusted for nuisances", found.adjusted, f"of the bias, at equal {named}")
+    run.clustered("adjusted for nuisances", found.adjusted, f"of the {found.of}, at equal {named}")

@@ -2,8 +2,8 @@
 
     bias = [s(human) - s(neutral)] + [s(neutral) - s(AI)]        human bonus + AI penalty, exactly, template by template
 
-Nuisances: subject length in tokens, "an" against "a", the prompt's log-likelihood under the model. The adjusted bias is the
-intercept of bias on their human - AI differences (OLS); its interval is the two-way clustered sandwich, had by giving
+Nuisances: subject length in tokens, "an" against "a", the prompt's log-likelihood under the model. The adjusted figure is the
+intercept of the primary figure on their human - AI differences (OLS); its interval is the two-way clustered sandwich, had by giving
 `clustered_mean` the pseudo-values b_0 + n·e_i·[(X'X)⁻¹x_i]_0, whose mean is b_0 and whose residuals are the influences.
 """
 
@@ -141,22 +141,24 @@ class Nuisances(Framed):
 
     frame_field: ClassVar[str] = "table"
     frame: pd.DataFrame
-    """A row a pair: each nuisance of both prompts (`_human`, `_ai`), their difference (`_diff`), and the bias."""
+    """A row a pair that counts: each nuisance of both prompts (`_human`, `_ai`), their difference (`_diff`), bias and primary figure."""
     table: pd.DataFrame
-    """A row a nuisance: mean difference, correlation with the bias over pairs, whether it was adjusted for."""
-    bias: Clustered
+    """A row a nuisance: mean difference, correlation with the primary figure (`of`) over pairs, whether it was adjusted for."""
+    of: str
+    """What is adjusted: difference in differences | bias."""
+    primary: Clustered
     adjusted: Clustered
-    """The bias where every nuisance difference is 0; its `reason` where that cannot be had."""
+    """The primary figure where every nuisance difference of the pairs (not of their twins) is 0; its `reason` where that cannot be had."""
 
     def __repr__(self) -> str:
         if self.adjusted.reason and np.isnan(self.adjusted.mean):
-            return f"Nuisances: bias {self.bias.mean:+.4f}; not adjusted: {self.adjusted.reason}"
+            return f"Nuisances: {self.of} {self.primary.mean:+.4f}; not adjusted: {self.adjusted.reason}"
         low, high = self.adjusted.ci
-        return f"Nuisances: bias {self.bias.mean:+.4f}, adjusted {self.adjusted.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+        return f"Nuisances: {self.of} {self.primary.mean:+.4f}, adjusted {self.adjusted.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def ask_nuisances(model: Model, result: ProbeResult) -> Asked[Nuisances]:
-    """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the bias; the bias adjusted for them."""
+    """Subject length in tokens, a/an and prompt log-likelihood of every pair; their correlation with the primary figure; that figure adjusted for them."""
     ids = [(model.encode(p.human), model.encode(p.ai)) for p in result.pairs]
     reader = LikelihoodReader([side for both in ids for side in both])
     return Asked((reader,), lambda: _nuisances(result, ids, reader.values.reshape(-1, 2)))
@@ -165,14 +167,19 @@ def ask_nuisances(model: Model, result: ProbeResult) -> Asked[Nuisances]:
 def _nuisances(
     result: ProbeResult, ids: Sequence[tuple[list[int], list[int]]], logp: Float[np.ndarray, "n_pairs 2"]
 ) -> Nuisances:
-    frame = pd.DataFrame(
-        {"template": result.clusters[0], "entity": result.clusters[1], "bias": result.pair_bias}
-    )
     lengths = [_subject_lengths(human, ai) for human, ai in ids]
     articles = [_articles(p.human, p.ai) for p in result.pairs]
+    primary, templates, entities = result.figure_by_pair()
+    none = None if result.control is None else np.zeros(result.control.n_pairs)
+
+    def counted(values: np.ndarray) -> np.ndarray:
+        """Values of the pairs that the primary figure counts."""
+        return result.primary_values((values, none))[0]
+
+    frame = pd.DataFrame({"template": templates, "entity": entities, "bias": counted(result.pair_bias), "primary": primary})  # fmt: skip
     for name, values in zip(NUISANCES, (np.array(lengths, float), np.array(articles, float), logp)):
-        frame[f"{name}_human"], frame[f"{name}_ai"] = values.T
-        frame[f"{name}_diff"] = values[:, 0] - values[:, 1]
+        frame[f"{name}_human"], frame[f"{name}_ai"] = map(counted, values.T)
+        frame[f"{name}_diff"] = frame[f"{name}_human"] - frame[f"{name}_ai"]
     varying = [n for n in NUISANCES if frame[f"{n}_diff"].std(ddof=0) > 1e-12]
     rows = [
         {
@@ -180,15 +187,14 @@ def _nuisances(
             "human": frame[f"{name}_human"].mean(),
             "ai": frame[f"{name}_ai"].mean(),
             "difference": frame[f"{name}_diff"].mean(),
-            "correlation": _correlation(frame[f"{name}_diff"], frame["bias"]),
+            "of": result.estimand,
+            "correlation": _correlation(frame[f"{name}_diff"], frame["primary"]),
             "adjusted_for": name in varying or bool(frame[f"{name}_diff"].abs().max() == 0),
         }
         for name in NUISANCES
     ]
-    adjusted = adjusted_mean(
-        frame["bias"].to_numpy(), frame[[f"{n}_diff" for n in varying]].to_numpy(), *result.clusters
-    )
-    return Nuisances(frame, pd.DataFrame(rows), result.stat, adjusted)
+    adjusted = adjusted_mean(primary, frame[[f"{n}_diff" for n in varying]].to_numpy(), templates, entities)
+    return Nuisances(frame, pd.DataFrame(rows), result.estimand, result.primary, adjusted)
 
 
 def adjusted_mean(

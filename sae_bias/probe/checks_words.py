@@ -1,6 +1,6 @@
 """Does the bias hang on the words? Leaving each out, resampling them, random words in their place, another stem, another score.
 
-    leave one out    the bias without each word in turn
+    leave one out    the primary figure without each word in turn
     bootstrap        words of each side and templates drawn with replacement, crossed (the words are a sample of judgments too)
     carriers         under logodds: LSE(h) - LSE(a) = Σ_w (e^h_w - e^a_w)/L(S_h, S_a), L the logarithmic mean, S = Σ e: exact shares
                      (h and a log-probabilities: of logits the parts would hang on a constant that no probability sees)
@@ -24,7 +24,15 @@ from sae_bias.models.model import Model
 from sae_bias.models.reads import Asked
 from sae_bias.probe.result import ProbeResult
 from sae_bias.probe.run import ask_all, ask_probe
-from sae_bias.probe.words import SCORES, Probe, default_probe, tokens_alone, word_tokens
+from sae_bias.probe.words import (
+    SCORES,
+    Probe,
+    WordTokens,
+    default_probe,
+    read_once,
+    tokens_alone,
+    word_tokens,
+)
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.stats.reduction import crossed_weights
 
@@ -39,8 +47,8 @@ def audit_words(model: Model, pairs: PromptPairs, probe: Probe | None = None) ->
     probe = probe or default_probe(pairs)
     prompt = pairs[0].human
     ids = model.encode(prompt)
-    rows = []
-    for side, words in (("positive", probe.positive), ("negative", probe.negative)):
+    found = []
+    for side, words in ((True, probe.positive), (False, probe.negative)):
         for word in words:
             try:
                 tokens, reason = word_tokens(model, word, prompt, ids, probe.join), ""
@@ -48,20 +56,23 @@ def audit_words(model: Model, pairs: PromptPairs, probe: Probe | None = None) ->
                 tokens, reason = (), str(error)
             if len(tokens) > 1 and probe.score == "mean_logit" and probe.tokens == "in_context":
                 reason = f"{len(tokens)} tokens; mean_logit needs 1"
-            alone = tokens_alone(model, word, probe.join)
-            rows.append(
-                {
-                    "word": word,
-                    "side": side,
-                    "tokens": _pieces(model, tokens),
-                    "n_tokens": len(tokens),
-                    "single": len(tokens) == 1,
-                    "read": not reason,
-                    "reason": reason,
-                    "alone": _pieces(model, alone),
-                    "trap": bool(tokens) and alone[:1] != tokens[:1],
-                }
-            )
+            found.append(WordTokens(word, side, tokens, reason))
+    rows = []
+    for w in read_once(found) if probe.score == "logodds" else found:
+        alone = tokens_alone(model, w.word, probe.join)
+        rows.append(
+            {
+                "word": w.word,
+                "side": "positive" if w.positive else "negative",
+                "tokens": _pieces(model, w.tokens),
+                "n_tokens": len(w.tokens),
+                "single": w.single,
+                "read": not w.reason,
+                "reason": w.reason,
+                "alone": _pieces(model, alone),
+                "trap": bool(w.tokens) and alone[:1] != w.tokens[:1],
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -71,17 +82,21 @@ def _pieces(model: Model, ids: Sequence[int]) -> str:
 
 # ── from one result, nothing run again
 def leave_one_word_out(result: ProbeResult) -> pd.DataFrame:
-    """The bias without each word in turn, largest change first; a side's only word cannot be left out (NaN)."""
+    """The primary figure and the bias without each word in turn, largest change of the first on top.
+
+    Columns word, side, of, primary with its interval and p, change, bias. A side's only word cannot be left out (NaN).
+    """
     kept = result.vocabulary.kept
     sizes = {True: int(result.positive.sum()), False: int((~result.positive).sum())}
+    ends = ("primary", "primary_low", "primary_high", "primary_p")
     rows = []
     for word in kept:
         row: dict[str, Any] = {"word": word.word, "side": "positive" if word.positive else "negative"}
+        row |= {"of": result.estimand} | dict.fromkeys((*ends, "change", "bias"), float("nan"))
         if sizes[word.positive] > 1:
             left = result.select_words([w.word for w in kept if w is not word])
-            row |= left.stat.columns("bias", p="p_value") | {"change": left.bias - result.bias}
-        else:
-            row |= dict.fromkeys(("bias", "ci_low", "ci_high", "p_value", "change"), float("nan"))
+            row |= left.primary.columns(*ends)
+            row |= {"change": left.primary.mean - result.primary.mean, "bias": left.bias}
         rows.append(row)
     frame = pd.DataFrame(rows)
     return frame.reindex(frame["change"].abs().sort_values(ascending=False).index).reset_index(drop=True)
@@ -171,6 +186,7 @@ def carriers(result: ProbeResult) -> pd.DataFrame:
     Raises:
         RequestError: the normalizer was not kept (`run_probe(..., levels=True)` keeps it): parts are of log-probabilities.
     """
+    result = result.rescored("logodds")
     log_probs = result.log_probs()
     weight = np.empty(len(result.positive))
     part = np.empty(len(result.positive))

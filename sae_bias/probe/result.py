@@ -261,6 +261,9 @@ class ProbeResult:
         """
         if score == "mean_logit" and not self.single_tokens:
             raise RequestError("mean_logit needs single-token words; select_words() the single ones first.")
+        once = self.vocabulary.once.kept
+        if score == "logodds" and len(once) < len(self.positive):
+            return self.select_words([w.word for w in once]).rescored(score)
         control = None if self.control is None else self.control.rescored(score)
         return replace(self, probe=self.probe.with_options(score=score), control=control)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class Probe:
     """Words that judge favorably; the bundled list where neither list is given."""
     negative: tuple[str, ...] = ()
     score: str = "mean_logit"
-    """mean_logit (the replication) | logodds (odds of the whole sets) | auroc (P(z_pos > z_neg))."""
+    """mean_logit (the replication) | logodds (odds of the whole sets; a word that goes on from another of its side is in it already) |
+    auroc (P(z_pos > z_neg))."""
     softcap: bool = True
     """Whether Gemma 2's final-logit softcap is applied, as its own forward pass does."""
     tokens: str = "in_context"
@@ -95,6 +96,7 @@ class Probe:
             for w in ws
         ]
         vocabulary = Vocabulary(tuple(words))
+        vocabulary = vocabulary.once if self.score == "logodds" else vocabulary
         for positive, side in ((True, "positive"), (False, "negative")):
             if not any(w.positive == positive for w in vocabulary.kept):
                 raise RequestError(
@@ -205,6 +207,17 @@ def word_tokens(
     return added
 
 
+def read_once(words: Sequence[WordTokens]) -> list[WordTokens]:
+    """The words, those left out whose tokens go on from another of their side or are the same: its probability holds theirs already."""
+    places = {(w.positive, w.tokens): i for i, w in reversed([*enumerate(words)]) if not w.reason}
+    out = []
+    for i, w in enumerate(words):
+        starts = (places.get((w.positive, w.tokens[:n]), i) for n in range(1, len(w.tokens) + 1))
+        within = next((words[j].word for j in starts if j != i), "")
+        out.append(replace(w, reason=f"counted in {within!r}") if within and not w.reason else w)
+    return out
+
+
 def refuse_unknown(model: Model, tokens: Sequence[int], what: str) -> None:
     """Refuse text of which the tokenizer does not know a piece."""
     t = model.tokenizer
@@ -226,6 +239,11 @@ class Vocabulary:
     @cached_property
     def kept(self) -> tuple[WordTokens, ...]:
         return tuple(w for w in self.words if not w.reason)
+
+    @cached_property
+    def once(self) -> Vocabulary:
+        """Without the words that are part of another (`read_once`)."""
+        return Vocabulary(tuple(read_once(self.words)))
 
     @cached_property
     def excluded(self) -> tuple[WordTokens, ...]:

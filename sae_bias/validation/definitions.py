@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_bias.discovery.attribution import attribution, carriers, exact_ablation, exact_resampling
+from sae_bias.discovery.attribution import (
+    ablation_effects,
+    attribution,
+    carriers,
+    exact_ablation,
+    means,
+    resampling_effects,
+)
 from sae_bias.discovery.integrated import CLOSE, Paths
 from sae_bias.discovery.matching import match_features
 from sae_bias.discovery.ranking import rank_features
@@ -271,9 +278,10 @@ def no_ratio_marks(model: Model, name: str, *, seed: int = 0) -> list[Mark]:
 def carrier_marks(model: Model, name: str) -> list[Mark]:
     """The planted feature moves the figure when ablated and when resampled; integrated gradients add up."""
     engine, feature = ProbeEngine(model, load_pairs(), Probe()), constructed_feature(name)
-    both = exact_ablation(engine, [feature]), exact_resampling(engine, [feature])
-    verdict = str(carriers(*both, engine.base.bias)[0])
-    note = f"ablation {both[0][0]:+.3f} nats, resampling {both[1][0]:+.3f}: {verdict}"
+    both = ablation_effects(engine, [feature]), resampling_effects(engine, [feature])
+    (verdict,) = carriers(*both, engine.base.bias)
+    ablated, resampled = (means(effects)[0] for effects in both)
+    note = f"ablation {ablated:+.3f} nats, resampling {resampled:+.3f}: {verdict}"
     return [Mark("planted feature is a carrier", name, int(verdict == "carrier"), 1, 1, unit="count", note=note), integrated_mark(engine, name)]  # fmt: skip
 
 

@@ -280,7 +280,7 @@ class StudyRun:
         )
         frame = frame.merge(separation.frame[keep], on="feature")
         frame["q_bh"] = interaction.frame.set_index("feature")["q_bh"].reindex(frame["feature"]).to_numpy()
-        most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes)
+        most, found = self.study.ablate_top, predict_effects(frame, engine, self.saes, split="discover")
         called = frame.index[frame["ai_speech"] == "yes"][:most]
         first = list(dict.fromkeys([*first_by_prediction(frame, most), *called]))
         found = measure_effects(frame, engine, first, found, workers=self.workers, progress=self.progress)

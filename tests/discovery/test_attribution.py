@@ -14,12 +14,15 @@ from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
 from sae_bias.discovery.attribution import (
+    ablation_effects,
     attribution,
     carriers,
     cumulative_ablation,
     exact_ablation,
     exact_resampling,
+    resampling_effects,
 )
+from sae_bias.stats.clustered import Clustered
 from sae_bias.steering.engine import ProbeEngine
 
 SEVERAL = ((*POSITIVE, SEVERAL_TOKENS[0]), (*NEGATIVE, SEVERAL_TOKENS[1]))
@@ -206,10 +209,46 @@ def shared_ending(a, b):
     return next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y), min(len(a), len(b)))
 
 
-def test_ablation_without_resampling_is_damage():
-    """Gemma 3 270M: 0.30 of 1.87 nats by ablation, 0.001 by resampling."""
-    found = carriers([0.30, 0.30, -0.3, 0.001, 0.001, 0.3], [0.001, 0.25, 0.2, 0.0, 0.4, np.nan], 1.87)
-    assert found.tolist() == ["damage", "carrier", "damage", "no", "resampling only", "undetermined"]
+def effect(mean, half=0.0005, n_templates=8):
+    return Clustered(mean, half / 2, 7.0, mean - half, mean + half, 0.01, 8 * n_templates, n_templates, 8)
+
+
+CARRIERS = [
+    (
+        effect(0.30),
+        effect(0.001),
+        "damage",
+    ),  # Gemma 3 270M: 0.30 of 1.87 nats by ablation, 0.001 by resampling
+    (effect(0.30), effect(0.25), "carrier"),
+    (effect(-0.30), effect(0.20), "damage"),
+    (effect(0.001), effect(0.0), "no"),
+    (effect(0.001), effect(0.40), "resampling only"),
+    (effect(0.30), None, "undetermined"),
+    (effect(0.30), effect(0.05, 0.08), "damage"),  # large enough, but pairs disagree
+    (effect(0.05, 0.08), effect(0.30), "resampling only"),
+    (effect(0.30), effect(0.15, 0.20), "undetermined"),  # it may be as large as the other
+    (effect(0.30, n_templates=5), effect(0.25, n_templates=5), "undetermined"),
+]
+
+
+@pytest.mark.parametrize(("ablated", "resampled", "verdict"), CARRIERS)
+def test_a_carrier_shows_both_effects(ablated, resampled, verdict):
+    assert carriers([ablated], [resampled], 1.87) == [verdict]
+
+
+def test_each_exact_effect_has_the_interval_of_its_pairs(make_tiny, pairs, probe):
+    """Of the difference in differences where one template has mundane twins: the pairs without a twin do not count."""
+    tiny = make_tiny("gemma3")
+    twin = lambda p: replace(p, control_human=p.human.replace("survive", "tea"), control_ai=p.ai.replace("survive", "tea"))  # noqa: E731  # fmt: skip
+    some = replace(pairs, pairs=tuple(twin(p) if p.template == "survive" else p for p in pairs))
+    engine = ProbeEngine(tiny.model, some, probe, controls=True)
+    (removed,), (resampled,) = (
+        of(engine, [tiny.feature(3)]) for of in (ablation_effects, resampling_effects)
+    )
+    change = engine.run([sb.Ablate(tiny.feature(3))])[0].reduction_from(engine.base).change
+    assert (removed.mean, removed.n) == (pytest.approx(change.mean, abs=1e-6), len(engine.base.did.values))
+    assert resampled.n == removed.n
+    assert exact_resampling(engine, [tiny.feature(3)])[0] == resampled.mean
 
 
 def test_attribution_inside_inference_mode_is_the_same(gemma3, pairs, probe):

@@ -147,7 +147,7 @@ def check_tables() -> dict[str, pd.DataFrame]:
     rng = np.random.default_rng(0)
     words = ["natural", "good", "wrong", UNTRUSTED]
     spread = [
-        {"word": w, "side": "positive", "bias": 1.2 + 0.01 * i, "ci_low": 0.9, "ci_high": 1.5, "p_value": 1e-6, "change": -0.01 * i}
+        {"word": w, "side": "positive", "of": "bias", "primary": 1.2 + 0.01 * i, "primary_low": 0.9, "primary_high": 1.5, "primary_p": 1e-6, "change": -0.01 * i, "bias": 1.2 + 0.01 * i}
         for i, w in enumerate(words)
     ]  # fmt: skip
     checks = [

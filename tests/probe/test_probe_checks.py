@@ -179,14 +179,17 @@ def test_leaving_a_word_out_equals_a_probe_without_it(make_tiny, full_pairs, res
     left = leave_one_word_out(result).set_index("word")
     without = sb.run_probe(make_tiny("gemma3").model, full_pairs, sb.Probe(POSITIVE[1:], NEGATIVE))
     assert left.loc[POSITIVE[0], "bias"] == pytest.approx(without.bias)
-    assert left.loc[POSITIVE[0], "change"] == pytest.approx(without.bias - result.bias)
+    assert left.loc[POSITIVE[0], "of"] == "difference in differences"
+    assert left.loc[POSITIVE[0], "primary"] == pytest.approx(without.did.mean)
+    assert left.loc[POSITIVE[0], "change"] == pytest.approx(without.did.mean - result.did.mean)
 
 
 def test_a_sides_only_word_cannot_be_left_out(make_tiny, pairs):
     one = sb.run_probe(make_tiny("gemma3").model, pairs, sb.Probe(POSITIVE[:1], NEGATIVE))
     left = leave_one_word_out(one).set_index("word")
-    assert np.isnan(left.loc[POSITIVE[0], "bias"])
-    assert left.loc[list(NEGATIVE), "bias"].notna().all()
+    assert np.isnan(left.loc[POSITIVE[0], "primary"])
+    assert left.loc[list(NEGATIVE), "primary"].notna().all()
+    assert set(left["of"]) == {"bias"}
     boot = bootstrap_words(one)
     assert np.isnan(boot.ci_low)
     assert "two of each" in boot.reason
@@ -221,6 +224,34 @@ def test_the_carriers_add_up_to_the_logodds_bias(result):
     frame = carriers(result)
     assert frame["contribution"].sum() == pytest.approx(result.rescored("logodds").bias)
     assert frame.groupby("side")["weight"].sum().to_list() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_word_that_goes_on_from_another_counts_once_in_the_odds_of_its_list(make_tiny, full_pairs, side):
+    """P(" bad") holds P(" badly") where that is two tokens; on the other side it is a word of its own."""
+    model, lists = make_tiny("gemma3").model, [list(POSITIVE), list(NEGATIVE)]
+    plain = sb.run_probe(model, full_pairs, sb.Probe(*lists, score="logodds"), levels=True)
+    more = f"{lists[side][0]} {lists[side][1]}"
+    lists[side] = [*lists[side], more]
+    doubled = sb.run_probe(model, full_pairs, sb.Probe(*lists, score="logodds"), levels=True)
+    assert [(w.word, w.reason) for w in doubled.vocabulary.excluded] == [
+        (more, f"counted in {lists[side][0]!r}")
+    ]
+    assert doubled.pair_bias == pytest.approx(plain.pair_bias, abs=1e-5)
+    audit = audit_words(model, full_pairs, sb.Probe(*lists, score="logodds")).set_index("word")
+    assert not audit.loc[more, "read"]
+    across = [[*POSITIVE, f"{NEGATIVE[0]} {POSITIVE[0]}"], list(NEGATIVE)]
+    assert not sb.run_probe(model, full_pairs, sb.Probe(*across, score="logodds")).vocabulary.excluded
+
+
+def test_two_spellings_of_one_token_count_once_under_logodds_alone(result):
+    words = result.vocabulary.words
+    same = replace(words[1], tokens=words[0].tokens)
+    twice = replace(
+        result, vocabulary=replace(result.vocabulary, words=(words[0], same, *words[2:])), control=None
+    )
+    assert len(twice.rescored("mean_logit").vocabulary.kept) == len(words)
+    assert twice.rescored("logodds").score_ai == pytest.approx(result.select_words([w.word for w in words if w is not words[1]]).rescored("logodds").score_ai)  # fmt: skip
 
 
 def test_a_constant_at_a_position_changes_no_words_part(result):
@@ -567,6 +598,22 @@ def test_nuisances_are_counted_and_log_likelihood_is_the_models(make_tiny, resul
     assert row["log_likelihood_ai"] == pytest.approx(by_hand[1], rel=1e-4)
     assert (row["an_human"], row["an_ai"]) == (0, 1), "a human, an AI"
     assert np.isnan(found.adjusted.mean) == bool(found.adjusted.reason)
+
+
+def test_nuisances_are_held_equal_for_the_figure_of_the_headline(make_tiny, full_pairs, probe):
+    """The difference in differences of the pairs that have a twin, regressed on those pairs' own nuisances."""
+    import statsmodels.api as sm
+
+    model = make_tiny("gemma3").model
+    result = sb.run_probe(model, full_pairs, probe.with_options(score="logodds"), controls=True)
+    found = ask_nuisances(model, result).read(model)
+    assert (found.of, found.primary.mean) == ("difference in differences", result.did.mean)
+    assert found.frame["primary"].to_numpy() == pytest.approx(result.did.values)
+    assert set(found.frame["template"]) == {"survive"}, "the only template with twins"
+    varying = [c for c in found.frame if c.endswith("_diff") and found.frame[c].std() > 1e-12]
+    if len(found.frame) > len(varying) + 1:
+        fit = sm.OLS(found.frame["primary"], sm.add_constant(found.frame[varying])).fit()
+        assert found.adjusted.mean == pytest.approx(fit.params["const"])
 
 
 def test_the_adjusted_mean_is_the_ols_intercept_with_a_clustered_interval():

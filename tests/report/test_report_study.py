@@ -98,6 +98,30 @@ def test_words_are_drawn_by_what_they_add_whatever_their_side(tmp_path):
     assert rows == {"wrong": "0.5", "kind": "0.2"}
 
 
+def test_words_are_left_out_of_the_headline_and_an_older_run_of_the_bias(tmp_path):
+    run = build_run(tmp_path / "left_out", tables=set())
+    row = {"word": "kind", "side": "positive", "change": 0.1}
+    now = row | {"of": "difference in differences", "primary": 0.4, "primary_low": 0.1, "primary_high": 0.7, "primary_p": 0.01, "bias": 2.0}  # fmt: skip
+    pd.DataFrame([now]).to_parquet(run / "tables/check_words_left_out.parquet")
+    section = of(run, "words-left-out")
+    assert "the difference in differences stays between 0.400 and 0.400" in section.takeaway
+    assert [c for c, _ in section.table.columns][2:3] + [c for c, _ in section.table.columns][-1:] == ["difference in differences", "bias"]  # fmt: skip
+    older = row | {"bias": 2.0, "ci_low": 1.0, "ci_high": 3.0, "p_value": 0.01}
+    pd.DataFrame([older]).to_parquet(run / "tables/check_words_left_out.parquet")
+    assert "the bias stays between 2.000 and 2.000" in of(run, "words-left-out").takeaway
+
+
+def test_learned_edits_stand_beside_the_same_fit_in_randomized_saes(tmp_path):
+    run = build_run(tmp_path / "learned", tables=set())
+    cells = [("gated", "trained", 0.9), ("gated", "randomized", 0.02), ("scales", "trained", 0.8), ("scales", "randomized", 0.5)]  # fmt: skip
+    rows = [{"organism": "planted", "sae": "s", "weights": w, "kind": k, "specific": v, "kl_off": 0.01} for k, w, v in cells]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(run / "tables/learned.parquet")
+    section = of(run, "learned")
+    assert "learned scales: 80% in trained SAEs, 50% in randomized SAEs" in section.takeaway
+    assert "gated counterfactual: 90% in trained SAEs, 2% in randomized SAEs" in section.takeaway
+    assert len(section.table.rows) == 4
+
+
 # ── a question of one's own
 
 

@@ -7,17 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_attribution
 import test_compare
 import test_fit
 import test_learned
+import test_probe_checks
 import test_study
 import test_sweep
 import torch
 from test_fit import model  # noqa: F401  (a fixture of the named tests)
 from test_mutations import Mutant, around, kill
+from test_probe_checks import full_pairs  # noqa: F401
 
 import sae_bias as sb
+from sae_bias.discovery import attribution
+from sae_bias.probe import words
 from sae_bias.stats import reduction
+from sae_bias.stats.clustered import Clustered
 from sae_bias.workflows import best_strength, compare, fit_loss, study_steps
 from sae_bias.workflows import fit as fitting
 
@@ -64,6 +70,9 @@ MUTANTS = [
     Mutant("a fit reads the whole valence bank", around(fit_loss, "bank_half", lambda real, seed: np.ones_like(real(seed))), test_fit.test_half_of_the_statements_are_never_read),
     Mutant("a fit is read on the half of the bank that it saw", around(fitting, "bank_half", lambda real, seed: ~real(seed)), test_fit.test_a_fits_report_is_of_the_statements_that_it_never_read),
     Mutant("carriers after damage", around(study_steps, "choose_feature", carriers_after_damage), test_study.test_an_ablation_effect_without_one_of_resampling_is_not_chosen_before_a_carrier),
+    Mutant("a carrier by size alone", lambda patch: patch.setattr(Clustered, "distinguishable", True), test_attribution.test_a_carrier_shows_both_effects, dict(zip(("ablated", "resampled", "verdict"), test_attribution.CARRIERS[6]))),
+    Mutant("a carrier by its intervals alone", around(attribution, "carriers", lambda real, one, other, bias: real(one, other, 0.0)), test_attribution.test_a_carrier_shows_both_effects, dict(zip(("ablated", "resampled", "verdict"), test_attribution.CARRIERS[0]))),
+    Mutant("a word that goes on from another counts twice", around(words, "read_once", lambda real, given: list(given)), test_probe_checks.test_a_word_that_goes_on_from_another_counts_once_in_the_odds_of_its_list, {"side": 1}),
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def words_that_carry(run: Run, frame: pd.DataFrame) -> Drawn:
     frame = frame.sort_values("diff", ascending=False)
     said = f"The three words that add most are {', '.join(f'“{w}”' for w in frame['word'].head(3))}."
     if excluded := (run.manifest.get("words") or {}).get("excluded"):
-        said += f" Left out because they are several tokens for this model: {', '.join(map(str, excluded))}."
+        said += f" Not read, as several tokens for this model or counted in a shorter word: {', '.join(map(str, excluded))}."
     return Drawn(said, figures.word_contributions(frame), frame)
 
 
@@ -118,16 +118,28 @@ def choices(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     BIAS, "check_words_left_out", "words-left-out", "Does it hang on one word?",
-    "word: without; side; bias; ci_low; ci_high; p_value; change",
+    "word: without; side; primary; primary_low: from; primary_high: to; primary_p: p; change; bias",
 )  # fmt: skip
 def words_left_out(run: Run, frame: pd.DataFrame) -> Drawn:
-    known, said = frame.dropna(subset=["bias"]), "No word can be left out: each side has one."
+    """The primary figure without each word; the bias, where an older run left words out of that."""
+    if "of" not in frame:
+        names = {
+            "bias": "primary",
+            "ci_low": "primary_low",
+            "ci_high": "primary_high",
+            "p_value": "primary_p",
+        }
+        frame = frame.rename(columns=names).assign(of="bias")
+    of, known, said = str(frame["of"].iloc[0]), frame.dropna(subset=["primary"]), "No word can be left out: each side has one."  # fmt: skip
     if len(known):
         said = (
-            f"Without any one word the bias stays between {known['bias'].min():.3f} and {known['bias'].max():.3f} nats;"
+            f"Without any one word the {of} stays between {known['primary'].min():.3f} and {known['primary'].max():.3f} nats;"
             f" “{known['word'].iloc[0]}” moves it most, by {abs(known['change'].iloc[0]):.3f}."
         )
-    return Drawn(said, figures.words_left_out(frame, run.summary.bias.mean if run.summary.bias else None))
+    whole = run.summary.bias if of == "bias" else run.summary.difference_in_differences
+    figure = figures.words_left_out(frame, of, whole.mean if whole else None)
+    rows = frame.drop(columns="bias", errors="ignore") if of == "bias" else frame
+    return Drawn(said, figure, rows, {"primary": of})
 
 
 @drawn(
@@ -145,10 +157,11 @@ def scores(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     BIAS, "check_nuisances", "nuisances", "What else differs within a pair",
-    "nuisance; human: {0}; ai: {1}; difference; correlation: correlation with the bias; adjusted_for: held equal", opened=True,
+    "nuisance; human: {0}; ai: {1}; difference; correlation; of: with the; adjusted_for: held equal", opened=True,
 )  # fmt: skip
 def nuisances(run: Run, frame: pd.DataFrame) -> Drawn:
-    said = "Means over the prompts of each side; the check “adjusted for nuisances” gives the bias with these held equal."
+    of = str(frame["of"].iloc[0]) if "of" in frame else "bias"
+    said = f"Means over the prompts of each side; the check “adjusted for nuisances” gives the {of} with these held equal."
     names = {"subject_tokens": "length of the subject, tokens", "an": "“an” before the subject", "log_likelihood": "log-likelihood of the prompt"}  # fmt: skip
     return Drawn(said, rows=frame.replace({"nuisance": names}))
 
