@@ -117,11 +117,11 @@ def measure_effects(
 
 
 CARRIES = {
-    "carrier": "a carrier: ablation and resampling both move the bias",
-    "damage": "damage: ablation moves the bias, taking over the human value does not",
-    "resampling only": "taking over the human value moves the bias, ablation does not",
-    "no": "neither moves the bias",
-    "undetermined": "whether it is a carrier is undetermined: not measured, too few templates or entities, or too wide an interval",
+    "carrier": "a carrier: ablation and resampling both move the figure",
+    "damage": "damage: ablation moves the figure, taking over the human value does not",
+    "resampling only": "taking over the human value moves the figure, ablation does not",
+    "no": "neither moves the figure",
+    "undetermined": "whether it is a carrier is undetermined: too few templates or entities, too wide an interval, or resampling not measured",
 }
 
 

@@ -9,8 +9,10 @@ from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 from scipy.stats import spearmanr
 
 import sae_bias as sb
+from sae_bias.core.text import bracket
 from sae_bias.discovery import contrasts
 from sae_bias.discovery.attribution import attribution_agreement
+from sae_bias.discovery.effects import effect_sentence
 from sae_bias.prompts.grid import GridPrompt
 from sae_bias.saes.neighbors import decoder_directions, decoder_families
 from sae_bias.saes.stream import acts_blocks, live_blocks
@@ -201,6 +203,14 @@ def test_ablation_brings_the_joint_curve_and_the_agreement(gemma3, pairs, probe)
     split = {"discover": pairs.templates[:2], "report": pairs.templates[2:]}
     held = sb.rank_features(gemma3.model, gemma3.sae, pairs, by="ablation", probe=probe, top_k=6, split=split)
     assert set(held.cumulative["split"]) == {"report"}
+    assert (
+        f"unsteered bias {sb.run_probe(gemma3.model, pairs, probe).bias:+.4f} on 3 templates;" in ranking.note
+    )
+    on_two = sb.run_probe(gemma3.model, pairs.select(templates=split["discover"]), probe).bias
+    assert f"unsteered bias {on_two:+.4f} on 2 discover templates;" in held.note
+    told = held.frame.dropna(subset=["ablation"]).iloc[0]
+    assert told["ablation_low"] < told["ablation"] < told["ablation_high"]
+    assert f"nats {bracket(told['ablation_low'], told['ablation_high'])}" in effect_sentence(told)
 
 
 @pytest.mark.parametrize("by", ["separation", "attribution", "ablation", "interaction"])
