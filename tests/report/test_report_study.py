@@ -111,6 +111,17 @@ def test_words_are_left_out_of_the_headline_and_an_older_run_of_the_bias(tmp_pat
     assert "the bias stays between 2.000 and 2.000" in of(run, "words-left-out").takeaway
 
 
+@pytest.mark.parametrize("twins", [True, False])
+def test_other_scores_show_the_headlines_figure(tmp_path, twins):
+    run = build_run(tmp_path / "scores", tables=set())
+    summary = json.loads((run / "summary.json").read_text())
+    did = {"mean": 0.4, "ci_low": 0.1, "ci_high": 0.7} if twins else None
+    (run / "summary.json").write_text(json.dumps(summary | {"difference_in_differences": did}))
+    row = {"score": "mean_logit", "primary": 0.4, "primary_low": 0.1, "primary_high": 0.7, "bias": 2.0}
+    pd.DataFrame([row]).to_parquet(run / "tables/check_scores.parquet")
+    assert ("difference in differences" in dict(of(run, "scores").table.columns)) == twins
+
+
 def test_learned_edits_stand_beside_the_same_fit_in_randomized_saes(tmp_path):
     run = build_run(tmp_path / "learned", tables=set())
     cells = [("gated", "trained", 0.9), ("gated", "randomized", 0.02), ("scales", "trained", 0.8), ("scales", "randomized", 0.5)]  # fmt: skip

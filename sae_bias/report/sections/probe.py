@@ -144,7 +144,8 @@ def words_left_out(run: Run, frame: pd.DataFrame) -> Drawn:
 
 @drawn(
     BIAS, "check_scores", "scores", "Other scores of the same words",
-    "score; words; n_words: number; softcap; bias; ci_low; ci_high; p_value; d_z; share_templates_positive", opened=True,
+    "score; words; n_words: number; softcap; primary: difference in differences; primary_low: from; primary_high: to; bias; ci_low; ci_high; p_value; "
+    "d_z: d_z of the bias; share_templates_positive", opened=True,
 )  # fmt: skip
 def scores(run: Run, frame: pd.DataFrame) -> Drawn:
     said = (
@@ -152,6 +153,8 @@ def scores(run: Run, frame: pd.DataFrame) -> Drawn:
         " words dominate; AUROC is a probability and not in nats."
     )
     names = {"mean_logit": "mean logit", "logodds": "log-odds", "auroc": "AUROC"}
+    if run.summary.difference_in_differences is None:
+        frame = frame.drop(columns=["primary", "primary_low", "primary_high"], errors="ignore")
     return Drawn(said, rows=frame.replace({"score": names}))
 
 
