@@ -88,6 +88,9 @@ def rank(
     texts = _contrast(positive, negative, contrast)
     at_hand = run.given["grid"] is not None or run.given["pairs"] is None
     effects = by is None and texts is None and at_hand
+    others = {"--exact": exact, "--grid": run.given["grid"], "--pairs": None if run.given["randomized_sae"] else run.given["pairs"]}  # fmt: skip
+    if texts is not None and (given := [name for name, value in others.items() if value is not None]):
+        raise RequestError(f"{', '.join(given)}: not for a contrast, whose features are ranked by AUROC.")
     by = by or ("interaction" if effects else "separation")
     if by not in BY:
         raise RequestError(f"--by {by!r}: expected one of {', '.join(BY)}.")
@@ -114,8 +117,9 @@ def rank(
     tables |= {} if lucky is None else {"ranking_randomized": ranking_table(lucky)}
     run.save(tables, **used, by=ranking.by)
     first = ranking.to_frame().head(top)
+    best = f"first: {first['feature'].iloc[0]}" if len(first) else "none is left"
     run.say(
-        f"{ranking.family_size:,} features by {ranking.by}, {ranking.n_units} {ranking.units}; first: {first['feature'].iloc[0]}"
+        f"{len(ranking.to_frame()):,} features by {ranking.by}, {ranking.n_units} {ranking.units}; {best}"
     )
     if split:
         run.say(

@@ -65,6 +65,8 @@ class Scan:
     held: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pairing: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=PAIRING))
     """Badly judged statements and the held-out AI-speech statements they are paired to, with the scores of both."""
+    family: int | None = None
+    """How many features p is corrected over, where it is not all of them."""
 
 
 # --- the scan ------------------------------------------------------------------------------------------

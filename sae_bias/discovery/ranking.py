@@ -113,7 +113,7 @@ class Ranking(Framed):
         return ranking_figure(self.frame, self.by)
 
     def __repr__(self) -> str:
-        head = f"Ranking by {self.by}: {self.family_size:,} features, {self.n_units} {self.units}"
+        head = f"Ranking by {self.by}: {len(self.frame):,} features, {self.n_units} {self.units}"
         note = f"\n  {self.note}" if self.note else ""
         return f"{head}{note}\n{self._short(10).round(4).to_string(index=False)}"
 
@@ -121,7 +121,7 @@ class Ranking(Framed):
         from html import escape
 
         return (
-            f"<p>{escape(f'By {self.by}: {self.family_size:,} features, {self.n_units} {self.units}. {self.note}')}</p>"
+            f"<p>{escape(f'By {self.by}: {len(self.frame):,} features, {self.n_units} {self.units}. {self.note}')}</p>"
             + self._short(20).round(4).to_html(escape=True, index=False)
         )
 
@@ -177,7 +177,8 @@ def rank_features(
     Raises:
         RequestError: an SAE of another width or layer, two SAEs with one id, prompts of the wrong kind.
     """
-    _check_request(by, prompts, (reduce, chat, tuple(all_of), tuple(none_of)))
+    of_pairs = probe, pairs, grid, split, effects or None, controls or None, max_view or None
+    _check_request(by, prompts, (reduce, chat, tuple(all_of), tuple(none_of)), of_pairs)
     saes = load_saes(model, sae)
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     if isinstance(prompts, Contrast) and effects_of == "primary":
@@ -193,10 +194,14 @@ def rank_features(
     return work.ranking(effects, top_k, controls, workers)
 
 
-def _check_request(by: str, prompts: object, of_contrast: tuple) -> None:
+def _check_request(by: str, prompts: object, of_contrast: tuple, of_pairs: tuple) -> None:
     if by not in BY:
         raise RequestError(f"by={by!r}; expected one of {', '.join(BY)}.")
     if isinstance(prompts, Contrast):
+        if by != "separation" or any(given is not None for given in of_pairs):
+            raise RequestError(
+                "a contrast is ranked by AUROC; another by, and probe, pairs, grid, split, effects, controls and max_view, are for pairs and grids."
+            )
         return
     if of_contrast != ("last", False, (), ()):
         raise RequestError(
@@ -312,7 +317,7 @@ def of_contrast(scan: Scan, saes: Sequence[Sae]) -> Ranking:
     """The ranking of a contrast's scan, by AUROC."""
     frame = scan.frame.sort_values(SORT["contrast"], ascending=False, kind="stable", ignore_index=True)
     _add_families(frame, saes)
-    return Ranking("contrast", frame, len(frame), scan.n_units, scan.units, scan.note)
+    return Ranking("contrast", frame, scan.family or 0, scan.n_units, scan.units, scan.note)
 
 
 def load_saes(model: Model, sae: Sae | SaeId | str | Sequence[Sae | SaeId | str]) -> list[Sae]:

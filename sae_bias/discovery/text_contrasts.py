@@ -7,7 +7,7 @@ groups are given:
     paired      t of the groups' mean differences; sign-flips of whole groups
     unpaired    t = d / (s √(1/n₁ + 1/n₀)) with the pooled s; labels permuted over whole groups
 
-Corrected p: Westfall–Young max-T over one shared set of flips or permutations [Westfall & Young 1993]; q by Benjamini–Hochberg. The
+Corrected p: Westfall–Young max-T over one shared set of flips or permutations (all, where there are few) [Westfall & Young 1993]; q by Benjamini–Hochberg. The
 family is every feature that fires on at least `min_texts` texts: a label-blind prefilter. Selecting and testing on the same texts
 inflates AUROC, so each feature's AUROC on a seeded 60 % of the units stands beside that on the held-out 40 %, and the note gives the
 held-out AUROC of the feature that the 60 % alone would have chosen, beside that of a bag of words.
@@ -17,10 +17,12 @@ Texts are read in batches; what is kept of them is sparse and lies on disk in bu
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,8 @@ N_DRAWS = 2_000
 HELD_OUT = 0.4
 CHUNK = 2_048
 N_BUCKETS = 64
+TEMPLATE_TOKENS = 64
+"""Of a chat template and special tokens, at most: texts that may be beyond the context are counted."""
 ROW_BYTES = 128 * 2**20
 """Residuals that wait for one reading of the encoder."""
 DRAW_BYTES = 40_000_000
@@ -55,7 +59,7 @@ BLOCK_BYTES = 64 * 2**20
 BUCKET_CELLS = 2**24
 """Texts × features of a bucket, at most."""
 FLOAT32_UNITS = 64
-"""From so many units on the null's differences are float32 products."""
+"""From so many units on draws are random ones and the null's differences are float32 products."""
 _ENTRY = np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", "<f4")])
 Array = np.ndarray
 
@@ -85,12 +89,13 @@ def scan_contrast(
         baseline: the model that reads the negative texts, where it is another one (a base model against its instruct model).
 
     Raises:
-        RequestError: an unknown `reduce` or set, a text beyond the model's context, fewer than two units a side.
+        RequestError: an unknown `reduce` or set, texts beyond the model's context (all are named), fewer than two units a side.
     """
     if reduce not in REDUCE:
         raise RequestError(f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}.")
     sets = [_members(contrast, names) for names in (all_of, none_of)]
     design = _Design.of(contrast, seed)
+    _check_lengths((model, baseline or model), contrast, chat)
     frames = [_statistics(_Live.of(np.empty(0, _ENTRY), 0), design, contrast, min_texts, sets)]
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
         buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes), len(contrast))
@@ -101,11 +106,20 @@ def scan_contrast(
     frame = pd.concat([feature_names(sae) for sae in saes], ignore_index=True)
     frame = frame.join(statistics.set_index("place")).pipe(_silent, len(contrast))
     design.correct(frame)
-    note = "; ".join(filter(None, [_note(frame, contrast, design, lengths), _bytes_note(contrast, in_bytes)]))
+    said = ""
     if all_of or none_of:
         frame = frame[frame["in_sets"]].reset_index(drop=True)
-        note = f"{len(frame)} features fire on all of {_said(all_of)} and on none of {_said(none_of)}; {note}"
-    return Scan(frame.drop(columns="in_sets"), design.n_units, note, units=design.units)
+        said = f"features that fire on all of {_said(all_of)} and on none of {_said(none_of)}: {len(frame)}"
+    frame = frame.drop(columns="in_sets")
+    notes = said, _note(frame, contrast, design, lengths), design.undetermined, _bytes_note(contrast, in_bytes)  # fmt: skip
+    note = "; ".join(filter(None, notes))
+    return Scan(frame, design.n_units, note, units=design.units, family=design.family)
+
+
+def first_chosen(frame: pd.DataFrame) -> pd.DataFrame:
+    """The features of a contrast's table that fire, in the order in which the units that discover choose them; nothing held out is looked at."""
+    by = ["auroc_discover", "mean_diff_discover"]
+    return frame[~frame["dead"]].sort_values(by, ascending=False, kind="stable")
 
 
 # --- reading -------------------------------------------------------------------------------------------
@@ -172,6 +186,26 @@ class _Live:
             where = slice(start, start + n)
             k = slice(*np.searchsorted(self.column, (start, start + n)))
             yield where, _Live(self.features[where], self.column[k] - start, self.text[k], self.value[k])
+
+
+def _check_lengths(models: tuple[Model, Model], contrast: Contrast, chat: bool) -> None:
+    """Every text beyond the context is told before the first is read; a text of few bytes has as few tokens, and is not counted."""
+    first, found = len(contrast.positive), []
+    for i, text in enumerate(contrast.texts):
+        model = models[int(i >= first)]
+        if model.longest is None or len(text.encode(errors="replace")) + TEMPLATE_TOKENS <= model.longest:
+            continue
+        whole = model.chat_text([{"role": "user", "content": text}]) if chat else text
+        n = len(model.tokenizer(whole, verbose=False).input_ids)
+        if n > model.longest:
+            place = f"positive text {i + 1}" if i < first else f"negative text {i + 1 - first}"
+            found.append(f"{place} ({n:,})")
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise RequestError(
+            f"texts of {contrast.name!r} have more tokens than {models[0].name} takes ({models[0].longest:,}): {', '.join(found[:5])}{more}. "
+            "None is cut; shorten or split them."
+        )
 
 
 @torch.no_grad()
@@ -313,7 +347,7 @@ class _Design:
         else:
             n_sides = (int(label.sum()), int((~label).sum()))
             observed = np.where(label, 1, -1).astype(np.int8)
-            signs = np.stack([observed, *(rng.permutation(observed) for _ in range(n_draws))])
+            signs = _assignments(observed, n_draws, rng)
         if min(n_sides) < 2:
             raise RequestError(
                 f"{contrast.name!r} has {n_sides[0]} positive and {n_sides[1]} negative units; a test needs at least 2 on each side."
@@ -407,6 +441,32 @@ class _Design:
         frame.loc[tested, "p_fwer"] = np.maximum(reached, 1) / len(ordered)
         frame.loc[tested, "q_bh"] = benjamini_hochberg(frame.loc[tested, "p_value"].to_numpy())
         frame["separates"] = np.where(frame["p_fwer"] <= ALPHA, "yes", "no")
+        if self.undetermined:
+            frame["separates"] = "undetermined"
+
+    @property
+    def undetermined(self) -> str:
+        """Why no call can be made: so few units that no p reaches ALPHA, whatever the activations; empty where one can."""
+        n1 = int((self.draws[0] > 0).sum())
+        n0 = self.n_units - n1
+        if self.n_units >= FLOAT32_UNITS:
+            return ""
+        smallest = 2 / 2**self.n_units if self.paired else (1 + (n1 == n0)) / math.comb(self.n_units, n1)
+        few = f"{self.n_units} {self.units}" if self.paired else f"{n1} and {n0} {self.units}"
+        return f"separates: undetermined, {few} give no p below {smallest:.2g}" if smallest > ALPHA else ""
+
+
+def _assignments(observed: Int[Array, "n_units"], n: int, rng: np.random.Generator) -> Int[Array, "draws n_units"]:  # fmt: skip
+    """The sides as observed, and every other assignment of them where there are at most n in all, else n random ones."""
+    size, first = len(observed), np.flatnonzero(observed > 0)
+    if size >= FLOAT32_UNITS or math.comb(size, len(first)) > n:
+        return np.stack([observed, *(rng.permutation(observed) for _ in range(n))])
+    every = np.array(list(combinations(range(size), len(first))))
+    others = every[(every != first).any(1)]
+    signs = np.full((1 + len(others), size), -1, dtype=np.int8)
+    signs[0, first] = 1
+    np.put_along_axis(signs[1:], others, 1, axis=1)
+    return signs
 
 
 def _statistics(
@@ -421,6 +481,9 @@ def _statistics(
     n_pos, n_neg = len(contrast.positive), len(contrast.negative)
     means = [live.sums(live.value * on) / n_pos, live.sums(live.value * ~on) / n_neg]
     in_sets = [live.sums(fires & np.isin(live.text, members)) for members in sets]
+    chosen = ~design.held[live.text]
+    shares = [chosen & on, side & ~design.held], [chosen & ~on, ~side & ~design.held]
+    discover = [live.sums(live.value * entries) / texts.sum() for entries, texts in shares]
     return pd.DataFrame(
         {
             "place": live.features,
@@ -430,6 +493,7 @@ def _statistics(
             "mean_positive": means[0],
             "mean_negative": means[1],
             "mean_diff": means[0] - means[1],
+            "mean_diff_discover": discover[0] - discover[1],
             "fire_positive": live.sums(fires & on) / n_pos,
             "fire_negative": live.sums(fires & ~on) / n_neg,
             "t": t,
@@ -454,7 +518,7 @@ def _silent(frame: pd.DataFrame, n_texts: int) -> pd.DataFrame:
     frame["dead"] = frame["auroc"].isna()
     halves = ["auroc", "auroc_discover", "auroc_held_out"]
     frame[halves] = frame[halves].fillna(0.5)
-    zeros = ["mean_positive", "mean_negative", "mean_diff", "fire_positive", "fire_negative"]
+    zeros = ["mean_positive", "mean_negative", "mean_diff", "mean_diff_discover", "fire_positive", "fire_negative"]  # fmt: skip
     frame[zeros] = frame[zeros].fillna(0.0)
     frame["in_sets"] = frame["in_sets"].eq(True)
     return frame
@@ -478,8 +542,8 @@ def _members(contrast: Contrast, names: Sequence[str]) -> Int[Array, "k"]:
 # --- what is said of the texts -------------------------------------------------------------------------
 def _note(frame: pd.DataFrame, contrast: Contrast, design: _Design, lengths: Array) -> str:
     said = contrast.facts()
-    if len(frame):
-        best = frame.iloc[int(frame["auroc_discover"].to_numpy().argmax())]
+    if len(first := first_chosen(frame).head(1)):
+        best = first.iloc[0]
         said.append(
             f"chosen on {1 - HELD_OUT:.0%} of the {design.units}, {best['feature']} has AUROC {best['auroc_discover']:.2f} there and "
             f"{best['auroc_held_out']:.2f} on the others"

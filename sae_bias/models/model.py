@@ -243,7 +243,7 @@ class Model:
                 f"the prompt {text[:60]!a} holds half of a character ({text[error.start]!a}); give it as UTF-8."
             ) from None
         try:
-            ids = self._without_added_eos(text, list(self.tokenizer(text).input_ids))
+            ids = self._without_added_eos(text, list(self.tokenizer(text, verbose=False).input_ids))
         except Exception as error:  # the tokenizers library raises bare exceptions
             line = " ".join(str(error).split())[:120]
             raise RequestError(

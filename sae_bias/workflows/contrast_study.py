@@ -20,6 +20,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.text import number
 from sae_bias.discovery.model_diff import model_diff
 from sae_bias.discovery.ranking import Ranking, rank_features
+from sae_bias.discovery.text_contrasts import first_chosen
 from sae_bias.measures.behavior import Behavior, DoseResponse, Judged, behavior_scores, dose_response
 from sae_bias.measures.fidelity import Fidelity, gate_sae
 from sae_bias.measures.judge import Confirm, Judge
@@ -259,7 +260,7 @@ class _Run:
             lines.append(f"{n} of {len(frame)} features fire differently in {self.model.name} and {self.baseline.name}")  # fmt: skip
         ranking = rank_features(self.model, self.saes, contrast, all_of=s.all_of, none_of=s.none_of, **read)
         folder.write_table("ranking", ranking_table(ranking.to_frame()).head(MOST_FEATURES))
-        lines.append(f"{ranking.family_size:,} features ranked on {ranking.n_units} {ranking.units}; {ranking.note}")  # fmt: skip
+        lines.append(f"{len(ranking.to_frame()):,} features ranked on {ranking.n_units} {ranking.units}; {ranking.note}")  # fmt: skip
         return ranking
 
     def _edits(self, contrast: Contrast, ranking: Ranking | None) -> list[Intervention]:
@@ -273,8 +274,7 @@ class _Run:
         names = s.features
         if not names:
             assert ranking is not None
-            frame = ranking.to_frame().sort_values("auroc_discover", ascending=False, kind="stable")
-            names = tuple(frame.loc[~frame["dead"], "feature"].head(s.top))
+            names = tuple(first_chosen(ranking.to_frame())["feature"].head(s.top))
             if not names:
                 raise RequestError(
                     f"no feature of {', '.join(s.saes)} is left on {contrast.name!r} to edit; loosen all_of and none_of."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -173,6 +174,25 @@ def test_set_logic(gemma3, sae):
         sb.rank_features(gemma3.model, sae, contrast, all_of=["neutral"])
 
 
+def test_features_are_chosen_by_what_discovers(gemma3, sae, weights):
+    """Among equal AUROCs by the mean difference on the texts that discover; with sets, among the features kept."""
+    contrast = sb.Contrast(POSITIVE, NEGATIVE)
+    found = sb.rank_features(gemma3.model, sae, contrast, reduce="max")
+    held, label = text_contrasts._Design.of(contrast, 0).held, np.array([1] * 4 + [0] * 4)
+    acts = np.stack([plain_acts(gemma3, weights, t, "max") for t in POSITIVE + NEGATIVE])[~held]
+    label = label[~held]
+    auroc = np.array([sklearn.roc_auc_score(label, a) for a in acts.T])
+    diff = acts[label == 1].mean(0) - acts[label == 0].mean(0)
+    table = found.to_frame().sort_values("index")
+    assert table["mean_diff_discover"].to_numpy() == pytest.approx(diff, abs=1e-5)
+    first = text_contrasts.first_chosen(found.to_frame())["index"].tolist()
+    live = [i for i in np.lexsort((-diff, -auroc)) if i in set(first)]
+    assert auroc[first] == pytest.approx(auroc[live]) and diff[first] == pytest.approx(diff[live], abs=1e-5)
+    assert f"#{first[0]} has AUROC" in found.note
+    kept = sb.rank_features(gemma3.model, sae, contrast, reduce="max", all_of=["positive"])
+    assert any(f"#{i} has AUROC" in kept.note for i in kept.to_frame()["index"])
+
+
 def test_memory_blocks_do_not_change_a_figure(gemma3, sae, monkeypatch):
     contrast = sb.Contrast(POSITIVE, NEGATIVE)
     whole = sb.rank_features(gemma3.model, sae, contrast, reduce="mean").to_frame()
@@ -197,12 +217,6 @@ def test_memory_blocks_do_not_change_a_figure(gemma3, sae, monkeypatch):
 def test_bad_contrasts_are_refused(options, message):
     with pytest.raises(sb.RequestError, match=message):
         sb.Contrast(**options)
-
-
-def test_a_text_beyond_the_context_is_named(gemma3, sae):
-    limit = gemma3.model.config.max_position_embeddings
-    with pytest.raises(sb.RequestError, match=r"AI AI .* is \d+ tokens; .* at most"):
-        sb.rank_features(gemma3.model, sae, sb.Contrast(["An AI", "AI " * (limit + 5)], ["a dog", "a cook"]))
 
 
 def test_files(tmp_path):
@@ -257,7 +271,12 @@ def test_the_command_ranks_two_files_and_the_report_shows_them(gemma3, sae, tmp_
     expected = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), reduce="max").to_frame()
     assert found["features"][0]["auroc"] == pytest.approx(expected["auroc"][0])
     assert sb.write_report(run).stat().st_size > 10_000
-    assert main(["rank", str(gemma3.folder), str(sae.path.parent), files[0], files[1]]) == 2
+    one = ["rank", str(gemma3.folder), str(sae.path.parent)]
+    assert main([*one, *files, "--all-of", "positive", "--none-of", "positive", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == []
+    assert main([*one, *files, "--exact", "3"]) == 2
+    assert "--exact: not for a contrast" in capsys.readouterr().err
+    assert main([*one, files[0], files[1]]) == 2
     assert "--positive and --negative go together" in capsys.readouterr().err
 
 
@@ -271,11 +290,56 @@ def test_texts_that_become_bytes_are_said(gemma3, sae):
     assert "are mostly bytes" not in sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE)).note
 
 
-def test_a_text_beyond_the_context_is_named_and_never_cut(gemma3, sae):
+def test_texts_beyond_the_context_are_all_named_before_one_is_read(gemma3, sae, monkeypatch, capfd):
     longest = gemma3.model.config.max_position_embeddings
     long = "An AI says hello. " * longest
-    with pytest.raises(sb.RequestError, match=f"takes at most {longest}"):
-        sb.rank_features(gemma3.model, sae, sb.Contrast([*POSITIVE, long], NEGATIVE))
+    n = len(gemma3.model.tokenizer(long, verbose=False).input_ids)
+    monkeypatch.setattr(text_contrasts, "_read", lambda *_: pytest.fail("a text was read"))
+    contrast = sb.Contrast([*POSITIVE, long], [NEGATIVE[0], "x " + long, *NEGATIVE[1:]])
+    with pytest.raises(
+        sb.RequestError, match=rf"takes \({longest:,}\): positive text 5 \({n:,}\), negative text 2 \("
+    ):
+        sb.rank_features(gemma3.model, sae, contrast)
+    assert "indexing errors" not in "".join(capfd.readouterr())
+
+
+def test_the_family_is_the_features_tested(gemma3, sae):
+    found = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), all_of=["positive"])
+    whole = sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE))
+    tested = int(whole.to_frame()["t"].notna().sum())
+    assert found.family_size == whole.family_size == tested < len(whole.to_frame())
+
+
+@pytest.mark.parametrize(("n1", "n0", "paired"), [(3, 3, False), (2, 5, False), (4, 4, False), (2, 6, False), (5, 5, True), (6, 6, True)])  # fmt: skip
+def test_too_few_units_leave_a_call_undetermined(n1, n0, paired):
+    """Held against every assignment of the sides: the smallest p that any activations can have."""
+    rng = np.random.default_rng(6)
+    acts = rng.exponential(size=(n1 + n0, 3)) + np.r_[np.full(n1, 1e3), np.zeros(n0)][:, None]
+    groups = [str(i) for i in range(n1)] * 2 if paired else None
+    contrast = sb.Contrast([f"p{i}" for i in range(n1)], [f"n{i}" for i in range(n0)], groups=groups)
+    design = text_contrasts._Design.of(contrast, 0)
+    if paired:
+        d = acts[:n1] - acts[n1:]
+        every = [np.abs((np.array(s)[:, None] * d).mean(0)) for s in itertools.product((1, -1), repeat=n1)]
+    else:
+        places = [np.isin(np.arange(n1 + n0), s) for s in itertools.combinations(range(n1 + n0), n1)]
+        every = [np.abs(acts[s].mean(0) - acts[~s].mean(0)) for s in places]
+    own = every[0]
+    smallest = np.mean([(e >= own - 1e-9).all() for e in every])
+    t, p = design.test(live_of(acts))
+    frame = pd.DataFrame({"t": t, "p_value": p, "p_fwer": np.nan, "q_bh": np.nan})
+    design.correct(frame)
+    assert frame["p_fwer"].min() == pytest.approx(smallest)
+    assert set(frame["separates"]) == {"undetermined" if smallest > 0.05 else "yes"}
+    assert bool(design.undetermined) == (smallest > 0.05)
+
+
+@pytest.mark.parametrize(
+    "given", [{"by": "ablation"}, {"effects": True}, {"controls": 19}, {"max_view": True}]
+)
+def test_what_is_for_pairs_is_refused_of_a_contrast(gemma3, sae, given):
+    with pytest.raises(sb.RequestError, match="a contrast is ranked by AUROC"):
+        sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE), **given)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_a_study_writes_what_its_pieces_give(gemma3, folder, tmp_path):
         tables["ranking"][["feature", "auroc", "t"]], ranking[["feature", "auroc", "t"]]
     )
 
-    best = list(ranking.sort_values("auroc_discover", ascending=False, kind="stable")["feature"].head(2))
+    best = list(
+        ranking.sort_values(["auroc_discover", "mean_diff_discover"], ascending=False)["feature"].head(2)
+    )
     units = sb.activations(gemma3.model, contrast.texts, best, reduce="max").max()
     edits = [sb.EditSet("x", [sb.Steer(f, v * units[f]) for f in best]) for v in (-1.0, 2.0)]
     written = [
