@@ -120,7 +120,7 @@ CARRIES = {
     "carrier": "a carrier: ablation and resampling both move the figure",
     "damage": "damage: ablation moves the figure, taking over the human value does not",
     "resampling only": "taking over the human value moves the figure, ablation does not",
-    "no": "neither moves the figure",
+    "no": "neither effect is both told from 0 and over 0.5% of the figure",
     "undetermined": "whether it is a carrier is undetermined: too few templates or entities, too wide an interval, or resampling not measured",
 }
 
