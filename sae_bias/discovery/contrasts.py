@@ -480,6 +480,15 @@ def _call(
     return f"{tested}; AI-speech undetermined: {why}" if why else tested
 
 
+def cell_texts(grid: PromptGrid) -> list[str]:
+    """The prompts of the grid that the interaction reads.
+
+    Raises:
+        RequestError: a grid without the cells.
+    """
+    return [grid[i].text for i in _cells(grid).prompts]
+
+
 def _cells(grid: PromptGrid) -> _Cells:
     """Prompts in each cell of the 2 × 2 (and the dog's), by matched statement pair."""
     places: dict[str, dict[str, list[tuple[int, str]]]] = {c: {} for c in CELLS}

@@ -27,6 +27,7 @@ import numpy as np
 
 from sae_bias.core.errors import RequestError
 from sae_bias.discovery.causal import MOST_LAYERS, MOST_POSITIONS
+from sae_bias.discovery.contrasts import cell_texts
 from sae_bias.discovery.integrated import STEPS
 from sae_bias.discovery.text_contrasts import ROW_BYTES
 from sae_bias.measures.capability import load_questions
@@ -58,8 +59,8 @@ from sae_bias.workflows.study_file import MOST_JOINT, Study
 
 NEW_TOKENS = 40
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
-LOGIT_COPIES = 3  # logits, their exponentials, one temporary
-COST_COPIES = 9  # both log-probabilities, and what their KL is made of
+LOGIT_COPIES = 1.25  # logits, and the exponentials of a quarter of the rows (`log_sum_exp`)
+COST_COPIES = 7  # z, log p and p of the base, z and log q of a cell, log p - log q and p times that
 TABLE_BYTES = 1600  # of host memory a ranked feature takes at its peak, tables of both rankings and their merge (measured)
 DISK_TABLE_BYTES = 110  # of ranking.parquet a feature (measured)
 CELL_BYTES = 15_000  # of one cell's file of 280 pairs (measured)
@@ -214,7 +215,7 @@ def _probe_steps(
 ) -> list[Step]:
     """The probe with its controls and levels, and what a study checks beside it."""
     every, plain, words = _pair_texts(pairs, controls=True), _pair_texts(pairs, controls=False), WordModel()
-    parts = c.passing(every, c.logits(min(NORM_BLOCK, every.alike), LOGIT_COPIES))
+    parts = c.passing(every, logits=c.logits(min(NORM_BLOCK, every.n), LOGIT_COPIES))
     work = c.base(every, c.model.n_layers, kept=True, ends=checks) + c.run(every, c.model.n_layers, forms - 1)
     work += Work(0, forms * c.model.unembed_flops(every.n))
     steps = [c.step("probe", work, parts)]
@@ -309,7 +310,7 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
         passes += [_pair_texts(load_pairs(name), controls=False)] * turns
     if passes:
         work = _sum(c.run(t, model.n_layers) for t in passes)
-        parts = c.passing(max(passes, key=c.batch), c.logits(COST_BLOCK, LOGIT_COPIES))
+        parts = c.passing(*passes, logits=c.logits(COST_BLOCK, LOGIT_COPIES))
         steps.append(c.step("capability", work, parts))
     if study.baseline is not None:
         other = model_shape(study.baseline)
@@ -338,7 +339,7 @@ def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]
     models = 2 if study.baseline is not None else 1
     parts = {
         "kept residuals": float(min(ROW_BYTES, 4 * rows * m.d_model * len({s.layer for s in saes}))),
-        "activations": c.activations(c.batch(texts), texts.mean),
+        "activations": c.activations(*c.widest(texts)),
         "SAE slices": c.slices(saes, waiting, decoder=False, copies=2),
     }
     turns = math.ceil(rows / max(1, waiting))
@@ -364,7 +365,7 @@ def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> St
         / (STREAMING * c.hardware.bandwidth)
     )
     cache = 2 * 16 * (max(prompts.lengths, default=0) + new) * m.n_layers * m.n_kv * m.d_head * c.size
-    parts = {"key-value cache": float(cache), **c.passing(prompts, c.logits(16, 3))}
+    parts = {"key-value cache": float(cache), **c.passing(prompts, logits=c.logits(16, 3))}
     return c.step("dose", work, parts, extra=extra)
 
 
@@ -377,7 +378,7 @@ def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
         passes += c.run(neutral, m.n_layers + sae.layer + 1, alone=True)
     widest = max(s.d_sae for s in saes)
     parts = {
-        "activations": c.activations(c.batch(neutral), neutral.mean),
+        "activations": c.activations(*c.widest(neutral)),
         "SAE slices": 4.0 * neutral.tokens * widest + c.slices(saes, neutral.tokens, decoder=False, copies=2),
     }
     return c.step("gate", passes, parts, f32=encode, read=sum(s.n_bytes for s in saes) / 2)
@@ -387,7 +388,7 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
     """Separation, interaction, attribution over every feature, and exact ablation of the first."""
     m, n = c.model, c.model.n_layers
     pairs, twins = (_pair_texts(p, controls=False) for p in (discover, discover.controls()))
-    cells, neutral = Texts.of(p.text for p in grid), Texts.of(load_texts("neutral"))
+    cells, neutral = Texts.of(cell_texts(grid)), Texts.of(load_texts("neutral"))
     width, layers = sum(s.d_sae for s in saes), {s.layer for s in saes}
     work = _sum(c.base(t, max(layers) + 1, kept=True) for t in (pairs, cells, neutral)) + c.base(cells, n)
     tried, later = min(study.ablate_top, width), _later(c, saes)
@@ -399,11 +400,11 @@ def _rank(c: Costs, study: Study, discover: PromptPairs, grid: PromptGrid, saes:
         work += _sum(c.run(ai, n - layer - 1, STEPS, gradients=True) for layer in layers)
     parts = {
         "kept residuals": max(
-            c.kept(pairs.tokens, len(layers)) + 8.0 * pairs.tokens * m.d_model,
-            min(HELD_BYTES, c.kept(cells.shared(0.0), len(layers))),
+            c.kept(c.nodes(pairs), len(layers)) + 8.0 * c.nodes(pairs) * m.d_model,
+            min(HELD_BYTES, c.kept(c.nodes(cells), len(layers))),
         ),
-        "activations": max(c.activations(c.batch(t), t.mean) for t in (cells, pairs, neutral)),
-        "gradients": c.gradients(c.batch(pairs), n - min(layers) - 1),
+        "activations": c.activations(*c.widest(cells, pairs, neutral)),
+        "gradients": c.gradients(c.widest(pairs)[0], n - min(layers) - 1),
         "SAE slices": c.slices(saes, pairs.tokens, decoder=True, copies=3),
     }
     f32 = 2.0 * m.d_model * width * (pairs.n + cells.n + 2 * pairs.tokens)
@@ -416,19 +417,18 @@ def _sweep(c: Costs, study: Study, pairs: PromptPairs, saes: Sequence[SaeShape],
     m, prompts = c.model, _pair_texts(pairs, controls=False)
     cost_texts = Texts.of(t for kind in COST_TEXTS for t in load_texts(kind))
     bank = Texts.of(bank_items()[0])
-    layer = min(s.layer for s in saes)
-    later, costed = m.n_layers - layer - 1, cells - study.controls - 1
+    later, costed = _later(c, saes), cells - study.controls - 1
     twins = _pair_texts(pairs.controls(), controls=False)
     work = Work()
     for texts, times in ((prompts, cells - 1), (bank, cells - 1), (twins, costed), (cost_texts, costed)):
         work += c.base(texts, m.n_layers, kept=True) + c.run(texts, later, times)
     unembed = (costed + 1) * m.unembed_flops(cost_texts.tokens)
-    stacked = max(min(STACK_TOKENS[c.kind], STACK * c.batch(prompts)), c.batch(prompts), c.batch(cost_texts))
+    tokens, length = c.widest(prompts, twins, cost_texts, bank)
+    stacked = min(STACK_TOKENS[c.kind], STACK * c.widest(prompts)[0])
+    costs = (2 + min(STACK, costed)) * c.nodes(cost_texts)  # at the site, ends of the base, of each cell
     parts = {
-        "kept residuals": c.kept(
-            prompts.tokens + (2 + min(STACK, costed)) * cost_texts.tokens + bank.tokens, 1
-        ),
-        "activations": c.activations(stacked, prompts.mean),
+        "kept residuals": c.kept(c.nodes(prompts) + c.nodes(twins) + c.nodes(bank) + costs, 1),
+        "activations": c.activations(max(tokens, stacked), length),
         "logits": c.logits(COST_BLOCK, COST_COPIES),
         "SAE slices": c.slices(saes, prompts.tokens // 2, decoder=True, copies=3),
     }
@@ -443,7 +443,7 @@ def _joint(c: Costs, study: Study, report: PromptPairs, saes: Sequence[SaeShape]
     work = Work()
     for texts in (prompts, _pair_texts(report.controls(), controls=False)):
         work += c.base(texts, m.n_layers) + c.run(texts, _later(c, saes), times)
-    kept = {"kept residuals": c.kept(prompts.tokens, len({s.layer for s in saes}))}
+    kept = {"kept residuals": c.kept(c.nodes(prompts), len({s.layer for s in saes}))}
     return c.step("joint", work, kept | c.passing(prompts))
 
 

@@ -1,7 +1,8 @@
 """One model's arithmetic for a plan: operations and bytes of a pass, of its gradients, of logits, of SAE blocks.
 
 Factors that depend on how PyTorch runs a layer (how many copies are held at its widest point) are those measured on small checkpoints
-of the same architectures (tests/test_plan.py holds the estimates to 15 % of what a process takes).
+of the same architectures (tests/workflows/test_plan.py holds the estimates to 15 % of what a process takes). Free blocks that the C
+library keeps for itself are not counted: tensors above 32 MB, as a real model's are, leave none.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from sae_bias.models.forward import BATCH_TOKENS
 from sae_bias.models.model import Model
 from sae_bias.models.reads import MOST_KNOWN
-from sae_bias.models.tree import Tree, attention_price
+from sae_bias.models.tree import PADDED, Tree, attention_price, passes_of
 from sae_bias.saes.stream import block_width
 from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, Hardware
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape
 
+Shape = tuple[int, int]
+"""Rows of a pass, and their length."""
 HELD = ("kept residuals", "what was read before", "key-value cache", "the baseline's weights")
 
 
@@ -96,9 +99,10 @@ class Texts:
     def lengths(self) -> tuple[int, ...]:
         return tuple(map(len, self.sequences))
 
-    def shared(self, price: float) -> int:
-        """Tokens computed where what they begin with is shared (`models.tree`)."""
-        return sum(len(row.nodes) for row in Tree(self.sequences).rows(price)) if self.sequences else 0
+    @cached_property
+    def distinct(self) -> int:
+        """Distinct prefixes."""
+        return len(Tree(self.sequences))
 
     @property
     def n(self) -> int:
@@ -112,15 +116,23 @@ class Texts:
     def mean(self) -> float:
         return self.tokens / max(1, self.n)
 
-    @property
-    def alike(self) -> int:
-        """The most prompts of one length."""
-        return max(Counter(self.lengths).values(), default=0)
+    def batches(self, budget: int) -> list[Shape]:
+        """Passes of texts of one length, as they are."""
+        found: list[Shape] = []
+        for length, n in Counter(self.lengths).items():
+            size = max(1, budget // length)
+            found += [(min(size, n - start), length) for start in range(0, n, size)]
+        return found
 
-    def largest_batch(self, budget: int) -> int:
-        """Tokens of the largest batch of equal length."""
-        groups = Counter(self.lengths)
-        return max((min(n, max(1, budget // length)) * length for length, n in groups.items()), default=0)
+    def passes(self, budget: int, padded: int, price: float) -> list[Shape]:
+        """Passes of their tree of prefixes (`models.reads`), or of the texts as they are where those cost less."""
+        if not self.sequences:
+            return []
+        rows = passes_of(Tree(self.sequences).rows(price), budget, padded)
+        packed = [(len(p), len(p[0].nodes)) for p in rows]
+        return min(
+            packed, self.batches(budget), key=lambda found: sum(b * n * (1 + price * n) for b, n in found)
+        )
 
 
 class Costs:
@@ -134,12 +146,13 @@ class Costs:
         self.budget = BATCH_TOKENS[self.kind]
         self.kept_layers = kept_layers if dtype == "float32" else None
         self.passed: dict[tuple[int, ...], float] = {}
+        self._passes: dict[Texts, list[Shape]] = {}
         self.known = 0.0
         """Bytes of what is kept so far."""
 
     def run(self, texts: Texts, layers: float, times: float = 1.0, *, alone: bool = False, gradients: bool = False) -> Work:  # fmt: skip
         """`texts` through so many layers: what they begin with once (in float32), or every text `alone`."""
-        tokens = times * (texts.tokens if alone or self.dtype != "float32" else self.shared(texts))
+        tokens = times * (texts.tokens if alone else sum(b * n for b, n in self.passes(texts)))
         flops = self.model.flops(tokens, layers, texts.mean)
         return Work(tokens * layers, (3 if gradients else 1) * flops)
 
@@ -150,23 +163,33 @@ class Costs:
         new = [s for s in dict.fromkeys(texts.sequences) if self.passed.get(s, 0) < layers]
         fresh = Texts(tuple(s for s in new if kept and s not in self.passed))
         self.passed.update(dict.fromkeys(new, layers))
-        kept_now = self.kept(fresh.shared(0.0), self.kept_layers + ends) + self.kept(len(new), 1)
+        kept_now = self.kept(fresh.distinct, self.kept_layers + ends) + self.kept(len(new), 1)
         self.known = min(MOST_KNOWN, self.known + kept_now)
         return self.run(Texts(tuple(new)), layers)
 
-    def shared(self, texts: Texts) -> int:
-        """Tokens of `texts` on this model's tree, where that costs less than each text alone."""
-        m = self.model
-        return min(
-            texts.tokens, texts.shared(attention_price(m.n_layer_params, m.n_heads * m.d_head, m.d_model))
-        )
+    def passes(self, texts: Texts) -> list[Shape]:
+        """The passes that read `texts`."""
+        if texts not in self._passes:
+            m = self.model
+            price = attention_price(m.n_layer_params, m.n_heads * m.d_head, m.d_model)
+            self._passes[texts] = (
+                texts.passes(self.budget, PADDED[self.kind], price)
+                if self.dtype == "float32"
+                else texts.batches(self.budget)
+            )
+        return self._passes[texts]
 
-    def batch(self, texts: Texts) -> int:
-        return texts.largest_batch(self.budget)
+    def widest(self, *each: Texts) -> Shape:
+        """Tokens of the largest pass of any of these texts, and the length of its rows."""
+        return max(((b * n, n) for texts in each for b, n in self.passes(texts)), default=(0, 0))
 
-    def passing(self, texts: Texts, logits: float = 0.0) -> dict[str, float]:
-        """Parts of a step that reads `texts` as they are."""
-        return {"activations": self.activations(self.batch(texts), texts.mean), "logits": logits}
+    def nodes(self, texts: Texts) -> int:
+        """Residuals that are kept of `texts` at a site."""
+        return texts.distinct if self.dtype == "float32" else texts.tokens
+
+    def passing(self, *each: Texts, logits: float = 0.0) -> dict[str, float]:
+        """Parts of a step that reads these texts as they are."""
+        return {"activations": self.activations(*self.widest(*each)), "logits": logits}
 
     def activations(self, tokens: float, length: float) -> float:
         """Bytes at the widest point of one layer."""
@@ -186,8 +209,9 @@ class Costs:
     def kept(self, tokens: float, sites: int) -> float:
         return tokens * self.model.d_model * self.size * sites
 
-    def logits(self, rows: int, copies: int) -> float:
-        block = 4.0 * rows * self.model.d_vocab * (copies + (4 if self.model.softcap else 0))
+    def logits(self, rows: int, copies: float) -> float:
+        """Bytes of so many copies of a block of logits; a softcap alone makes three."""
+        block = 4.0 * rows * self.model.d_vocab * max(copies, 3 if self.model.softcap else 0)
         whole = 0.0 if self.dtype == "float32" else 4.0 * self.model.d_vocab * self.model.d_model
         return block + whole
 

@@ -21,11 +21,14 @@ def run(folder: Path, study_file: str, step: str, sae: str) -> None:
 
     study = load_study(study_file)
     model, pairs = sb.load_model(folder, dtype=study.dtype), sb.load_pairs(study.pairs)
+    for weights in model.layer_list.parameters():  # mapped from their file: a study has read them all by then
+        weights.sum()
+    model.w_unembed.sum()
     if step == "probe":
         sb.run_probe(model, pairs, controls=True, levels=True)
         return
     if step == "sweep":
-        cells = [sb.Ablate(f"{sae}#0"), *(sb.Clamp(f"{sae}#0", v) for v in study.strengths)]
+        cells = [sb.Ablate(f"{sae}#0"), *(sb.Clamp(f"{sae}#0", v) for v in (*study.strengths, 1.0, 2.0))]
         sb.run_sweep(model, pairs, sb.Sweep(cells, costs=True, controls=study.controls))
         return
     assert step == "rank"
