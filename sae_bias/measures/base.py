@@ -29,6 +29,8 @@ class Measured:
     """By the name they have in the run folder's tables/."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """Blocks of summary.json by name."""
+    apart: str = ""
+    """Column that tells its rows from those of other measures with the same tables: such measures share them."""
 
 
 Measure = Callable[[ProbeEngine, Sequence[Intervention]], Measured]
@@ -37,18 +39,26 @@ register_measure = MEASURES.register
 
 
 def run_measures(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured:
-    """Every registered measure of `edits`, their tables and blocks together.
+    """Every registered measure of `edits`, their tables and blocks together; blocks of measures that share tables end in the later one's name.
 
     Raises:
-        RequestError: two measures give a table or a block of one name.
+        RequestError: two measures give a table or a block of one name and do not share it, or cannot be told apart in it.
     """
     tables: dict[str, pd.DataFrame] = {}
     summary: dict[str, Any] = {}
+    apart: dict[str, str] = {}
     for name in MEASURES.names():
         found = MEASURES.get(name)(engine, edits)
-        twice = sorted((tables.keys() & found.tables.keys()) | (summary.keys() & found.summary.keys()))
+        given = {f"{block}_{name}" if found.apart and block in summary else block: facts for block, facts in found.summary.items()}  # fmt: skip
+        shared = {t for t in tables.keys() & found.tables.keys() if found.apart and apart[t] == found.apart}
+        twice = sorted((tables.keys() & found.tables.keys()) - shared | (summary.keys() & given.keys()))
         if twice:
             raise RequestError(f"measure {name!r} gives {twice[0]!r}, which another measure gives already.")
-        tables |= dict(found.tables)
-        summary |= dict(found.summary)
+        for table, frame in found.tables.items():
+            if table in shared:
+                if same := set(tables[table][found.apart]) & set(frame[found.apart]):
+                    raise RequestError(f"measure {name!r} measures {same.pop()!r}, which another measure does already.")  # fmt: skip
+                frame = pd.concat([tables[table], frame], ignore_index=True)
+            tables[table], apart[table] = frame, found.apart
+        summary |= given
     return Measured(tables, summary)

@@ -260,6 +260,8 @@ def behavior_measure(
 ) -> Measure:
     """A measure of a study (`register_measure("refusal")(behavior_measure("refusal"))`): the behavior under the study's edit.
 
+    Several of one study share the tables, whose column `behavior` tells them apart; a function is called by its `__name__`.
+
     prompts: those asked; by default the study's own pairs as a contrast, the second side (AI) as the positive one.
     """
 
@@ -269,7 +271,8 @@ def behavior_measure(
             tuple(p.ai for p in pairs), tuple(p.human for p in pairs), name=pairs.name
         )
         result = dose_response(engine.model, given, [tuple(edits)], behavior, **options)
-        return Measured(result.tables(), {"behavior": result.summary()})
+        tables = {name: frame.assign(behavior=result.behavior) for name, frame in result.tables().items()}
+        return Measured(tables, {"behavior": result.summary()}, apart="behavior")
 
     return measure
 

@@ -6,6 +6,7 @@ Logits here are tens, and the random weights make rounding grow to some 1e-4; a 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -213,6 +214,25 @@ def test_several_rows_and_passes(monkeypatch):
     assert len(reads._packed) > 1 < max(len(rows) for rows in reads._packed)
     for s, z in zip(given, found):
         torch.testing.assert_close(z, plain_logits(model, s), atol=CLOSE, rtol=0)
+
+
+def test_a_prefix_in_two_rows_of_a_pass_is_handed_over_once(monkeypatch):
+    """A short beginning that is cheaper computed twice than attended over: its position is wanted of every sequence, and is one result."""
+    monkeypatch.setattr("sae_bias.models.tree.price_of", lambda model: 0.1)
+    model, rng = model_of("gemma3"), np.random.default_rng(0)
+    opening = rng.integers(10, VOCAB, 3).tolist()
+    given = [
+        opening + [k] * 2 + rng.integers(10, VOCAB, 12).tolist() + [j] for k in range(20, 24) for j in (1, 2)
+    ]
+    given += [[*given[0][:-1], j] for j in range(30, 36)]  # so that packed passes cost less than plain ones
+    found, reads = read(model, given, [[1, len(s) - 1] for s in given])
+    rows_of_a_node = [
+        Counter(v for row in rows for v in row.nodes)[reads.paths[0][1]] for rows in reads._packed
+    ]
+    assert max(rows_of_a_node) > 1, "two rows of one pass hold the opening"
+    assert reads.n == len(given) + 1
+    for s, z in zip(given, found):
+        torch.testing.assert_close(z, plain_logits(model, s)[[1, -1]], atol=CLOSE, rtol=0)
 
 
 def test_the_order_of_the_sequences_changes_no_bit():

@@ -76,7 +76,7 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
 
 @drawn(
     TEXT, "dose_response", "dose-response", "Behavior against strength",
-    "side: prompts; label: control; strength; edit; n; unscored; rate; ci_low; ci_high; change; change_low; change_high; p_value; "
+    "behavior; side: prompts; label: control; strength; edit; n; unscored; rate; ci_low; ci_high; change; change_low; change_high; p_value; "
     "control_change: random controls; n_controls: controls",
     how="Bars are 95% intervals over prompts. Crosses are random edits of the same gate and size. Shaded: perplexity on plain text "
     "and accuracy on a multiple-choice set stay within the margin.",
@@ -84,6 +84,9 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
 def dose(run: Run, frame: pd.DataFrame) -> Drawn:
     """How often the model does something at each strength, and where its capability stays within the margin."""
     part = run.summary.facts().get("behavior") or {}
+    if "behavior" in frame and len(names := list(dict.fromkeys(map(str, frame["behavior"])))) > 1:
+        said = f"{len(names)} behaviors under one edit: {', '.join(names)}."
+        return Drawn(said, figures.dose_response(frame.assign(side=frame["behavior"] + ", " + frame["side"]), "behavior"))  # fmt: skip
     ends = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
     usable = str(part.get("usable") or "capability was not measured")
     said = f"{part.get('n_strengths', 0)} strengths of one edit, read as {part.get('behavior', 'a behavior')}. {usable[0].upper()}{usable[1:]}."
