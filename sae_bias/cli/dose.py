@@ -8,7 +8,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
 COLUMNS = columns_of(
-    "side: prompts; strength; n; unscored; rate; ci_low; ci_high; change; change_low: from; change_high: to; p_value; "
+    "side: prompts; label: control; strength; n; unscored; rate; ci_low; ci_high; change; change_low: from; change_high: to; p_value; "
     "control_change: random controls"
 )
 CAPABILITY = columns_of(
@@ -36,6 +36,8 @@ def dose(
     strengths: str | None = None,
     direction: int | None = None,
     controls: Annotated[int, {"min": 0}] = 1,
+    mismatch: bool = False,
+    mismatch_sae: list[str] | None = None,
     capability: bool = True,
     margin: float = 0.1,
     max_new_tokens: Annotated[int, {"min": 1}] = 40,
@@ -58,6 +60,8 @@ def dose(
         --strengths "-5,0,5": Values with commas between; ablate has none.
         --direction LAYER: Instead of features: the difference of means of --contrast after this layer, projected out at every layer.
         --controls: Random edits of the same size beside each strength.
+        --mismatch/--no-mismatch: Also the last strength at an earlier and a later layer and at other hooks, where it should do less.
+        --mismatch-sae SAE: And the feature of the same index in this SAE; may be given several times.
         --capability/--no-capability: Perplexity and a multiple-choice set at each strength.
         --margin: Loss of capability that is still usable: 0.1 is 10 % more perplexity or 10 points of accuracy.
         --max-new-tokens: Longest continuation.
@@ -84,6 +88,7 @@ def dose(
         edits = _direction(run, model, asked, direction, values)
     options: dict[str, Any] = {
         "controls": controls,
+        "mismatches": mismatch_sae or mismatch,
         "capability": capability,
         "margin": margin,
         **run.chat,
@@ -96,7 +101,8 @@ def dose(
     n = result.frame["n"].iloc[0]
     run.say(f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {n} prompts")
     run.say(result.usable())
-    run.table("Behavior at each strength", result.frame, COLUMNS)
+    labeled = bool((result.frame["label"] != "").any())
+    run.table("Behavior at each strength", result.frame if labeled else result.frame.drop(columns="label"), COLUMNS)  # fmt: skip
     if result.capability is not None:
         run.table("Capability at each strength", result.capability.frame, CAPABILITY)
     known = None if result.capability is None else rows(result.capability.frame)

@@ -12,7 +12,7 @@ family is every feature that fires on at least `min_texts` texts: a label-blind 
 inflates AUROC, so each feature's AUROC on a seeded 60 % of the units stands beside that on the held-out 40 %, and the note gives the
 held-out AUROC of the feature that the 60 % alone would have chosen, beside that of a bag of words.
 
-Texts are read in batches; what is kept of them is sparse and lies on disk in buckets of features, so memory does not grow with texts.
+How texts become numbers: `text_reading`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -30,37 +30,23 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.special import stdtr
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import RequestError
-from sae_bias.core.site import Site
 from sae_bias.discovery.contrasts import ALPHA, Scan, feature_names
-from sae_bias.models.chat import opening_ids
+from sae_bias.discovery.text_reading import ENTRY, REDUCE, WIDE, Buckets, Live, check_lengths, read_texts
 from sae_bias.models.model import Model
-from sae_bias.models.residuals import text_batches
 from sae_bias.prompts.contrast import Contrast, SameTexts
 from sae_bias.saes.sae import Sae
-from sae_bias.saes.stream import COLUMNS, Entries, live_entries
 from sae_bias.stats.features import FLOOR_SHARE, auroc, benjamini_hochberg, sign_matrix, sparse_auroc
 
-REDUCE = ("last", "mean", "max", "any")
 N_DRAWS = 2_000
 HELD_OUT = 0.4
-CHUNK = 2_048
-N_BUCKETS = 64
-TEMPLATE_TOKENS = 64
-"""Of a chat template and special tokens, at most: texts that may be beyond the context are counted."""
-ROW_BYTES = 128 * 2**20
-"""Residuals that wait for one reading of the encoder."""
 DRAW_BYTES = 40_000_000
 """Of the matrix of draws, a byte a unit: fewer draws where there are very many units."""
 BLOCK_BYTES = 64 * 2**20
-BUCKET_CELLS = 2**24
-"""Texts × features of a bucket, at most."""
 FLOAT32_UNITS = 64
 """From so many units on draws are random ones and the null's differences are float32 products."""
-_ENTRY = np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", "<f4")])
 Array = np.ndarray
 
 
@@ -95,11 +81,14 @@ def scan_contrast(
         raise RequestError(f"reduce={reduce!r}; expected one of {', '.join(REDUCE)}.")
     sets = [_members(contrast, names) for names in (all_of, none_of)]
     design = _Design.of(contrast, seed)
-    _check_lengths((model, baseline or model), contrast, chat)
-    frames = [_statistics(_Live.of(np.empty(0, _ENTRY), 0), design, contrast, min_texts, sets)]
+    check_lengths((model, baseline or model), contrast, chat)
+    frames = [_statistics(Live.of(np.empty(0, ENTRY), 0), design, contrast, min_texts, sets)]
     with tempfile.TemporaryDirectory(prefix="sae-bias-") as folder:
-        buckets = _Buckets(Path(folder), sum(s.d_sae for s in saes), len(contrast))
-        lengths, in_bytes = _read((model, baseline or model), saes, contrast, reduce, chat, buckets, progress)
+        entry = WIDE if model.dtype == torch.float64 else ENTRY
+        buckets = Buckets(Path(folder), sum(s.d_sae for s in saes), len(contrast), entry)
+        lengths, in_bytes = read_texts(
+            (model, baseline or model), saes, contrast, reduce, chat, buckets, progress
+        )
         for start in tqdm(buckets.starts(), desc="contrast", unit="block", disable=not progress, leave=False):
             frames.append(_statistics(buckets.read(start), design, contrast, min_texts, sets))
     statistics = pd.concat([f for f in frames if len(f)] or frames, ignore_index=True)
@@ -120,195 +109,6 @@ def first_chosen(frame: pd.DataFrame) -> pd.DataFrame:
     """The features of a contrast's table that fire, in the order in which the units that discover choose them; nothing held out is looked at."""
     by = ["auroc_discover", "mean_diff_discover"]
     return frame[~frame["dead"]].sort_values(by, ascending=False, kind="stable")
-
-
-# --- reading -------------------------------------------------------------------------------------------
-class _Buckets:
-    """Non-zero activations (text, feature, value) on disk, one file a range of features: narrower where there are many texts."""
-
-    def __init__(self, folder: Path, n_features: int, n_texts: int):
-        self.width = max(1, min(-(-n_features // N_BUCKETS), BUCKET_CELLS // n_texts))
-        self.paths = [folder / str(i) for i in range(-(-n_features // self.width))]
-
-    def add(self, text: Int[Array, "n"], feature: Int[Array, "n"], value: Float[Array, "n"]) -> None:
-        entries = np.empty(len(text), _ENTRY)
-        entries["text"], entries["feature"], entries["value"] = text, feature, value
-        bucket = feature // self.width
-        low, high = (int(bucket.min()), int(bucket.max())) if len(bucket) else (0, -1)
-        for i in range(low, high + 1):
-            part = entries if low == high else entries[bucket == i]
-            if len(part):
-                with open(self.paths[i], "ab") as file:
-                    part.tofile(file)
-
-    def starts(self) -> list[int]:
-        """First feature of each bucket that holds something."""
-        return [i * self.width for i, path in enumerate(self.paths) if path.exists()]
-
-    def read(self, start: int) -> _Live:
-        """What the bucket of a first feature holds."""
-        return _Live.of(np.fromfile(self.paths[start // self.width], _ENTRY), start)
-
-
-@dataclass(frozen=True, eq=False)
-class _Live:
-    """Non-zero activations of the features that have one, ordered by feature, then by value."""
-
-    features: Int[Array, "m"]
-    column: Int[Array, "k"]
-    """Place of each entry's feature among `features`."""
-    text: Int[Array, "k"]
-    value: Float[Array, "k"]
-    """Float64."""
-
-    @classmethod
-    def of(cls, entries: Array, start: int) -> _Live:
-        bits = entries["value"].view(np.uint32)  # ordered as the values are, once the sign is seen to
-        bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-        order = np.argsort((entries["feature"] - start).astype(np.uint64) << np.uint64(32) | bits)
-        entries = entries[order]
-        opens = np.diff(entries["feature"], prepend=-1) != 0
-        column = np.cumsum(opens) - 1
-        return cls(entries["feature"][opens], column, entries["text"], entries["value"].astype(np.float64))
-
-    def sums(self, weight: Array | None = None) -> Float[Array, "m"]:
-        """Sum of the entries' weights (their number, where none are given) by feature."""
-        return np.bincount(self.column, weight, len(self.features))
-
-    def some(self, keep: Bool[Array, "m"]) -> _Live:
-        """Only these features."""
-        place, kept = np.cumsum(keep) - 1, keep[self.column]
-        return _Live(self.features[keep], place[self.column[kept]], self.text[kept], self.value[kept])
-
-    def parts(self, n: int) -> Iterator[tuple[slice, _Live]]:
-        """At most n features at a time."""
-        for start in range(0, len(self.features), n):
-            where = slice(start, start + n)
-            k = slice(*np.searchsorted(self.column, (start, start + n)))
-            yield where, _Live(self.features[where], self.column[k] - start, self.text[k], self.value[k])
-
-
-def _check_lengths(models: tuple[Model, Model], contrast: Contrast, chat: bool) -> None:
-    """Every text beyond the context is told before the first is read; a text of few bytes has as few tokens, and is not counted."""
-    first, found = len(contrast.positive), []
-    for i, text in enumerate(contrast.texts):
-        model = models[int(i >= first)]
-        if model.longest is None or len(text.encode(errors="replace")) + TEMPLATE_TOKENS <= model.longest:
-            continue
-        whole = model.chat_text([{"role": "user", "content": text}]) if chat else text
-        n = len(model.tokenizer(whole, verbose=False).input_ids)
-        if n > model.longest:
-            place = f"positive text {i + 1}" if i < first else f"negative text {i + 1 - first}"
-            found.append(f"{place} ({n:,})")
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise RequestError(
-            f"texts of {contrast.name!r} have more tokens than {models[0].name} takes ({models[0].longest:,}): {', '.join(found[:5])}{more}. "
-            "None is cut; shorten or split them."
-        )
-
-
-@torch.no_grad()
-def _read(
-    models: tuple[Model, Model],
-    saes: Sequence[Sae],
-    contrast: Contrast,
-    reduce: str,
-    chat: bool,
-    buckets: _Buckets,
-    progress: bool,
-) -> tuple[Int[Array, "n_texts"], Bool[Array, "n_texts"]]:
-    """Fill the buckets; how many tokens each text is, and whether most of them are bytes. `models`: of the positive and of the negative texts."""
-    sites = sorted({s.site for s in saes})
-    first, n = len(contrast.positive), len(contrast)
-    lengths, in_bytes, rows = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool), _Rows(reduce)
-    parts = [(models[0], at, min(at + CHUNK, first)) for at in range(0, first, CHUNK)]
-    parts += [(models[1], at, min(at + CHUNK, n)) for at in range(first, n, CHUNK)]
-    if models[0] is models[1]:
-        parts = [(models[0], at, min(at + CHUNK, n)) for at in range(0, n, CHUNK)]
-    with tqdm(total=n, desc="texts", unit="text", disable=not progress, leave=False) as bar:
-        for model, at, stop in parts:
-            ids = [opening_ids(model, t, chat=chat) for t in contrast.texts[at:stop]]
-            lengths[at:stop] = [len(row) for row in ids]
-            in_bytes[at:stop] = _mostly_bytes(model, ids)
-            for batch in text_batches(model, ids, sites):
-                rows.add(batch.resid, batch.ordinary, np.asarray(batch.index) + at)
-                if rows.n_bytes > ROW_BYTES or rows.n_texts > CHUNK:
-                    rows.flush(saes, buckets)
-                bar.update(len(batch.index))
-    rows.flush(saes, buckets)
-    return lengths, in_bytes
-
-
-def _mostly_bytes(model: Model, ids: Sequence[Sequence[int]]) -> list[bool]:
-    """Whether more than half of a text's tokens are parts of characters: its script has no tokens of its own."""
-    tokens = {t for row in ids for t in row}
-    part = {t: "\ufffd" in model.decode([t]) for t in tokens}
-    return [sum(part[t] for t in row) > len(row) / 2 for row in ids]
-
-
-class _Rows:
-    """Residuals that wait to be encoded together: the encoder is then read once for many batches."""
-
-    def __init__(self, reduce: str):
-        self.reduce = reduce
-        self.clear()
-
-    def clear(self) -> None:
-        self.resid: dict[Site, list[Tensor]] = {}
-        self.owner: list[Tensor] = []
-        self.texts: list[Int[Array, "batch"]] = []
-        self.n_bytes = 0
-
-    def add(
-        self, kept: dict[Site, Tensor], ordinary: Bool[Tensor, "batch pos"], texts: Int[Array, "batch"]
-    ) -> None:
-        n = self.n_texts
-        per_text = (
-            torch.ones(len(texts), dtype=torch.long, device=ordinary.device)
-            if self.reduce == "last"
-            else ordinary.sum(1)
-        )
-        self.owner.append(n + torch.arange(len(texts), device=ordinary.device).repeat_interleave(per_text))
-        self.texts.append(texts)
-        for site, x in kept.items():
-            part = x[:, -1] if self.reduce == "last" else x[ordinary]
-            self.resid.setdefault(site, []).append(part)
-            self.n_bytes += part.numel() * 4
-
-    @property
-    def n_texts(self) -> int:
-        return sum(map(len, self.texts))
-
-    def flush(self, saes: Sequence[Sae], buckets: _Buckets) -> None:
-        """Encode what waits, reduce it to one number a text and feature, and keep what is not 0."""
-        if not self.texts:
-            return
-        index, owner, offset = np.concatenate(self.texts), torch.cat(self.owner).cpu().numpy(), 0
-        resid = {site: torch.cat(parts) for site, parts in self.resid.items()}
-        for sae in saes:
-            for block in live_entries(sae, resid[sae.site]):
-                text, feature, value = _reduced(block, owner, len(index), self.reduce)
-                buckets.add(index[text], feature + block.start + offset, value)
-            offset += sae.d_sae
-        self.clear()
-
-
-def _reduced(
-    block: Entries, owner: Int[Array, "n"], n_texts: int, reduce: str
-) -> tuple[Int[Array, "k"], Int[Array, "k"], Float[Array, "k"]]:
-    """(text, column, value) of what is not 0 after the activations of a text's ordinary tokens became one number."""
-    if reduce == "last":
-        return block.row, block.column, block.value
-    place = owner[block.row] * COLUMNS + block.column
-    if reduce == "mean":
-        count = np.bincount(owner, minlength=n_texts).clip(min=1)
-        out = np.bincount(place, block.value, n_texts * COLUMNS) / count.repeat(COLUMNS)
-    else:
-        out = np.zeros(n_texts * COLUMNS)
-        np.maximum.at(out, place, block.value)
-    live = np.flatnonzero(out)
-    return live // COLUMNS, live % COLUMNS, out[live] if reduce != "any" else np.ones(len(live))
 
 
 # --- statistics ----------------------------------------------------------------------------------------
@@ -342,7 +142,7 @@ class _Design:
             signs = (
                 np.ones((1, len(names)))
                 if len(names) < 2
-                else sign_matrix(len(names), n_flips=n_draws, seed=seed)
+                else sign_matrix(len(names), n_flips=n_draws, seed=seed, dtype=np.int8)
             )
         else:
             n_sides = (int(label.sum()), int((~label).sum()))
@@ -367,7 +167,7 @@ class _Design:
     def n_units(self) -> int:
         return int(self.unit_of.max()) + 1
 
-    def test(self, live: _Live) -> tuple[Array, Array]:
+    def test(self, live: Live) -> tuple[Array, Array]:
         """(t, raw p) of each feature; raises the maxima under the null."""
         t, n_texts = np.empty(len(live.features)), len(self.unit_of)
         floor = FLOOR_SHARE**2 * live.sums(live.value**2) / n_texts
@@ -384,8 +184,9 @@ class _Design:
         if self.n_units >= FLOAT32_UNITS:
             # no draw repeats the observed sides here, so no tie hangs on rounding; the mean does not change a difference of sides
             values = (values if self.paired else values - mean).astype(np.float32)
-        for start in range(0, len(self.draws), 256):
-            rows = slice(start, start + 256)
+        step = max(1, min(256, DRAW_BYTES // (4 * self.n_units)))
+        for start in range(0, len(self.draws), step):
+            rows = slice(start, start + step)
             null = np.abs(self._t(self._differences(self.draws[rows], values), spread, floor))
             self.maxima[rows] = np.maximum(self.maxima[rows], null.max(1, initial=0.0))
         t = self._t(observed, spread, floor)[0]
@@ -407,7 +208,7 @@ class _Design:
             return (signs.astype(np.float32) @ values).astype(np.float64) * (1 / n1 + 1 / (n - n1)) / 2
         return np.where(signs > 0, 1 / n1, -1 / (n - n1)) @ values
 
-    def _unit_values(self, live: _Live) -> Float[Array, "n_units m"]:
+    def _unit_values(self, live: Live) -> Float[Array, "n_units m"]:
         """Mean of each unit's texts; paired, of its positive ones less that of its negative ones."""
         sign = np.where(self.side, 1, -1) if self.paired else np.ones(len(self.side))
         alike = self.unit_of * 2 + (self.side if self.paired else 0)
@@ -470,7 +271,7 @@ def _assignments(observed: Int[Array, "n_units"], n: int, rng: np.random.Generat
 
 
 def _statistics(
-    live: _Live, design: _Design, contrast: Contrast, min_texts: int, sets: Sequence[Array]
+    live: Live, design: _Design, contrast: Contrast, min_texts: int, sets: Sequence[Array]
 ) -> pd.DataFrame:
     side, held, n = design.side, design.held, len(live.features)
     on, fires = side[live.text], live.value > 0
@@ -505,7 +306,7 @@ def _statistics(
     )
 
 
-def _auroc(live: _Live, side: Bool[Array, "n_texts"], keep: Bool[Array, "n_texts"]) -> Float[Array, "m"]:
+def _auroc(live: Live, side: Bool[Array, "n_texts"], keep: Bool[Array, "n_texts"]) -> Float[Array, "m"]:
     """AUROC on the texts kept."""
     kept = keep[live.text]
     column, text, value = live.column[kept], live.text[kept], live.value[kept]
@@ -568,21 +369,19 @@ def _bytes_note(contrast: Contrast, in_bytes: Bool[Array, "n_texts"]) -> str:
 
 def bag_of_words_auroc(contrast: Contrast, held: Bool[Array, "n_texts"]) -> float:
     """AUROC of naive Bayes on lower-case words (add-one smoothing), fitted on the texts not held out, read on those held out."""
-    bags = [Counter(t.lower().split()) for t in contrast.texts]
-    side = np.arange(len(bags)) < len(contrast.positive)
+    side = np.arange(len(contrast)) < len(contrast.positive)
     counts = [Counter[str](), Counter[str]()]
-    for bag, positive, out in zip(bags, side, held):
+    for text, positive, out in zip(contrast.texts, side, held):
         if not out:
-            counts[int(positive)].update(bag)
+            counts[int(positive)].update(text.lower().split())
     vocabulary = len(counts[0] | counts[1]) + 1
     totals = [sum(c.values()) + vocabulary for c in counts]
     weight = {
         w: np.log((counts[1][w] + 1) / totals[1]) - np.log((counts[0][w] + 1) / totals[0])
         for w in counts[0] | counts[1]
     }
-    score = np.array(
-        [sum(weight.get(w, 0.0) * n for w, n in bag.items()) / max(1, sum(bag.values())) for bag in bags]
-    )[:, None]
+    words = (text.lower().split() for text in contrast.texts)
+    score = np.array([sum(weight.get(w, 0.0) for w in text) / max(1, len(text)) for text in words])[:, None]
     return float(auroc(score[side & held], score[~side & held])[0])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
@@ -73,11 +73,14 @@ class TextBatch:
     ordinary: Bool[Tensor, "batch pos"]
     """Where the token is not a special one."""
     resid: dict[Any, Float[Tensor, "batch pos d_model"]]
-    """Float32, by layer or site as asked for, where the model's inputs are."""
+    """Float32 (float64 where asked for), by layer or site as asked for, where the model's inputs are."""
+    prefix: Int[Tensor, "batch pos"] | None = None
+    """Number of the tokens up to each position, the same in every batch: equal ones have the same residual. None: not known."""
 
 
 def text_batches(
-    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], layers: Iterable[Where], *, batch_size: int | None = None
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], layers: Iterable[Where], *, batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[TextBatch]:  # fmt: skip
     """Residuals of `texts` (or token ids) after each of the layers, or at sites, batch by batch; every other reader of residuals goes through here.
 
@@ -86,8 +89,8 @@ def text_batches(
     """
     wanted, special = sorted(set(layers)), torch.tensor(sorted(model.special_ids), device=model.device)
     ids = [model.encode(t) if isinstance(t, str) else list(t) for t in texts]
-    for batch, kept in _captured(model, ids, wanted, batch_size):
-        resid = {layer: x.float().to(model.device) for layer, x in kept.items()}
+    for batch, kept, prefix in _captured(model, ids, wanted, batch_size):
+        resid = {layer: x.to(dtype).to(model.device) for layer, x in kept.items()}
         for layer, x in resid.items():
             bad = ~torch.isfinite(x).flatten(1).all(1)
             if bool(bad.any()):
@@ -95,15 +98,16 @@ def text_batches(
                 where = f"layer {layer}" if isinstance(layer, int) else str(layer)
                 shown = text if isinstance(text, str) else model.tokenizer.decode(list(text))
                 raise RequestError(f"{model.name} has NaN or infinite residuals at {where} on {shown!r}.")
-        yield TextBatch(batch.index, batch.tokens, ~torch.isin(batch.tokens, special), resid)
+        yield TextBatch(batch.index, batch.tokens, ~torch.isin(batch.tokens, special), resid, prefix)
 
 
 def _captured(
     model: Model, ids: Sequence[list[int]], layers: Sequence[Where], batch_size: int | None
-) -> Iterator[tuple[Batch, dict[Where, Tensor]]]:
-    """Batches and their residuals: each prefix once (`models.reads`) where nothing is edited, so many texts at a time as may be held."""
+) -> Iterator[tuple[Batch, dict[Where, Tensor], Tensor | None]]:
+    """Batches, their residuals and the numbers of their prefixes: each prefix once (`models.reads`) where nothing is edited, so many texts at a time as may be held."""
     if model._edits is None and packs(model):
         size = sum(site_width(model, Site.parse(layer)) for layer in layers) * model.dtype.itemsize
+        first = 0  # of the group's prefixes
         for group in _groups(ids, max(BATCH_TOKENS["cpu"], HELD_BYTES // size)):
             reads = Reads(model, [ids[i] for i in group], batch_size=batch_size)
             try:
@@ -112,13 +116,15 @@ def _captured(
                 break
             for k, batch in enumerate(reads.batches):
                 index = tuple(group[i] for i in batch.index)
-                yield Batch(index, batch.tokens), {layer: reads.batched(layer, k) for layer in layers}
+                prefix = first + torch.tensor([reads.paths[i] for i in batch.index])
+                yield Batch(index, batch.tokens), {layer: reads.batched(layer, k) for layer in layers}, prefix
+            first += reads.n_nodes
         else:
             return
     for batch in plan_batches(ids, model.device, batch_size=batch_size):
         known, whole = model.row_positions[0], torch.full((batch.n,), batch.tokens.shape[1])
         with torch.no_grad(), nullcontext() if known is not None else row_positions(model, whole):
-            yield batch, capture_layers(model, batch.tokens, layers)
+            yield batch, capture_layers(model, batch.tokens, layers), None
 
 
 def _groups(ids: Sequence[list[int]], most: int) -> Iterator[list[int]]:

@@ -55,18 +55,18 @@ class Entries(NamedTuple):
 
 @torch.no_grad()
 def live_entries(sae: Sae, x: Float[Tensor, "n d_in"]) -> Iterator[Entries]:
-    """The activations that are not 0, `COLUMNS` features at a time.
+    """The activations that are not 0, `COLUMNS` features at a time; in float64 where x is.
 
     On a CPU the product is made in tiles that stay in its cache: to write tokens × features to memory and read them again costs more
     than to compute them (measured at d_in 64: 2.3 times the product, against 0.6 in tiles).
     """
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     on_cpu = x.device.type == "cpu"
     full = None if sae.reduces_to_one_row else _encode_whole(sae, x)
     rows = TILE_ROWS if on_cpu else max(1, BLOCK_BYTES // (4 * COLUMNS))
     for start in range(0, sae.d_sae, COLUMNS):
         stop = min(start + COLUMNS, sae.d_sae)
-        w_enc, b_enc, threshold = (t.contiguous().to(x.device) for t in sae.columns(start, stop))
+        w_enc, b_enc, threshold = (t.contiguous().to(x.device, x.dtype) for t in sae.columns(start, stop))
         found: list[tuple[np.ndarray, np.ndarray]] = []
         fires, tile = np.empty((rows, stop - start), dtype=bool), x.new_empty(rows, stop - start)
         for at in range(0, len(x), rows):

@@ -21,7 +21,9 @@ FLOOR_SHARE = 0.05
 _LARGEST_T = 1e15**0.5  # the largest t that rounding leaves meaningful; `_take` caps there too
 
 
-def sign_matrix(n_units: int, *, n_flips: int = 10_000, seed: int = 0) -> Float[Array, "flips n_units"]:
+def sign_matrix(
+    n_units: int, *, n_flips: int = 10_000, seed: int = 0, dtype: type[np.number] = np.float64
+) -> Float[Array, "flips n_units"] | Int[Array, "flips n_units"]:
     """Every sign pattern where that takes at most `n_flips` rows, else `n_flips` random ones.
 
     Two-sided statistics do not change when all signs do, so the first sign stays + and 2^(units − 1) rows
@@ -29,8 +31,11 @@ def sign_matrix(n_units: int, *, n_flips: int = 10_000, seed: int = 0) -> Float[
     """
     if 2 ** (n_units - 1) <= n_flips:
         bits = (np.arange(2 ** (n_units - 1))[:, None] >> np.arange(n_units)[::-1]) & 1
-        return 1.0 - 2.0 * bits
-    return np.random.default_rng(seed).integers(0, 2, (n_flips, n_units)) * 2.0 - 1.0
+        return (1 - 2 * bits).astype(dtype)
+    rng, signs = np.random.default_rng(seed), np.empty((n_flips, n_units), dtype)
+    for row in signs:  # one at a time: integers are drawn as int64
+        row[:] = 2 * rng.integers(0, 2, n_units) - 1
+    return signs
 
 
 def activation_variance_floor(acts: ArrayLike, share: float = FLOOR_SHARE) -> Float[Array, "f"]:

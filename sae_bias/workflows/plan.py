@@ -29,7 +29,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.discovery.causal import MOST_LAYERS, MOST_POSITIONS
 from sae_bias.discovery.contrasts import cell_texts
 from sae_bias.discovery.integrated import STEPS
-from sae_bias.discovery.text_contrasts import ROW_BYTES
+from sae_bias.discovery.text_reading import ROW_BYTES
 from sae_bias.measures.capability import load_questions
 from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
@@ -293,7 +293,7 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
     prompts = [study.asked(contrast) for contrast in contrasts]
     asked = [text for p in prompts for text in (p.texts if isinstance(p, Contrast) else p)]
     strengths = max(1, len(study.strengths))
-    cells = strengths * (1 + study.controls) + 2 * study.mismatches
+    cells = strengths * (1 + study.controls) + 4 * study.mismatches  # two layers, two other hooks
     steps = [_load(c)]
     if saes:
         steps += [_gate(c, saes), _scan(c, study, texts, saes)]

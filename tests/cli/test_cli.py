@@ -10,17 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from architectures import PAIRS, SEVERAL_TOKENS, SITE_LAYER
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
+import sae_bias as sb
 from sae_bias.cli.context import parse_numbers, parse_shard
 from sae_bias.cli.generate import read_prompts
 from sae_bias.cli.main import build_app, explain, main
 from sae_bias.cli.merge import _command
 from sae_bias.core.errors import GateError, MissingError, RequestError
 from sae_bias.models.catalog import organism_names
+from sae_bias.steering.controls import mismatch_edits
 
 needs_organism = pytest.mark.skipif(
     "planted" not in organism_names(), reason="the organism planted is not trained yet"
@@ -739,3 +742,19 @@ def test_probe_of_the_planted_and_of_the_null_organism(sae_bias):
 
 def test_site_layer_of_the_fixtures_is_a_layer():
     assert SITE_LAYER == 1
+
+
+def test_dose_shows_where_the_edit_should_do_less(sae_bias, gemma3, tmp_path):
+    """The last strength at other layers and hooks, each with the rate that the edit has when it is asked for there."""
+    (tmp_path / "prompts.txt").write_text("An AI says yes.\nThe cook wants tea.\n")
+    asked = ["dose", gemma3.folder, "--prompts", "prompts.txt", "--feature", f"{gemma3.sae_folder}#3", "--edit", "steer", "--unit", "act"]  # fmt: skip
+    asked += ["--behavior", "[aeiou]", "--strengths", "3,9", "--controls", "0", "--no-capability", "--max-new-tokens", "3", "--json"]  # fmt: skip
+    rows = json.loads(sae_bias(*asked, "--mismatch")[1])["strengths"]
+    found = {r["label"]: r["rate"] for r in rows if r["kind"] == "mismatch"}
+    model, edit = sb.load_model(gemma3.folder), sb.Steer(sb.load_feature(f"{gemma3.sae_folder}#3"), 9.0)
+    expected = {
+        label: float(np.mean([any(v in c.text for v in "aeiou") for c in sb.generate(model, ["An AI says yes.", "The cook wants tea."], interventions=[moved], max_new_tokens=3)]))
+        for moved, label in mismatch_edits(model, edit)
+    }  # fmt: skip
+    assert found == expected and {"the same, 1 layers later", "the same at mlp_out"} <= set(found)
+    assert not any(r["kind"] == "mismatch" for r in json.loads(sae_bias(*asked)[1])["strengths"])

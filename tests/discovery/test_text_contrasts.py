@@ -12,7 +12,7 @@ import torch
 from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
-from sae_bias.discovery import text_contrasts
+from sae_bias.discovery import text_contrasts, text_reading
 
 sklearn = pytest.importorskip("sklearn.metrics")
 stats = pytest.importorskip("scipy.stats")
@@ -55,12 +55,12 @@ def plain_acts(tiny, weights, text: str, reduce: str) -> np.ndarray:
     return {"mean": acts.mean(0), "max": acts.amax(0), "any": (acts > 0).any(0).float()}[reduce].numpy()
 
 
-def live_of(acts: np.ndarray) -> text_contrasts._Live:
+def live_of(acts: np.ndarray) -> text_reading.Live:
     """Dense activations [n_texts, n_features] as the scan keeps them."""
     text, feature = np.nonzero(acts)
-    entries = np.empty(len(text), text_contrasts._ENTRY)
+    entries = np.empty(len(text), text_reading.ENTRY)
     entries["text"], entries["feature"], entries["value"] = text, feature, acts[text, feature]
-    return text_contrasts._Live.of(entries, 0)
+    return text_reading.Live.of(entries, 0)
 
 
 def float32(acts: np.ndarray) -> np.ndarray:
@@ -79,6 +79,66 @@ def test_every_auroc_and_mean_is_that_of_an_independent_script(gemma3, sae, weig
         assert row.mean_diff == pytest.approx(a[:4].mean() - a[4:].mean(), abs=1e-5)
         assert row.fire_positive == pytest.approx((a[:4] > 0).mean())
     assert found["auroc"].is_monotonic_decreasing
+
+
+ENDS = ("yes.", "no.", "tea.")
+ALIKE = [
+    f"The {who} in the office says {what}"
+    for who in ("robot", "cook", "human", "AI", "dog", "lawyer")
+    for what in ENDS
+]
+
+
+def alike() -> sb.Contrast:
+    """Texts that begin alike, across the sides too."""
+    return sb.Contrast([t for t in ALIKE if t.endswith(ENDS[0])], [t for t in ALIKE if not t.endswith(ENDS[0])])  # fmt: skip
+
+
+@pytest.mark.parametrize("reduce", ["last", "mean", "max", "any"])
+def test_a_beginning_that_texts_share_is_encoded_once_and_stands_for_each(gemma3, sae, reduce, monkeypatch):
+    contrast, seen, read = alike(), [], text_reading.live_entries
+    monkeypatch.setattr(text_reading, "live_entries", lambda sae, x: seen.append(len(x)) or read(sae, x))
+    once = sb.rank_features(gemma3.model, sae, contrast, reduce=reduce).to_frame().set_index("feature")
+    ids, special = [gemma3.model.encode(t) for t in contrast.texts], gemma3.model.special_ids
+    ends = lambda row: [len(row)] if reduce == "last" else [k + 1 for k, i in enumerate(row) if i not in special]  # noqa: E731  # fmt: skip
+    assert seen == [len({tuple(row[:k]) for row in ids for k in ends(row)})]
+    monkeypatch.setattr(text_reading._Shared, "of", lambda prefix: None)
+    each = sb.rank_features(gemma3.model, sae, contrast, reduce=reduce).to_frame().set_index("feature")
+    for name in ("mean_positive", "mean_negative", "fire_positive", "fire_negative"):
+        assert each.loc[once.index, name].to_numpy() == pytest.approx(once[name].to_numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["last", "mean", "max", "any"])
+def test_a_float64_model_is_ranked_in_float64(gemma3, tmp_path, reduce):
+    """Every feature's AUROC and means to 1e-12 of a script in float64, on texts that tie where they begin alike."""
+    from transformers import AutoModelForCausalLM
+
+    weights, contrast = random_sae(D, 600, seed=12), alike()
+    sae = sb.load_sae(write_gemma_scope_2(tmp_path / "sae", weights, gemma_scope_2_config(1, 600)))
+    model = sb.load_model(gemma3.folder, dtype=torch.float64)
+    found = sb.rank_features(model, sae, contrast, reduce=reduce).to_frame().sort_values("index")
+    hf = AutoModelForCausalLM.from_pretrained(gemma3.folder, dtype=torch.float64)
+    w_enc, b_enc, threshold = (torch.as_tensor(weights[n]).double() for n in ("w_enc", "b_enc", "threshold"))
+    acts = []
+    for text in contrast.texts:
+        ids = model.tokenizer(text).input_ids
+        with torch.no_grad():
+            h = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0] @ w_enc + b_enc
+        a = torch.where(h > threshold, h, 0.0)
+        keep = torch.tensor([i not in model.tokenizer.all_special_ids for i in ids])
+        kept = {
+            "last": a[-1],
+            "mean": a[keep].mean(0),
+            "max": a[keep].amax(0),
+            "any": (a[keep] > 0).any(0).double(),
+        }
+        acts.append(kept[reduce].numpy())
+    n, acts = len(contrast.positive), np.round(np.stack(acts), 9)  # equal beginnings are equal to 1e-15 only
+    label = [1] * n + [0] * (len(acts) - n)
+    assert found["auroc"].to_numpy() == pytest.approx(
+        [sklearn.roc_auc_score(label, a) for a in acts.T], abs=1e-12
+    )
+    assert found["mean_positive"].to_numpy() == pytest.approx(acts[:n].mean(0), abs=1e-9)
 
 
 def test_the_unpaired_t_is_the_pooled_t_and_p_is_that_of_permutations():
@@ -195,12 +255,14 @@ def test_features_are_chosen_by_what_discovers(gemma3, sae, weights):
 
 def test_memory_blocks_do_not_change_a_figure(gemma3, sae, monkeypatch):
     contrast = sb.Contrast(POSITIVE, NEGATIVE)
-    whole = sb.rank_features(gemma3.model, sae, contrast, reduce="mean").to_frame()
-    for name, value in (("CHUNK", 3), ("ROW_BYTES", 1), ("BLOCK_BYTES", 64), ("N_BUCKETS", 5)):
-        monkeypatch.setattr(text_contrasts, name, value)
-    parts = sb.rank_features(gemma3.model, sae, contrast, reduce="mean").to_frame()
+    model = sb.load_model(gemma3.folder, dtype=torch.float64)
+    whole = sb.rank_features(model, sae, contrast, reduce="mean").to_frame()
+    for name, value in (("CHUNK", 3), ("ROW_BYTES", 1), ("N_BUCKETS", 5)):
+        monkeypatch.setattr(text_reading, name, value)
+    monkeypatch.setattr(text_contrasts, "BLOCK_BYTES", 64)
+    parts = sb.rank_features(model, sae, contrast, reduce="mean").to_frame()
     assert list(parts["feature"]) == list(whole["feature"])
-    assert parts["t"].to_numpy() == pytest.approx(whole["t"].to_numpy(), rel=1e-5, nan_ok=True)
+    assert parts["t"].to_numpy() == pytest.approx(whole["t"].to_numpy(), rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +356,7 @@ def test_texts_beyond_the_context_are_all_named_before_one_is_read(gemma3, sae, 
     longest = gemma3.model.config.max_position_embeddings
     long = "An AI says hello. " * longest
     n = len(gemma3.model.tokenizer(long, verbose=False).input_ids)
-    monkeypatch.setattr(text_contrasts, "_read", lambda *_: pytest.fail("a text was read"))
+    monkeypatch.setattr(text_contrasts, "read_texts", lambda *_: pytest.fail("a text was read"))
     contrast = sb.Contrast([*POSITIVE, long], [NEGATIVE[0], "x " + long, *NEGATIVE[1:]])
     with pytest.raises(
         sb.RequestError, match=rf"takes \({longest:,}\): positive text 5 \({n:,}\), negative text 2 \("
