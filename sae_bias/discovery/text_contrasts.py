@@ -364,7 +364,7 @@ def _bytes_note(contrast: Contrast, in_bytes: Bool[Array, "n_texts"]) -> str:
     if not in_bytes.any():
         return ""
     first = contrast.texts[int(in_bytes.argmax())][:40]
-    return f"{int(in_bytes.sum())} texts are mostly bytes under this tokenizer, which has no tokens for their script, such as {first!r}"
+    return f"texts that are mostly bytes, because the tokenizer has no tokens for their script: {int(in_bytes.sum())}, such as {first!r}"
 
 
 def bag_of_words_auroc(contrast: Contrast, held: Bool[Array, "n_texts"]) -> float:

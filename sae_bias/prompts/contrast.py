@@ -46,8 +46,9 @@ class Contrast:
                 )
         both = set(self.positive) & set(self.negative)
         if both:
+            more = f" and {len(both) - 1} more" if len(both) > 1 else ""
             raise RequestError(
-                f"{len(both)} texts of {self.name!r} stand on both sides, such as {min(both)[:80]!r}."
+                f"{self.name!r} has one text on both sides: {min(both)[:80]!r}{more}; keep it on one."
             )
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(map(str, self.groups)))
@@ -84,7 +85,7 @@ class Contrast:
         """What a reader should know of these texts before a feature is named: duplicates, and the lengths of the sides."""
         twice = sum(n - 1 for n in Counter(self.texts).values())
         words = [sum(len(t.split()) for t in side) / len(side) for side in (self.positive, self.negative)]
-        said = [f"{twice} texts stand twice"] if twice else []
+        said = [f"texts that repeat another: {twice}"] if twice else []
         if max(words) > 1.25 * min(words):
             said.append(f"the sides differ in length ({words[0]:.1f} and {words[1]:.1f} words a text)")
         return said

@@ -300,7 +300,7 @@ def test_files(tmp_path):
 
 def test_facts_name_duplicates_and_lengths():
     said = sb.Contrast(["one", "one", "two words and more"], ["a"]).facts()
-    assert any("stand twice" in s for s in said)
+    assert any("repeat another: 1" in s for s in said)
     assert any("differ in length" in s for s in said)
 
 
@@ -348,8 +348,8 @@ def test_texts_that_become_bytes_are_said(gemma3, sae):
     pieces = gemma3.model.tokenizer.convert_ids_to_tokens(gemma3.model.encode(text))
     assert sum(p.startswith("<0x") for p in pieces) > len(pieces) / 2
     found = sb.rank_features(gemma3.model, sae, sb.Contrast([*POSITIVE, text], NEGATIVE))
-    assert "1 texts are mostly bytes" in found.note and text in found.note
-    assert "are mostly bytes" not in sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE)).note
+    assert "no tokens for their script: 1" in found.note and text in found.note
+    assert "mostly bytes" not in sb.rank_features(gemma3.model, sae, sb.Contrast(POSITIVE, NEGATIVE)).note
 
 
 def test_texts_beyond_the_context_are_all_named_before_one_is_read(gemma3, sae, monkeypatch, capfd):
@@ -409,7 +409,7 @@ def test_what_is_for_pairs_is_refused_of_a_contrast(gemma3, sae, given):
     [
         ([], ["a"], "positive side .* has no texts"),
         (["a"], [" "], "negative side .* empty text"),
-        (["a", "b"], ["b", "c"], "stand on both sides"),
+        (["a", "b"], ["b", "c"], "one text on both sides: 'b'"),
     ],
 )
 def test_a_contrast_that_is_none_is_told(positive, negative, says):
