@@ -98,8 +98,7 @@ def dose(
     result = dose_response(model, asked, edits, read, **options, progress=run.progress)
     facts = {**options, "behavior": result.behavior, "edits": [e.to_dict() for e in edits]}
     run.save(result.tables(), {"behavior": result.summary()}, behavior=facts)
-    n = result.frame["n"].iloc[0]
-    run.say(f"{result.behavior} under {edits[0].target}, {len(edits)} strengths, {n} prompts")
+    run.say(f"{result.behavior} under {edits[0].target}; prompts: {len(asked)}, strengths: {len(edits)}")
     run.say(result.usable())
     labeled = bool((result.frame["label"] != "").any())
     run.table("Behavior at each strength", result.frame if labeled else result.frame.drop(columns="label"), COLUMNS)  # fmt: skip

@@ -80,6 +80,8 @@ class ContrastStudy(StudyFile):
     behavior: str | None = "refusal"
     """refusal, default_negativity, a name that a plugin registered, or a regular expression of what the model writes after the prompts; null
     reads none."""
+    behaviors: dict[str, str] = Field({})
+    """By contrast, instead of `behavior`."""
     judge: str | None = None
     """PROVIDER/MODEL whose mark is the behavior instead; paid ones need a yes."""
     judge_url: str | None = None
@@ -101,6 +103,8 @@ class ContrastStudy(StudyFile):
             raise ValueError("give contrast, or contrasts (a name and a file each)")
         if self.direction is None and not self.features and not self.saes:
             raise ValueError("give saes to search, features to edit, or a direction (a layer)")
+        if unknown := sorted(set(self.behaviors) - set(self.contrasts)):
+            raise ValueError(f"behaviors: no contrast is called {unknown[0]!r}; contrasts are {', '.join(self.contrasts) or 'not named'}")  # fmt: skip
         return self
 
     def files(self) -> dict[str, str]:
@@ -133,6 +137,10 @@ class ContrastStudy(StudyFile):
             contrast, positive=contrast.positive[:n], negative=contrast.negative[:n], groups=groups
         )
 
+    def behavior_of(self, name: str) -> str | None:
+        """What is read under the edits of one contrast."""
+        return self.behaviors.get(name, self.behavior)
+
     def asked(self, contrast: Contrast) -> Contrast | list[str]:
         """What the behavior is read on."""
         if self.prompts is None:
@@ -145,8 +153,9 @@ class ContrastStudy(StudyFile):
             self.asked(self.texts(name))
         for name in self.questions:
             load_pairs(name)
-        if self.behavior is not None:
-            behavior_scores(self.behavior, [])
+        for name in self.files():
+            if (own := self.behavior_of(name)) is not None:
+                behavior_scores(own, [])
 
 
 def run_contrast_study(
@@ -235,8 +244,9 @@ class _Run:
             "contrast": facts["contrast"]
             | {"note": ranking.note if ranking else "", "edited": list(edits[0].names)}
         }
-        if s.behavior is not None or s.judge is not None:
-            found = self._dose(folder, edits, s.asked(contrast))
+        read = s.behavior_of(name)
+        if read is not None or s.judge is not None:
+            found = self._dose(folder, edits, s.asked(contrast), read or "refusal")
             for table, frame in found.tables().items():
                 folder.write_table(table, frame)
             summary["behavior"] = found.summary()
@@ -290,10 +300,9 @@ class _Run:
         return [edit_features(s.edit, names, v, units=units) for v in s.strengths or (None,)]
 
     def _dose(
-        self, folder: RunFolder, edits: Sequence[Intervention], prompts: Contrast | list[str]
+        self, folder: RunFolder, edits: Sequence[Intervention], prompts: Contrast | list[str], read: Behavior
     ) -> DoseResponse:
         s = self.study
-        read: Behavior = s.behavior or "refusal"
         if s.judge is not None:
             read = Judged(Judge(s.judge, s.judge_url), s.judge_part, folder.path, self.confirm)
         return dose_response(

@@ -297,7 +297,7 @@ def contrast_plan(study: ContrastStudy, hardware: Hardware) -> ModelPlan:
     steps = [_load(c)]
     if saes:
         steps += [_gate(c, saes), _scan(c, study, texts, saes)]
-    if study.behavior is not None or study.judge is not None:
+    if study.behavior is not None or study.judge is not None or study.behaviors:
         steps.append(_dose(c, study, Texts.of(asked), cells + 1))
     questions_of = Texts.of(
         f"Question {q.text} Answer {a}" for q in load_questions() for a in (q.right, *q.wrong)

@@ -12,6 +12,7 @@ from sae_files import gemma_scope_2_config, random_sae, write_gemma_scope_2
 
 import sae_bias as sb
 from sae_bias.discovery.model_diff import model_diff
+from sae_bias.measures.text import refuses
 from sae_bias.workflows.contrast_study import ContrastStudy, _refuse_another, run_contrast_study
 from sae_bias.workflows.hardware import hardware
 from sae_bias.workflows.plan import plan_study
@@ -89,6 +90,25 @@ def test_a_study_writes_what_its_pieces_give(gemma3, folder, tmp_path):
         and any("capability" in line for line in result.headline())
     )
     assert "Behavior against strength" in result.report.read_text(encoding="utf-8")
+
+
+def test_each_contrast_is_read_for_its_own_behavior(gemma3, folder, tmp_path):
+    """One that is not named has the study's; a name that no contrast has, and a pattern that is none, are told before anything runs."""
+    where, given = folder
+    given = {k: v for k, v in given.items() if k != "contrast"}
+    given |= {"contrasts": {"a": "texts.jsonl", "b": "texts.jsonl"}, "capability": False, "controls": 0}
+    study = ContrastStudy(**given, behavior="refusal", behaviors={"b": "[aeiou]"}).located(where)
+    result = run_contrast_study(study, out=tmp_path / "run", gate=False, progress=False)
+    for name, vowels in (("a", False), ("b", True)):
+        texts = pd.read_parquet(result.path / name / "tables" / "behavior_texts.parquet")
+        shown = [any(v in text for v in "aeiou") if vowels else refuses(text) for text in texts["text"]]
+        assert texts["score"].tolist() == [float(s) for s in shown]
+    summary = json.loads((result.path / "b" / "summary.json").read_text())
+    assert summary["behavior"]["behavior"] == "[aeiou]"
+    with pytest.raises(ValueError, match="no contrast is called 'c'"):
+        ContrastStudy(**given, behaviors={"c": "x"})
+    with pytest.raises(sb.RequestError, match="nor a regular expression"):
+        ContrastStudy(**given, behaviors={"b": "("}).located(where).check_read()
 
 
 def test_several_contrasts_directions_and_questions(gemma3, folder, tmp_path):
