@@ -186,6 +186,92 @@ def test_the_makefile_leaves_pips_configuration_alone():
         ), name
 
 
+def parsed() -> Iterator[tuple[str, ast.Module]]:
+    yield from ((module, ast.parse(path.read_text(encoding="utf-8"))) for module, path in MODULES.items())
+
+
+def long_functions(tree: ast.AST, most: int = 60) -> list[str]:
+    """Functions of more lines than `most`, decorators and docstring counted."""
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        f.name
+        for f in found
+        if (f.end_lineno or 0) - min([f.lineno, *(d.lineno for d in f.decorator_list)]) + 1 > most
+    ]
+
+
+def test_no_function_is_longer_than_sixty_lines_but_commands():
+    found = {m: long_functions(tree) for m, tree in parsed() if not m.startswith("cli")}
+    assert {m: names for m, names in found.items() if names} == {}
+    assert long_functions(ast.parse("def f():\n" + "    a = 1\n" * 60)) == ["f"]
+
+
+def test_no_file_wide_pragma():
+    pragma = re.compile(r"^\s*#\s*(?:pyright|mypy|ruff|flake8)\s*:|^\s*#\s*type:\s*ignore", re.M)
+    assert [m for m, p in MODULES.items() if pragma.search(p.read_text(encoding="utf-8"))] == []
+
+
+JOINTS = (
+    "core.registry",
+    "measures.base",
+    "models.architectures",
+    "report.sections",
+    "runs.effect_lines",
+    "runs.folder",
+    "runs.summary",
+    "saes.formats",
+    "saes.ids",
+    "steering.intervention",
+    "steering.edits",
+    "workflows.study",
+    "workflows.study_file",
+    "workflows.sweep_summary",
+)
+"""Where one package hands over to the next: seams to register at, a run folder, and the summary from measuring to terminal and report."""
+UNTYPED = {
+    "RunFolder.read_json",  # a file of anybody's
+    "Run.manifest",
+    "Run.model",
+    "Block.__getitem__",  # a field by its name in the file; attributes are typed
+    "Block.get",
+    "Block.facts",
+    "at_path",  # below a module of transformers
+}
+
+
+def untyped(tree: ast.Module) -> Iterator[str]:
+    """Public functions, arguments and fields whose annotation says Any."""
+
+    def says_any(node: ast.expr | None) -> bool:
+        return node is not None and re.search(r"\bAny\b", ast.unparse(node)) is not None
+
+    def look(body: list[ast.stmt], owner: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from look(node.body, f"{node.name}.")
+            if isinstance(node, ast.AnnAssign) and says_any(node.annotation):
+                yield owner + ast.unparse(node.target)
+            if isinstance(node, ast.FunctionDef) and (
+                not node.name.startswith("_") or node.name.startswith("__")
+            ):
+                a = node.args
+                given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *([a.vararg] if a.vararg else [])]
+                if says_any(node.returns) or any(says_any(arg.annotation) for arg in given):
+                    yield owner + node.name
+
+    yield from look(tree.body, "")
+
+
+def test_no_joint_between_packages_is_untyped():
+    found = {m: list(untyped(tree)) for m, tree in parsed() if m in JOINTS}
+    assert {name for names in found.values() for name in names} == UNTYPED
+    assert len(found) == len(JOINTS)
+    broken = (
+        "class A:\n    x: dict[str, Any]\n    def f(self, y: Any) -> int: ...\n    def _g(self) -> Any: ..."
+    )
+    assert list(untyped(ast.parse(broken))) == ["A.x", "A.f"]
+
+
 def test_no_unsafe_loading():
     files = [
         *PACKAGE.rglob("*.py"),

@@ -41,7 +41,8 @@ def probe(
     from sae_bias.probe.random_words import random_word_null
     from sae_bias.probe.run import run_probe
     from sae_bias.runs.copies import probe_facts
-    from sae_bias.runs.summary import Summary, bias_summary, headline
+    from sae_bias.runs.effect_lines import headline
+    from sae_bias.runs.summary import Summary, bias_summary
 
     prompts, seed, score = run.pairs, run.seed, run.given["score"]
     chosen = run.probe.with_options(softcap=not no_softcap)

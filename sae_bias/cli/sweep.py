@@ -13,6 +13,7 @@ from sae_bias.core.errors import RequestError
 from sae_bias.core.labels import columns_of
 
 if TYPE_CHECKING:
+    from sae_bias.runs.summary import Summary
     from sae_bias.steering.intervention import Intervention
     from sae_bias.workflows.sweep import SweepResult
 
@@ -106,9 +107,9 @@ def sweep(
     )
     summary = summarize_sweep(result.frame, named, run.feature.index if not further else None)
     frame = result.frame
-    reported = frame[(frame["split"] == summary["split"]) & (frame["kind"] == "control")]
+    reported = frame[(frame["split"] == summary.split) & (frame["kind"] == "control")]
     tables = {"controls": controls_table(reported)} if len(reported) else {}
-    run.save(tables, summary, facts=facts, shard=shard)
+    run.save(tables, summary.facts(), facts=facts, shard=shard)
     _show(run, result, summary, controls)
     run.note_gate()
     run.done({**summary, "cells": rows(frame[frame["kind"] != "control"])})
@@ -137,28 +138,28 @@ def _kinds(
     return found
 
 
-def _show(run: Run, result: "SweepResult", summary: dict[str, Any], controls_wanted: int) -> None:
+def _show(run: Run, result: "SweepResult", summary: "Summary", controls_wanted: int) -> None:
     from sae_bias.core.text import signed
     from sae_bias.runs.effect_lines import best_line, control_lines, cost_note, effect_lines, mismatch_lines
 
-    frame, held_out = result.frame, summary["split"] == "report"
-    base = frame[(frame["kind"] == "base") & (frame["split"] == summary["split"])].iloc[0]
+    frame, held_out = result.frame, summary.split == "report"
+    base = frame[(frame["kind"] == "base") & (frame["split"] == summary.split)].iloc[0]
     where = "report templates" if held_out else "all templates"
     run.say(
-        f"{summary['feature']['id']}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
+        f"{summary.feature and summary.feature.id}: bias {signed(base['bias'])} nats unsteered, on {where} ({base['n_pairs']} pairs)"
     )
     lines = [*effect_lines(summary, where), *filter(None, [cost_note(frame)])]
-    if best := summary.get("best_strength"):
-        lines.append(best_line(best, where))
+    if summary.best_strength is not None:
+        lines.append(best_line(summary.best_strength, where))
     if not held_out:
         lines.append("too few templates to hold some out (12 are needed): the best strength is in-sample.")
-    if controls := summary.get("controls"):
-        lines += control_lines(controls)
+    if summary.controls is not None:
+        lines += control_lines(summary.controls)
     elif controls_wanted:
         lines.append(
             "no controls: they are made for edits of features' own activations (clamp, scale, cap, ablate)."
         )
-    for line in [*lines, *mismatch_lines(summary.get("mismatches") or [])]:
+    for line in [*lines, *mismatch_lines(summary.mismatches)]:
         run.say(line)
     run.table("Every cell", frame[frame["kind"] != "control"], COLUMNS)
     if result.path is not None:

@@ -179,17 +179,16 @@ def rank_features(
     """
     of_pairs = probe, pairs, grid, split, effects or None, controls or None, max_view or None
     _check_request(by, prompts, (reduce, chat, tuple(all_of), tuple(none_of)), of_pairs)
-    saes = load_saes(model, sae)
-    options: dict[str, Any] = {"seed": seed, "progress": progress}
-    if isinstance(prompts, Contrast) and effects_of == "primary":
-        return of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
-    pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)  # type: ignore[assignment]
-    if pairs is not None:
-        pairs = pairs.effects_of(effects_of)
-    elif effects_of != "primary":
+    if effects_of != "primary" and pairs is None and not isinstance(prompts, PromptPairs):
         raise RequestError(
             "effects_of is for pairs; a ranking of a grid or of texts alone measures no effects."
         )
+    saes = load_saes(model, sae)
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    if isinstance(prompts, Contrast):
+        return of_contrast(scan_contrast(model, saes, prompts, reduce=reduce, chat=chat, all_of=all_of, none_of=none_of, **options), saes)  # fmt: skip
+    pairs, grid = (prompts, grid) if isinstance(prompts, PromptPairs) else (pairs, prompts)  # type: ignore[assignment]
+    pairs = None if pairs is None else pairs.effects_of(effects_of)
     work = _Work(model, saes, by, pairs, grid, probe, split, {**options, "max_view": max_view})
     return work.ranking(effects, top_k, controls, workers)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
@@ -27,7 +26,7 @@ class Measured:
 
     tables: Mapping[str, pd.DataFrame]
     """By the name they have in the run folder's tables/."""
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, object] = field(default_factory=dict)
     """Blocks of summary.json by name."""
     apart: str = ""
     """Column that tells its rows from those of other measures with the same tables: such measures share them."""
@@ -45,7 +44,7 @@ def run_measures(engine: ProbeEngine, edits: Sequence[Intervention]) -> Measured
         RequestError: two measures give a table or a block of one name and do not share it, or cannot be told apart in it.
     """
     tables: dict[str, pd.DataFrame] = {}
-    summary: dict[str, Any] = {}
+    summary: dict[str, object] = {}
     apart: dict[str, str] = {}
     for name in MEASURES.names():
         found = MEASURES.get(name)(engine, edits)

@@ -232,12 +232,7 @@ def dose_response(
         raise RequestError("a dose-response needs a list of prompts and a list of edits, one a strength.")
     asked = {"chat": chat, "system": system}
     written = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": progress}  # fmt: skip
-    if isinstance(prompts, Scenarios):
-        reading: _Reading = _Chosen(model, prompts, **asked)
-    elif isinstance(prompts, PromptPairs):
-        reading = _Biased(model, prompts)
-    else:
-        reading = _Written(model, prompts, behavior, **asked, **written)
+    reading = _reading_of(model, prompts, behavior, asked, written)
     base = reading.scores(())
     rows, strengths = [_row(reading, base, base, (), np.nan, "base", [])], strengths_of(cells)
     for cell, strength in zip(cells, strengths):
@@ -377,6 +372,16 @@ class _Biased(_Reading):
         clusters = self.units[keep], self.entities[keep]
         rate, change = (clustered_mean(v[keep], *clusters) for v in (now, now - base))
         return Estimate(rate.mean, *rate.ci, rate.p_value), Estimate(change.mean, *change.ci, change.p_value)
+
+
+def _reading_of(
+    model: Model, prompts: Sequence[str] | Contrast | Scenarios | PromptPairs, behavior: Behavior, asked: dict[str, Any], written: dict[str, Any]
+) -> _Reading:  # fmt: skip
+    if isinstance(prompts, Scenarios):
+        return _Chosen(model, prompts, **asked)
+    if isinstance(prompts, PromptPairs):
+        return _Biased(model, prompts)
+    return _Written(model, prompts, behavior, **asked, **written)
 
 
 # --- rows --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,17 @@ class Architecture:
     softcap: str = ""
     """The config's field for the cap of the final logits."""
     graft: Graft | None = None
-    refuse: Callable[[Any], str] = lambda config: ""
+    refuse: Callable[[PretrainedConfig], str] = lambda config: ""
     """Why a text config of this family is not supported; empty where it is."""
     bridge: bool = True
     """Whether the TransformerLens that is installed runs it."""
     masks: str = ""
     """How its decoder takes masks of a tree's own (`models.tree`): "one" for all layers (with the config's window), "by_type" of the
     layer; empty where that is not known, and sequences then run as they are."""
-    shared_kv: Callable[[Any], int] = lambda config: -1
+    shared_kv: Callable[[PretrainedConfig], int] = lambda config: -1
     """The lowest layer whose keys and values layers further up read again (Gemma 4); -1 where each has its own."""
 
-    def packs(self, config: Any) -> bool:
+    def packs(self, config: PretrainedConfig) -> bool:
         """Whether a model of this config runs a packed tree: not where positions are read off the mask (ALiBi) or frequencies off
         the longest sequence, attention looks ahead, or its kernel takes no mask."""
         rope = getattr(config, "rope_parameters", None) or {}
@@ -136,7 +139,7 @@ def register(record: Architecture) -> Architecture:
     return record
 
 
-def architecture_of(config: Any, name: str) -> Architecture:
+def architecture_of(config: PretrainedConfig, name: str) -> Architecture:
     """The record of a config.
 
     Raises:
@@ -167,7 +170,7 @@ def at_path(module: Any, path: str) -> Any:
     return module
 
 
-def _opt(config: Any) -> str:
+def _opt(config: PretrainedConfig) -> str:
     if not config.do_layer_norm_before or getattr(config, "_remove_final_layer_norm", False):
         return (
             "it has no final norm (do_layer_norm_before=False, as OPT-350m), which the probe's ending needs"
@@ -177,7 +180,7 @@ def _opt(config: Any) -> str:
     return ""
 
 
-def _gemma4_shared(config: Any) -> int:
+def _gemma4_shared(config: PretrainedConfig) -> int:
     """Layers from the first shared one on read the keys of the last layer of their own type below it."""
     first = config.num_hidden_layers - (config.num_kv_shared_layers or 0)
     own, shared = config.layer_types[:first], config.layer_types[first:]

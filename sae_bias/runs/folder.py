@@ -84,9 +84,9 @@ class RunFolder:
     def tables(self) -> list[str]:
         return sorted(p.stem for p in (self.path / "tables").glob("*.parquet"))
 
-    def write_json(self, name: str, data: dict[str, Any]) -> None:
+    def write_json(self, name: str, data: Mapping[str, object]) -> None:
         """NAME.json, NaN written as null."""
-        text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain(dict(data)), indent=1, ensure_ascii=False, allow_nan=False)
         with writing_whole(self.path / f"{name}.json") as partial:
             partial.write_text(text + "\n", encoding="utf-8")
 
@@ -123,7 +123,7 @@ class RunFolder:
             where = ".".join(str(p) for p in first["loc"])
             raise RequestError(f"{self.path}/summary.json: {where}: {first['msg']}.") from error
 
-    def add_summary(self, blocks: Mapping[str, Any]) -> Summary:
+    def add_summary(self, blocks: Mapping[str, object]) -> Summary:
         """Put blocks into summary.json, beside those that other commands wrote."""
         summary = Summary.from_facts({**self.read_summary().facts(), **blocks})
         self.write_json("summary", summary.facts())
@@ -134,10 +134,10 @@ class RunFolder:
     def has_cell(self, cell: str) -> bool:
         return self._cell(cell).is_file()
 
-    def write_cell(self, cell: str, frame: pd.DataFrame, facts: dict[str, Any]) -> None:
+    def write_cell(self, cell: str, frame: pd.DataFrame, facts: Mapping[str, object]) -> None:
         """One cell's pairs, with `facts` in the frame's attrs."""
         frame = frame.copy()
-        frame.attrs = plain(facts)
+        frame.attrs = plain(dict(facts))
         with writing_whole(self._cell(cell)) as partial:
             frame.to_parquet(partial, index=False)
 

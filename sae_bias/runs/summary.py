@@ -14,10 +14,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from sae_bias.core.files import plain
-from sae_bias.core.text import COST_KINDS, bracket, number, p_text, percent, signed
 from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
-from sae_bias.runs.effect_lines import best_line, control_lines, effect_lines
 from sae_bias.stats.clustered import Clustered, effect_sizes
 
 
@@ -35,15 +33,15 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+    def from_facts(cls, facts: Mapping[str, object]) -> Self:
         """A block from plain values (numpy's own among them)."""
-        return cls.model_validate(plain(facts))
+        return cls.model_validate(plain(dict(facts)))
 
     def keys(self) -> Iterable[str]:
         """Names of the fields that were given, so that `{**block}` is a dict of them."""
         return self.facts().keys()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:  # a field of any type: attributes are typed
         return self.facts()[name]
 
     def __contains__(self, name: object) -> bool:
@@ -249,6 +247,38 @@ class TextMeasures(Block):
     distinct_2: Number = None
 
 
+class BehaviorFigures(Block):
+    """A behavior over the strengths of an edit, and the strengths at which capability stays within the margin."""
+
+    behavior: str | None = None
+    n_strengths: int = 0
+    usable_low: Number = None
+    usable_high: Number = None
+    margin: Number = None
+    usable: str | None = None
+    """The usable range in words."""
+
+
+class JudgeFigures(Block):
+    """What was asked of judges, and how much of it came back."""
+
+    judges: tuple[str, ...] = ()
+    n_items: int = 0
+    n_requests: int = 0
+    n_unanswered: int = 0
+    n_unreadable: int = 0
+    failures: tuple[str, ...] = ()
+
+
+class Mismatch(Block):
+    """What the edit removed where it should remove less: at another layer, in another SAE."""
+
+    label: str | None = None
+    removed_nats: Number = None
+    removed_nats_low: Number = None
+    removed_nats_high: Number = None
+
+
 class Conditions(Block):
     """The texts without and with the edit."""
 
@@ -345,25 +375,30 @@ class Summary(Block):
     shift: Shift | None = None
     costs: dict[str, Cost] | None = None
     controls: ControlsFigure | None = None
+    mismatches: tuple[Mismatch, ...] = ()
     best_strength: BestStrength | None = None
     split: str | None = None
     """The split that a single sweep's figures are of."""
     generations: Conditions | None = None
-    judge: dict[str, Any] | None = None
+    behavior: BehaviorFigures | None = None
+    judge: JudgeFigures | None = None
     scenarios: ScenarioFigures | None = None
     scenarios_system: ScenarioFigures | None = None
     identity: IdentityFigures | None = None
     ladder: CausalFigure | None = None
     calibration: CalibrationFigure | None = None
-    truth: dict[str, Any] = {}
+    truth: dict[str, object] = {}
     """What was planted in an organism."""
     seconds: dict[str, float] = {}
 
 
 # --- from results ---
-def bias_summary(base: ProbeResult) -> dict[str, Any]:
+def bias_summary(base: ProbeResult) -> dict[str, object]:
     """Sides, bias and, where there are mundane twins, theirs and the difference."""
-    out: dict[str, Any] = {"sides": base.sides, "bias": effect(base.stat, base.pair_bias, base.clusters[0])}
+    out: dict[str, object] = {
+        "sides": base.sides,
+        "bias": effect(base.stat, base.pair_bias, base.clusters[0]),
+    }
     if base.control is not None:
         control, difference = base.control, base.difference_in_differences()
         out["control_bias"] = effect(control.stat, control.pair_bias, control.clusters[0])
@@ -385,7 +420,7 @@ def effect(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> Eff
     )  # fmt: skip
 
 
-def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = None) -> dict[str, Any]:
+def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = None) -> dict[str, object]:
     """The gate as a manifest holds it; without an SAE only the logits were compared."""
     if not gate:
         return {"status": "skipped"}
@@ -400,63 +435,3 @@ def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = Non
         "fvu": worst.fvu, "l0": worst.l0, "label_l0": worst.label_l0,
         "saes": [{"sae": f.sae, "fvu": f.fvu, "l0": f.l0, "label_l0": f.label_l0, "warnings": list(f.warnings)} for f in found],
     }  # fmt: skip
-
-
-# --- in a few plain lines ---
-def headline(summary: Summary) -> list[str]:
-    """What the terminal says of a run."""
-    lines, feature = _probe_lines(summary), summary.feature
-    if feature is not None and not feature.id:
-        lines.append(f"no feature is called AI-speech: {feature.why}")
-    elif feature is not None:
-        lines += [f"feature {feature.id}: {feature.why}", *_suppressed(summary)]
-    return lines
-
-
-def _probe_lines(summary: Summary) -> list[str]:
-    """The primary figure first; beside it the bias, the mundane control, random words and the words' probability mass."""
-    bias, difference, control = summary.bias, summary.difference_in_differences, summary.control_bias
-    if bias is None:
-        return []
-    worse = (summary.sides or ("human", "AI"))[1]
-    lines = [f"bias {_effect(bias)}" + ("" if difference else f" (positive: {worse} judged worse)")]
-    if difference is not None:
-        said = f"(positive: {worse} judged worse, beyond mundane content)"
-        lines.insert(0, f"difference in differences {_effect(difference)} {said}")
-    if control is not None:
-        ends = bracket(control.ci_low, control.ci_high)
-        lines.append(f"the same pairs with mundane content: {signed(control.mean)} nats {ends}")
-    if (null := summary.random_words) is not None and null.n:
-        within = f"95% of lists within ±{number(null.within)}; {p_text(null.p_value)}"
-        lines.append(f"random words in place of the evaluation words: {within}")
-    if (mass := summary.mass) is not None and mass.says:
-        warning = "WARNING: under 1% of the probability: " if mass.little else ""
-        lines.append(f"{warning}{mass.says}")
-    if (curve := summary.multiverse) is not None and curve.n:
-        lines.append(
-            f"{curve.n} specifications: median {signed(curve.median)}, {percent(curve.same_sign)} with the headline's sign,"
-            f" {percent(curve.outside_null)} beyond 95% of random word lists"
-        )
-    if (choice := summary.forced_choice) is not None:
-        ends = bracket(choice.ci_low, choice.ci_high)
-        held = f"whose options hold {percent(choice.mass)} of the probability"
-        lines.append(f"forced choice {signed(choice.mean)} nats {ends}, {held}")
-    return lines + [f"WARNING: {line}" for line in summary.warnings]
-
-
-def _effect(e: Effect) -> str:
-    size = f"{e.n_pairs} pairs = {e.n_templates} templates × {e.n_entities} entities"
-    return f"{signed(e.mean)} nats {bracket(e.ci_low, e.ci_high)}, {p_text(e.p_value)}, {size}"
-
-
-def _suppressed(summary: Summary) -> list[str]:
-    """What its ablation does; nothing for one shard, which has its cells alone."""
-    lines = effect_lines(summary.facts(), "report templates")
-    if summary.costs:
-        said = [f"{COST_KINDS.get(kind, kind)} {number(c.kl_mean)}" for kind, c in summary.costs.items()]
-        lines.append(f"cost in KL, nats a token: {', '.join(said)}")
-    if summary.best_strength is not None:
-        lines.append(best_line(summary.best_strength.facts(), "report templates"))
-    if summary.controls is not None:
-        lines += control_lines(summary.controls.facts())
-    return lines

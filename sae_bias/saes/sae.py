@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,16 @@ class Feature:
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self.w_dec.shape[0]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of its weights."""
+        sha = hashlib.sha256()
+        for tensor in self._weights:
+            sha.update(tensor.detach().cpu().numpy().tobytes())
+        if self.whole is not None:
+            sha.update(repr(sae_facts(self.whole)["files"]).encode())
+        return sha.hexdigest()[:16]
 
     def activation(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
         """a = h · 1[h > threshold] of residuals x, in float32."""

@@ -29,7 +29,7 @@ How to add one, from here or from another package, stands in `intervention`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -200,10 +200,10 @@ class _AlongEdit(AlongEdit):
     along: FeatureLike | Direction
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Intervention:
-        if isinstance(data.get("along"), dict):
+    def of_dict(cls, data: dict[str, object]) -> Intervention:
+        if isinstance(along := data.get("along"), dict):
             raise RequestError(
-                f"{cls.kind} along {data['along'].get('direction')!r} is stored by digest only; rebuild the direction and pass it."
+                f"{cls.kind} along {along.get('direction')!r} is stored by digest only; rebuild the direction and pass it."
             )
         return super().of_dict(data)
 
@@ -283,7 +283,7 @@ class Patch(Intervention):
     """x' = the residual of another model of the same architecture, at the same site and on the same tokens."""
 
     site: Site | str | int  # type: ignore[assignment]
-    source: Any
+    source: Model
     """The other `Model` (load_model(...)): base ← IT, or IT ← base."""
 
     def __post_init__(self) -> None:
@@ -319,14 +319,14 @@ class Patch(Intervention):
         return context.only_here(theirs[:, -x.shape[1] :].to(x) - x)
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+    def of_dict(cls, data: dict[str, object]) -> Intervention:
         if isinstance(data.get("source"), str):
             raise RequestError(
                 f"patch from {data['source']!r} is stored by name only; load that model and pass it."
             )
         return super().of_dict(data)
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    def key(self) -> dict[str, object]:
         return self.to_dict() | {"weights": model_digest(self.source)}
 
     def describe(self) -> str:
@@ -370,7 +370,7 @@ class Reconstruct(Intervention):
         sae = load_sae(self.sae)
         return context.only_here(sae.decode(sae.encode(x), x).to(x.device) - x)
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    def key(self) -> dict[str, object]:
         return self.to_dict() | {"weights": sae_facts(load_sae(self.sae))["files"]}
 
     def describe(self) -> str:
@@ -426,12 +426,17 @@ class EditSet(Intervention):
         return replace(self, edits=tuple(e.bind(model) for e in self.edits))
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Intervention:
-        edits = tuple(e if isinstance(e, Intervention) else from_dict(e) for e in data["edits"])
+    def of_dict(cls, data: dict[str, object]) -> Intervention:
+        listed = data.get("edits")
+        if not isinstance(listed, (list, tuple)):
+            raise RequestError(
+                f"intervention 'set': its edits are a {type(listed).__name__}; expected a list."
+            )
+        edits = tuple(e if isinstance(e, Intervention) else from_dict(e) for e in listed)
         return super().of_dict(data | {"edits": edits})
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        return {"kind": self.kind, "name": self.name, "edits": [e.key(digest_of) for e in self.edits]}
+    def key(self) -> dict[str, object]:
+        return {"kind": self.kind, "name": self.name, "edits": [e.key() for e in self.edits]}
 
     def describe(self) -> str:
         return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)

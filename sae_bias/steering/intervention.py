@@ -20,9 +20,8 @@ fields too, so that `to_dict` keeps them. An edit at several sites is an `EditSe
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -37,7 +36,7 @@ from sae_bias.models.forward import check_fits
 from sae_bias.models.model import Model
 from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature
-from sae_bias.saes.sae import Feature, Sae, sae_facts
+from sae_bias.saes.sae import Feature, Sae
 from sae_bias.steering.context import Change, EditContext
 from sae_bias.steering.directions import Direction
 
@@ -171,21 +170,21 @@ class Intervention:
         """Compute that residual before the edited pass."""
 
     # --- in files ---
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values that `from_dict` reads; directions are stored by name and digest only."""
         kept = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        return {"kind": self.kind} | {k: v for k, v in kept.items() if k != "at" or v is not None}
+        return {"kind": self.kind, **{k: v for k, v in kept.items() if k != "at" or v is not None}}
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+    def of_dict(cls, data: dict[str, object]) -> Intervention:
         """The edit whose fields `to_dict` wrote down (without its kind)."""
         try:
-            return cls(**data)
+            return cls(**data)  # pyright: ignore[reportArgumentType]  # checked by each class
         except TypeError as error:
             raise RequestError(f"intervention {cls.kind!r}: {error}.") from error
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        """Everything that decides its numbers, the weights it reads included; `digest_of` may keep the digest of a feature."""
+    def key(self) -> dict[str, object]:
+        """Everything that decides its numbers, the weights it reads included."""
         return self.to_dict()
 
 
@@ -255,10 +254,8 @@ class AlongEdit(Intervention):
     def bind(self, model: Model) -> Self:
         return self.of(bound(model, self.read, self.at))
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        read = self.read
-        weights = read.digest if isinstance(read, Direction) else (digest_of or feature_digest)(read)
-        return self.to_dict() | {"weights": weights}
+    def key(self) -> dict[str, object]:
+        return self.to_dict() | {"weights": self.read.digest}
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,7 @@ class FeatureEdit(AlongEdit):
 
 
 # --- making them from names ---
-def from_dict(data: dict[str, Any]) -> Intervention:
+def from_dict(data: Mapping[str, object]) -> Intervention:
     """The intervention that `to_dict` described; one along a direction needs the direction itself and is refused."""
     data = dict(data)
     return EDITS.get(str(data.pop("kind", None))[:80]).of_dict(data)
@@ -344,16 +341,6 @@ def _with_field(name: str) -> str:
 
 
 # --- small parts ---
-def feature_digest(feature: Feature) -> str:
-    """Hash of a feature's weights."""
-    sha = hashlib.sha256()
-    for tensor in (feature.w_enc, feature.w_dec, feature.b_enc, feature.threshold):
-        sha.update(tensor.detach().cpu().numpy().tobytes())
-    if feature.whole is not None:
-        sha.update(repr(sae_facts(feature.whole)["files"]).encode())
-    return sha.hexdigest()[:16]
-
-
 def map_features(edit: Intervention, change: Callable[[Feature], Feature]) -> Intervention:
     """`edit` with every loaded feature in it, those of a set included, put through `change`."""
 

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -31,7 +30,6 @@ from sae_bias.steering.intervention import (
     FeatureLike,
     Intervention,
     bound,
-    feature_digest,
     feature_ref,
     register_edit,
 )
@@ -92,16 +90,15 @@ class _ManyFeatures(Intervention):
         return replace(self, features=tuple(bound(model, as_feature(f)) for f in self.features))
 
     @classmethod
-    def of_dict(cls, data: dict[str, Any]) -> Intervention:
+    def of_dict(cls, data: dict[str, object]) -> Intervention:
         return super().of_dict({k: _tuples(v) for k, v in data.items()})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A whole edit has no share in files: its cells keep the names that they had before there were shares."""
         return {k: v for k, v in super().to_dict().items() if k != "share" or v != 1}
 
-    def key(self, digest_of: Callable[[Any], Any] | None = None) -> dict[str, Any]:
-        digest = digest_of or feature_digest
-        return self.to_dict() | {"weights": [digest(as_feature(f)) for f in self.features]}
+    def key(self) -> dict[str, object]:
+        return self.to_dict() | {"weights": [as_feature(f).digest for f in self.features]}
 
     def delta(self, x: Resid, context: EditContext) -> Change:
         features = [as_feature(f) for f in self.features]

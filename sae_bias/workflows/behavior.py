@@ -19,7 +19,7 @@ from sae_bias.measures.scenarios import RoleResult, ScenarioComparison, Scenario
 from sae_bias.measures.text import side_by_side, text_summary
 from sae_bias.models.model import Model
 from sae_bias.prompts.scenarios import Scenarios
-from sae_bias.runs.summary import IdentityFigures, ScenarioFigures
+from sae_bias.runs.summary import Conditions, IdentityFigures, JudgeFigures, ScenarioFigures
 from sae_bias.steering.generate import generate
 from sae_bias.steering.hooks import flat
 from sae_bias.steering.intervention import Intervention
@@ -63,7 +63,7 @@ def run_scenario_arms(
     system: str,
     chat: bool = False,
     progress: bool = False,
-) -> tuple[Tables, dict[str, Any]]:
+) -> tuple[Tables, dict[str, object]]:
     """The scenarios without and with a system prompt (docs/published.md#system-prompts): the tables of `run_scenarios`, and scenario_arms with both by category."""
     options: dict[str, Any] = {"chat": chat, "progress": progress}
     tables, summary = run_scenarios(model, scenarios, edits, **options)
@@ -118,23 +118,27 @@ def run_texts(
     chat: bool = False,
     system: str | None = None,
     **options: Any,
-) -> tuple[Tables, dict[str, Any]]:
+) -> tuple[Tables, Conditions]:
     """Table `generations` (both texts of every prompt with their measures) and the means of each condition."""
     plain = generate(model, prompts, chat=chat, system=system, **options)
     steered = generate(model, prompts, interventions=edits, chat=chat, system=system, **options)
     frame = side_by_side(model, plain, steered, chat=chat, system=system)
-    return {"generations": frame}, text_summary(plain, steered, frame)
+    return {"generations": frame}, Conditions.from_facts(text_summary(plain, steered, frame))
 
 
 def run_judges(
     texts: pd.DataFrame, judges: Sequence[Judge], out: Path, *, seed: int, confirm: Confirm | None
-) -> tuple[Tables, dict[str, Any] | None, str]:
+) -> tuple[Tables, JudgeFigures | None, str]:
     """Tables judge and judge_parts and the summary of a run's texts; where no judge could be asked, none, and why."""
     try:
         result = run_judge(texts, judges, out=out, seed=seed, confirm=confirm)
     except SaeBiasError as error:
         return {}, None, f"the texts were not judged: {error}"
-    return {"judge": result.table, "judge_parts": result.to_frame()}, result.summary(), ""
+    return (
+        {"judge": result.table, "judge_parts": result.to_frame()},
+        JudgeFigures.from_facts(result.summary()),
+        "",
+    )
 
 
 def run_identity(

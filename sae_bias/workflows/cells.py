@@ -16,7 +16,6 @@ from sae_bias.core.files import digest
 from sae_bias.models.model import Model
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.saes.load import as_feature
-from sae_bias.saes.sae import Feature
 from sae_bias.steering.controls import RANDOM_RELEASE, control_edits, mismatch_edits, set_controls
 from sae_bias.steering.edits import EditSet, ProjectOut
 from sae_bias.steering.intervention import (
@@ -25,7 +24,6 @@ from sae_bias.steering.intervention import (
     FeatureLike,
     Intervention,
     edit_of,
-    feature_digest,
     feature_edits,
 )
 from sae_bias.steering.runner import STACK
@@ -184,14 +182,7 @@ class Plan:
     def __init__(self, sweep: Sweep, model: Model, pairs: PromptPairs, shared: Sequence[Any]):
         self.sweep = sweep
         self.cells = [replace(c, edits=tuple(e.loaded() for e in c.edits)) for c in sweep.cells(model, pairs)]
-        digests: dict[int, str] = {}
-
-        def digest_of(feature: Feature) -> str:
-            if id(feature) not in digests:
-                digests[id(feature)] = feature_digest(feature)
-            return digests[id(feature)]
-
-        self.names = [digest(shared, [e.key(digest_of) for e in c.edits], self.costed(c)) for c in self.cells]
+        self.names = [digest(shared, [e.key() for e in c.edits], self.costed(c)) for c in self.cells]
 
     def costed(self, cell: Cell) -> bool:
         """Whether costs and the collapse test are measured for this cell."""

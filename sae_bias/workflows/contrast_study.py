@@ -240,7 +240,7 @@ class _Run:
         lines: list[str] = []
         ranking = self._rank(folder, contrast, lines)
         edits = self._edits(contrast, ranking)
-        summary: dict[str, Any] = {
+        summary: dict[str, object] = {
             "contrast": facts["contrast"]
             | {"note": ranking.note if ranking else "", "edited": list(edits[0].names)}
         }

@@ -25,7 +25,6 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
-from sae_bias.core.files import plain
 from sae_bias.core.text import bracket, is_number, number, signed
 from sae_bias.measures.fidelity import gate_model
 from sae_bias.models.catalog import model_info
@@ -39,7 +38,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest, manifest_of_several
-from sae_bias.runs.summary import bias_summary, gate_facts
+from sae_bias.runs.summary import Summary, bias_summary, gate_facts
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
 from sae_bias.workflows.study_file import StudyFile, StudyResult
@@ -127,7 +126,7 @@ def run_replication(
         )
     for path in runner.folders.values():
         write_report(path)
-    return StudyResult(folder.path, plain(summary), report, tuple(_headline(summary)))
+    return StudyResult(folder.path, Summary.from_facts(summary), report, tuple(_headline(summary)))
 
 
 class _Runner:

@@ -13,8 +13,8 @@ from pathlib import Path
 from sae_bias.core.errors import RequestError
 from sae_bias.measures.judge import Confirm
 from sae_bias.prompts.files import read_yaml
+from sae_bias.runs.effect_lines import headline
 from sae_bias.runs.folder import RunFolder
-from sae_bias.runs.summary import Summary, headline
 from sae_bias.workflows.contrast_study import ContrastStudy, run_contrast_study
 from sae_bias.workflows.replication import Loader, Replication, run_replication
 from sae_bias.workflows.study_file import Study, StudyResult
@@ -80,11 +80,8 @@ def run_study(
         raise RequestError("--stand-ins is for study files that name several `models:`.")
     folder = RunFolder(out, shard=shard)
     with folder.writing():
-        summary = Summary.from_facts(
-            StudyRun(
-                study, folder, gate, shard, progress, executor or LocalWorkers(workers).run, confirm, workers
-            ).run()
-        )
+        run = executor or LocalWorkers(workers).run
+        summary = StudyRun(study, folder, gate, shard, progress, run, confirm, workers).run()
         folder.write_json("summary", summary.facts())
     report = write_report(folder.path) if shard is None else folder.path / "summary.json"
     return StudyResult(folder.path, summary, report, tuple(headline(summary)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,13 +20,21 @@ class StudyResult:
     """Where the run is, and its headline figures."""
 
     path: Path
-    summary: Summary | dict[str, Any] = field(repr=False)
+    summary: Summary = field(repr=False)
     report: Path
     lines: tuple[str, ...] = field(default=(), repr=False)
 
     def headline(self) -> list[str]:
         """The result in a few plain lines."""
         return list(self.lines)
+
+
+class Placement(TypedDict):
+    """Where and in which precision `load_model` puts a model."""
+
+    device: str
+    dtype: str
+    device_map: str | None
 
 
 class StudyFile(BaseModel):
@@ -41,7 +49,7 @@ class StudyFile(BaseModel):
     """How accelerate spreads a model too large for one device, such as `auto`."""
 
     @property
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> Placement:
         """Where and in which precision `load_model` puts its models."""
         return {"device": self.device, "dtype": self.dtype, "device_map": self.device_map}
 

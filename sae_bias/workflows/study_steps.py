@@ -50,7 +50,7 @@ from sae_bias.prompts.texts import load_identity
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
-from sae_bias.runs.summary import CausalFigure, bias_summary, gate_facts
+from sae_bias.runs.summary import CausalFigure, Summary, bias_summary, gate_facts
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.steering.controls import observed_max
@@ -92,7 +92,7 @@ class StudyRun:
         )
         self.bar = tqdm(total=n_steps, desc="study", unit="step", disable=not progress, leave=False)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Summary:
         study = self.study
         with self.bar, ExitStack() as stack:
             with self.step("load"):
@@ -110,7 +110,11 @@ class StudyRun:
             with self.step("probe"):
                 base = run_probe(self.model, self.pairs, self.probe, random_words=True)
             self.write_base(base)
-            summary: dict[str, Any] = {"question": study.question, **bias_summary(base), "notes": self.notes}
+            summary: dict[str, object] = {
+                "question": study.question,
+                **bias_summary(base),
+                "notes": self.notes,
+            }
             if self.study.checks and self.shard is None:
                 with self.step("checks"):
                     checks = run_checks(self.model, base.pairs, base=base, seed=self.study.seed)
@@ -127,7 +131,7 @@ class StudyRun:
                     self.add(*self.switches(base))
             summary["truth"] = _truth(self.model)
             summary["seconds"] = self.seconds
-        return summary
+        return Summary.from_facts(summary)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -168,7 +172,7 @@ class StudyRun:
 
     # --- discover, suppress, report ---
 
-    def discover(self, base: ProbeResult) -> dict[str, Any]:
+    def discover(self, base: ProbeResult) -> dict[str, object]:
         discover = self.ranked.select(templates=self.split["discover"])
         with self.step("rank"):
             separation = rank_features(self.model, self.saes, discover, by="separation", seed=self.study.seed)
@@ -204,14 +208,10 @@ class StudyRun:
             }
         report = sweep.frame[sweep.frame["split"] == "report"]
         self.folder.write_table("controls", controls_table(report[report["kind"] == "control"]))
-        summary = {
-            "controls": {"n": 0},
-            **summarize_sweep(sweep.frame, str(chosen), chosen.index),
-            "feature": facts,
-        }
+        swept = summarize_sweep(sweep.frame, str(chosen), chosen.index)
+        summary = {"controls": {"n": 0}, **swept, "feature": facts}
         if called in CHOSEN:
-            causal = beats_controls(summary)
-            ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = causal
+            ranking.loc[ranking["feature"] == str(chosen), "causal_ai_speech"] = beats_controls(swept)
         self.folder.write_table("ranking", ranking)
         with self.step("joint"):
             self.folder.write_table("cumulative", self.joint(ranking))
@@ -336,9 +336,9 @@ class StudyRun:
         step = max(1, len(frame) // EXAMPLES)
         self.folder.write_table("examples", frame.iloc[::step].head(EXAMPLES))
 
-    def behavior(self, chosen: FeatureRef) -> dict[str, Any]:
+    def behavior(self, chosen: FeatureRef) -> dict[str, object]:
         """Texts and scenarios before and after the ablation, where the study asks for them."""
-        edits, found = (Ablate(chosen),), {}
+        edits, found = (Ablate(chosen),), dict[str, object]()
         if self.study.prompts:
             tables, found["generations"] = run_texts(self.model, self.study.prompts, edits)
             self.add(tables)
@@ -392,7 +392,7 @@ def choose_feature(ranking: pd.DataFrame, suppress: str = "called") -> FeatureRe
     return None
 
 
-def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, Any]:
+def chosen_facts(ranking: pd.DataFrame, chosen: FeatureRef | None) -> dict[str, object]:
     """The chosen feature, how it is called, why it was chosen and what was tested of it."""
     if chosen is None:
         found = ranking["call"].value_counts().drop(["no"], errors="ignore")
@@ -440,7 +440,7 @@ def _why_not(row: Any) -> str:
     return "significant interaction, but too small a part of its activation on held-out statements"
 
 
-def _truth(model: Model) -> dict[str, Any]:
+def _truth(model: Model) -> dict[str, object]:
     """What is known to be true of a bundled organism; empty for any other model."""
     if not model.is_organism:
         return {}

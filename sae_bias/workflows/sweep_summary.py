@@ -6,14 +6,13 @@ its figures are of the report split.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from sae_bias.core.labels import columns_of
 from sae_bias.core.text import is_number
 from sae_bias.prompts.texts import COST_TEXTS
+from sae_bias.runs.summary import ControlsFigure, Summary
 from sae_bias.steering.controls import control_test, empirical_p
 from sae_bias.workflows.best_strength import BestStrength, choose_strength
 
@@ -36,14 +35,14 @@ def sweep_splits(frame: pd.DataFrame) -> tuple[str, str]:
     return ("tune", "report") if {"tune", "report"} <= set(frame["split"]) else ("all", "all")
 
 
-def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> dict[str, Any]:
+def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> Summary:
     """The sweep's figures by part: reduction, did, specific_reduction, shift, costs, controls, best_strength."""
     tune, report = sweep_splits(frame)
-    summary: dict[str, Any] = {"feature": {"id": feature, "index": index}, "split": report}
+    summary: dict[str, object] = {"feature": {"id": feature, "index": index}, "split": report}
     reported = frame[frame["split"] == report]
     candidates = reported[reported["kind"] == "candidate"]
     if candidates.empty:
-        return summary
+        return Summary.from_facts(summary)
     first = candidates.iloc[0]
     base = reported[reported["kind"] == "base"].iloc[0]
     summary |= effect_summary(first, base)
@@ -54,14 +53,14 @@ def summarize_sweep(frame: pd.DataFrame, feature: str, index: int | None) -> dic
     others = reported[reported["kind"] == "mismatch"]
     if len(others):
         summary["mismatches"] = [{n: r[n] for n in _MISMATCH if n in r} for r in others.to_dict("records")]
-    return summary
+    return Summary.from_facts(summary)
 
 
-def _block(name: str, row: Any) -> dict[str, Any]:
+def _block(name: str, row: pd.Series) -> dict[str, object]:
     return {field: row[column] for field, column in columns_of(_BLOCKS[name]).items()}
 
 
-def effect_summary(row: Any, base: Any) -> dict[str, Any]:
+def effect_summary(row: pd.Series, base: pd.Series) -> dict[str, object]:
     """One row of the table, with the base's: what the edit removed, of which how much specifically, and at what cost."""
     why = row["red_reason"] or None
     cut = {
@@ -70,7 +69,7 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
         "overshoot": bool(row["overshoot"]),
         "bias_before": base["bias"],
     }
-    out: dict[str, Any] = {"reduction": _block("reduction", row) | cut, "shift": {"human": row["human_shift"], "ai": row["ai_shift"]}}  # fmt: skip
+    out: dict[str, object] = {"reduction": _block("reduction", row) | cut, "shift": {"human": row["human_shift"], "ai": row["ai_shift"]}}  # fmt: skip
     if is_number(row.get("did_removed_nats")):
         out["did"] = {"before": base["did"], **_block("did", row)}
     if "specific_reduction" in row:
@@ -101,12 +100,12 @@ def effect_summary(row: Any, base: Any) -> dict[str, Any]:
 DID_SPECIFIC = {"estimate": "did_specific_reduction", "ci_low": "did_spec_low", "ci_high": "did_spec_high"}
 
 
-def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, Any]:
+def _best(frame: pd.DataFrame, tune: str, report: str) -> dict[str, object]:
     best: BestStrength = choose_strength(frame, tune, report)
     if not best.cell:
         return {"undefined": best.reason}
     rows = frame[frame["cell"] == best.cell].set_index("split")
-    inside, held = (_block("strength", rows.loc[s]) | {"overshoot": bool(rows.loc[s, "overshoot"])} for s in (tune, report))  # fmt: skip
+    inside, held = (_block("strength", rows.loc[[s]].iloc[0]) | {"overshoot": bool(rows.loc[s, "overshoot"])} for s in (tune, report))  # fmt: skip
     beyond = {"strength": best.strength, "outside_observed": best.outside_observed}
     chosen = {"strength": best.strength, "label": best.rule, **inside}
     return {"in_sample": chosen, "held_out": {} if tune == report else beyond | held}
@@ -119,7 +118,7 @@ def controls_table(controls: pd.DataFrame) -> pd.DataFrame:
     return controls[columns].rename(columns={"feature": "control", "label": "kind"})
 
 
-def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
+def controls_summary(first: pd.Series, controls: pd.DataFrame) -> ControlsFigure:
     """Where the first candidate stands among its controls, matched and random apart.
 
     The statistic is the specific reduction; without the valence banks it is the change of the bias in nats. Matched features and
@@ -134,10 +133,10 @@ def controls_summary(first: Any, controls: pd.DataFrame) -> dict[str, Any]:
     kinds = {kind: _among(value, values[(labels == kind).to_numpy()]) for kind in dict.fromkeys(labels)}
     p, verdict = max(part["p_value"] for part in kinds.values()), control_test(value, values, labels).verdict
     whole = {"statistic": statistic, "value": value, **_among(value, values)}
-    return {**whole, "p_value": p, "verdict": verdict, "kinds": kinds}
+    return ControlsFigure.from_facts({**whole, "p_value": p, "verdict": verdict, "kinds": kinds})
 
 
-def _among(value: float, values: np.ndarray) -> dict[str, Any]:
+def _among(value: float, values: np.ndarray) -> dict[str, float]:
     median = float(np.median(values))
     return {
         "n": len(values),
@@ -148,6 +147,6 @@ def _among(value: float, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def beats_controls(summary: dict[str, Any]) -> str:
+def beats_controls(summary: Summary) -> str:
     """yes, no or undetermined: whether the edit's statistic is positive and beats each kind of its controls at 5 %."""
-    return str((summary.get("controls") or {}).get("verdict", "undetermined"))
+    return (summary.controls and summary.controls.verdict) or "undetermined"

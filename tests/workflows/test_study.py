@@ -13,7 +13,8 @@ import pytest
 
 import sae_bias as sb
 from sae_bias.models.catalog import organism_folder, organism_names
-from sae_bias.runs.summary import Summary, headline
+from sae_bias.runs.effect_lines import headline
+from sae_bias.runs.summary import Summary
 from sae_bias.workflows.study import load_study, run_study
 from sae_bias.workflows.study_steps import choose_feature, chosen_facts
 

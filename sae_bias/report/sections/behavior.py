@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from sae_bias.core import text as fmt
+from sae_bias.core.text import is_number
 from sae_bias.figures import behavior as figures
 from sae_bias.report import words
 from sae_bias.report.parts import Piece, Sides, records
 from sae_bias.report.sections import TEXT, Drawn, drawn
 from sae_bias.runs.folder import Run
-from sae_bias.runs.summary import Conditions, IdentityFigures, ScenarioFigures
+from sae_bias.runs.summary import BehaviorFigures, Conditions, IdentityFigures, ScenarioFigures
 
 MOST_TEXTS = 100
 DARKEST = 8.0  # nats at which a token's background is darkest
@@ -83,14 +84,15 @@ def _pieces(row: dict[str, Any]) -> tuple[list[Piece], list[Piece]]:
 )  # fmt: skip
 def dose(run: Run, frame: pd.DataFrame) -> Drawn:
     """How often the model does something at each strength, and where its capability stays within the margin."""
-    part = run.summary.facts().get("behavior") or {}
     if "behavior" in frame and len(names := list(dict.fromkeys(map(str, frame["behavior"])))) > 1:
         said = f"{len(names)} behaviors under one edit: {', '.join(names)}."
         return Drawn(said, figures.dose_response(frame.assign(side=frame["behavior"] + ", " + frame["side"]), "behavior"))  # fmt: skip
-    ends = (part["usable_low"], part["usable_high"]) if fmt.is_number(part.get("usable_low")) else None
-    usable = str(part.get("usable") or "capability was not measured")
-    said = f"{part.get('n_strengths', 0)} strengths of one edit, read as {part.get('behavior', 'a behavior')}. {usable[0].upper()}{usable[1:]}."
-    return Drawn(said, figures.dose_response(frame, str(part.get("behavior", "behavior")), ends))
+    part = run.summary.behavior or BehaviorFigures()
+    low, high = part.usable_low, part.usable_high
+    usable = part.usable or "capability was not measured"
+    said = f"{part.n_strengths} strengths of one edit, read as {part.behavior or 'a behavior'}. {usable[0].upper()}{usable[1:]}."
+    ends = (low, high) if is_number(low) and is_number(high) else None
+    return Drawn(said, figures.dose_response(frame, part.behavior or "behavior", ends))
 
 
 @drawn(
@@ -119,7 +121,7 @@ def judge(run: Run, frame: pd.DataFrame) -> Drawn:
         f"{fmt.number(r.needed_n)} prompts for 80% power)"
         for r in frame.itertuples()
     )
-    lost = (run.summary.judge or {}).get("n_unreadable")
+    lost = run.summary.judge.n_unreadable if run.summary.judge else 0
     left = f" {lost} replies gave no rating and are left out." if lost else ""
     return Drawn(f"Marks from 1 to 5, unsteered → steered: {said}.{left}", figures.judge_parts(frame))
 
