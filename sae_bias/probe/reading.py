@@ -9,11 +9,9 @@ so a reading is a list of sequences, each read at its last position, whatever th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
-from sae_bias.models.forward import Batch, Final, Partners, log_sum_exp, plan_batches
+from sae_bias.models.forward import Final, log_sum_exp
 from sae_bias.models.model import Model
 from sae_bias.models.reads import Partner, Reader, Spot, read_together
 from sae_bias.models.tree import common_prefix
@@ -77,7 +75,7 @@ class PairReading:
             batch_size=batch_size,
         )
 
-    def result(self, reading: Any) -> ProbeResult:
+    def result(self, reading: Reading) -> ProbeResult:
         human, ai = (np.array(side) for side in zip(*self._place))
         norm, ranks, n = reading.log_normaliser, reading.ranks, len(self.vocabulary.kept)
         others = (
@@ -180,29 +178,12 @@ class ReadingPlan:
         self.sequences = [(*p.ids, *prefix) for p in self.prompts for prefix in prefixes]
         self.batch_size = batch_size
 
-    @cached_property
-    def batches(self) -> list[Batch]:
-        """The sequences as they are, those of one length together."""
-        return plan_batches(self.sequences, self.model.device, batch_size=self.batch_size)
-
     @property
     def n_sequences(self) -> int:
         return len(self.sequences)
 
     def prompt_of(self, sequence: int) -> PromptIds:
         return self.prompts[sequence // len(self.prefixes)]
-
-    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Prompt lengths and subject starts of the batch's rows."""
-        prompts = [self.prompt_of(i) for i in batch.index]
-        return torch.tensor([len(p.ids) for p in prompts]), torch.tensor([p.subject_start for p in prompts])
-
-    def partners(self, batch: Batch) -> Partners | None:
-        """The paired prompts of the batch's rows, word pieces included; None where a row has none."""
-        found = [p for i in batch.index if (p := self.partner(i)) is not None]
-        if len(found) < batch.n:
-            return None
-        return Partners(tuple(tuple(ids) for ids, _ in found), torch.tensor([suffix for _, suffix in found]))
 
     def partner(self, sequence: int) -> Partner | None:
         """The paired prompt of one sequence."""
@@ -231,13 +212,6 @@ class ReadingPlan:
         """Read every prompt, under whatever interventions are open on the model."""
         reader = PlanReader(self)
         read_together(self.model, [reader], progress=progress, describe=describe, batch_size=self.batch_size)
-        return reader.reading()
-
-    def assemble(self, read_batch: Callable[[Batch], Read]) -> Reading:
-        """Word scores from each batch's rows."""
-        reader = PlanReader(self)
-        for batch in self.batches:
-            reader.put(list(batch.index), read_batch(batch))
         return reader.reading()
 
     def _word_values(self, z: np.ndarray, norm: np.ndarray | None, column: dict[int, int]) -> np.ndarray:
@@ -281,17 +255,13 @@ class PlanReader(Reader):
         return other
 
     def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
-        rows = [row for row, spots in enumerate(wanted) for _ in spots]
-        self.put([i for spots in wanted for i, _ in spots], self.plan.read(final), rows)
-
-    def put(self, sequences: list[int], read: Read, rows: list[int] | None = None) -> None:
-        """The scores of some sequences, from these rows of what was read (all in order by default)."""
-        at: Any = slice(None) if rows is None else rows
-        self.z[sequences] = read.z.numpy()[at]
+        rows, sequences = zip(*[(row, i) for row, spots in enumerate(wanted) for i, _ in spots])
+        at, of, read = list(rows), list(sequences), self.plan.read(final)
+        self.z[of] = read.z.numpy()[at]
         if self.norm is not None and read.log_normaliser is not None:
-            self.norm[sequences] = read.log_normaliser.numpy()[at]
+            self.norm[of] = read.log_normaliser.numpy()[at]
         if self.ranks is not None and read.ranks is not None:
-            self.ranks[sequences] = read.ranks.numpy()[at]
+            self.ranks[of] = read.ranks.numpy()[at]
 
     def reading(self) -> Reading:
         """Word scores of every prompt.

@@ -11,23 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Batch, Final, Kept, capture_layers, forward, row_positions
+from sae_bias.models.forward import Batch, Final, Kept, forward, row_positions
 from sae_bias.models.model import Model
+from sae_bias.models.reads import Reads
 from sae_bias.steering.context import PassInfo
 from sae_bias.steering.donors import Sources
 from sae_bias.steering.hooks import SiteEdit, add_delta, compile_edits, intervene, warn_written_inactive
 from sae_bias.steering.intervention import Intervention
 from sae_bias.steering.receipt import EditReceipt, Receipt
 
-RowsOf = Callable[[Batch], tuple[Tensor, Tensor]]
-PartnersOf = Callable[[Batch], Any]
 VisitCell = Callable[[int, int, Tensor, Final], None]
 STACK = 8  # cells whose rows may share a pass; a sweep's cells are run and kept in groups of so many
 STACK_TOKENS = {
@@ -47,21 +45,24 @@ class _Rows:
 
 
 class CellRunner:
-    """Batches of prompts whose upstream layers run once, for any number of interventions."""
+    """Sequences as they are, those of one length together, whose upstream layers run once for any number of interventions."""
 
-    def __init__(
-        self, model: Model, batches: Sequence[Batch], rows_of: RowsOf, partners_of: PartnersOf | None = None
-    ):
-        refuse_open_block(model)
-        self.model, self.batches, self.rows_of = model, list(batches), rows_of
-        self.partners_of: PartnersOf = partners_of or (lambda batch: None)
+    def __init__(self, reads: Reads):
+        refuse_open_block(reads.model)
+        self.model, self.reads, self.batches = reads.model, reads, reads.batches
         self._kept: dict[int, list[Tensor]] = {}
         self._sources: dict[int, Sources] = {}
+
+    def rows_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where the prompts of a batch end, and where their subjects start."""
+        ends, starts = self.reads.ends, self.reads.starts
+        assert ends is not None and starts is not None
+        return torch.tensor([ends[i] for i in batch.index]), torch.tensor([starts[i] for i in batch.index])
 
     def kept(self, layer: int) -> list[Tensor]:
         """resid_post at `layer` of every batch, run once."""
         if layer not in self._kept:
-            self._kept[layer] = [capture_layers(self.model, b.tokens, [layer])[layer] for b in self.batches]
+            self._kept[layer] = [self.reads.batched(layer, k) for k in range(len(self.batches))]
         return self._kept[layer]
 
     def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitCell) -> list[Receipt]:
@@ -91,7 +92,7 @@ class CellRunner:
         """The plain hooked pass, layer 0 to the end."""
         with intervene(self.model, *edits) as receipt:
             for k, batch in enumerate(self.batches):
-                with row_positions(self.model, *self.rows_of(batch), self.partners_of(batch)):
+                with row_positions(self.model, *self.rows_of(batch), self.reads.partners_of(batch.index)):
                     visit(number, k, torch.ones(batch.n, dtype=torch.bool), forward(self.model, batch.tokens))
         return receipt
 
@@ -106,6 +107,7 @@ class CellRunner:
         later = [e for s in sites for site in sorted(s)[1:] for e in s[site].edits]
         budget = STACK_TOKENS.get(self.model.device.type, STACK_TOKENS["cpu"])
         layer = edits[0].site.layer
+        self.kept(layer)  # before edits are open
         with intervene(self.model, *later) as live:
             for k in range(len(self.batches)):
                 waiting: list[_Rows] = []
@@ -132,7 +134,7 @@ class CellRunner:
         x = self.kept(edit.site.layer)[k]
         prompt_len, subject_start = self.rows_of(batch)
         if k not in self._sources:
-            self._sources[k] = Sources(self.model, batch.tokens, self.partners_of(batch))
+            self._sources[k] = Sources(self.model, batch.tokens, self.reads.partners_of(batch.index))
         info = PassInfo(
             batch.tokens, prompt_len=prompt_len, subject_start=subject_start, sources=self._sources[k]
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae_bias.core.site import Site
-from sae_bias.models.forward import Final, Kept, Partners, plan_batches
+from sae_bias.models.forward import Final, Kept
 from sae_bias.models.model import Model
 from sae_bias.models.reads import Reader, Reads, Spot, run_packed, spots_by, take_all
 from sae_bias.models.tree import PADDED, Row, Tree, in_passes, pack, packs
@@ -109,7 +109,7 @@ class SharedRunner:
 
     def __init__(self, model: Model, reader: Reader, *, batch_size: int | None = None):
         runner.refuse_open_block(model)
-        self.model, self.reader, self.batch_size = model, reader, batch_size
+        self.model, self.reader = model, reader
         self.reads = Reads(
             model, reader.sequences, reader.positions,
             ends=reader.ends, starts=reader.starts, partners=reader.partners, batch_size=batch_size,
@@ -118,17 +118,8 @@ class SharedRunner:
 
     @cached_property
     def plain(self) -> runner.CellRunner:
-        """The sequences as they are, those of one length together."""
-        batches = plan_batches(self.reader.sequences, self.model.device, batch_size=self.batch_size)
-        reader = self.reader
-
-        def rows_of(batch: runner.Batch) -> tuple[Tensor, Tensor]:
-            return torch.tensor([reader.ends[i] for i in batch.index]), torch.tensor([reader.starts[i] for i in batch.index])  # fmt: skip
-
-        def partners_of(batch: runner.Batch) -> Partners | None:
-            return self.reads.partners_of(batch.index)
-
-        return runner.CellRunner(self.model, batches, rows_of, partners_of)
+        """The sequences as they are."""
+        return runner.CellRunner(self.reads)
 
     def base(self, layers: Sequence[int] = (), *, progress: bool = False, describe: str = "") -> None:
         """Read every sequence without edits; resid_post at `layers` is kept on the way."""
@@ -136,9 +127,7 @@ class SharedRunner:
 
     def kept(self, layer: int) -> list[Tensor]:
         """resid_post at `layer` of every plain batch, run once."""
-        if layer not in self.plain._kept:
-            self.plain._kept[layer] = [self.reads.batched(layer, k) for k in range(len(self.reads.batches))]
-        return self.plain._kept[layer]
+        return self.plain.kept(layer)
 
     def run_many(self, cells: Sequence[Sequence[Intervention]], visit: VisitSpots) -> list[Receipt]:
         """Run several cells; `visit` sees what each of them changes. Cells of one site share passes, at most `STACK` that follow each other."""
@@ -160,9 +149,6 @@ class SharedRunner:
         self, numbers: Sequence[int], cells: Sequence[Sequence[Intervention]], visit: VisitSpots
     ) -> list[Receipt]:
         """What the tree cannot do, over the sequences as they are."""
-        for sites in (compile_edits(self.model, edits) for edits in cells):
-            if all(site.is_resid_post for site in sites) and sites and not self.model.foreign_hooks():
-                self.kept(min(sites).layer)
 
         def one(cell: int, k: int, rows: Tensor, final: Final) -> None:
             index = [i for i, row in zip(self.plain.batches[k].index, rows.tolist()) if row]

@@ -101,7 +101,7 @@ class FitPrompts:
         kept = self.engine.engine.runner.kept(self.layer)
         return [
             self._item(b, kept[k], plan.row_ids, coefficients, wanted, group)
-            for k, b in enumerate(plan.batches)
+            for k, b in enumerate(self.engine.engine.runner.reads.batches)
         ]
 
     def _banks(self) -> list[Item]:
@@ -114,7 +114,9 @@ class FitPrompts:
         coefficients = np.tile(slope, (len(plan.prompts), 1))
         group = np.where(self.others, OTHERS, UNCOUNTED)
         items = []
-        for b, resid in zip(plan.batches, self.banks.engine.runner.kept(self.layer)):
+        for b, resid in zip(
+            self.banks.engine.runner.reads.batches, self.banks.engine.runner.kept(self.layer)
+        ):
             rows = np.flatnonzero(self.bank_rows[list(b.index)])
             if len(rows):
                 part = Batch(tuple(b.index[i] for i in rows), b.tokens[rows])
