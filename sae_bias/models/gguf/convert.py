@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from sae_bias.core.errors import MissingError, RequestError
+from sae_bias.core.files import cache_folder
 from sae_bias.models.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from sae_bias.models.gguf.header import GgufHeader, GgufTensor, read_header
 
@@ -29,12 +29,6 @@ CONVERTER = 1
 """Part of the cache key: raised whenever a conversion changes."""
 MANIFEST = "gguf.json"
 _SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "sae-bias" / "gguf"
 
 
 def converted(path: str | Path, *, dtype: torch.dtype = torch.float32, sha256: str | None = None) -> Path:
@@ -64,7 +58,7 @@ def converted(path: str | Path, *, dtype: torch.dtype = torch.float32, sha256: s
 
 def kept_folder(sha256: str, dtype: torch.dtype = torch.float32) -> Path:
     """Where the conversion of a file with this hash is or will be."""
-    return cache_folder() / f"{sha256[:32]}-{str(dtype).removeprefix('torch.')}-v{CONVERTER}"
+    return cache_folder("gguf") / f"{sha256[:32]}-{str(dtype).removeprefix('torch.')}-v{CONVERTER}"
 
 
 def manifest(folder: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_bias.core.errors import MissingError
+from sae_bias.core.files import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ def packaged_folder(name: str, dtype: torch.dtype | None = None) -> Path:
     """
     import torch
 
-    from sae_bias.models.gguf.convert import MANIFEST, cache_folder, converted, kept_folder
+    from sae_bias.models.gguf.convert import MANIFEST, converted, kept_folder
 
     model, dtype = PACKAGED[name], dtype or torch.float32
     folder = kept_folder(model.sha256, dtype)
@@ -103,7 +104,7 @@ def packaged_folder(name: str, dtype: torch.dtype | None = None) -> Path:
         return folder
     if len(paths) == 1:
         return converted(paths[0], dtype=dtype, sha256=model.sha256)
-    whole = _joined(paths, model.file, cache_folder())
+    whole = _joined(paths, model.file, cache_folder("gguf"))
     try:
         return converted(whole, dtype=dtype, sha256=model.sha256)
     finally:
