@@ -255,8 +255,11 @@ class PlanReader(Reader):
         return other
 
     def take(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
-        rows, sequences = zip(*[(row, i) for row, spots in enumerate(wanted) for i, _ in spots])
-        at, of, read = list(rows), list(sequences), self.plan.read(final)
+        at, of = (
+            [row for row, spots in enumerate(wanted) for _ in spots],
+            [i for spots in wanted for i, _ in spots],
+        )
+        read = self.plan.read(final)
         self.z[of] = read.z.numpy()[at]
         if self.norm is not None and read.log_normaliser is not None:
             self.norm[of] = read.log_normaliser.numpy()[at]
