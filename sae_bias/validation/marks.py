@@ -36,8 +36,6 @@ from sae_bias.steering.edits import Ablate
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.validation.grammar import RULES, analytic_bias, pair_statements
 
-UNITS = ("share", "nats", "count", "rho", "p")
-
 
 @dataclass(frozen=True)
 class Mark:
