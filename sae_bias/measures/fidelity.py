@@ -2,7 +2,8 @@
 
 The captured residual is compared with plain Hugging Face hidden states and with what the next module is given (a mismatch stops
 a run), and the SAE's unexplained variance and L0 on ordinary tokens are measured beside the release's label (a mismatch warns).
-BOS is left out: SAEs were not trained on it, and its norm would drown everything else.
+BOS is left out: SAEs were not trained on it, and its norm would drown everything else. So is the first token where a tokenizer puts no
+BOS: it takes its place (in SmolLM2 it holds 99 % of the variance).
 
 The fidelity gate as commands run it: once for a model and an SAE, and remembered.
 
@@ -81,7 +82,9 @@ def check_fidelity(model: Model, sae: Sae, *, n_texts: int = N_TEXTS) -> Fidelit
             plain = model.hf(input_ids=batch.tokens, output_hidden_states=True, use_cache=False).hidden_states
         own = x.float() if layer < model.n_layers - 1 else model.final_norm(x.float())
         errors += [_relative(own, plain[layer + 1]), *(_relative(x.float(), r) for r in received)]
-        parts.append(read[~torch.isin(batch.tokens, special).to(read.device)].float())
+        ordinary = ~torch.isin(batch.tokens, special)
+        ordinary[:, 0] = False
+        parts.append(read[ordinary.to(read.device)].float())
     error = float(np.max(errors))  # NaN where one is
     allowed = MAX_RELATIVE_ERROR.get(model.dtype, 1e-4)
     if not error <= allowed:
@@ -158,7 +161,7 @@ def _warnings(sae: Sae, fvu: float, l0: float) -> list[str]:
     return found
 
 
-VERSION = 1  # of what is measured; part of every key
+VERSION = 2  # of what is measured; part of every key
 LIBRARIES = ("sae-bias", "torch", "transformers", "transformer-lens", "sae-lens")
 LOGITS_PROMPT = "An AI says that it wants to go on. This is"
 Figures = dict[str, float]

@@ -16,6 +16,7 @@ from sae_bias.core.files import cache_folder
 from sae_bias.measures import fidelity
 from sae_bias.measures import fidelity as gate
 from sae_bias.measures.fidelity import gate_lines, gate_model, gate_sae
+from sae_bias.prompts.texts import load_texts
 
 
 @pytest.fixture
@@ -166,6 +167,19 @@ def test_the_residual_is_that_of_the_unprocessed_checkpoint(make_tiny, name):
     for layer in range(model.n_layers - 1):
         (own,) = sb.residuals(model, [text], layer, positions="all")
         torch.testing.assert_close(own, plain.residual(text, layer), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_neox"])
+def test_the_first_token_is_left_out_with_and_without_bos(make_tiny, cache, name):
+    tiny = make_tiny(name)
+    plain, sae, texts = independent.Plain.load(tiny.folder), tiny.sae, load_texts("neutral")
+    assert (plain.ids("a")[0] == plain.tokenizer.bos_token_id) == (name == "gemma3")
+    rows = torch.cat([plain.residual(text, sae.site.layer)[1:] for text in texts[: fidelity.N_TEXTS]])
+    acts = sae.encode(rows)
+    found = gate_sae(tiny.model, sae)
+    assert found.l0 == pytest.approx(float((acts > 0).sum(-1).float().mean()), rel=1e-5)
+    error = (rows - sae.decode(acts)).pow(2).sum() / (rows - rows.mean(0)).pow(2).sum()
+    assert found.fvu == pytest.approx(float(error), rel=1e-4)
 
 
 def test_a_doubtful_sae_warns(gemma3, cache, monkeypatch):
