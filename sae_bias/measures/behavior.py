@@ -153,10 +153,10 @@ class DoseResponse(Framed):
 
     def summary(self) -> dict[str, Any]:
         """The block of a run's summary."""
-        usable = self.usable_range
+        usable, sides = self.usable_range, self.frame["side"]
         return {
             "behavior": self.behavior,
-            "n_strengths": int((self.frame["kind"] == "candidate").sum()),
+            "n_strengths": int(((self.frame["kind"] == "candidate") & (sides == sides.iloc[0])).sum()),
             "usable_low": None if usable is None else usable[0],
             "usable_high": None if usable is None else usable[1],
             "margin": None if self.capability is None else self.capability.margin,

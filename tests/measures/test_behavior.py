@@ -236,6 +236,7 @@ def test_a_measure_of_a_study_reads_the_pairs(planted, feature, monkeypatch):
     )
     assert set(found.tables["dose_response"]["side"]) == {"positive", "negative", "difference"}
     assert found.summary["behavior"]["behavior"] == "refusal"
+    assert found.summary["behavior"]["n_strengths"] == 1, "of three rows: two sides and their difference"
 
 
 # --- controls ----------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def dose(run: Run, frame: pd.DataFrame) -> Drawn:
     part = run.summary.behavior or BehaviorFigures()
     low, high = part.usable_low, part.usable_high
     usable = part.usable or "capability was not measured"
-    said = f"{part.n_strengths} strengths of one edit, read as {part.behavior or 'a behavior'}. {usable[0].upper()}{usable[1:]}."
+    said = f"Strengths of one edit: {part.n_strengths}; read as {part.behavior or 'a behavior'}. {usable[0].upper()}{usable[1:]}."
     ends = (low, high) if is_number(low) and is_number(high) else None
     return Drawn(said, figures.dose_response(frame, part.behavior or "behavior", ends))
 
