@@ -127,8 +127,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SaeBiasError):
         return str(error), error.exit_code
     if isinstance(error, _ParserError):
-        hint = " Try sae-bias --help." if isinstance(error, _UsageError) else ""
-        return error.format_message().rstrip(".") + "." + hint, 2  # type: ignore[attr-defined]
+        message = error.format_message().rstrip(".") + "."  # type: ignore[attr-defined]
+        return message + (_usage_hint(getattr(error, "ctx", None), message) if isinstance(error, _UsageError) else ""), 2  # fmt: skip
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return "interrupted; what is finished is kept, and the same command resumes from there.", 130
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -139,6 +139,20 @@ def explain(error: BaseException) -> tuple[str, int]:
     first = (str(error).splitlines() or [""])[0]
     what = f"a defect in sae-bias ({type(error).__name__}: {first[:300]})"
     return f"{what}; set {SHOW_TRACEBACK}=1 to see where, and please report it.", 1
+
+
+def _usage_hint(ctx: Any, message: str) -> str:
+    """What the command takes, and where a feature stands in it: after MODEL, or as --feature."""
+    if ctx is None or ctx.parent is None:
+        return " Try sae-bias --help."
+    takes = " ".join(piece.strip("{}") for piece in ctx.command.collect_usage_pieces(ctx))
+    by_option = any("--feature" in param.opts for param in ctx.command.params)
+    stands = ""
+    if by_option and "extra argument" in message and "#" in message:
+        stands = " A feature is given as --feature here."
+    if by_option and "'FEATURE'" in message:
+        stands = " The first feature stands without --feature."
+    return f"{stands} Usage: {ctx.command_path} {takes}. Try {ctx.command_path} --help."
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -758,3 +758,17 @@ def test_dose_shows_where_the_edit_should_do_less(sae_bias, gemma3, tmp_path):
     }  # fmt: skip
     assert found == expected and {"the same, 1 layers later", "the same at mlp_out"} <= set(found)
     assert not any(r["kind"] == "mismatch" for r in json.loads(sae_bias(*asked)[1])["strengths"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("generate", "organism:planted", "a/b#1"), "A feature is given as --feature here. Usage: sae-bias generate [OPTIONS] MODEL."),
+        (("sweep", "organism:planted", "--feature", "a/b#1"), "The first feature stands without --feature. Usage: sae-bias sweep [OPTIONS] MODEL FEATURE."),
+        (("probe",), "Missing argument 'MODEL'. Usage: sae-bias probe [OPTIONS] MODEL. Try sae-bias probe --help."),
+    ],
+)  # fmt: skip
+def test_a_misplaced_feature_is_told_where_it_stands(sae_bias, argv, said):
+    code, out, err = sae_bias(*argv)
+    assert (code, out) == (2, "")
+    assert said in err
