@@ -63,7 +63,13 @@ def _row(engine: ProbeEngine, name: str, direction: sb.Direction) -> dict[str, o
         )
         for side in ("human", "ai")
     }
-    return {"projected out": name, "bias before": engine.base.bias, "bias after": after.bias, "reduction": cut.estimate, "low": cut.ci_low, "high": cut.ci_high} | moved  # fmt: skip
+    removed = {
+        "removed_nats": cut.change.mean,
+        "removed_low": cut.change.ci_low,
+        "removed_high": cut.change.ci_high,
+    }
+    figures = {"projected out": name, "bias before": engine.base.bias, "bias after": after.bias} | removed
+    return figures | {"reduction": cut.estimate, "low": cut.ci_low, "high": cut.ci_high} | moved
 
 
 if __name__ == "__main__":
