@@ -1,8 +1,8 @@
 """SAELens' BatchTopK SAE with the same step done on the activations that are kept, not on all n·d_sae: four times faster on a CPU.
 
 Only k·n of n·d_sae activations pass, so decoder, both gradients of the weights and the statistics are sparse products. The one dense
-product left is the encoder's, in bfloat16 where `fast`. With `fast=False` loss and gradients equal SAELens' own to float32 rounding
-(tests/real/test_training.py).
+product left is the encoder's, in bfloat16 where `fast` and the CPU multiplies it itself. With `fast=False` loss and gradients equal SAELens'
+own to float32 rounding (tests/real/test_training.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from sae_lens import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
+
+from real_models.harvest import FAST_DTYPE
 
 
 class SparseBatchTopK(BatchTopKTrainingSAE):
@@ -54,7 +56,7 @@ class SparseBatchTopK(BatchTopKTrainingSAE):
 
     def _pre(self, x: Tensor) -> Float[Tensor, "n d_sae"]:
         """Pre-activations, in bfloat16 where `fast`: they only choose who is kept."""
-        kind = torch.bfloat16 if self.fast else x.dtype
+        kind = FAST_DTYPE if self.fast else x.dtype
         return torch.addmm(self.b_enc.to(kind), x.to(kind), self.W_enc.to(kind))
 
     def _auxiliary(self, x: Tensor, out: Tensor, dead: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class _Reconstruct(torch.autograd.Function):
         g = gradients[0]
         x, w_dec, row, feature, acts = ctx.saved_tensors
         size = (w_dec.shape[0], len(x))
-        kind = x.dtype if ctx.exact else torch.bfloat16
+        kind = x.dtype if ctx.exact else FAST_DTYPE
         g_acts = (g.to(kind) @ w_dec.T.to(kind))[row, feature].float() * (acts > 0)
         g_dec = _csr(feature, row, acts, size) @ g
         g_enc = (_csr(feature, row, g_acts, size) @ x).T

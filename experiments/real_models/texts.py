@@ -20,6 +20,7 @@ import yaml
 from tqdm.auto import tqdm
 
 import sae_bias as sb
+from real_models.harvest import FAST_DTYPE
 from real_models.statements import OPENINGS, QUESTIONS, statements
 
 HELD_OUT_EVERY = 12
@@ -197,7 +198,7 @@ def samples(
             if chat and (i // batch) % 3 == 2:
                 question = QUESTIONS[(i // batch // 3) % len(QUESTIONS)]
                 text = model.chat_text([{"role": "user", "content": question}])
-            hf = hf or copy.deepcopy(model.hf).to(torch.bfloat16)
+            hf = hf or copy.deepcopy(model.hf).to(FAST_DTYPE)
             write_json(file, _sample(model, hf, text, min(batch, n - i), n_tokens, seed=i))
         yield from (("samples", text) for text in json.loads(file.read_text(encoding="utf-8")))
 
