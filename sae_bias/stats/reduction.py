@@ -194,7 +194,8 @@ MIN_SPAN = 2.0
 def specific_value(beta: ArrayLike, left: ArrayLike) -> Numbers:
     """SR = max(min(β, 1), 0) − |ρ| of any number of β and ρ = B_s/B_0; NaN where either is."""
     beta, left = np.asarray(beta, dtype=float), np.asarray(left, dtype=float)
-    return np.clip(beta, 0.0, 1.0) - np.abs(left)
+    found = np.clip(beta, 0.0, 1.0) - np.abs(left)
+    return np.where(np.abs(found) < 1e-12, 0.0, found)  # no edit: 0, not the rounding of a slope of 1
 
 
 def specific_reduction(

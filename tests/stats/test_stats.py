@@ -446,6 +446,11 @@ def test_overshoot_and_flattening_are_never_credited(rho, beta):
     assert reduction.specific_value(beta, rho) == pytest.approx(min(max(beta, 0), 1) - abs(rho))
 
 
+def test_no_edit_removes_nothing_specifically():
+    """β of scores against themselves is 1 to rounding."""
+    assert reduction.specific_value(1 - 1.7e-15, 1.0) == 0.0
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), rho=st.floats(-3, 3), beta=st.floats(-2, 3))
 def test_specific_reduction_is_at_most_beta_and_at_most_one(seed, rho, beta):

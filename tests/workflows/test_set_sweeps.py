@@ -68,7 +68,9 @@ HOOKS = ("z", "attn_out", "mlp_out")  # as wide as the residual in this model
 
 
 def test_mismatches_stand_beside_the_controls_and_in_no_p(gemma3, pairs, probe, two, tmp_path):
-    model = sb.load_model(gemma3.folder, dtype=torch.float64)  # in float32 two orders of computing differ by more
+    model = sb.load_model(
+        gemma3.folder, dtype=torch.float64
+    )  # in float32 two orders of computing differ by more
     first, other = two[0], two[1].partition("#")[0]
     sweep = sb.Sweep([sb.Ablate(first)], controls=3, mismatches=[other])
     result = sb.run_sweep(model, pairs, sweep, probe=probe, out=tmp_path / "run")
