@@ -229,7 +229,8 @@ def test_in_float64_every_auroc_is_that_of_the_script(case, reduce):
     print(
         f"{reduce}, float64: {len(off):,} features, {live:,} fire; AUROC differs by {off.max():.1e} at most"
     )
-    assert live > 100 and off.max() < 1e-6
+    assert live > 50, "too few features fire for this to be a test"
+    assert off.max() < 1e-6
 
 
 @pytest.mark.parametrize("reduce", REDUCED)
