@@ -143,12 +143,13 @@ def _draw_lists(
     k = min(NEAREST, max(len(own), len(others) // 4), len(others))
     near = [np.argsort(np.abs(others - z), kind="stable")[:k] for z in own]
     lists = np.empty((n, len(own)), dtype=int)
-    for i in range(n):
-        taken: list[int] = []
-        for options in near:
-            free = options[~np.isin(options, taken)]
-            taken.append(int(rng.choice(free if len(free) else options)))
-        lists[i] = taken
+    for row in lists:
+        taken = np.zeros(len(others), dtype=bool)
+        for j, options in enumerate(near):
+            free = options[~taken[options]]
+            pool = free if len(free) else options
+            row[j] = pool[rng.integers(len(pool))]
+            taken[row[j]] = True
     return lists
 
 

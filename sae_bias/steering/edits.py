@@ -43,7 +43,7 @@ from sae_bias.models.fingerprint import model_digest
 from sae_bias.models.forward import check_fits, check_site
 from sae_bias.models.model import Model
 from sae_bias.models.tree import packs
-from sae_bias.saes.ids import SaeId
+from sae_bias.saes.ids import FeatureRef, SaeId
 from sae_bias.saes.load import as_feature, load_sae
 from sae_bias.saes.sae import Sae, sae_facts
 from sae_bias.steering.context import Change, EditContext
@@ -468,7 +468,15 @@ def edit_features(
     ]
     if len(edits) == 1:
         return edits[0]
-    return EditSet(" + ".join(map(str, refs)), tuple(edits), level=strength if sized else None)
+    return EditSet(_named(refs), tuple(edits), level=strength if sized else None)
+
+
+def _named(refs: Sequence[FeatureRef]) -> str:
+    """Their names with each SAE's once: `release/sae_id#1 #5 + release/other#3`."""
+    by_sae: dict[SaeId, list[str]] = {}
+    for ref in refs:
+        by_sae.setdefault(ref.sae, []).append(f"#{ref.index}")
+    return " + ".join(f"{sae}{' '.join(indices)}" for sae, indices in by_sae.items())
 
 
 def at_every_layer(

@@ -8,7 +8,8 @@ unsteered bias is not distinguishable from 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,23 @@ NAN = float("nan")
 Clusters = tuple[list[str], list[str]]
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """A cell's columns and facts, read once: pandas copies a frame's facts at every selection of it."""
+
+    bias: np.ndarray
+    human: np.ndarray
+    ai: np.ndarray
+    did: np.ndarray
+    """Bias less the mundane twin's; NaN where a pair has none."""
+    facts: Mapping[Any, Any]
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> Self:
+        columns = (frame[name].to_numpy() for name in ("bias", "score_human", "score_ai"))
+        return cls(*columns, twin_difference(frame), frame.attrs)
+
+
 def cell_rows(
     listed: Sequence[Mapping[str, Any]],
     cells: Mapping[str, pd.DataFrame],
@@ -34,48 +52,50 @@ def cell_rows(
 ) -> pd.DataFrame:
     """One row a cell and split; the first listed cell is the base."""
     base = cells[listed[0]["cell"]]
-    keep = {split: base["template"].isin(list(templates)).to_numpy() for split, templates in splits.items()}
+    labels = base["template"].to_numpy(), base["entity"].to_numpy()
+    keep = {split: np.isin(labels[0], list(templates)) for split, templates in splits.items()}
     for split, rows in keep.items():
         if not rows.any():
             raise RequestError(f"split {split!r} holds none of the pairs' templates.")
-    rows = [
-        _row(c, split, rows, cells[c["cell"]], base, costs) for c in listed for split, rows in keep.items()
-    ]
-    return pd.DataFrame(rows)
+    clusters = {split: (labels[0][rows].tolist(), labels[1][rows].tolist()) for split, rows in keep.items()}
+    then, table = _Scores.of(base), []
+    for cell in listed:
+        now = _Scores.of(cells[cell["cell"]])
+        table += [_row(cell, split, now, then, rows, clusters[split], costs) for split, rows in keep.items()]
+    return pd.DataFrame(table)
 
 
 def _row(
-    cell: Mapping[str, Any], split: str, keep: np.ndarray, frame: pd.DataFrame, base: pd.DataFrame, costs: bool
+    cell: Mapping[str, Any], split: str, now: _Scores, then: _Scores, keep: np.ndarray, clusters: Clusters, costs: bool
 ) -> dict[str, Any]:  # fmt: skip
-    clusters = base.loc[keep, "template"].tolist(), base.loc[keep, "entity"].tolist()
     strength = NAN if cell["strength"] is None else float(cell["strength"])
     row = {
         **{name: cell[name] for name in ("cell", "intervention", "feature")},
         "strength": strength, "positions": cell["positions"], "split": split, "n_pairs": int(keep.sum()),
-        **_effect(frame[keep], base[keep], clusters),
+        **_effect(now, then, keep, clusters),
         **{name: cell[name] for name in ("rule", "kind", "label")},
-        "outside_observed": _outside(cell["intervention"], strength, frame.attrs.get("max_act")),
+        "outside_observed": _outside(cell["intervention"], strength, now.facts.get("max_act")),
     }  # fmt: skip
     if costs:
-        row |= _did_columns(frame, base, keep, clusters)
-        row |= _collapse_columns(frame, base, keep, clusters)
-        row |= _cost_columns(dict(frame.attrs), row["beta"])
-    row["positions_changed"] = frame.attrs.get("positions_changed", 0)
+        row |= _did_columns(now, then, keep, clusters)
+        row |= _collapse_columns(now, then, keep, clusters)
+        row |= _cost_columns(now.facts, row["beta"])
+    row["positions_changed"] = now.facts.get("positions_changed", 0)
     return row
 
 
-def _effect(after: pd.DataFrame, before: pd.DataFrame, clusters: Clusters) -> dict[str, Any]:
+def _effect(after: _Scores, before: _Scores, keep: np.ndarray, clusters: Clusters) -> dict[str, Any]:
     """What the edit did to the bias, and how far it moved each side's scores."""
-    now, then = after["bias"].to_numpy(), before["bias"].to_numpy()
+    now, then = after.bias[keep], before.bias[keep]
     stat, reduction = clustered_mean(now, *clusters), fieller_reduction(then, now, *clusters)
     wrong = now > then if then.mean() > 0 else now < then
-    human, ai = (float((after[s] - before[s]).mean()) for s in ("score_human", "score_ai"))
+    human, ai = after.human - before.human, after.ai - before.ai
     change = reduction.change
     return {
         "bias": stat.mean, "ci_low": stat.ci_low, "ci_high": stat.ci_high,
         "change": float((now - then).mean()), "mean_abs_change": float(np.abs(now - then).mean()),
         "removed_nats": change.mean, "removed_nats_low": change.ci_low, "removed_nats_high": change.ci_high,
-        "human_shift": human, "ai_shift": ai, "wrong_way_share": float(wrong.mean()),
+        "human_shift": float(human[keep].mean()), "ai_shift": float(ai[keep].mean()), "wrong_way_share": float(wrong.mean()),
         "reduction": reduction.estimate, "red_low": reduction.ci_low, "red_high": reduction.ci_high, "red_reason": reduction.reason,
         "overshoot": reduction.overshoot,
     }  # fmt: skip
@@ -88,18 +108,16 @@ def _outside(intervention: str, strength: float, observed: float | None) -> bool
     return bool(sets and not 0 <= strength <= (observed or 0.0))
 
 
-def _did_columns(
-    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
-) -> dict[str, float]:
+def _did_columns(now: _Scores, then: _Scores, keep: np.ndarray, clusters: Clusters) -> dict[str, float]:
     """The difference in differences, bias less the mundane twin's, and how much of it the edit removed, in nats and as a share."""
     names = (
         "did", "did_removed_nats", "did_removed_nats_low", "did_removed_nats_high", "did_reduction", "did_red_low", "did_red_high",
     )  # fmt: skip
-    then, now, labels = _with_twins(frame, base, keep, clusters)
-    if not len(then):
+    before, after, labels = _with_twins(now, then, keep, clusters)
+    if not len(before):
         return dict.fromkeys(names, NAN)
-    r = fieller_reduction(then, now, *labels)
-    return dict(zip(names, (float(now.mean()), r.change.mean, *r.change.ci, r.estimate, *r.ci)))
+    r = fieller_reduction(before, after, *labels)
+    return dict(zip(names, (float(after.mean()), r.change.mean, *r.change.ci, r.estimate, *r.ci)))
 
 
 def twin_difference(frame: pd.DataFrame) -> np.ndarray:
@@ -110,35 +128,32 @@ def twin_difference(frame: pd.DataFrame) -> np.ndarray:
     return frame["bias"].to_numpy(float) - np.array([NAN if t is None else t for t in twins], dtype=float)
 
 
-def _collapse_columns(
-    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
-) -> dict[str, Any]:
+def _collapse_columns(now: _Scores, then: _Scores, keep: np.ndarray, clusters: Clusters) -> dict[str, Any]:
     """β and the specific reduction of one split's bias, and of its difference in differences beside it; NaN where the banks were not run."""
-    bank_before, bank_after = base.attrs.get("bank"), frame.attrs.get("bank")
+    bank_before, bank_after = then.facts.get("bank"), now.facts.get("bank")
     if bank_before is None or bank_after is None:
         return dict.fromkeys([*COLLAPSE_COLUMNS, *DID_COLUMNS], NAN) | {"specific_reason": "not measured"}
     banks = np.array(bank_before), np.array(bank_after)
-    then, now = (f["bias"].to_numpy()[keep] for f in (base, frame))
-    test = collapse_test(then, now, clusters, *banks)
+    test = collapse_test(then.bias[keep], now.bias[keep], clusters, *banks)
     s = test.specific
     changed = (test.changed_share[b] for b in ("other", "ai"))
     values = (s.estimate, s.ci_low, s.ci_high, s.beta, s.beta_other, s.beta_ai, *changed)
     found: dict[str, Any] = dict(zip(COLLAPSE_COLUMNS, values)) | dict.fromkeys(DID_COLUMNS, NAN)
-    then, now, labels = _with_twins(frame, base, keep, clusters)
-    if len(then):
-        did = collapse_test(then, now, labels, *banks).specific
+    before, after, labels = _with_twins(now, then, keep, clusters)
+    if len(before):
+        did = collapse_test(before, after, labels, *banks).specific
         found |= dict(zip(DID_COLUMNS, (did.estimate, did.ci_low, did.ci_high)))
     return found | {"specific_reason": s.reason}
 
 
 def _with_twins(
-    frame: pd.DataFrame, base: pd.DataFrame, keep: np.ndarray, clusters: Clusters
+    now: _Scores, then: _Scores, keep: np.ndarray, clusters: Clusters
 ) -> tuple[np.ndarray, np.ndarray, Clusters]:
     """Differences in differences before and after of the pairs that have a twin, with their clusters."""
-    then, now = (twin_difference(f)[keep] for f in (base, frame))
-    known = np.isfinite(then) & np.isfinite(now)
+    before, after = then.did[keep], now.did[keep]
+    known = np.isfinite(before) & np.isfinite(after)
     templates, entities = (np.array(c)[known].tolist() for c in clusters)
-    return then[known], now[known], (templates, entities)
+    return before[known], after[known], (templates, entities)
 
 
 DID_COLUMNS = ["did_specific_reduction", "did_spec_low", "did_spec_high"]

@@ -20,22 +20,24 @@ LAYER, STEPS = 1, 200
 
 
 def by_hand(tiny, pairs, score, sae=None):
-    """(IG of every feature, of the error, the exact upper bound): one prompt at a time, full logits, a midpoint rule of 200 steps."""
+    """(IG of every feature, of the error, the exact upper bound): one prompt at a time, full logits, a midpoint rule whose 200 points are one batch."""
     plain, sae = Plain.load(tiny.folder), sae or tiny.sae
     words = {w: plain.ids(f"so {w}")[-1] for w in (*POSITIVE, *NEGATIVE)}
     sides = [[words[w] for w in side] for side in (POSITIVE, NEGATIVE)]
 
     def scored(z):
-        good, bad = (z.log_softmax(-1)[ids] for ids in sides)
-        return good.mean() - bad.mean() if score == "mean_logit" else good.logsumexp(0) - bad.logsumexp(0)
+        good, bad = (z.log_softmax(-1)[:, ids] for ids in sides)
+        return (
+            good.mean(-1) - bad.mean(-1) if score == "mean_logit" else good.logsumexp(-1) - bad.logsumexp(-1)
+        )
 
     def score_of(ids, x):
         def hook(module, args, output):
-            return (x[None], *output[1:]) if isinstance(output, tuple) else x[None]
+            return (x, *output[1:]) if isinstance(output, tuple) else x
 
         handle = plain.layer(LAYER).register_forward_hook(hook)
         try:
-            return scored(plain.hf(input_ids=torch.tensor([ids])).logits[0, -1].float())
+            return scored(plain.hf(input_ids=torch.tensor([ids] * len(x))).logits[:, -1].float())
         finally:
             handle.remove()
 
@@ -46,17 +48,16 @@ def by_hand(tiny, pairs, score, sae=None):
         own = plain.residual(pair.ai, LAYER)
         twin = own.clone()
         twin[-n:] = plain.residual(pair.human, LAYER)[-n:]
-        grad = torch.zeros_like(own)
-        for step in range(STEPS):
-            x = (twin + (step + 0.5) / STEPS * (own - twin)).requires_grad_(True)
-            grad += torch.autograd.grad(score_of(ai, x), x)[0] / STEPS
+        share = (torch.arange(STEPS)[:, None, None] + 0.5) / STEPS
+        path = (twin + share * (own - twin)).requires_grad_(True)
+        grad = torch.autograd.grad(score_of(ai, path).sum(), path)[0].mean(0)
         acts = [sae.encode(x) for x in (own, twin)]
         rest = [x - sae.decode(a) for x, a in zip((own, twin), acts)]
         w_dec = sae.W_dec_rows(range(sae.d_sae))
         features = features + ((acts[1] - acts[0]) * (grad @ w_dec.T)).sum(0).double().numpy() / len(pairs)
         error += float((grad * (rest[1] - rest[0])).sum()) / len(pairs)
         with torch.no_grad():
-            bound += float(score_of(ai, twin) - score_of(ai, own)) / len(pairs)
+            bound += float(score_of(ai, twin[None]) - score_of(ai, own[None])) / len(pairs)
     return features, error, bound
 
 
