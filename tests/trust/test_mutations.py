@@ -50,7 +50,7 @@ from sae_bias.measures import fidelity as gate
 from sae_bias.measures import judge_replies
 from sae_bias.models import forward as activations
 from sae_bias.models import hub, load, model, tree
-from sae_bias.probe import reading, words
+from sae_bias.probe import estimates, reading, words
 from sae_bias.saes import ids as sae_ids
 from sae_bias.saes import load as sae_load
 from sae_bias.saes.formats import gemma_scope
@@ -263,13 +263,13 @@ def bos_by_index(patch: pytest.MonkeyPatch) -> None:
 
 def prompt_only_under_cache(patch: pytest.MonkeyPatch) -> None:
     """Steering acts in prefill and stops once single tokens come from the cache."""
-    hook_of = hooks._State._hook
+    change_of = hooks._State._change
 
     def mutated(self, site):
-        hook = hook_of(self, site)
-        return lambda module, args, output: None if self.info.past else hook(module, args, output)
+        change = change_of(self, site)
+        return lambda x: None if self.info.past else change(x)
 
-    patch.setattr(hooks._State, "_hook", mutated)
+    patch.setattr(hooks._State, "_change", mutated)
 
 
 def never_fired_passes(patch: pytest.MonkeyPatch) -> None:
@@ -359,12 +359,6 @@ def inferred_silently(patch: pytest.MonkeyPatch) -> None:
         return replace(read(*args, **options), notes=())
 
     swap(patch, read, mutated)
-
-
-def signed_mean(real, self, base):
-    """The mean change where the mean |change| should stand."""
-    change = real(self, base)
-    return replace(change, mean_abs=float(change.values.mean()))
 
 
 def bos_kept(real, self, messages, **options):
@@ -580,7 +574,7 @@ MUTANTS = [
     ),
     Mutant(
         "mean change in place of mean |change| (mistake 3)",
-        around(sb.ProbeResult, "__sub__", signed_mean),
+        lambda patch: patch.setattr(estimates.Change, "mean_abs", property(lambda c: float(c.values.mean()))),
         test_probe.test_change_and_reduction_have_the_stated_sign,
     ),
     Mutant(
