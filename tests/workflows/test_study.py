@@ -134,7 +134,7 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
     tmp_path, effects_of
 ):
     """Nothing was planted: the feature of largest exact ablation effect on discover is suppressed, and named for that alone."""
-    saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
+    saes = [f"organism:null/{truth('null')['saes'][0]['sae']}"]
     study = load_study().model_copy(
         update={
             "model": "organism:null",
