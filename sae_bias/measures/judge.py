@@ -224,7 +224,7 @@ def run_judge(
         failures = _ask_all(requests, store, pace or Pace(), Path(out) / "judge" / "logs", progress)
     if failures and not any(r.key in store for r in requests):
         raise MissingError(
-            f"no judge answered ({failures[0]}); start the server or check the key, and run the same command again."
+            f"no judge answered ({failures[0]}); start the server or check the key and the address (most end in /v1), and run the same command again."
         )
     return JudgeResult(
         frame.reset_index(drop=True), _table(requests, store), cost, tuple(dict.fromkeys(failures))
@@ -340,7 +340,8 @@ def _ask_all(
         errors = [sample.error for sample in log.samples or () if sample.error] + (
             [log.error] if log.error else []
         )
-        said += [f"{log.eval.model}: {' '.join(error.message.split())[:200]}" for error in errors]
+        own = [error for error in errors if not error.message.startswith("CancelledError")]
+        said += [f"{log.eval.model}: {' '.join(error.message.split())[:200]}" for error in own or errors]
     return said
 
 
@@ -361,9 +362,12 @@ def _outside_a_loop(work: Callable[[], Any]) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return work()
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+        pass
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+    # not where the error is caught: it would be the innermost cause of whatever goes wrong in `work`, and Inspect reports that one
+    return work()
 
 
 def _schema(kind: str) -> Any:

@@ -394,6 +394,15 @@ def test_a_dead_judge_is_missing(tmp_path):
         run_judge(TEXTS, [judge], out=tmp_path, pace=Pace(2, 1, 5, 2), parts=["harm"])
 
 
+def test_a_wrong_address_is_said_as_it_came(serve, tmp_path):
+    """The server's own 404, not what happened inside on the way; and what an address ends in."""
+    server = serve("rating", "3")
+    judge = Judge("openai-api/local/a", base_url=server.url.removesuffix("/v1"), api_key="none")
+    with pytest.raises(sb.MissingError, match=r"404.*/v1"):
+        run_judge(TEXTS, [judge], out=tmp_path)
+
+
+
 @pytest.mark.slow
 def test_a_real_model_as_judge(serve, tmp_path, gemma3):
     """A tiny random model writes no ratings; every reply is kept and counted as unreadable."""
