@@ -199,7 +199,18 @@ def test_a_second_feature_does_not_take_the_first_ones_place(capsys, gemma3, tmp
         "words: {positive: [natural, valid], negative: [dangerous, wrong]}\n"
     )
     run = tmp_path / "run"
-    more = ("--pairs", tmp_path / "pairs.yaml", "--edit", "ablate", "--controls", 0, "--no-costs", "--out", run, "--quiet")
+    more = (
+        "--pairs",
+        tmp_path / "pairs.yaml",
+        "--edit",
+        "ablate",
+        "--controls",
+        0,
+        "--no-costs",
+        "--out",
+        run,
+        "--quiet",
+    )
     assert ran(capsys, "sweep", gemma3.folder, f"{gemma3.sae_folder}#3", *more)[0] == 0
     before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
     code, _, err = ran(capsys, "sweep", gemma3.folder, f"{gemma3.sae_folder}#7", *more)

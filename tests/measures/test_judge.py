@@ -402,7 +402,6 @@ def test_a_wrong_address_is_said_as_it_came(serve, tmp_path):
         run_judge(TEXTS, [judge], out=tmp_path)
 
 
-
 @pytest.mark.slow
 def test_a_real_model_as_judge(serve, tmp_path, gemma3):
     """A tiny random model writes no ratings; every reply is kept and counted as unreadable."""
