@@ -19,6 +19,8 @@ from sae_bias.stats.reduction import NOT_DISTINGUISHABLE
 
 MIN_BETA = 0.7
 MAX_KL_OFF = 0.05
+ALIKE = 1e-4
+"""Specific reductions that differ by less are alike, and the edit listed first is named: ablating and clamping to 0 are one edit, and rounding must not choose."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def choose_strength(frame: pd.DataFrame, tune: str, report: str) -> BestStrength
     if reason:
         return BestStrength(tune, report, reason=reason)
     eligible = _eligible(rows)
-    chosen = eligible.iloc[int(eligible["specific_reduction"].to_numpy().argmax())]
+    found = eligible["specific_reduction"].to_numpy()
+    chosen = eligible.iloc[int(np.argmax(found >= found.max() - ALIKE))]
     held: Any = frame[(frame["cell"] == chosen["cell"]) & (frame["split"] == report)].iloc[0]
     return BestStrength(
         tune, report, str(chosen["cell"]), str(chosen["rule"]), float(chosen["strength"]), bool(held["outside_observed"]),

@@ -122,6 +122,15 @@ def test_the_strength_is_chosen_by_specific_reduction_and_reported_held_out():
     assert "in-sample" in repr(best)
 
 
+def test_rounding_does_not_choose_between_two_names_of_one_edit():
+    """Ablating and clamping to 0 are one edit; a batch of another shape puts either a millionth ahead."""
+    first, second = ("ablate", 0.8, 0.7, 0.9, 0.01), ("clamp to 0", 0.8 + 1e-6, 0.7, 0.9, 0.01)
+    assert choose_strength(_table([first, second]), "tune", "report").cell == "ablate"
+    assert (
+        choose_strength(_table([first, ("better", 0.81, 0.7, 0.9, 0.01)]), "tune", "report").cell == "better"
+    )
+
+
 def test_an_edit_that_turns_the_bias_round_is_not_chosen():
     """0.2 of the bias left is better than −0.9 of it: an overshoot is a bias too."""
     bank = list(np.random.default_rng(0).normal(0, 2, len(bank_items()[0])))

@@ -118,7 +118,7 @@ def judge(run: Run, frame: pd.DataFrame) -> Drawn:
     """Marks by part of the rubric, agreement, noise, and the prompts that it takes."""
     said = "; ".join(
         f"{_marks(r)} ({f'α undefined ({r.alpha_reason})' if r.alpha_reason else f'α {fmt.number(r.alpha)}'}; "
-        f"{fmt.number(r.needed_n)} prompts for 80% power)"
+        f"prompts for 80% power: {fmt.number(r.needed_n)})"
         for r in frame.itertuples()
     )
     lost = run.summary.judge.n_unreadable if run.summary.judge else 0
