@@ -503,19 +503,16 @@ class Run(Console):
     @property
     def gate(self) -> dict[str, Any]:
         """The gate's figures, as a manifest holds them."""
-        from sae_bias.runs.summary import gate_facts
+        from sae_bias.measures.fidelity import Gate
 
-        return gate_facts(self.fidelity, True, self._logits)
+        return Gate(tuple(self.fidelity), self._logits).facts()
 
     def note_gate(self) -> None:
-        """The gate's figures in one line."""
-        found = self.fidelity
-        error = max((f.residual_max_rel_error for f in found), default=0.0)
-        label = {f.sae: f" (label {f.label_l0:.0f})" if f.label_l0 else "" for f in found}
-        parts = [f"{f.sae}: unexplained variance {f.fvu:.3f}, L0 {f.l0:.1f}{label[f.sae]}" for f in found[:4]]
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-        if found:
-            self.note(f"fidelity: residual as Hugging Face's to {error:.1e} of its size; {'; '.join(parts)}{more}")  # fmt: skip
+        """The figures of the SAEs in one line; their warnings were said before."""
+        from sae_bias.measures.fidelity import gate_lines
+
+        if self.fidelity:
+            self.note(gate_lines(self.gate)[0])
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """The manifest of this run; `more` may name another model, SAEs, prompts."""

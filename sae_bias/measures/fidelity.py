@@ -193,6 +193,45 @@ def gate_model(model: Model) -> float:
     return _once(key, ("logits",), lambda: {"logits": check_logits(model, LOGITS_PROMPT)})["logits"]
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What the gate found: the figures of each SAE, or the logits' error where there is no SAE."""
+
+    found: tuple[Fidelity, ...] = ()
+    logits: float | None = None
+    skipped: bool = False
+
+    @property
+    def warnings(self) -> list[str]:
+        return [w for f in self.found for w in f.warnings]
+
+    def facts(self) -> dict[str, object]:
+        """As a manifest holds it."""
+        if self.skipped:
+            return {"status": "skipped"}
+        if not self.found:
+            return {"status": "not needed"} if self.logits is None else {"status": "passed", "logits_max_rel_error": self.logits}  # fmt: skip
+        first = self.found[0]
+        return {
+            "status": "warned" if self.warnings else "passed",
+            "residual_max_rel_error": float(np.nanmax([f.residual_max_rel_error for f in self.found] + [0.0])),
+            "fvu": first.fvu, "l0": first.l0, "label_l0": first.label_l0,
+            "saes": [{"sae": f.sae, "fvu": f.fvu, "l0": f.l0, "label_l0": f.label_l0, "warnings": list(f.warnings)} for f in self.found],
+        }  # fmt: skip
+
+
+def run_gate(model: Model, saes: Sequence[Sae], *, skip: bool = False) -> Gate:
+    """The gate of a model and its SAEs; of the model's logits alone where there is none.
+
+    Raises:
+        GateError: the captured residual is not Hugging Face's hidden state, or the logits are not the model's own.
+    """
+    if skip:
+        return Gate(skipped=True)
+    found = tuple(gate_sae(model, sae) for sae in saes)
+    return Gate(found, None if found else gate_model(model))
+
+
 def gate_lines(facts: Mapping[str, Any]) -> list[str]:
     """A manifest's gate in a line, and one for each warning."""
     status = facts.get("status")

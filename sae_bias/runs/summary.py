@@ -14,7 +14,6 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from sae_bias.core.files import plain
-from sae_bias.measures.fidelity import Fidelity
 from sae_bias.probe.result import ProbeResult
 from sae_bias.stats.clustered import Clustered, effect_sizes
 
@@ -418,20 +417,3 @@ def effect(stat: Clustered, values: np.ndarray, templates: Sequence[str]) -> Eff
         n_templates=stat.n_templates, n_entities=stat.n_entities, reason=stat.reason or None,
         d_z=sizes.d_z, share_templates_positive=sizes.share_positive,
     )  # fmt: skip
-
-
-def gate_facts(found: Sequence[Fidelity], gate: bool, logits: float | None = None) -> dict[str, object]:
-    """The gate as a manifest holds it; without an SAE only the logits were compared."""
-    if not gate:
-        return {"status": "skipped"}
-    if not found and logits is not None:
-        return {"status": "passed", "logits_max_rel_error": logits}
-    if not found:
-        return {"status": "not needed"}
-    worst = found[0]
-    return {
-        "status": "warned" if any(f.warnings for f in found) else "passed",
-        "residual_max_rel_error": float(np.nanmax([f.residual_max_rel_error for f in found] + [0.0])),
-        "fvu": worst.fvu, "l0": worst.l0, "label_l0": worst.label_l0,
-        "saes": [{"sae": f.sae, "fvu": f.fvu, "l0": f.l0, "label_l0": f.label_l0, "warnings": list(f.warnings)} for f in found],
-    }  # fmt: skip

@@ -22,7 +22,7 @@ from sae_bias.discovery.model_diff import model_diff
 from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.text_contrasts import first_chosen
 from sae_bias.measures.behavior import Behavior, DoseResponse, Judged, behavior_scores, dose_response
-from sae_bias.measures.fidelity import Fidelity, gate_sae
+from sae_bias.measures.fidelity import Gate, run_gate
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
@@ -31,7 +31,7 @@ from sae_bias.prompts.files import read_lines
 from sae_bias.prompts.load import load_pairs
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
-from sae_bias.runs.summary import Summary, gate_facts
+from sae_bias.runs.summary import Summary
 from sae_bias.saes.load import expand_saes, load_sae
 from sae_bias.saes.sae import Sae, check_sae
 from sae_bias.steering.directions import difference_of_means
@@ -179,13 +179,13 @@ def run_contrast_study(
     for sae in saes:
         check_sae(model, sae)
         _refuse_another(study, model, sae)
-    fidelity = [gate_sae(model, s) for s in saes] if gate else []
+    found = run_gate(model, saes, skip=not gate)
     baseline = None if study.baseline is None else load_model(study.baseline, **study.placement)
-    root, lines, paths = Path(out), [w for f in fidelity for w in f.warnings], []
+    root, lines, paths = Path(out), found.warnings, []
     summary = Summary.from_facts({})
     for name in study.files():
         folder = RunFolder(root / name if name else root)
-        run = _Run(study, model, saes, fidelity, baseline, gate, confirm, progress)
+        run = _Run(study, model, saes, found, baseline, confirm, progress)
         with folder.writing():
             summary, said = run.write(folder, name)
         lines += [f"{name}: {line}" if name else line for line in said]
@@ -224,16 +224,15 @@ class _Run:
     study: ContrastStudy
     model: Model
     saes: list[Sae]
-    fidelity: list[Fidelity]
+    gate: Gate
     baseline: Model | None
-    gate: bool
     confirm: Confirm | None
     progress: bool
 
     def write(self, folder: RunFolder, name: str) -> tuple[Summary, list[str]]:
         s, contrast = self.study, self.study.texts(name)
         facts = manifest(
-            self.model, saes=self.saes, seed=s.seed, study=json.loads(s.model_dump_json()), gate=gate_facts(self.fidelity, self.gate),
+            self.model, saes=self.saes, seed=s.seed, study=json.loads(s.model_dump_json()), gate=self.gate.facts(),
             contrast={"name": contrast.name, "n_positive": len(contrast.positive), "n_negative": len(contrast.negative), "paired": contrast.paired},
         )  # fmt: skip
         folder.write_json("manifest", facts)

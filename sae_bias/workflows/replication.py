@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from sae_bias.core.errors import MissingError, RequestError
 from sae_bias.core.text import bracket, is_number, number, signed
-from sae_bias.measures.fidelity import gate_model
+from sae_bias.measures.fidelity import run_gate
 from sae_bias.models.catalog import model_info
 from sae_bias.models.load import load_model
 from sae_bias.models.model import Model
@@ -38,7 +38,7 @@ from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest, manifest_of_several
-from sae_bias.runs.summary import Summary, bias_summary, gate_facts
+from sae_bias.runs.summary import Summary, bias_summary
 from sae_bias.stats.clustered import clustered_mean
 from sae_bias.workflows.as_published import probe_switches, switch_range, verdict
 from sae_bias.workflows.study_file import StudyFile, StudyResult
@@ -155,9 +155,9 @@ class _Runner:
         """Load, check, probe and let go of one model; one that cannot be had is noted with the reason."""
         try:
             with self.loaded(name) as model:
-                error = gate_model(model) if self.gate else None
+                gate = run_gate(model, [], skip=not self.gate).facts()
                 self.measured[name] = self.measure(name, model)
-                words, gate = self.measured[name].forms["plain"].vocabulary, gate_facts([], self.gate, error)
+                words = self.measured[name].forms["plain"].vocabulary
                 self.facts[name] = manifest(model, pairs=self.pairs, vocabulary=words, seed=self.study.seed, gate=gate)  # fmt: skip
         except MissingError as error:
             self.missing[name] = str(error)

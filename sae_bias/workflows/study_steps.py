@@ -30,7 +30,7 @@ from sae_bias.discovery.ranking import Ranking, rank_features
 from sae_bias.discovery.tables import activation_table
 from sae_bias.measures.base import run_measures
 from sae_bias.measures.continuations import Phrasing, make_asks
-from sae_bias.measures.fidelity import Fidelity, gate_model, gate_sae
+from sae_bias.measures.fidelity import Gate, run_gate
 from sae_bias.measures.identity import known_identities
 from sae_bias.measures.judge import Confirm, Judge
 from sae_bias.models.catalog import organism_folder
@@ -50,7 +50,7 @@ from sae_bias.prompts.texts import load_identity
 from sae_bias.runs.copies import probe_facts
 from sae_bias.runs.folder import RunFolder
 from sae_bias.runs.manifest import manifest
-from sae_bias.runs.summary import CausalFigure, Summary, bias_summary, gate_facts
+from sae_bias.runs.summary import CausalFigure, Summary, bias_summary
 from sae_bias.saes.ids import FeatureRef
 from sae_bias.saes.load import as_feature, expand_saes, load_sae
 from sae_bias.steering.controls import observed_max
@@ -86,7 +86,6 @@ class StudyRun:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.chosen: FeatureRef | None = None
-        self.logits_error: float | None = None
         n_steps = (
             2 + study.checks + (study.profile == "as_published") + (5 + study.checks if study.saes else 0)
         )
@@ -106,7 +105,7 @@ class StudyRun:
                 if self.saes:
                     check_behavior(study, self.model)
                 stack.enter_context(knowing(self.model, self.sites))
-                self.fidelity = self.check()
+                self.found = self.check()
             with self.step("probe"):
                 base = run_probe(self.model, self.pairs, self.probe, random_words=True)
             self.write_base(base)
@@ -146,13 +145,9 @@ class StudyRun:
         self.seconds[name] = round(time.perf_counter() - start, 2)
         self.bar.update()
 
-    def check(self) -> list[Fidelity]:
-        if not self.gate:
-            self.notes.append("The fidelity gate was switched off (--no-gate).")
-            return []
-        found = [gate_sae(self.model, s) for s in self.saes]
-        self.logits_error = None if found else gate_model(self.model)
-        self.notes += [w for f in found for w in f.warnings]
+    def check(self) -> Gate:
+        found = run_gate(self.model, self.saes, skip=not self.gate)
+        self.notes += ["The fidelity gate was switched off (--no-gate)."] if found.skipped else found.warnings
         return found
 
     def write_base(self, base: ProbeResult) -> None:
@@ -166,7 +161,7 @@ class StudyRun:
         self.folder.write_table("words", base.words().assign(diff=lambda w: w["contribution"]))
         facts = manifest(
             self.model, pairs=self.pairs, grid=self.grid, vocabulary=base.vocabulary, saes=self.saes, seed=self.study.seed,
-            probe=probe_facts(self.probe, base.vocabulary), study=json.loads(self.study.model_dump_json()), split=self.split, gate=gate_facts(self.fidelity, self.gate, self.logits_error),
+            probe=probe_facts(self.probe, base.vocabulary), study=json.loads(self.study.model_dump_json()), split=self.split, gate=self.found.facts(),
         )  # fmt: skip
         self.folder.write_json("manifest", facts)
 

@@ -39,8 +39,8 @@ class _Scores:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Self:
-        columns = (frame[name].to_numpy() for name in ("bias", "score_human", "score_ai"))
-        return cls(*columns, twin_difference(frame), frame.attrs)
+        bias, human, ai = (frame[name].to_numpy() for name in ("bias", "score_human", "score_ai"))
+        return cls(bias, human, ai, twin_difference(frame), frame.attrs)
 
 
 def cell_rows(

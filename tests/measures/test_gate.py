@@ -15,7 +15,7 @@ from sae_bias.cli.main import main
 from sae_bias.core.files import cache_folder
 from sae_bias.measures import fidelity
 from sae_bias.measures import fidelity as gate
-from sae_bias.measures.fidelity import gate_lines, gate_model, gate_sae
+from sae_bias.measures.fidelity import Gate, gate_lines, gate_model, gate_sae
 from sae_bias.prompts.texts import load_texts
 
 
@@ -257,13 +257,11 @@ def test_a_cache_that_cannot_be_written_is_no_failure(gemma3, tmp_path, monkeypa
 
 
 def test_the_gate_in_words(gemma3, cache):
-    from sae_bias.runs.summary import gate_facts
-
     found = gate_sae(gemma3.model, gemma3.sae)
-    line, *warnings = gate_lines(gate_facts([found], True))
+    line, *warnings = gate_lines(Gate((found,)).facts())
     assert warnings == [f"warning: {w}" for w in found.warnings]
     assert f"unexplained variance {found.fvu:.3f}" in line
     assert f"{found.residual_max_rel_error:.1e}" in line
-    assert gate_lines(gate_facts([], False)) == ["fidelity gate: skipped (--no-gate)"]
-    assert "logits" in gate_lines(gate_facts([], True, 1e-7))[0]
+    assert gate_lines(Gate(skipped=True).facts()) == ["fidelity gate: skipped (--no-gate)"]
+    assert "logits" in gate_lines(Gate(logits=1e-7).facts())[0]
     assert not math.isnan(found.residual_max_rel_error)

@@ -121,6 +121,10 @@ def test_several_contrasts_directions_and_questions(gemma3, folder, tmp_path):
     ).located(where)  # fmt: skip
     result = run_contrast_study(study, out=tmp_path / "run", progress=False)
     for name in ("a", "b"):
+        gate = json.loads((result.path / name / "manifest.json").read_text())["gate"]
+        assert gate["status"] == "passed" and gate["logits_max_rel_error"] < 1e-5, (
+            "without an SAE the logits are compared"
+        )
         frame = pd.read_parquet(result.path / name / "tables" / "dose_response.parquet")
         assert frame["n"].tolist() == [3, 3, 6] * 2 and "project out" in frame["edit"].iloc[-1]
         bias = pd.read_parquet(result.path / name / "tables" / "question_bias.parquet")

@@ -260,7 +260,7 @@ def test_what_the_last_step_reads_is_checked_before_the_first_pass(tmp_path, mon
     def passed(*_, **__):
         raise AssertionError("a prompt was passed first")
 
-    for name in ("study_steps.run_probe", "study_steps.gate_model", "contrast_study.gate_sae"):
+    for name in ("study_steps.run_probe", "study_steps.run_gate", "contrast_study.run_gate"):
         monkeypatch.setattr(f"sae_bias.workflows.{name}", passed)
     with pytest.raises(sb.SaeBiasError, match=says):
         sb.run_study(load_study(path), out=tmp_path / "run", progress=False)
