@@ -1,6 +1,6 @@
 """The whole search on a real pretrained model and real text: an SAE is trained, a gender question ranked, cards written.
 
-    SAE_BIAS_REAL_DATA=FOLDER python experiments/real_model/run.py runs/real_model
+    SAE_BIAS_REAL_DATA=FOLDER python experiments/tinystories_260k/run.py runs/tinystories_260k
 
 FOLDER holds `stories260k/` (a Llama checkpoint trained on TinyStories) and `tinystories_1000.json` (stories). Nothing is downloaded.
 """
@@ -98,4 +98,4 @@ if __name__ == "__main__":
     where = os.environ.get("SAE_BIAS_REAL_DATA")
     if not where or not (Path(where) / "stories260k").is_dir():
         sys.exit("set SAE_BIAS_REAL_DATA to the folder that holds stories260k/ and tinystories_1000.json")
-    main(Path(where), Path(sys.argv[1] if len(sys.argv) > 1 else "runs/real_model"))
+    main(Path(where), Path(sys.argv[1] if len(sys.argv) > 1 else "runs/tinystories_260k"))
