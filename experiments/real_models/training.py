@@ -180,21 +180,22 @@ def _batches(rows: Tensor, normalize: Normalizer, recipe: SaeRecipe, start: int)
 def _resample(trainer: Any, batch: Float[Tensor, "n d_model"], seed: int) -> None:
     """Give features that fell silent a new start at what is explained worst (Bricken et al. 2023, "Towards Monosemanticity").
 
-    A silent feature's decoder row becomes the error of a row of the batch, drawn with probability ∝ its squared error, at the usual
-    length; its encoder column points the same way; its Adam moments are forgotten.
+    A silent feature's decoder row becomes the error of a row of the batch at the usual length, drawn with probability ∝ its squared error
+    over its squared length; its encoder column points the same way, at a fifth of the usual length; its Adam moments are forgotten. (By the squared error alone
+    thousands of features go to the two or three longest rows of a batch, add up at the next such row, and training diverges.)
     """
     sae, dead = trainer.sae, trainer.dead_neurons.nonzero().flatten()
     if not len(dead) or len(dead) == sae.cfg.d_sae:
         return
     alive = (~trainer.dead_neurons).nonzero().flatten()
     error = batch - sae.decode(sae.encode_with_hidden_pre(batch)[0])
-    weight = error.pow(2).sum(-1) * sae.weight(batch)
+    weight = error.pow(2).sum(-1) / batch.pow(2).sum(-1).clamp(min=1.0)
     drawn = torch.multinomial(
         weight, len(dead), replacement=True, generator=torch.Generator().manual_seed(seed)
     )
     direction = torch.nn.functional.normalize(error[drawn], dim=-1)
     sae.W_dec[dead] = direction * sae.W_dec[alive].norm(dim=-1).mean()
-    sae.W_enc[:, dead] = direction.T * sae.W_enc[:, alive].norm(dim=0).mean()
+    sae.W_enc[:, dead] = 0.2 * direction.T * sae.W_enc[:, alive].norm(dim=0).mean()
     sae.b_enc[dead] = 0.0
     trainer.n_forward_passes_since_fired[dead] = 0
     for parameter, which in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):

@@ -1,7 +1,6 @@
 """`sae-bias generate`: what a model writes, with and without an edit of one feature."""
 
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +8,7 @@ from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, number, parse_n
 from sae_bias.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from sae_bias.steering.intervention import Intervention
+    pass
 
 
 @command(
@@ -43,6 +42,7 @@ def generate(
 
     from sae_bias.measures.text import side_by_side, text_summary
     from sae_bias.steering.generate import generate as complete
+    from sae_bias.steering.intervention import rules_of
 
     texts = read_prompts(prompt or [], prompts, bundled)
     features, ones = run.features, [1.0] * len(run.features)
@@ -64,7 +64,7 @@ def generate(
     steered = [complete(model, texts, interventions=edits, **options) for edits in conditions]
     frames = [side_by_side(model, base, after, **run.chat) for after in (steered or [base])]
     each = [text_summary(base, after, frame) for after, frame in zip(steered or [base], frames)]
-    measured, labels = each[0], [_label(edits) for edits in conditions]
+    measured, labels = each[0], [rules_of(edits) for edits in conditions]
     more = {label: found["steered"] for label, found in zip(labels[1:], each[1:])}
     table = frames[0]
     if len(frames) > 1:  # the conditions below each other, named
@@ -102,12 +102,6 @@ def _strengths(given: list[str] | None, edit: str, has_features: bool) -> tuple[
             "--edit ablate has no strength; leave --strength out, or choose clamp, scale, cap or steer."
         )
     return tuple(dict.fromkeys(v for text in given for v in parse_numbers(text, "--strength")))
-
-
-def _label(edits: "Sequence[Intervention]") -> str:
-    """What a condition's edits do; the same one of several features is said once."""
-    said = list(dict.fromkeys(e.describe() for e in edits))
-    return f"{said[0]}, {len(edits)} features" if len(said) == 1 < len(edits) else ", ".join(said)
 
 
 def text_line(means: dict[str, float]) -> str:

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 COLUMNS = columns_of(
     "intervention; strength; split; bias; ci_low; ci_high; removed_nats; reduction: reduction; "
-    "specific_reduction; beta; human_shift; ai_shift; kl_neutral: KL neutral; "
-    "kl_ai_nonspeech: KL AI, no speech; kl_ai_speech: KL AI speech; kl_valence: KL human deeds; "
-    "kl_off: KL_off; kl_off_p95: KL_off, 95th percentile"
+    "specific_reduction; beta; human_shift; ai_shift; kl_worst: worst KL; kl_off: KL_off"
 )
 
 

@@ -26,7 +26,7 @@ from sae_bias.prompts.files import bundled_yaml
 from sae_bias.prompts.texts import load_texts
 from sae_bias.stats.rates import mean_of, paired_change
 from sae_bias.steering.hooks import intervene
-from sae_bias.steering.intervention import Intervention
+from sae_bias.steering.intervention import Intervention, rules_of
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _row(
     return {
         "kind": "candidate" if edits else "base",
         "strength": strength,
-        "edit": " + ".join(e.describe() for e in edits) or "none",
+        "edit": rules_of(edits),
         "nll": float(nll.mean()),
         "perplexity_ratio": math.exp(min(more.value, 700.0)),
         "ratio_low": math.exp(min(more.low, 700.0)),

@@ -58,6 +58,7 @@ from sae_bias.steering.intervention import (
     feature_ref,
     from_dict,
     register_edit,
+    rules_of,
 )
 
 if TYPE_CHECKING:
@@ -439,7 +440,7 @@ class EditSet(Intervention):
         return {"kind": self.kind, "name": self.name, "edits": [e.key() for e in self.edits]}
 
     def describe(self) -> str:
-        return f"{self.name}: " + " + ".join(e.describe() for e in self.edits)
+        return rules_of(self.edits)
 
 
 def edit_features(

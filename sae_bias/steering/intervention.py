@@ -21,7 +21,7 @@ fields too, so that `to_dict` keeps them. An edit at several sites is an `EditSe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -284,6 +284,14 @@ class FeatureEdit(AlongEdit):
 
 
 # --- making them from names ---
+def rules_of(edits: Sequence[Intervention]) -> str:
+    """What several edits do, in words: a rule that several share is said once, with their number; "none" of none."""
+    said = list(dict.fromkeys(e.describe() for e in edits))
+    if len(said) == 1 < len(edits):
+        return f"{said[0]}, {len(edits)} {'features' if all(isinstance(e, FeatureEdit) for e in edits) else 'edits'}"
+    return " + ".join(said) or "none"
+
+
 def from_dict(data: Mapping[str, object]) -> Intervention:
     """The intervention that `to_dict` described; one along a direction needs the direction itself and is refused."""
     data = dict(data)

@@ -25,6 +25,7 @@ from sae_bias.steering.intervention import (
     Intervention,
     edit_of,
     feature_edits,
+    rules_of,
 )
 from sae_bias.steering.runner import STACK
 
@@ -46,7 +47,7 @@ class Cell:
     @property
     def rule(self) -> str:
         """The rule in words."""
-        return " + ".join(e.describe() for e in self.edits) or "none"
+        return rules_of(self.edits)
 
     @property
     def feature(self) -> str:
