@@ -23,6 +23,7 @@ from sae_bias.core.types import Tokens
 from sae_bias.models import tree as trees
 from sae_bias.models.forward import (
     BATCH_TOKENS,
+    ROWS,
     Batch,
     Final,
     Kept,
@@ -457,13 +458,42 @@ def take_all(
         owners.append(spots_by(reads.slots[rows], reads.wanted[rows]))
         first = rows.stop
     with tqdm(total=reads.n_tokens, desc=describe, unit="token", unit_scale=True, disable=not progress, leave=False) as bar:  # fmt: skip
+        waiting = [_Waiting(reader) for reader in readers]
         for numbers, final in reads.run(keep):
-            for reader, owned in zip(readers, owners):
+            for one, owned in zip(waiting, owners):
                 rows = [row for row, number in enumerate(numbers) if number in owned]
                 if rows:
                     mine = final if len(rows) == len(numbers) else final.spots(rows, [0] * len(rows))
-                    reader.take([owned[numbers[row]] for row in rows], mine)
+                    one.add([owned[numbers[row]] for row in rows], mine)
             bar.update(reads.done - bar.n)
+        for one in waiting:
+            one.hand_over(len(one.wanted))
+
+
+class _Waiting:
+    """What a reader is owed, kept until it fills a block of logits: a few rows at a time read the whole unembedding for each."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.wanted: list[Sequence[Spot]] = []
+        self.parts: list[Tensor] = []
+        self.model: Model | None = None
+
+    def add(self, wanted: Sequence[Sequence[Spot]], final: Final) -> None:
+        if final.resid is None:  # whole logits, which foreign hooks wanted
+            self.reader.take(wanted, final)
+            return
+        self.wanted += wanted
+        self.parts.append(final.resid)
+        self.model = final.model
+        self.hand_over(len(self.wanted) // ROWS * ROWS)
+
+    def hand_over(self, n: int) -> None:
+        """The first n results."""
+        if n and self.model is not None:
+            resid = torch.cat(self.parts)
+            self.reader.take(self.wanted[:n], Final(self.model, resid[:n]))
+            self.wanted, self.parts = self.wanted[n:], [resid[n:]]
 
 
 @dataclass(frozen=True)
