@@ -2,13 +2,10 @@
 
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from sae_bias.cli.context import CHAT, FROM_MODEL, Run, command, number, parse_numbers
 from sae_bias.core.errors import RequestError
-
-if TYPE_CHECKING:
-    pass
 
 
 @command(
