@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
 from jaxtyping import Float
 from scipy.special import stdtrit
-from scipy.stats import linregress, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -92,9 +92,9 @@ def attribution_agreement(
     x, y = attributed[matter], exact[matter]
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(math.nan, math.nan, len(x))
-    fit = linregress(x, y)
-    slope, half = float(fit.slope), float(stdtrit(len(x) - 2, 0.975) * fit.stderr)  # type: ignore[attr-defined]
-    return Agreement(float(spearmanr(x, y)[0]), slope, len(x), slope - half, slope + half)  # type: ignore[arg-type]
+    fit = scipy.stats.linregress(x, y)
+    slope, half = float(fit.slope), float(stdtrit(len(x) - 2, 0.975) * fit.stderr)
+    return Agreement(float(scipy.stats.spearmanr(x, y)[0]), slope, len(x), slope - half, slope + half)
 
 
 def exact_ablation(

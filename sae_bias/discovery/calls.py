@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 
 from sae_bias.stats.features import lower_bound
 
@@ -62,7 +62,9 @@ def pair_by_score(
             break
         distance = np.abs(speech[:, None] - harm[None, left])
         near = distance <= caliper
-        rows, columns = linear_sum_assignment(np.where(near, distance - 2 * len(harm) * caliper, 0.0))
+        rows, columns = scipy.optimize.linear_sum_assignment(
+            np.where(near, distance - 2 * len(harm) * caliper, 0.0)
+        )
         kept = near[rows, columns]
         pairs += [(int(r), int(left[c])) for r, c in zip(rows[kept], columns[kept])]
         left = np.delete(left, columns[kept])

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from sae_bias.core.errors import RequestError
 from sae_bias.core.result import Figure, Framed
@@ -188,7 +188,7 @@ def _mutual(model: Model, feature: Feature, texts: list[str], profiles: Sequence
 
 def _ranks(acts: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
     """Mid-ranks of each column, centered and of unit length: a product of two is their rank correlation."""
-    ranks = rankdata(acts, axis=0)
+    ranks = scipy.stats.rankdata(acts, axis=0)
     ranks = ranks - ranks.mean(0)
     size = np.linalg.norm(ranks, axis=0)
     return np.divide(ranks, size, out=np.zeros_like(ranks), where=size > 0)

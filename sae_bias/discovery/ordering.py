@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from sae_bias.core.errors import RequestError
 from sae_bias.prompts.grid import PromptGrid
@@ -117,7 +117,7 @@ def ordering_test(ai: Float[Array, "n_subjects 5"], others: Float[Array, "n_othe
             f"an ordering test needs AI subjects × {len(LEVELS)} statements, not {list(ai.shape)}."
         )
     level = np.array(list(LEVELS.values()))
-    ranks = rankdata(ai, axis=1)
+    ranks = scipy.stats.rankdata(ai, axis=1)
     statistic = float((ranks * level).sum())
     law = _page_law(ranks, level)
     p = float(law[round(2 * statistic) :].sum())

@@ -44,7 +44,7 @@ N_DRAWS = 2_000
 HELD_OUT = 0.4
 DRAW_BYTES = 40_000_000
 """Of the matrix of draws, a byte a unit: fewer draws where there are very many units."""
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 FLOAT32_UNITS = 64
 """From so many units on draws are random ones and the null's differences are float32 products."""
 Array = np.ndarray
@@ -160,7 +160,7 @@ class _Design:
             held[rng.permutation(kind)[: max(1, round(HELD_OUT * len(kind)))]] = True
         units = "paired groups" if contrast.paired else "texts" if contrast.groups is None else "groups"
         return cls(
-            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8), np.full(len(signs), -np.inf), units
+            unit_of, side, contrast.paired, held[unit_of], signs.astype(np.int8, copy=False), np.full(len(signs), -np.inf), units
         )  # fmt: skip
 
     @property
@@ -261,7 +261,10 @@ def _assignments(observed: Int[Array, "n_units"], n: int, rng: np.random.Generat
     """The sides as observed, and every other assignment of them where there are at most n in all, else n random ones."""
     size, first = len(observed), np.flatnonzero(observed > 0)
     if size >= FLOAT32_UNITS or math.comb(size, len(first)) > n:
-        return np.stack([observed, *(rng.permutation(observed) for _ in range(n))])
+        drawn = np.repeat(observed[None], n + 1, axis=0)
+        for row in drawn[1:]:
+            row[:] = rng.permutation(observed)
+        return drawn
     every = np.array(list(combinations(range(size), len(first))))
     others = every[(every != first).any(1)]
     signs = np.full((1 + len(others), size), -1, dtype=np.int8)

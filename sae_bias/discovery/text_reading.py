@@ -33,7 +33,7 @@ TEMPLATE_TOKENS = 64
 """Of a chat template and special tokens, at most: texts that may be beyond the context are counted."""
 ROW_BYTES = 128 * 2**20
 """Residuals that wait for one reading of the encoder."""
-BUCKET_CELLS = 2**24
+BUCKET_CELLS = 2**22
 """Texts × features of a bucket, at most."""
 ENTRY, WIDE = (np.dtype([("text", "<i4"), ("feature", "<i4"), ("value", v)]) for v in ("<f4", "<f8"))
 Array = np.ndarray

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy import stats
+from scipy.special import stdtrit
 
 from sae_bias.figures import style
 from sae_bias.figures.style import AI, COLORS, HUMAN, NEUTRAL, SIDES, points, says, short
@@ -16,7 +16,7 @@ def bias_by_template(pairs: pd.DataFrame, overall: dict | None = None, *, sides:
     by = pairs.groupby("template", sort=False)
     rows = by["bias"].agg(["mean", "std", "count"]).assign(text=by["ai"].first() if "ai" in pairs else "")
     rows = rows.sort_values("mean").reset_index()
-    half = stats.t.ppf(0.975, np.maximum(rows["count"] - 1, 1)) * rows["std"] / np.sqrt(rows["count"])
+    half = stdtrit(np.maximum(rows["count"] - 1, 1), 0.975) * rows["std"] / np.sqrt(rows["count"])
     rows = rows.assign(low=rows["mean"] - half, high=rows["mean"] + half)
     fig = style.figure("Bias of every template", style.bias_axis(sides), height=130 + 20 * len(rows))
     hover = "<b>{template}</b><br>{text:wrap}<br>bias {mean} nats, {count} pairs"

@@ -7,13 +7,14 @@ The number of prompts needed is that of a paired t-test at 80 % power with the r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 from scipy.special import stdtrit
-from scipy.stats import ttest_1samp
 
 from sae_bias.core.result import Figure
 from sae_bias.measures.judge_replies import Agreement, krippendorff
@@ -110,7 +111,7 @@ class JudgeResult:
             "difference": mean,
             "ci_low": mean - half,
             "ci_high": mean + half,
-            "p_value": float(np.asarray(ttest_1samp(diff, 0))[1]) if n > 1 and sd > 0 else float("nan"),
+            "p_value": float(scipy.stats.ttest_1samp(diff, 0).pvalue) if n > 1 and sd > 0 else math.nan,
             "paired_sd": sd,
             "needed_n": _needed(sd, MEANINGFUL),
             "needed_n_observed": _needed(sd, mean),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import scipy
 from scipy.special import stdtrit
-from scipy.stats import binomtest, nct
 
 from sae_bias.core.errors import RequestError
 
@@ -33,7 +33,7 @@ def sign_test(successes: int, n: int, level: float = 0.95) -> CountTest:
         raise RequestError(f"{successes} of {n}: expected 0 ≤ successes ≤ n")
     if n == 0:
         return CountTest(0, 0, math.nan, math.nan, math.nan, 1.0)
-    test = binomtest(successes, n)
+    test = scipy.stats.binomtest(successes, n)
     interval = test.proportion_ci(level, method="exact")
     return CountTest(
         successes, n, successes / n, float(interval.low), float(interval.high), float(test.pvalue)
@@ -64,7 +64,8 @@ def needed_n(sd: float, effect: float, *, power: float = 0.8, alpha: float = 0.0
 
     def enough(n: int) -> bool:
         critical, shift = float(stdtrit(n - 1, 1 - alpha / 2)), standardised * math.sqrt(n)
-        return float(nct.sf(critical, n - 1, shift) + nct.cdf(-critical, n - 1, shift)) >= power
+        law = scipy.stats.nct(n - 1, shift)
+        return float(law.sf(critical) + law.cdf(-critical)) >= power
 
     high = 2
     while not enough(high):

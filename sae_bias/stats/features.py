@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
-from scipy.stats import false_discovery_control
 
 from sae_bias.core.errors import RequestError
 
@@ -234,7 +234,7 @@ def _auroc_block(x: Float[Array, "f n"], n_pos: int) -> Float[Array, "f"]:
 # --- corrected p --------------------------------------------------------------------------------------
 def benjamini_hochberg(p: ArrayLike) -> Float[Array, "f"]:
     """q of each p; NaN (not tested) stays NaN and does not count in the family."""
-    return _corrected(p, lambda x: false_discovery_control(x, method="bh"))
+    return _corrected(p, lambda x: scipy.stats.false_discovery_control(x, method="bh"))
 
 
 def holm(p: ArrayLike) -> Float[Array, "f"]:

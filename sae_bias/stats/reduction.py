@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy.optimize import root_scalar
 from scipy.special import stdtrit
 
 from sae_bias.core.errors import RequestError
@@ -141,7 +141,7 @@ def _outermost(excess: Callable, centre: float, end: float) -> float:
     if not len(inside):
         return centre
     bracket = (grid[inside[-1]], grid[inside[-1] + 1])
-    return float(root_scalar(excess, bracket=bracket, method="brentq", xtol=1e-14).root)
+    return float(scipy.optimize.root_scalar(excess, bracket=bracket, method="brentq", xtol=1e-14).root)
 
 
 def crossed_weights(

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
-from scipy.stats import binomtest
 
 from sae_bias.core.errors import RequestError
 from sae_bias.models.model import Model
@@ -167,7 +167,7 @@ def coverage_row(scored: ScoredPopulation, n_studies: int, seed: int = 0) -> dic
     n_templates, n_entities = STUDY
     studies = draw_studies(scored, n_templates, n_entities, n_studies, seed)
     coverage = studies.coverage(scored.truth)
-    exact = binomtest(round(coverage * n_studies), n_studies).proportion_ci(method="exact")
+    exact = scipy.stats.binomtest(round(coverage * n_studies), n_studies).proportion_ci(method="exact")
     return {
         "organism": scored.name,
         "question": scored.question,

@@ -66,9 +66,17 @@ def plugin(tmp_path):
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), here])}
 
 
-def run_command(env, *argv: object) -> str:
-    line = [sys.executable, "-m", "sae_bias.cli", *map(str, argv)]
-    done = subprocess.run(line, env=env, capture_output=True, text=True)
+COMMANDS = """
+import json, sys
+from sae_bias.cli.main import main
+sys.exit(max(map(main, json.loads(sys.argv[1]))))
+"""
+
+
+def run_commands(env, *commands: tuple[object, ...]) -> str:
+    """What commands print that run in one process, one after another."""
+    given = json.dumps([[str(a) for a in argv] for argv in commands])
+    done = subprocess.run([sys.executable, "-c", COMMANDS, given], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -87,40 +95,19 @@ def test_a_format_and_an_edit_of_somebody_elses_are_swept_and_verified(plugin, g
         f"positive: {json.dumps(list(POSITIVE))}\nnegative: {json.dumps(list(NEGATIVE))}\n"
     )
 
-    def command(*argv: object) -> str:
-        return run_command(plugin, *argv)
-
     out = tmp_path / "run"
-    asked = (
-        "--pairs",
-        tmp_path / "pairs.csv",
-        "--words",
-        tmp_path / "words.yaml",
-        "--controls",
-        0,
-        "--no-costs",
-    )
-    found = json.loads(
-        command(
-            "sweep",
-            gemma3.folder,
-            f"{sae}#3",
-            "--edit",
-            "halve,scale",
-            "--strengths",
-            "0.5",
-            *asked,
-            "--out",
-            out,
-            "--json",
-        )
-    )
+    swept = (
+        "sweep", gemma3.folder, f"{sae}#3", "--edit", "halve,scale", "--strengths", "0.5", "--pairs", tmp_path / "pairs.csv",
+        "--words", tmp_path / "words.yaml", "--controls", 0, "--no-costs", "--out", out, "--json",
+    )  # fmt: skip
+    found, verified = run_commands(plugin, swept, ("verify", out)).split("\n", 1)
+    found = json.loads(found)
     bias = {cell["intervention"]: cell["bias"] for cell in found["cells"]}
     assert bias["halve"] == pytest.approx(bias["scale"], abs=1e-9)
     assert bias["halve"] != bias["none"]
     rules = [cell["rule"] for cell in found["cells"]]
     assert "halve (a' = a / 2)" in rules
-    assert "agree" in command("verify", out)
+    assert "agree" in verified
 
 
 def test_a_behavior_of_somebody_elses_is_named_by_a_command_and_by_a_study(plugin, gemma3, tmp_path):
@@ -132,18 +119,6 @@ def test_a_behavior_of_somebody_elses_is_named_by_a_command_and_by_a_study(plugi
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     small = {"behavior": "asked_of_ai", "max_new_tokens": 1, "controls": 0, "capability": False}
     feature = f"{gemma3.sae_folder}#3"
-    found = json.loads(
-        run_command(
-            plugin, "dose", gemma3.folder, "--contrast", tmp_path / "texts.jsonl", "--feature", feature, "--edit", "ablate",
-            "--behavior", small["behavior"], "--max-new-tokens", 1, "--controls", 0, "--no-capability", "--json",
-        )
-    )  # fmt: skip
-    rates = {
-        row["side"]: (row["rate"], row["n"], row["unscored"])
-        for row in found["strengths"]
-        if row["kind"] == "base"
-    }
-    assert rates["positive"] == (1.0, 2, 0) and rates["negative"] == (0.0, 1, 1)
     study = {
         "name": "tea",
         "model": str(gemma3.folder),
@@ -152,7 +127,18 @@ def test_a_behavior_of_somebody_elses_is_named_by_a_command_and_by_a_study(plugi
         **small,
     }
     (tmp_path / "study.yaml").write_text(json.dumps(study))
-    run_command(plugin, "run", tmp_path / "study.yaml", "--out", tmp_path / "run")
+    dose = (
+        "dose", gemma3.folder, "--contrast", tmp_path / "texts.jsonl", "--feature", feature, "--edit", "ablate",
+        "--behavior", small["behavior"], "--max-new-tokens", 1, "--controls", 0, "--no-capability", "--json",
+    )  # fmt: skip
+    run = ("run", tmp_path / "study.yaml", "--out", tmp_path / "run")
+    found = json.loads(run_commands(plugin, dose, run).split("\n", 1)[0])
+    rates = {
+        row["side"]: (row["rate"], row["n"], row["unscored"])
+        for row in found["strengths"]
+        if row["kind"] == "base"
+    }
+    assert rates["positive"] == (1.0, 2, 0) and rates["negative"] == (0.0, 1, 1)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["behavior"]["behavior"] == "asked_of_ai"
 

@@ -468,7 +468,7 @@ def test_a_study_has_its_texts_judged_and_goes_on_without_an_answer(serve, tmp_p
     server = serve("rating", "3")
     study = Study(
         model="organism:planted", saes=("organism:planted/constructed",), prompts=("An AI says hello. This is",), strengths=(0.0,),
-        controls=0, checks=False, judges=("openai-api/local/a",), judge_url=server.url,
+        controls=0, ablate_top=1, checks=False, judges=("openai-api/local/a",), judge_url=server.url,
     )  # fmt: skip
     judged = run_study(study, out=tmp_path / "judged", progress=False)
     parts = judged.summary["judge"]["parts"]

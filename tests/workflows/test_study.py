@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TEXT_KINDS = ("neutral", "ai_nonspeech", "ai_speech")
+BIAS_ONLY = {"checks": False, "scenarios": None, "prompts": ()}
 
 
 def truth(name: str) -> dict:
@@ -33,7 +34,7 @@ def truth(name: str) -> dict:
 def null_run(tmp_path_factory):
     saes = [f"organism:null/{s['sae']}" for s in truth("null")["saes"]]
     study = load_study().model_copy(
-        update={"name": "null", "model": "organism:null", "saes": tuple(saes), "checks": False}
+        update={"name": "null", "model": "organism:null", "saes": tuple(saes), **BIAS_ONLY}
     )
     return run_study(study, out=tmp_path_factory.mktemp("null"), progress=False)
 
@@ -139,7 +140,7 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
         update={
             "model": "organism:null",
             "saes": tuple(saes),
-            "checks": False,
+            **BIAS_ONLY,
             "suppress": "most causal",
             "effects_of": effects_of,
             "controls": 2,

@@ -384,9 +384,8 @@ def test_groups_are_of_about_one_size_and_an_even_number(gemma3, pairs, n):
 
 
 def test_local_workers_give_the_same_bits_and_run_no_prompt_of_the_base_again(gemma3, pairs, probe, tmp_path):
-    whole = sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe).frame
     with layer_tokens(gemma3.model) as alone:
-        sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe)
+        whole = sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe).frame
     with layer_tokens(gemma3.model) as here:
         shared = sb.run_sweep(
             gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
@@ -410,9 +409,7 @@ def test_a_lost_worker_leaves_what_is_finished(gemma3, pairs, probe, tmp_path, m
         sb.run_sweep(
             gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
         )
-    again = sb.run_sweep(
-        gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path, executor=LocalWorkers(2).run
-    )
+    again = sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe, out=tmp_path)
     pd.testing.assert_frame_equal(again.frame, whole, check_exact=True)
 
 
