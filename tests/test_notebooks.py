@@ -121,11 +121,7 @@ def execute(path, folder, monkeypatch):
     assert not [o for o in printed if o["output_type"] == "error"]
 
 
-def test_the_first_one_runs(tmp_path, monkeypatch):
-    execute(NOTEBOOKS[0], tmp_path, monkeypatch)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS[1:] if p not in REAL], ids=lambda p: p.stem)
-def test_the_others_run(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in REAL], ids=lambda p: p.stem)
+def test_it_runs(path, tmp_path, monkeypatch):
     execute(path, tmp_path, monkeypatch)

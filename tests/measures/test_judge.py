@@ -459,6 +459,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert "manifest.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_has_its_texts_judged_and_goes_on_without_an_answer(serve, tmp_path, monkeypatch):
     """`judges:` of a study file: agreement in the summary; a server that is gone leaves a note, not a lost run."""
     from sae_bias.workflows.study import run_study

@@ -169,6 +169,7 @@ def run_small(monkeypatch, capsys, tmp_path, *organisms: str, folder: str = "out
     return code, json.loads(captured.out), captured.err
 
 
+@pytest.mark.slow
 def test_null_meets_its_marks_and_a_rule_that_always_says_yes_does_not(monkeypatch, capsys, tmp_path):
     scored = calibrate.score_population(load_model("organism:null"), "null", n_templates=SMALL.templates)
     monkeypatch.setattr(calibrate, "score_population", lambda *_, **__: scored)
