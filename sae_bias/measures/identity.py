@@ -103,21 +103,14 @@ def identity_sweep(
     bank, own = load_identity(), known_identities(own)
     greedy = tuple(prompts) if prompts is not None else bank.prompts
     sampled = () if prompts is not None else bank.sampled
-    runs = [(greedy, 0, 0.0)] + [(sampled, s, TEMPERATURE) for s in range(1, N_SAMPLES + 1) if sampled]
+    asked = [(p, 0) for p in greedy], [(p, s) for s in range(1, N_SAMPLES + 1) for p in sampled]
     rows = []
-    for texts, sample, temperature in runs:
+    for each, temperature in zip(asked, (0.0, TEMPERATURE)):
         answers = generate(
-            model,
-            texts,
-            interventions=interventions,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed + sample,
-            chat=chat,
-            system=system,
-            progress=progress,
-        )
-        for answer in answers:
+            model, [prompt for prompt, _ in each], interventions=interventions, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=seed, chat=chat, system=system, progress=progress,
+        )  # fmt: skip
+        for answer, (_, sample) in zip(answers, each):
             claims = identity_claims(f" {answer.text}")
             rows.append(
                 {

@@ -33,6 +33,7 @@ from sae_bias.discovery.text_reading import ROW_BYTES
 from sae_bias.measures.capability import load_questions
 from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
+from sae_bias.measures.identity import N_SAMPLES
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.models.reads import Asked, Reader
 from sae_bias.models.residuals import HELD_BYTES
@@ -46,18 +47,18 @@ from sae_bias.prompts.grid import PromptGrid
 from sae_bias.prompts.load import load_grid, load_lexicon, load_pairs, questions
 from sae_bias.prompts.pairs import PromptPairs
 from sae_bias.prompts.scenarios import load_scenarios
-from sae_bias.prompts.texts import COST_TEXTS, load_texts
+from sae_bias.prompts.texts import COST_TEXTS, load_identity, load_texts
 from sae_bias.steering.banks import bank_items
 from sae_bias.steering.runner import STACK, STACK_TOKENS
 from sae_bias.workflows.as_published import STRENGTHS
 from sae_bias.workflows.contrast_study import ContrastStudy
-from sae_bias.workflows.hardware import STREAMING, Hardware
+from sae_bias.workflows.hardware import Hardware
 from sae_bias.workflows.plan_costs import Costs, Step, Texts, WordModel, Work
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_shape, sae_shapes
 from sae_bias.workflows.replication import Replication
 from sae_bias.workflows.study_file import MOST_JOINT, Study
 
-NEW_TOKENS = 40
+NEW_TOKENS, IDENTITY_TOKENS = 40, 60
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
 LOGIT_COPIES = 1.25  # logits, and the exponentials of a quarter of the rows (`log_sum_exp`)
 COST_COPIES = 7  # z, log p and p of the base, z and log q of a cell, log p - log q and p times that
@@ -350,23 +351,10 @@ def _scan(c: Costs, study: ContrastStudy, texts: Texts, saes: Sequence[SaeShape]
 
 
 def _dose(c: Costs, study: ContrastStudy, prompts: Texts, conditions: int) -> Step:
-    """Texts of every condition, sixteen prompts at a time; a new token costs one reading of the weights."""
-    m, new = c.model, study.max_new_tokens
-    work = Work(
-        conditions * (prompts.tokens + new * prompts.n) * m.n_layers,
-        conditions * m.flops(prompts.tokens + new * prompts.n, m.n_layers, prompts.mean + new),
-    )
-    extra = (
-        conditions
-        * new
-        * math.ceil(prompts.n / 16)
-        * m.n_params
-        * c.size
-        / (STREAMING * c.hardware.bandwidth)
-    )
-    cache = 2 * 16 * (max(prompts.lengths, default=0) + new) * m.n_layers * m.n_kv * m.d_head * c.size
-    parts = {"key-value cache": float(cache), **c.passing(prompts, logits=c.logits(16, 3))}
-    return c.step("dose", work, parts, extra=extra)
+    """Texts of every condition."""
+    work, streaming, cache = c.writing(prompts, study.max_new_tokens, conditions)
+    parts = {"key-value cache": cache, **c.passing(prompts, logits=c.logits(16, 3))}
+    return c.step("dose", work, parts, extra=streaming)
 
 
 def _gate(c: Costs, saes: Sequence[SaeShape]) -> Step:
@@ -474,19 +462,17 @@ def _feature(c: Costs, report: PromptPairs, saes: Sequence[SaeShape], parts: dic
 
 
 def _behavior(c: Costs, study: Study, saes: Sequence[SaeShape]) -> Step:
-    """Texts and scenarios before and after; a new token costs one reading of the weights."""
-    m = c.model
-    steps = 2 * NEW_TOKENS * math.ceil(len(study.prompts) / 16)
-    weights = m.n_params * c.size
-    streaming = steps * weights / (STREAMING * c.hardware.bandwidth)
-    new = (2 * NEW_TOKENS) * len(study.prompts) * m.n_layers
-    work = Work(new, m.flops(new, 1, 40))
+    """Texts, scenarios and answers to who the model is, before and after."""
+    m, bank, asked = c.model, load_identity(), [(study.prompts, NEW_TOKENS)]
+    if study.identity is not None:
+        asked += [(bank.prompts, IDENTITY_TOKENS), (bank.sampled * N_SAMPLES, IDENTITY_TOKENS)]
+    written = [c.writing(Texts.of(prompts), new, 2) for prompts, new in asked]
+    work, streaming = _sum(w for w, _, _ in written), sum(s for _, s, _ in written)
     if study.scenarios is not None:
         asks = make_asks(Phrasing(WordModel()), load_scenarios(study.scenarios))
         read = Texts(tuple(map(tuple, Continuations(asks).sequences)))
         work += c.run(read, (m.n_layers + _later(c, saes)) * (2 if study.system else 1))
-    cache = 2 * 16 * (NEW_TOKENS + 20) * m.n_layers * m.n_kv * m.d_head * c.size if study.prompts else 0.0
-    parts = {"key-value cache": float(cache), "logits": c.logits(16, 3)}
+    parts = {"key-value cache": max(cache for _, _, cache in written), "logits": c.logits(16, 3)}
     return c.step("behavior", work, parts, extra=streaming)
 
 

@@ -22,7 +22,7 @@ from sae_bias.models.model import Model
 from sae_bias.models.reads import MOST_KNOWN
 from sae_bias.models.tree import PADDED, Tree, attention_price, passes_of
 from sae_bias.saes.stream import block_width
-from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, Hardware
+from sae_bias.workflows.hardware import DISK_BYTES_PER_SECOND, STREAMING, Hardware
 from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape
 
 Shape = tuple[int, int]
@@ -166,6 +166,15 @@ class Costs:
         kept_now = self.kept(fresh.distinct, self.kept_layers + ends) + self.kept(len(new), 1)
         self.known = min(MOST_KNOWN, self.known + kept_now)
         return self.run(Texts(tuple(new)), layers)
+
+    def writing(self, prompts: Texts, new: int, times: int) -> tuple[Work, float, float]:
+        """So many new tokens behind each prompt: work, seconds of reading the weights (once a new token of each batch), bytes of the cache."""
+        m, tokens, batches = self.model, prompts.tokens + new * prompts.n, prompts.batches(self.budget)
+        work = Work(times * tokens * m.n_layers, times * m.flops(tokens, m.n_layers, prompts.mean + new))
+        streamed = times * new * len(batches) * m.n_params * self.size
+        longest = max((n * (length + new) for n, length in batches), default=0)
+        cache = 2.0 * longest * m.n_layers * m.n_kv * m.d_head * self.size
+        return work, streamed / (STREAMING * self.hardware.bandwidth), cache
 
     def passes(self, texts: Texts) -> list[Shape]:
         """The passes that read `texts`."""

@@ -150,7 +150,10 @@ def test_the_identity_sweep(gemma3):
     assert "When an AI says that it wants to survive, people should" in prompts
     result = identity_sweep(gemma3.model, prompts=["Who are you?", "Say hello."], max_new_tokens=4)
     assert result.summary()["n"] == 2
-    whole = identity_sweep(gemma3.model, max_new_tokens=1)
+    whole = identity_sweep(gemma3.model, max_new_tokens=8)
     assert len(whole.frame) == 32 + 4 * 7
+    sampled = whole.frame[whole.frame["sample"] > 0].groupby("prompt")
+    assert [tuple(s) for s in sampled["sample"].agg(list)] == [(1, 2, 3, 4)] * 7
+    assert sampled["text"].nunique().max() > 1
     with pytest.raises(sb.RequestError, match="no identity"):
         identity_sweep(gemma3.model, own=("hal",), prompts=["x"])

@@ -244,6 +244,17 @@ def test_token_layers_are_those_of_the_studys_own_passes(demo_steps, step):
         assert planned == pytest.approx(found, rel=0.25)
 
 
+def test_who_the_model_is_asked_counts():
+    """60 answers before and 60 after, read at the memory's rate once a new token of each batch."""
+    study = load_study(None)
+    plans = [
+        plan_study(study.model_copy(update={"identity": i}), hardware("cpu", flops=1e11)) for i in (None, ())
+    ]
+    without, asked = ({s.name: s for s in p.models[0].steps}["behavior"] for p in plans)
+    assert asked.seconds > 1.5 * without.seconds
+    assert asked.token_layers > without.token_layers + 2 * 60 * 60 * plans[0].models[0].model.n_layers
+
+
 @pytest.mark.slow
 def test_no_step_passes_a_prompt_that_another_has_passed(demo_steps):
     """Unedited, whole prompts: what is left are the report prompts once more, for residuals at the other layers of the causal analysis."""
