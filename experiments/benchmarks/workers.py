@@ -2,9 +2,8 @@
 
     python experiments/benchmarks/workers.py [--workers N] [--repeats R]
 
-Wall-clock seconds need a quiet machine. CPU seconds of the longest way through (this process, and the busiest of the processes it waits
-for) do not: they say how evenly the work is shared. One thread a process, the median of the repeats after one warm-up, both taken in turn.
-Gemma 3 270M shapes with random weights, as in sweep.py.
+Wall-clock seconds, on a quiet machine: one thread a process, the median of the repeats after one warm-up, both taken in turn. Gemma 3 270M
+shapes with random weights, as in sweep.py.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +26,10 @@ from sweep import feature, random_model, random_pairs, random_probe
 
 import sae_bias as sb
 from sae_bias.discovery.attribution import exact_ablation, exact_resampling
-from sae_bias.models import workers as processes
 from sae_bias.steering.engine import ProbeEngine
 from sae_bias.workflows.sweep_work import LocalWorkers
 
 CELLS, FEATURES, PAIRS = 40, 64, 24
-NOTES = Path(tempfile.mkdtemp())
-_one = processes._one
 
 
 def tasks() -> dict[str, Callable[[int], Any]]:
@@ -57,35 +51,22 @@ def tasks() -> dict[str, Callable[[int], Any]]:
     }  # fmt: skip
 
 
-def _noted(i: int) -> Any:
-    """One item of work in a process of its own, which notes the CPU seconds it has used so far."""
-    result = _one(i)
-    (NOTES / str(os.getpid())).write_text(str(time.process_time()))
-    return result
-
-
-def _clocked(run: Callable[[int], Any], n: int) -> tuple[float, float]:
-    """Wall-clock seconds, and CPU seconds of this process with those of the busiest process it waits for."""
-    for note in NOTES.iterdir():
-        note.unlink()
-    wall, cpu = time.perf_counter(), time.process_time()
+def _clocked(run: Callable[[int], Any], n: int) -> float:
+    start = time.perf_counter()
     run(n)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall, cpu + max((float(note.read_text()) for note in NOTES.iterdir()), default=0.0)
+    return time.perf_counter() - start
 
 
 def table(workers: int, repeats: int) -> None:
-    processes._one = _noted
     found = {name: (run, {1: [], workers: []}) for name, run in tasks().items()}
     for _ in range(repeats + 1):
         for run, times in found.values():
             for n, seconds in times.items():
                 seconds.append(_clocked(run, n))
-    print(f"| what | clock | 1 process, s | {workers} processes, s | x faster |\n|---|---|---:|---:|---:|")
+    print(f"| what | 1 process, s | {workers} processes, s | x faster |\n|---|---:|---:|---:|")
     for name, (_, times) in found.items():
-        for i, what in enumerate(("wall", "CPU, longest way")):
-            alone, shared = (statistics.median(t[i] for t in v[1:]) for v in times.values())
-            print(f"| {name} | {what} | {alone:.1f} | {shared:.1f} | {alone / shared:.2f} |")
+        alone, shared = (statistics.median(seconds[1:]) for seconds in times.values())
+        print(f"| {name} | {alone:.1f} | {shared:.1f} | {alone / shared:.2f} |")
 
 
 def main() -> None:

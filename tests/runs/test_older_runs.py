@@ -40,19 +40,20 @@ def test_the_report_says_which_figures_have_changed_their_meaning(older):
     assert "credited a bias turned round" in page
 
 
-def _table_check(path):
-    return next(c for c in sb.verify_run(path, cells=0).checks if "table made again" in c.what)
+def _of_table(checks):
+    return next(c for c in checks if "table made again" in c.what)
 
 
 def test_verify_tells_changed_columns_from_wrong_ones(older):
     """The table made again has other figures in those columns alone, and that is no difference; a number made up still is."""
-    assert _table_check(older).status == "agrees"
-    notes = [c for c in sb.verify_run(older, cells=0).checks if c.what.startswith("definitions 1")]
+    checks = sb.verify_run(older, cells=0).checks
+    assert _of_table(checks).status == "agrees"
+    notes = [c for c in checks if c.what.startswith("definitions 1")]
     assert "specific_reduction" in notes[0].detail
     table = RunFolder(older).read_table("sweep")
     table.loc[0, "bias"] += 0.5
     table.to_parquet(older / "tables" / "sweep.parquet")
-    assert _table_check(older).status == "differs"
+    assert _of_table(sb.verify_run(older, cells=0).checks).status == "differs"
 
 
 def test_a_cell_of_an_older_format_is_measured_again(older):
