@@ -156,6 +156,7 @@ def comparison(setting):
     return compare_methods(model, feature, pairs, **splits, shares=(0.5, 1.0), k=3, fit_steps=5)
 
 
+@pytest.mark.slow
 def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
     methods = set(comparison.table["method"])
     for name in (
@@ -181,6 +182,7 @@ def test_every_method_acts_at_all_positions_and_at_the_last(comparison):
     assert np.isfinite(comparison.frame[["cost", "removed_nats", "specific_reduction"]].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_the_planted_feature_removes_more_than_random_at_equal_cost(comparison):
     table = comparison.table.set_index("method")
     random = max(table.loc[m, "at_0.1"] for m in table.index if str(m).startswith("random"))
@@ -209,6 +211,7 @@ def test_the_planted_feature_removes_more_than_random_at_equal_cost(comparison):
     assert (opposite["reduction"] < 0).all()
 
 
+@pytest.mark.slow
 def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(setting, comparison):
     """Plain hooks on the Hugging Face model: the direction, the affine projection and the scores, each from scratch."""
     model, feature, pairs, splits = setting
@@ -259,6 +262,7 @@ def test_a_difference_of_means_by_hand_removes_as_much_at_the_same_positions(set
             assert found[column] == pytest.approx(by_hand, abs=0.005)
 
 
+@pytest.mark.slow
 def test_an_instruction_is_the_same_prompts_behind_it(setting, comparison):
     """Its row from plain forward passes on the Hugging Face model; it has one strength, and nothing between."""
     model, _, pairs, splits = setting
@@ -357,6 +361,7 @@ def test_an_edit_that_cannot_be_fitted_is_left_out_and_said(setting, monkeypatch
     assert list(found) == ["learned direction (DAS, rank 1)", "ReFT-r1"]
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_and_draws(comparison):
     assert "* not reached" in repr(comparison)
     assert "beyond mundane content" in repr(comparison)

@@ -114,6 +114,7 @@ def _busiest(model, pairs) -> int:
     return int(attribution(ProbeEngine(model, pairs, sb.Probe()), sb.load_sae(SAE)).argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("positions", "rule"), [("last", sb.RectifiedProjectOut), ("all", sb.ProjectOut)])
 def test_a_learned_direction_is_more_specific_than_the_one_it_starts_from(model, positions, rule):
     pairs, site = sb.load_pairs(), sb.load_sae(SAE).site

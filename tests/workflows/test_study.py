@@ -130,7 +130,7 @@ def test_nothing_is_found_where_nothing_was_planted(null_run):
     assert any("no feature is called AI-speech" in line for line in null_run.headline())
 
 
-@pytest.mark.parametrize("effects_of", ["primary", "bias"])
+@pytest.mark.parametrize("effects_of", [pytest.param("primary", marks=pytest.mark.slow), "bias"])
 def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_not_called(
     tmp_path, effects_of
 ):
@@ -143,6 +143,7 @@ def test_the_most_causal_feature_is_suppressed_where_a_study_asks_for_it_and_is_
             **BIAS_ONLY,
             "suppress": "most causal",
             "effects_of": effects_of,
+            "ablate_top": 8,
             "controls": 2,
             "strengths": (-1.0,),
         }
@@ -198,6 +199,7 @@ def test_the_report_says_it_is_an_organism(demo):
     assert not re.search(r'src="https?://', page)
 
 
+@pytest.mark.slow
 def test_resuming_a_study_gives_the_same_figures(demo, tmp_path):
     before = pd.read_parquet(demo.path / "tables" / "sweep.parquet")
     stamps = {p: p.stat().st_mtime_ns for p in (demo.path / "sweep" / "cells").glob("*.parquet")}

@@ -395,6 +395,7 @@ def test_local_workers_give_the_same_bits_and_run_no_prompt_of_the_base_again(ge
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_lost_worker_leaves_what_is_finished(gemma3, pairs, probe, tmp_path, monkeypatch):
     own, whole = os.getpid(), sb.run_sweep(gemma3.model, pairs, _twenty(gemma3), probe=probe).frame
     run = Work.run
