@@ -219,8 +219,8 @@ def demo_steps(tmp_path_factory):
             passed[0].read.clear()
 
     study = load_study(None).model_copy(
-        update={"controls": 3, "ablate_top": 8, "strengths": (-1.0,), "dtype": "float32"}
-    )
+        update={"controls": 3, "ablate_top": 8, "strengths": (-1.0,), "dtype": "float32", "prompts": ()}
+    )  # no texts to write: how soon they end is not known before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_steps, "load_model", loaded)
         patch.setattr(study_steps.StudyRun, "step", named)
