@@ -20,7 +20,7 @@ from sae_bias.stats.rates import rate_of
 from sae_bias.steering.generate import generate
 from sae_bias.steering.intervention import Intervention
 
-N_SAMPLES, TEMPERATURE = 4, 0.7
+N_SAMPLES, TEMPERATURE, NEW_TOKENS = 4, 0.7, 60
 _NEGATED = re.compile(
     r"\b(?:not|never|n't|neither|nor|isn't|unlike|rather than)\b[^.,;!?\n]{0,30}$", re.IGNORECASE
 )
@@ -85,7 +85,7 @@ def identity_sweep(
     own: Sequence[str] = (),
     chat: bool = False,
     system: str | None = None,
-    max_new_tokens: int = 60,
+    max_new_tokens: int = NEW_TOKENS,
     seed: int = 0,
     prompts: Sequence[str] | None = None,
     progress: bool = False,

@@ -34,6 +34,7 @@ from sae_bias.measures.capability import load_questions
 from sae_bias.measures.continuations import Continuations, Phrasing, make_asks
 from sae_bias.measures.costs import BLOCK as COST_BLOCK
 from sae_bias.measures.identity import N_SAMPLES
+from sae_bias.measures.identity import NEW_TOKENS as IDENTITY_TOKENS
 from sae_bias.models.gguf.packaged import PACKAGED
 from sae_bias.models.reads import Asked, Reader
 from sae_bias.models.residuals import HELD_BYTES
@@ -58,7 +59,7 @@ from sae_bias.workflows.plan_shapes import BYTES, ModelShape, SaeShape, model_sh
 from sae_bias.workflows.replication import Replication
 from sae_bias.workflows.study_file import MOST_JOINT, Study
 
-NEW_TOKENS, IDENTITY_TOKENS = 40, 60
+NEW_TOKENS = 40
 NORM_BLOCK = 64  # rows whose logits `Final.log_normaliser` holds at once
 LOGIT_COPIES = 1.25  # logits, and the exponentials of a quarter of the rows (`log_sum_exp`)
 COST_COPIES = 7  # z, log p and p of the base, z and log q of a cell, log p - log q and p times that
